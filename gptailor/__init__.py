@@ -1,0 +1,1 @@
+"""gptailor makes a language model smaller by cutting, stitching and merging layers of its finetunes."""

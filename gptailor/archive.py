@@ -1,0 +1,331 @@
+"""The archive: the journal of every evaluation of a run, and the only truth about it.
+
+One SQLite file with one writer. An evaluation is on disk before anybody counts on it
+(`synchronous=FULL`, rollback journal: both hold on network file systems too, where WAL does not).
+Front, report and a search that is resumed are all made from it again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from gptailor.errors import ResourceError, UsageError
+from gptailor.recipe import Recipe
+
+SCHEMA = "gptailor/archive/1"
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS evaluations (
+  number INTEGER PRIMARY KEY AUTOINCREMENT,
+  recipe_hash TEXT NOT NULL,
+  documents TEXT NOT NULL,
+  recipe TEXT NOT NULL,
+  status TEXT NOT NULL CHECK (status IN ('ok', 'infeasible', 'failed')),
+  reason TEXT NOT NULL,
+  accuracy REAL,
+  parameters INTEGER NOT NULL,
+  scores TEXT NOT NULL,
+  cost TEXT NOT NULL,
+  finished_at REAL NOT NULL,
+  UNIQUE (recipe_hash, documents)
+) STRICT;
+CREATE TABLE IF NOT EXISTS arms (
+  arm TEXT NOT NULL, recipe_hash TEXT NOT NULL, PRIMARY KEY (arm, recipe_hash)
+) STRICT;
+"""
+
+Status = Literal["ok", "infeasible", "failed"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one task (or group) gave for one recipe.
+
+    Attributes:
+        task: lm-eval's name.
+        metric: lm-eval's key, for example "acc,none".
+        value: in the metric's own unit; a part of 1 for accuracies.
+        stderr: standard error of `value`; None where lm-eval has none.
+        num_documents: how many documents it is the mean of.
+        weight: the task's weight in the accuracy objective.
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    num_documents: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one evaluation took.
+
+    Attributes:
+        seconds: wall-clock time in all.
+        assemble_s: from recipe to a model that is ready.
+        forward_s: inside the model's forward pass.
+        num_documents: documents that were answered.
+        num_tokens: tokens that went through the model, padding not counted.
+    """
+
+    seconds: float = 0.0
+    assemble_s: float = 0.0
+    forward_s: float = 0.0
+    num_documents: int = 0
+    num_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an evaluation ended: `ok` with scores, `infeasible` or `failed` with a reason.
+
+    Attributes:
+        status: "ok", "infeasible" or "failed"; a crash is "failed" and has no score.
+        accuracy: weighted mean of the scores; None unless "ok".
+        scores: one for each task that was asked for.
+        reason: why it is infeasible, or the traceback of the crash.
+        cost: what it took.
+    """
+
+    status: Status
+    accuracy: float | None
+    scores: tuple[Score, ...]
+    reason: str
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A row of the archive.
+
+    Attributes:
+        number: 1 for the first evaluation of the run, and so on.
+        recipe: what was evaluated.
+        documents: which documents: "search", "holdout", or a name with a digest of them.
+        outcome: how it ended.
+        parameters: parameter count of the stitched model.
+        arms: the control arms that led to this recipe; empty for a child of the search.
+        finished_at: Unix time in seconds.
+    """
+
+    number: int
+    recipe: Recipe
+    documents: str
+    outcome: Outcome
+    parameters: int
+    arms: tuple[str, ...]
+    finished_at: float
+
+
+class Archive:
+    """The evaluations of one run folder.
+
+    Args:
+        folder: the run folder; made if it is missing (not when `readonly`).
+        readonly: for reports and status: takes no lock and never writes.
+
+    Raises:
+        UsageError: another search has the folder open, there is no archive to read, or it is of
+            another schema.
+        ResourceError: the disk is full.
+    """
+
+    def __init__(self, folder: str | Path, *, readonly: bool = False) -> None:
+        self.folder = Path(folder)
+        self.path = self.folder / "archive.db"
+        self._lock_fd = -1
+        if readonly and not self.path.is_file():
+            raise UsageError(f"{self.folder} holds no run: {self.path} does not exist.")
+        try:
+            if readonly:
+                uri = f"{self.path.resolve().as_uri()}?mode=ro"
+                self._db = sqlite3.connect(uri, uri=True, timeout=30)
+            else:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock()
+                self._db = sqlite3.connect(self.path, timeout=30)
+                self._db.execute("PRAGMA journal_mode = DELETE")
+                self._db.execute("PRAGMA synchronous = FULL")
+                with self._db:
+                    self._db.executescript(_TABLES)
+                if self.get_meta("schema") is None:
+                    self.set_meta("schema", SCHEMA)
+            found = self.get_meta("schema")
+        except (sqlite3.Error, OSError) as error:
+            self.close()
+            raise _explained(error, self.path) from error
+        except UsageError:
+            self.close()
+            raise
+        if found != SCHEMA:
+            self.close()
+            raise UsageError(f"{self.path} has schema {found!r}, but {SCHEMA!r} is needed.")
+
+    def _lock(self) -> None:
+        path = self.folder / ".lock"
+        self._lock_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(self._lock_fd, 64).decode(errors="replace").strip() or "?"
+            raise UsageError(
+                f"The run folder {self.folder} is in use by another search (process {holder}): "
+                "wait for it, or name another output."
+            ) from None
+        os.ftruncate(self._lock_fd, 0)
+        os.pwrite(self._lock_fd, str(os.getpid()).encode(), 0)
+
+    def close(self) -> None:
+        """Gives up the lock; the archive can't be used afterwards."""
+        if hasattr(self, "_db"):
+            self._db.close()
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    def __enter__(self) -> Archive:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def get_meta(self, key: str) -> str | None:
+        """A text that belongs to the whole run, or None."""
+        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def set_meta(self, key: str, value: str) -> None:
+        """Writes a text that belongs to the whole run; durable on return."""
+        with self._writing():
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    def record(
+        self, recipe: Recipe, documents: str, parameters: int, outcome: Outcome
+    ) -> Evaluation:
+        """Writes an evaluation; it is durable when this returns.
+
+        Raises:
+            ResourceError: the disk is full; nothing was written.
+        """
+        finished_at = time.time()
+        with self._writing():
+            cursor = self._db.execute(
+                "INSERT INTO evaluations (recipe_hash, documents, recipe, status, reason, accuracy,"
+                " parameters, scores, cost, finished_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    recipe.hash,
+                    documents,
+                    recipe.to_yaml(),
+                    outcome.status,
+                    outcome.reason,
+                    outcome.accuracy,
+                    parameters,
+                    json.dumps([asdict(s) for s in outcome.scores]),
+                    json.dumps(asdict(outcome.cost)),
+                    finished_at,
+                ),
+            )
+        number = int(cursor.lastrowid or 0)
+        arms = self._arms().get(recipe.hash, ())
+        return Evaluation(number, recipe, documents, outcome, parameters, arms, finished_at)
+
+    def add_arm(self, arm: str, recipe: Recipe) -> None:
+        """Notes that a control arm led to this recipe; a second time is without effect."""
+        with self._writing():
+            self._db.execute("INSERT OR IGNORE INTO arms VALUES (?, ?)", (arm, recipe.hash))
+
+    def find(self, recipe: Recipe, documents: str) -> Evaluation | None:
+        """The evaluation of that recipe on those documents, or None."""
+        rows = self._select(
+            "WHERE recipe_hash = ? AND documents = ?", (recipe.hash, documents)
+        )
+        return next(rows, None)
+
+    def evaluations(self, documents: str | None = None) -> list[Evaluation]:
+        """All evaluations in the order in which they ended; of some documents only if named."""
+        if documents is None:
+            return list(self._select("", ()))
+        return list(self._select("WHERE documents = ?", (documents,)))
+
+    def _arms(self) -> Mapping[str, tuple[str, ...]]:
+        arms: dict[str, tuple[str, ...]] = {}
+        for arm, recipe_hash in self._db.execute("SELECT arm, recipe_hash FROM arms ORDER BY arm"):
+            arms[recipe_hash] = (*arms.get(recipe_hash, ()), arm)
+        return arms
+
+    def _select(self, where: str, values: tuple[Any, ...]) -> Iterator[Evaluation]:
+        arms = self._arms()
+        rows = self._db.execute(
+            "SELECT number, recipe, documents, status, reason, accuracy, scores, cost, parameters,"
+            f" recipe_hash, finished_at FROM evaluations {where} ORDER BY number",
+            values,
+        )
+        for row in rows.fetchall():
+            number, text, documents, status, reason, accuracy, scores, cost = row[:8]
+            outcome = Outcome(
+                status,
+                accuracy,
+                tuple(Score(**s) for s in json.loads(scores)),
+                reason,
+                Cost(**json.loads(cost)),
+            )
+            recipe = Recipe.from_yaml(text, f"{self.path}, evaluation {number}")
+            yield Evaluation(
+                number, recipe, documents, outcome, row[8], arms.get(row[9], ()), row[10]
+            )
+
+    def _writing(self) -> _Transaction:
+        return _Transaction(self._db, self.path)
+
+
+class _Transaction:
+    """One transaction; SQLite's errors become ours."""
+
+    def __init__(self, db: sqlite3.Connection, path: Path) -> None:
+        self._db = db
+        self._path = path
+
+    def __enter__(self) -> None:
+        self._db.__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self._db.__exit__(kind, value, trace)
+        except sqlite3.Error as error:
+            raise _explained(error, self._path) from error
+        if isinstance(value, sqlite3.Error):
+            raise _explained(value, self._path) from value
+
+
+def _explained(error: sqlite3.Error | OSError, path: Path) -> Exception:
+    text = str(error)
+    if isinstance(error, OSError):
+        text = error.strerror or text
+        full = error.errno in (28, 122)  # ENOSPC, EDQUOT
+    else:
+        full = "full" in text or "disk I/O" in text
+    if full:
+        return ResourceError(f"The archive {path} can't be written: {text}. Free space, then resume.")
+    return UsageError(f"The archive {path} can't be used: {text}.")
