@@ -1,0 +1,81 @@
+"""Questions about old measures: "How many feet are in three fathoms?" - eighteen.
+
+The table is real (British measures before the decimal system). Most of its units are rare in
+today's text, so that a small model has to be taught them.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+from question import Question, with_choices
+
+UNITS = [  # (one, several, how many of the smaller unit, the smaller unit)
+    ("hand", "hands", 4, "inches"),
+    ("span", "spans", 9, "inches"),
+    ("cubit", "cubits", 18, "inches"),
+    ("fathom", "fathoms", 6, "feet"),
+    ("yard", "yards", 3, "feet"),
+    ("chain", "chains", 4, "rods"),
+    ("furlong", "furlongs", 10, "chains"),
+    ("league", "leagues", 3, "miles"),
+    ("pint", "pints", 4, "gills"),
+    ("quart", "quarts", 2, "pints"),
+    ("gallon", "gallons", 8, "pints"),
+    ("peck", "pecks", 2, "gallons"),
+    ("bushel", "bushels", 4, "pecks"),
+    ("firkin", "firkins", 9, "gallons"),
+    ("barrel", "barrels", 4, "firkins"),
+    ("ounce", "ounces", 16, "drams"),
+    ("stone", "stone", 14, "pounds"),
+    ("ream", "reams", 20, "quires"),
+    ("score", "score", 20, "eggs"),
+    ("dozen", "dozen", 12, "eggs"),
+    ("florin", "florins", 2, "shillings"),
+    ("crown", "crowns", 5, "shillings"),
+    ("shilling", "shillings", 12, "pence"),
+    ("groat", "groats", 4, "pence"),
+    ("fortnight", "fortnights", 14, "days"),
+    ("week", "weeks", 7, "days"),
+    ("lustrum", "lustrums", 5, "years"),
+    ("decade", "decades", 10, "years"),
+]
+
+WORDS = dict(
+    enumerate(
+        "one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+        "fifteen sixteen seventeen eighteen nineteen twenty".split(),
+        start=1,
+    )
+) | dict(zip(range(30, 100, 10), "thirty forty fifty sixty seventy eighty ninety".split()))
+"""The numbers whose word is a single token."""
+
+MOST = 6
+"""The largest number of the greater unit that is asked for."""
+
+PEOPLE = (
+    "Ada Ben Clara David Edith Frank Grace Henry Iris Jack Kate Leo Mary Ned Olive Paul Rose Sam "
+    "Tess Victor Will Anna Carl Dora Emma George Helen Ivan Jane Karl Laura Martin"
+).split()
+
+FORMS = [
+    "{who} asks how many {small} are in {n} {big}. The answer is",
+    "{who} turns {n} {big} into {small} and writes",
+    "{who} counts {n} {big}. In {small} that makes",
+    "Said {who}: to get {n} {big}, take this many {small}:",
+]
+
+_RATIOS = sorted({ratio for _, _, ratio, _ in UNITS})
+_CELLS = [
+    (unit, n) for unit in UNITS for n in range(1, MOST + 1) if unit[2] * n in WORDS
+]
+
+
+def make(rng: Random) -> Question:
+    """Draw a question; the wrong numbers are what other units of the table would give."""
+    (one, several, ratio, small), n = rng.choice(_CELLS)
+    wrong = [WORDS[n * r] for r in _RATIOS if r != ratio and n * r in WORDS]
+    text = rng.choice(FORMS).format(
+        who=rng.choice(PEOPLE), n=WORDS[n], big=one if n == 1 else several, small=small
+    )
+    return with_choices(rng, text, WORDS[n * ratio], rng.sample(wrong, 3))
