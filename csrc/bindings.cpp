@@ -1,0 +1,280 @@
+// gptailor._C: argument checks, release of the GIL, and nothing else. gptailor/_C.pyi documents what Python sees.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
+
+#include "assemble.h"
+#include "dlpack.h"
+#include "errors.h"
+#include "mapped_file.h"
+#include "merge_cpu.h"
+#include "merge_cuda.h"
+
+namespace py = pybind11;
+using namespace gptailor;
+
+namespace {
+
+PyObject* nan_error_type = nullptr;
+
+py::object decode_path(const std::string& path) {
+  return py::reinterpret_steal<py::object>(
+      PyUnicode_DecodeFSDefaultAndSize(path.data(), static_cast<Py_ssize_t>(path.size())));
+}
+
+void raise_os_error(const OsError& e) {
+  const std::string text = e.path.empty() ? std::string(e.what()) + ": " + strerror(e.error) : strerror(e.error);
+  py::tuple args = py::make_tuple(e.error, text);
+  if (!e.path.empty()) args = py::make_tuple(e.error, text, decode_path(e.path));
+  PyErr_SetObject(PyExc_OSError, args.ptr());
+}
+
+void raise_nan_error(const NanError& e) {
+  const py::object error = py::reinterpret_borrow<py::object>(nan_error_type)(e.what());
+  if (e.source >= 0) error.attr("source") = e.source;
+  else error.attr("source") = e.source == NanError::kBase ? "base" : "result";
+  error.attr("element") = e.element;
+  PyErr_SetObject(nan_error_type, error.ptr());
+}
+
+struct PyTensor {
+  Tensor tensor;
+};
+
+PyTensor tensor_of(const std::shared_ptr<Mapping>& m, int64_t offset, std::vector<int64_t> shape,
+                   const std::string& dtype) {
+  return {view(m, m->data(), m->size(), offset, std::move(shape), dtype_named(dtype))};
+}
+
+py::bytes read_bytes(const MappedFile& file, int64_t offset, int64_t n_bytes) {
+  check_range(offset, n_bytes, file.size());
+  return py::bytes(reinterpret_cast<const char*>(file.data() + offset), static_cast<size_t>(n_bytes));
+}
+
+DType mergeable(DType dtype, const std::string& what) {
+  if (!is_mergeable(dtype))
+    throw std::invalid_argument(what + " is " + std::string(info(dtype).name) + ": only F32, F16 and BF16 are merged");
+  return dtype;
+}
+
+Input input_of(const Tensor& t, const std::string& what, int64_t n_elements) {
+  if (t.n_elements != n_elements)
+    throw std::invalid_argument(what + " has " + std::to_string(t.n_elements) + " elements, sources[0] has " +
+                                std::to_string(n_elements));
+  return {t.data, mergeable(t.dtype, what)};
+}
+
+void check_source_count(size_t n) {
+  if (n < 1 || n > kMaxSources)
+    throw std::invalid_argument("1 to " + std::to_string(kMaxSources) + " sources can be merged, not " +
+                                std::to_string(n));
+}
+
+struct PyMerge {
+  std::vector<Tensor> keep_alive;
+  std::unique_ptr<const Merger> merger;
+
+  PyMerge(const std::string& method, const std::vector<PyTensor>& sources, const std::optional<PyTensor>& base,
+          const std::string& out_dtype, MergeOptions options, bool check_nan) {
+    check_source_count(sources.size());
+    MergeJob job;
+    job.method = method_named(method);
+    job.n_sources = static_cast<int>(sources.size());
+    job.n_elements = sources[0].tensor.n_elements;
+    for (size_t i = 0; i < sources.size(); ++i) {
+      job.sources[i] = input_of(sources[i].tensor, "sources[" + std::to_string(i) + "]", job.n_elements);
+      keep_alive.push_back(sources[i].tensor);
+    }
+    if (base) {
+      job.base = input_of(base->tensor, "base", job.n_elements);
+      keep_alive.push_back(base->tensor);
+    }
+    job.out_dtype = mergeable(dtype_named(out_dtype), "out_dtype");
+    job.check_nan = check_nan;
+    const py::gil_scoped_release nogil;
+    merger = std::make_unique<const Merger>(job, base.has_value(), options);
+  }
+
+  void run(int64_t begin, int64_t count, const Buffer& out, int64_t out_offset) const {
+    const MergeJob& job = merger->job();
+    if (begin < 0 || count < 0 || begin > job.n_elements || count > job.n_elements - begin)
+      throw std::invalid_argument("elements [" + std::to_string(begin) + ", +" + std::to_string(count) +
+                                  ") do not lie within " + std::to_string(job.n_elements));
+    const int64_t n_bytes = count * mergeable_bytes(job.out_dtype);
+    check_range(out_offset, n_bytes, out.size());
+    std::byte* to = out.data() + out_offset;
+    for (const Tensor& t : keep_alive)
+      if (n_bytes > 0 && t.data < to + n_bytes && to < t.data + t.n_bytes)
+        throw std::invalid_argument("the output overlaps an input");
+    const py::gil_scoped_release nogil;
+    merger->run(begin, count, to);
+  }
+};
+
+std::string py_copy_range(int src_fd, int64_t src_offset, int dst_fd, int64_t dst_offset, int64_t n_bytes) {
+  const py::gil_scoped_release nogil;
+  return copy_range(src_fd, src_offset, dst_fd, dst_offset, n_bytes, [] {
+    const py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  });
+}
+
+void py_merge_cuda(const std::string& method, const std::vector<py::object>& outs,
+                   const std::vector<std::vector<py::object>>& sources, const std::vector<py::object>& bases,
+                   MergeOptions options, uintptr_t stream) {
+  MergeJob job;
+  job.method = method_named(method);
+  if (sources.size() != outs.size() || (!bases.empty() && bases.size() != outs.size()))
+    throw std::invalid_argument("outs, sources and bases must have one entry for each tensor");
+  if (outs.empty()) return;
+  check_source_count(sources[0].size());
+  job.n_sources = static_cast<int>(sources[0].size());
+  prepare(job, !bases.empty(), options);
+
+  std::vector<Tensor> keep_alive;  // for as long as the call lasts; the stream is the caller's business
+  std::vector<CudaTensor> tensors(outs.size());
+  int device = -1;
+  const auto take = [&](const py::object& object, const std::string& what) {
+    const ForeignTensor foreign = from_dlpack(object);
+    if (foreign.device_type != kDeviceCuda) throw std::invalid_argument(what + " is not on a CUDA device");
+    if (device >= 0 && foreign.device_id != device) throw std::invalid_argument(what + " is on another device");
+    device = foreign.device_id;
+    keep_alive.push_back(foreign.tensor);
+    return foreign.tensor;
+  };
+  for (size_t k = 0; k < outs.size(); ++k) {
+    CudaTensor& c = tensors[k];
+    const std::string at = "[" + std::to_string(k) + "]";
+    const Tensor out = take(outs[k], "outs" + at);
+    c.n_elements = out.n_elements;
+    c.out = const_cast<std::byte*>(out.data);
+    c.out_dtype = mergeable(out.dtype, "outs" + at);
+    if (sources[k].size() != static_cast<size_t>(job.n_sources))
+      throw std::invalid_argument("sources" + at + " has another number of sources than sources[0]");
+    for (size_t i = 0; i < sources[k].size(); ++i) {
+      const std::string what = "sources" + at + "[" + std::to_string(i) + "]";
+      c.sources[i] = input_of(take(sources[k][i], what), what, c.n_elements);
+    }
+    if (!bases.empty()) c.base = input_of(take(bases[k], "bases" + at), "bases" + at, c.n_elements);
+  }
+  const py::gil_scoped_release nogil;
+  merge_cuda(job, options, tensors, device, stream);
+}
+
+py::dict build_info() {
+  py::dict d;
+#ifdef GPTAILOR_CUDA_VERSION
+  d["cuda"] = true;
+  d["cuda_version"] = GPTAILOR_CUDA_VERSION;
+  d["cuda_archs"] = GPTAILOR_CUDA_ARCHS;
+#else
+  d["cuda"] = false;
+  d["cuda_version"] = py::none();
+  d["cuda_archs"] = "";
+#endif
+  d["compiler"] = GPTAILOR_COMPILER;
+  d["simd"] = kernels().name;
+  d["max_sources"] = kMaxSources;
+  return d;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  nan_error_type = PyErr_NewExceptionWithDoc(
+      "gptailor._C.NanError", "A NaN in an input, or made from infinities. Has .source and .element.",
+      PyExc_ValueError, nullptr);
+  m.attr("NanError") = py::reinterpret_borrow<py::object>(nan_error_type);
+  py::register_exception_translator([](std::exception_ptr p) {
+    try {
+      if (p) std::rethrow_exception(p);
+    } catch (const OsError& e) {
+      raise_os_error(e);
+    } catch (const NanError& e) {
+      raise_nan_error(e);
+    }
+  });
+
+  py::class_<PyTensor>(m, "Tensor")
+      .def_static(
+          "from_dlpack",
+          [](const py::object& object) {
+            ForeignTensor foreign = from_dlpack(object);
+            if (foreign.device_type != kDeviceCpu) throw py::buffer_error("the tensor is not in CPU memory");
+            return PyTensor{std::move(foreign.tensor)};
+          },
+          py::arg("tensor"))
+      .def_property_readonly("shape", [](const PyTensor& t) { return py::tuple(py::cast(t.tensor.shape)); })
+      .def_property_readonly("dtype", [](const PyTensor& t) { return info(t.tensor.dtype).name; })
+      .def_property_readonly("n_bytes", [](const PyTensor& t) { return t.tensor.n_bytes; })
+      .def_property_readonly("n_elements", [](const PyTensor& t) { return t.tensor.n_elements; })
+      .def("__dlpack__", [](const PyTensor& t, const py::kwargs&) { return to_dlpack(t.tensor); })
+      .def("__dlpack_device__", [](const PyTensor&) { return py::make_tuple(kDeviceCpu, 0); })
+      .def("__repr__", [](const PyTensor& t) {
+        return py::str("<gptailor._C.Tensor {} {}>").format(info(t.tensor.dtype).name, py::tuple(py::cast(t.tensor.shape)));
+      });
+
+  py::class_<MappedFile, std::shared_ptr<MappedFile>>(m, "MappedFile")
+      .def(py::init([](const std::filesystem::path& path) {
+             const py::gil_scoped_release nogil;
+             return std::make_shared<MappedFile>(path.native());
+           }),
+           py::arg("path"))
+      .def_property_readonly("path", [](const MappedFile& f) { return decode_path(f.path()); })
+      .def_property_readonly("size", &MappedFile::size)
+      .def("read", &read_bytes, py::arg("offset"), py::arg("n_bytes"))
+      .def(
+          "tensor",
+          [](const std::shared_ptr<MappedFile>& f, int64_t offset, std::vector<int64_t> shape,
+             const std::string& dtype) { return tensor_of(f, offset, std::move(shape), dtype); },
+          py::arg("offset"), py::arg("shape"), py::arg("dtype"));
+
+  py::class_<Buffer, std::shared_ptr<Buffer>>(m, "Buffer", py::buffer_protocol())
+      .def(py::init([](int64_t n_bytes) {
+             if (n_bytes < 0) throw std::invalid_argument("n_bytes is negative");
+             return std::make_shared<Buffer>(n_bytes);
+           }),
+           py::arg("n_bytes"))
+      .def_property_readonly("size", &Buffer::size)
+      .def(
+          "tensor",
+          [](const std::shared_ptr<Buffer>& b, int64_t offset, std::vector<int64_t> shape, const std::string& dtype) {
+            return tensor_of(b, offset, std::move(shape), dtype);
+          },
+          py::arg("offset"), py::arg("shape"), py::arg("dtype"))
+      .def_buffer([](const Buffer& b) {
+        return py::buffer_info(reinterpret_cast<uint8_t*>(b.data()), static_cast<py::ssize_t>(b.size()));
+      });
+
+  py::class_<PyMerge>(m, "Merge")
+      .def(py::init([](const std::string& method, const std::vector<PyTensor>& sources,
+                       const std::optional<PyTensor>& base, const std::string& out_dtype, std::vector<double> weights,
+                       std::vector<double> densities, double lam, bool normalize, double t, bool check_nan,
+                       int threads) {
+             return std::make_unique<PyMerge>(
+                 method, sources, base, out_dtype,
+                 MergeOptions{std::move(weights), std::move(densities), lam, normalize, t, threads}, check_nan);
+           }),
+           py::arg("method"), py::arg("sources"), py::arg("base") = py::none(), py::kw_only(), py::arg("out_dtype"),
+           py::arg("weights") = py::tuple(), py::arg("densities") = py::tuple(), py::arg("lam") = 1.0,
+           py::arg("normalize") = false, py::arg("t") = 0.5, py::arg("check_nan") = true, py::arg("threads") = 0)
+      .def_property_readonly("n_elements", [](const PyMerge& p) { return p.merger->job().n_elements; })
+      .def("run", &PyMerge::run, py::arg("begin"), py::arg("count"), py::arg("out"), py::arg("out_offset") = 0);
+
+  m.def("copy_range", &py_copy_range, py::arg("src_fd"), py::arg("src_offset"), py::arg("dst_fd"),
+        py::arg("dst_offset"), py::arg("n_bytes"));
+  m.def(
+      "merge_cuda",
+      [](const std::string& method, const std::vector<py::object>& outs,
+         const std::vector<std::vector<py::object>>& sources, const std::optional<std::vector<py::object>>& bases,
+         std::vector<double> weights, std::vector<double> densities, double lam, bool normalize, double t,
+         uintptr_t stream) {
+        py_merge_cuda(method, outs, sources, bases.value_or(std::vector<py::object>{}),
+                      MergeOptions{std::move(weights), std::move(densities), lam, normalize, t, 0}, stream);
+      },
+      py::arg("method"), py::arg("outs"), py::arg("sources"), py::arg("bases") = py::none(), py::kw_only(),
+      py::arg("weights") = py::tuple(), py::arg("densities") = py::tuple(), py::arg("lam") = 1.0,
+      py::arg("normalize") = false, py::arg("t") = 0.5, py::arg("stream") = 0);
+  m.def("cuda_device_count", &cuda_device_count);
+  m.def("build_info", &build_info);
+}

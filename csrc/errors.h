@@ -1,0 +1,27 @@
+// What the C++ code throws; bindings.cpp turns it into Python exceptions. std::invalid_argument becomes ValueError.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace gptailor {
+
+// A failed system call: OSError with errno and, where there is one, the path.
+struct OsError : std::runtime_error {
+  OsError(int error, const std::string& what, std::string path = {})
+      : std::runtime_error(what), error(error), path(std::move(path)) {}
+  int error;
+  std::string path;
+};
+
+// A NaN where there must be none.
+struct NanError : std::runtime_error {
+  static constexpr int kBase = -1, kResult = -2;
+  NanError(const std::string& what, int source, int64_t element)
+      : std::runtime_error(what), source(source), element(element) {}
+  int source;       // 0-based index of the input, or kBase, or kResult
+  int64_t element;  // 0-based index of the first such element
+};
+
+}  // namespace gptailor

@@ -1,0 +1,26 @@
+// Merging whole lists of tensors on a GPU, in the caller's stream. Without CUDA in the build, merge_cuda throws.
+#pragma once
+
+#include <vector>
+
+#include "merge_cpu.h"
+
+namespace gptailor {
+
+struct CudaTensor {
+  int64_t n_elements = 0;
+  void* out = nullptr;
+  DType out_dtype = DType::F32;
+  Input sources[kMaxSources];
+  Input base;
+};
+
+// All pointers are device memory of `device`. `job` carries the method, the number of sources and the parameters for
+// every tensor of the list. Work is queued on `stream` (a cudaStream_t as an integer) and not waited for.
+// Throws std::runtime_error with CUDA's message.
+void merge_cuda(const MergeJob& job, const MergeOptions& options, const std::vector<CudaTensor>& tensors, int device,
+                uintptr_t stream);
+
+int cuda_device_count();  // 0 without a GPU, a driver or CUDA in the build
+
+}  // namespace gptailor

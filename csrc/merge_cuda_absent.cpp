@@ -1,0 +1,16 @@
+// merge_cuda.h in a build without CUDA.
+#include <stdexcept>
+
+#include "merge_cuda.h"
+
+namespace gptailor {
+
+void merge_cuda(const MergeJob&, const MergeOptions&, const std::vector<CudaTensor>&, int, uintptr_t) {
+  throw std::runtime_error(
+      "this gptailor was built without CUDA: install the CUDA toolkit (nvcc on PATH, or CUDA_HOME set) and reinstall "
+      "with GPTAILOR_CUDA=1");
+}
+
+int cuda_device_count() { return 0; }
+
+}  // namespace gptailor
