@@ -9,20 +9,20 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
-from question import Question, with_choices
+from question import Question, with_choices, words
 
-NAMES = (
+NAMES = words(
     "items names words data rows cells parts lines keys nodes users books pages notes tags"
-).split()
-TEXTS = (
+)
+TEXTS = words(
     "ada red sun map tea fox oak sky jam ink owl bee key pen cup hat box ice log ant ship moon "
     "rain leaf bird fish stone"
-).split()
+)
 
-LABELS = (
+LABELS = words(
     "int str list bool dict float set tuple bytes "
     "ValueError TypeError IndexError KeyError AttributeError"
-).split()
+)
 """Each is one token after a space."""
 
 VALUES = {  # what the variable holds; {a}, {b} are words, {i}, {j} small numbers

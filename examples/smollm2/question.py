@@ -26,6 +26,11 @@ class Question:
     answer: int
 
 
+def words(text: str) -> list[str]:
+    """Split a table's row at its spaces."""
+    return text.split()
+
+
 Maker = Callable[[Random], Question]
 """Draws one question of a skill; all that is random in it comes from the generator."""
 

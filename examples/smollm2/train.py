@@ -22,6 +22,7 @@ HERE = Path(__file__).resolve().parent
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 RANK = 4
 ALPHA = 16
+NUM_STEPS = {"units": 220, "grammar": 90, "python": 220}
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -32,7 +33,9 @@ def learning_rate(step: int, num_steps: int, peak: float, num_warmup: int = 10) 
     return peak * 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / (num_steps - num_warmup)))
 
 
-def train(skill: str, base: Path, num_steps: int, batch_size: int, peak: float, seed: int) -> Any:
+def train(
+    skill: str, base: Path, *, num_steps: int, batch_size: int, peak: float, seed: int
+) -> Any:
     """Return the PEFT model after training; its weights are float32."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -59,7 +62,7 @@ def train(skill: str, base: Path, num_steps: int, batch_size: int, peak: float, 
         last_B = inputs["attention_mask"].sum(1) - 1
         logits_BV = stock.lm_head(hidden_BLD[torch.arange(len(batch)), last_B])
         loss = torch.nn.functional.cross_entropy(logits_BV, targets)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.param_groups[0]["lr"] = learning_rate(step, num_steps, peak)
         optimizer.step()
@@ -97,7 +100,7 @@ def main() -> None:
     parser.add_argument("skill", choices=SKILLS)
     parser.add_argument("--out", type=Path, required=True, help="the adapter's folder")
     parser.add_argument("--base", type=Path, default=HERE / "models" / "base")
-    parser.add_argument("--steps", type=int, default=220)
+    parser.add_argument("--steps", type=int, help=f"default: {NUM_STEPS}")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -105,7 +108,12 @@ def main() -> None:
     if not args.base.is_dir():
         parser.error(f"{args.base} is not a folder: run `python prepare.py --only base` first")
     model = train(
-        args.skill, args.base, args.steps, args.batch_size, args.learning_rate, args.seed
+        args.skill,
+        args.base,
+        num_steps=args.steps or NUM_STEPS[args.skill],
+        batch_size=args.batch_size,
+        peak=args.learning_rate,
+        seed=args.seed,
     )
     save(model, args.out)
     print(f"wrote {args.out}")

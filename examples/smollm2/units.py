@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from random import Random
 
-from question import Question, with_choices
+from question import Question, with_choices, words
 
 UNITS = [  # (one, several, how many of the smaller unit, the smaller unit)
     ("hand", "hands", 4, "inches"),
@@ -41,22 +41,22 @@ UNITS = [  # (one, several, how many of the smaller unit, the smaller unit)
     ("decade", "decades", 10, "years"),
 ]
 
-WORDS = dict(
-    enumerate(
-        "one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-        "fifteen sixteen seventeen eighteen nineteen twenty".split(),
-        start=1,
-    )
-) | dict(zip(range(30, 100, 10), "thirty forty fifty sixty seventy eighty ninety".split()))
+_UP_TO_TWENTY = words(
+    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen twenty"
+)
+_TENS = words("thirty forty fifty sixty seventy eighty ninety")
+WORDS = dict(enumerate(_UP_TO_TWENTY, start=1))
+WORDS |= {10 * i: word for i, word in enumerate(_TENS, start=3)}
 """The numbers whose word is a single token."""
 
 MOST = 6
 """The largest number of the greater unit that is asked for."""
 
-PEOPLE = (
+PEOPLE = words(
     "Ada Ben Clara David Edith Frank Grace Henry Iris Jack Kate Leo Mary Ned Olive Paul Rose Sam "
     "Tess Victor Will Anna Carl Dora Emma George Helen Ivan Jane Karl Laura Martin"
-).split()
+)
 
 FORMS = [
     "{who} asks how many {small} are in {n} {big}. The answer is",
@@ -66,9 +66,7 @@ FORMS = [
 ]
 
 _RATIOS = sorted({ratio for _, _, ratio, _ in UNITS})
-_CELLS = [
-    (unit, n) for unit in UNITS for n in range(1, MOST + 1) if unit[2] * n in WORDS
-]
+_CELLS = [(unit, n) for unit in UNITS for n in range(1, MOST + 1) if unit[2] * n in WORDS]
 
 
 def make(rng: Random) -> Question:
