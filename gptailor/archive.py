@@ -77,7 +77,7 @@ class Cost:
         assemble_s: from recipe to a model that is ready.
         forward_s: inside the model's forward pass.
         num_documents: documents that were answered.
-        num_tokens: tokens that went through the model, padding not counted.
+        num_tokens: tokens that went through the model, padding included.
     """
 
     seconds: float = 0.0

@@ -1,0 +1,290 @@
+"""The search configuration: `search.yaml`, every key checked before anything heavy is imported.
+
+Paths are seen from the file's folder, the output from the working directory. `key.path=value`
+arguments of the command line override the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from gptailor.errors import UsageError, unknown
+from gptailor.merging.registry import METHODS, get_method
+from gptailor.recipe import DTYPES, absolute_ref, load_yaml
+
+SEEDS = ("dense", "block_influence", "angular", "uniform", "random")
+"""The control arms that a search can start from, each evaluated and kept as such."""
+
+ALL_METHODS = tuple(METHODS)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LayerSpace(_Strict):
+    """How many layers a recipe keeps (`max: null` = all), and which are never dropped."""
+
+    min: Annotated[int, Field(ge=1)] = 1
+    max: Annotated[int, Field(ge=1)] | None = None
+    protect: tuple[Annotated[int, Field(ge=0)], ...] = ()
+
+
+class MergeSpace(_Strict):
+    """Which merge methods the search may use (none: selection only) and which weights it tries."""
+
+    methods: tuple[str, ...] = ("task_arithmetic",)
+    lambdas: tuple[Annotated[float, Field(gt=0, le=2)], ...] = (0.3, 0.5, 0.7, 1.0)
+
+    @field_validator("methods")
+    @classmethod
+    def _known(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
+        for name in methods:
+            get_method(name, "space.merge.methods")
+        return methods
+
+    @field_validator("lambdas")
+    @classmethod
+    def _sorted(cls, lambdas: tuple[float, ...]) -> tuple[float, ...]:
+        if not lambdas:
+            raise ValueError("must name at least one weight")
+        return tuple(sorted(set(lambdas)))
+
+
+class Space(_Strict):
+    """What a recipe of the search may look like."""
+
+    layers: LayerSpace = LayerSpace()
+    merge: MergeSpace = MergeSpace()
+    scale: Literal[False] = False
+    dtype: str = "bfloat16"
+
+    @field_validator("dtype")
+    @classmethod
+    def _known(cls, dtype: str) -> str:
+        if dtype not in DTYPES:
+            raise unknown("dtype", dtype, DTYPES, "space.dtype")
+        return dtype
+
+
+class TaskSpec(_Strict):
+    """One task or group of lm-eval.
+
+    Attributes:
+        task: lm-eval's name of a task, group or tag.
+        num_fewshot: examples in the context; None for the task's own number.
+        metric: "acc", or with its filter "exact_match,strict-match"; None for the first one.
+        weight: in the accuracy objective.
+    """
+
+    task: str
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    metric: str | None = None
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+
+class _Tasks(_Strict):
+    tasks: Annotated[tuple[TaskSpec, ...], Field(min_length=1)]
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _names(cls, tasks: object) -> object:
+        if not isinstance(tasks, list | tuple):
+            return tasks
+        return [{"task": task} if isinstance(task, str) else task for task in tasks]
+
+
+class Holdout(_Tasks):
+    """Tasks that the search never sees; they are scored on the front at its end."""
+
+
+class EvaluationConfig(_Tasks):
+    """How a recipe is scored.
+
+    Attributes:
+        include_path: a folder with own tasks in lm-eval's YAML.
+        holdout: tasks for the front only.
+        rungs: documents in all, taken from every task alike; empty for all documents.
+        dtype: of the model while it is scored, "auto" for that of the recipe.
+        device: "auto", "cpu", "cuda", "cuda:1".
+        batch_size: sequences in one forward pass.
+        apply_chat_template, fewshot_as_multiturn, system_instruction: as in lm-eval.
+    """
+
+    include_path: str | None = None
+    holdout: Holdout | None = None
+    rungs: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    dtype: str = "auto"
+    device: str = "auto"
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool = False
+    system_instruction: str | None = None
+
+    @field_validator("dtype")
+    @classmethod
+    def _known(cls, dtype: str) -> str:
+        if dtype not in ("auto", *DTYPES):
+            raise unknown("dtype", dtype, ("auto", *DTYPES), "evaluation.dtype")
+        return dtype
+
+    @field_validator("rungs")
+    @classmethod
+    def _one(cls, rungs: tuple[int, ...]) -> tuple[int, ...]:
+        if len(rungs) > 1:
+            raise ValueError("more than one rung is not supported yet: name the last one only")
+        return rungs
+
+
+class SearchConfig(_Strict):
+    """How the space is searched.
+
+    Attributes:
+        population: recipes in a generation of NSGA-II.
+        evaluations: recipes that are evaluated in all, control arms included.
+        seed: of every random choice.
+        seeds: control arms that are evaluated first and start the population.
+    """
+
+    algorithm: Literal["nsga2"] = "nsga2"
+    population: Annotated[int, Field(ge=4)] = 48
+    evaluations: Annotated[int, Field(ge=1)] = 500
+    seed: Annotated[int, Field(ge=0)] = 0
+    seeds: tuple[str, ...] = SEEDS
+
+    @field_validator("seeds")
+    @classmethod
+    def _known(cls, seeds: tuple[str, ...]) -> tuple[str, ...]:
+        for name in seeds:
+            if name not in SEEDS:
+                raise unknown("control arm", name, SEEDS, "search.seeds")
+        return seeds
+
+
+class Config(_Strict):
+    """A whole `search.yaml`."""
+
+    models: Annotated[dict[str, str], Field(min_length=1)]
+    base: str
+    space: Space = Space()
+    objectives: Annotated[tuple[str, ...], Field(min_length=1)] = ("accuracy", "parameters")
+    evaluation: EvaluationConfig
+    search: SearchConfig = SearchConfig()
+    output: str = "runs/search"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.base not in self.models:
+            raise unknown("model", self.base, self.models, "base")
+        names = [spec.task for spec in self.evaluation.tasks]
+        known = ["accuracy", "parameters", *names]
+        for objective in self.objectives:
+            if objective not in known:
+                raise unknown("objective", objective, known, "objectives")
+        return self
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads and checks a configuration.
+
+    Args:
+        path: a `search.yaml`.
+        overrides: `key.path=value`, the value in YAML.
+
+    Raises:
+        UsageError: the file is missing, is not YAML, or has a wrong key or value.
+    """
+    path = Path(path)
+    try:
+        data = load_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise UsageError(f"The configuration {path} can't be read: {reason}.") from error
+    if not isinstance(data, dict):
+        raise UsageError(f"{path} must be a mapping of keys to values.")
+    for override in overrides:
+        _override(data, override)
+    config = parse_config(data, str(path))
+    return with_absolute_paths(config, path.parent)
+
+
+def parse_config(data: object, source: str) -> Config:
+    """Checks a configuration that was read already; raises like `read_config`."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise _explained(error, source) from error
+
+
+def with_absolute_paths(config: Config, folder: Path) -> Config:
+    """The configuration with model folders and `include_path` seen from `folder`."""
+    data = config.model_dump()
+    data["models"] = {name: absolute_ref(ref, folder) for name, ref in config.models.items()}
+    include_path = config.evaluation.include_path
+    if include_path is not None:
+        place = (folder / Path(include_path).expanduser()).resolve()
+        if not place.is_dir():
+            raise UsageError(f"evaluation.include_path: the folder {place} does not exist.")
+        data["evaluation"]["include_path"] = str(place)
+    return Config.model_validate(data)
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key_path, equals, text = override.partition("=")
+    if not equals or not key_path:
+        raise UsageError(f"{override!r} is not of the form key.path=value.")
+    *parents, last = key_path.split(".")
+    place = data
+    for key in parents:
+        place = place.setdefault(key, {})
+        if not isinstance(place, dict):
+            raise UsageError(f"{override!r}: {key} is not a mapping.")
+    place[last] = load_yaml(text, override)
+
+
+def _explained(error: ValidationError, source: str) -> UsageError:
+    """One sentence for pydantic's first complaint, with the nearest right key."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        *parents, key = first["loc"]
+        return unknown("key", key, _keys(parents), f"{source}: {'.'.join(map(str, parents))}")
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, UsageError):
+        return UsageError(f"{source}: {cause}")
+    if first["type"] == "missing":
+        return UsageError(f"{source}: the key {where!r} is missing.")
+    message = str(cause) if cause else str(first["msg"])
+    got = first["input"]
+    shown = f" (it is {got!r})" if isinstance(got, str | int | float | bool) else ""
+    return UsageError(f"{source}: {where}: {message[:1].lower()}{message[1:]}{shown}.")
+
+
+def _keys(parents: Sequence[str | int]) -> list[str]:
+    """The known keys at a place in the configuration."""
+    model: Any = Config
+    for part in parents:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        found = _models_in(annotation)
+        if not found:
+            return []
+        model = found[0]
+    return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> list[Any]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for a in getattr(annotation, "__args__", ()) for m in _models_in(a)]
+
+
+def config_yaml(config: Config) -> str:
+    """The resolved configuration as a YAML text that `read_config` reads again."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

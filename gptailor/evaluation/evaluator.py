@@ -1,0 +1,104 @@
+"""The evaluator: recipe in, outcome out. One for each worker; it lives as long as the worker."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from typing import Literal
+
+from gptailor.archive import Cost, Outcome, Score
+from gptailor.config import EvaluationConfig
+from gptailor.errors import GptailorError, ModelError, ResourceError
+from gptailor.evaluation.judge import ResidentLM
+from gptailor.evaluation.resident import ResidentModel
+from gptailor.evaluation.workload import Workload
+from gptailor.models.family import Family
+from gptailor.recipe import Recipe
+
+Documents = Literal["search", "holdout"]
+
+
+class Evaluator:
+    """Scores recipes of one family on the tasks of one configuration.
+
+    Args:
+        family: the candidates.
+        config: tasks, dtype, device.
+        seed: of the choice of documents.
+        comparable: refuse metrics that can't be part of an accuracy.
+
+    Raises:
+        UsageError, ModelError, ResourceError: the family or the tasks can't be used.
+    """
+
+    def __init__(
+        self, family: Family, config: EvaluationConfig, *, seed: int = 0, comparable: bool = True
+    ) -> None:
+        from transformers import AutoTokenizer
+
+        self.family = family
+        self.resident = ResidentModel(family, dtype=config.dtype, device=config.device)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(family.base.folder)
+        except (ValueError, OSError, KeyError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ModelError(
+                f"The tokenizer of {family.base.folder} can't be loaded: {reason}"
+            ) from error
+        self.lm = ResidentLM(self.resident.model, tokenizer, config.batch_size)
+        rung = config.rungs[-1] if config.rungs else None
+        self.workloads: dict[str, Workload] = {
+            "search": Workload(
+                config.tasks,
+                config,
+                self.lm,
+                num_documents=rung,
+                seed=seed,
+                comparable=comparable,
+            )
+        }
+        if config.holdout is not None:
+            self.workloads["holdout"] = Workload(
+                config.holdout.tasks, config, self.lm, comparable=comparable
+            )
+
+    def evaluate(self, recipe: Recipe, documents: Documents = "search") -> Outcome:
+        """Assembles and scores one recipe; never raises for what the recipe itself causes.
+
+        Returns:
+            `ok`, `infeasible` with the reason (it can't be built, or gives no numbers), or
+            `failed` with the traceback.
+
+        Raises:
+            ResourceError: memory or disk is exhausted, which is not the recipe's fault.
+        """
+        began, forward_s, num_tokens = time.perf_counter(), self.lm.forward_s, self.lm.num_tokens
+        workload = self.workloads[documents]
+        assembled = began
+        scores: tuple[Score, ...] = ()
+        status: Literal["ok", "infeasible", "failed"] = "ok"
+        reason = ""
+        try:
+            self.resident.assemble(recipe)
+            assembled = time.perf_counter()
+            scores = workload.scores(workload.run(self.lm))
+        except ResourceError:
+            raise
+        except (GptailorError, FloatingPointError) as error:
+            status, reason = "infeasible", str(error)
+        except Exception:
+            status, reason = "failed", traceback.format_exc()
+        cost = Cost(
+            seconds=time.perf_counter() - began,
+            assemble_s=assembled - began,
+            forward_s=self.lm.forward_s - forward_s,
+            num_documents=workload.num_documents if status == "ok" else 0,
+            num_tokens=self.lm.num_tokens - num_tokens,
+        )
+        accuracy = weighted_mean(scores) if status == "ok" else None
+        return Outcome(status, accuracy, scores, reason, cost)
+
+
+def weighted_mean(scores: tuple[Score, ...]) -> float:
+    """The accuracy objective: the mean of the tasks' scores, each with its weight."""
+    return sum(s.value * s.weight for s in scores) / sum(s.weight for s in scores)

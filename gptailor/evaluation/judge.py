@@ -1,0 +1,218 @@
+"""The judge: lm-eval's own Hugging Face model, with the work that evaluations share done once.
+
+`ResidentLM` is `lm_eval`'s HFLM, so tokenization, windows of rolling perplexity, generation and
+stop sequences are lm-eval's. What it changes is how log-likelihood requests reach the model:
+requests are encoded once for all recipes, equal inputs are run once, batches are composed the same
+way for every recipe, and the output head is only computed where a continuation needs it.
+
+Shapes: B sequences, T tokens of the longest one, P positions that any sequence of the batch needs,
+V vocabulary, R requests of the batch, C tokens of their longest continuation.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from lm_eval.models.huggingface import HFLM
+from torch import nn
+
+Request = tuple[Any, list[int], list[int]]
+"""lm-eval's form: (cache key, tokens of the context, tokens of the continuation)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass and what is read from it.
+
+    Attributes:
+        input_BT: token ids, padded on the right.
+        positions_P: the positions of which logits are needed, ascending.
+        rows_RC, columns_RC, tokens_RC: for each token of a continuation, its sequence, its index
+            in `positions_P`, and the token itself.
+        mask_RC: False where a continuation is shorter than the longest one.
+        requests: the requests that the rows belong to, by index.
+    """
+
+    input_BT: torch.Tensor
+    positions_P: torch.Tensor
+    rows_RC: torch.Tensor
+    columns_RC: torch.Tensor
+    tokens_RC: torch.Tensor
+    mask_RC: torch.Tensor
+    requests: tuple[int, ...]
+
+
+class ResidentLM(HFLM):  # type: ignore[misc]
+    """lm-eval's view of a model whose layers change between evaluations.
+
+    Args:
+        model: a transformers causal language model, on its device.
+        tokenizer: its tokenizer.
+        batch_size: sequences in one forward pass.
+
+    Attributes:
+        forward_s: seconds spent inside the model's forward pass so far.
+        num_tokens: tokens that went through it so far, padding included.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int) -> None:
+        logger = logging.getLogger("lm_eval")
+        level = logger.level
+        logger.setLevel(logging.ERROR)  # it warns that some arguments are ignored: they are not used
+        try:
+            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        finally:
+            logger.setLevel(level)
+        self.forward_s = 0.0
+        self.num_tokens = 0
+        self._began = 0.0
+        self._encoded: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
+        self._plans: dict[tuple[tuple[tuple[int, ...], int], ...], list[Batch]] = {}
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        model.register_forward_hook(self._after_forward)
+
+    def loglikelihood(
+        self, requests: Sequence[Any], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihood and greediness of each request, as HFLM's, but encoded only once."""
+        missing = [r for r in requests if tuple(r.args) not in self._encoded]
+        if missing:
+            captured: list[Request] = []
+
+            def capture(encoded: list[Request], **_: object) -> list[tuple[float, bool]]:
+                captured.extend(encoded)
+                return [(0.0, False)] * len(encoded)
+
+            real = self._loglikelihood_tokens
+            self._loglikelihood_tokens = capture
+            try:
+                super().loglikelihood(missing, disable_tqdm=True)
+            finally:
+                self._loglikelihood_tokens = real
+            for request, (_, context, continuation) in zip(missing, captured, strict=True):
+                self._encoded[tuple(request.args)] = (context, continuation)
+        encoded = [(None, *self._encoded[tuple(r.args)]) for r in requests]
+        return self._loglikelihood_tokens(encoded)
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = True
+    ) -> list[float]:
+        """As HFLM's, without a progress bar."""
+        result: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
+        return result
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
+        """As HFLM's, without a progress bar."""
+        result: list[str] = super().generate_until(requests, disable_tqdm=True)
+        return result
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = True, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        del disable_tqdm, override_bs
+        inputs = tuple(
+            (tuple((context + continuation)[-(self.max_length + 1) :]), len(continuation))
+            for _, context, continuation in requests
+        )
+        if inputs not in self._plans:
+            if len(self._plans) >= 16:
+                self._plans.clear()
+            self._plans[inputs] = plan_batches(inputs, int(self.batch_size), self.device)
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for batch in self._plans[inputs]:
+            for request, answer in zip(batch.requests, self._answers(batch), strict=True):
+                answers[request] = answer
+        return answers
+
+    @torch.inference_mode()
+    def _answers(self, batch: Batch) -> list[tuple[float, bool]]:
+        kwargs = {"logits_to_keep": batch.positions_P} if self._keeps_logits else {}
+        logits_BPV = self.model(input_ids=batch.input_BT, use_cache=False, **kwargs).logits
+        if not self._keeps_logits:
+            logits_BPV = logits_BPV[:, batch.positions_P]
+        logprobs_BPV = F.log_softmax(logits_BPV, dim=-1, dtype=self.softmax_dtype)
+        logprobs_RC = logprobs_BPV[batch.rows_RC, batch.columns_RC, batch.tokens_RC]
+        sums_R = torch.where(batch.mask_RC, logprobs_RC, 0).sum(-1)
+        greedy_BP = logprobs_BPV.argmax(-1)
+        hits_RC = greedy_BP[batch.rows_RC, batch.columns_RC] == batch.tokens_RC
+        greedy_R = (hits_RC | ~batch.mask_RC).all(-1)
+        sums = sums_R.float().tolist()
+        if any(value != value for value in sums):
+            raise FloatingPointError("the model's log-likelihoods are not numbers")
+        return list(zip(sums, greedy_R.tolist(), strict=True))
+
+    def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        del module
+        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        if input_ids is not None:
+            self.num_tokens += input_ids.numel()
+        self._began = time.perf_counter()
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        del module, args, output
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.forward_s += time.perf_counter() - self._began
+
+
+def plan_batches(
+    inputs: Sequence[tuple[tuple[int, ...], int]], batch_size: int, device: torch.device
+) -> list[Batch]:
+    """Composes batches out of requests, in a way that depends on the requests alone.
+
+    Args:
+        inputs: for each request, the tokens of context and continuation, and how many of them are
+            the continuation.
+        batch_size: sequences in a batch.
+        device: of the tensors.
+
+    Returns:
+        Batches, longest sequences first; requests with the same input share a sequence.
+    """
+    by_sequence: dict[tuple[int, ...], list[int]] = {}
+    for request, (tokens, _) in enumerate(inputs):
+        by_sequence.setdefault(tokens[:-1], []).append(request)
+    sequences = sorted(by_sequence, key=lambda s: (-len(s), s))
+    return [
+        _batch(sequences[i : i + batch_size], by_sequence, inputs, device)
+        for i in range(0, len(sequences), batch_size)
+    ]
+
+
+def _batch(
+    sequences: Sequence[tuple[int, ...]],
+    by_sequence: dict[tuple[int, ...], list[int]],
+    inputs: Sequence[tuple[tuple[int, ...], int]],
+    device: torch.device,
+) -> Batch:
+    length = len(sequences[0])
+    needed: list[tuple[int, int, list[int], tuple[int, ...]]] = []
+    for row, sequence in enumerate(sequences):
+        for request in by_sequence[sequence]:
+            tokens, num_continuation = inputs[request]
+            last = len(sequence)
+            positions = list(range(last - num_continuation, last))
+            needed.append((request, row, positions, tokens[-num_continuation:]))
+    used = sorted({p for _, _, positions, _ in needed for p in positions})
+    column_of = {position: column for column, position in enumerate(used)}
+    width = max(len(positions) for _, _, positions, _ in needed)
+    shape = (len(needed), width)
+    rows, columns, tokens_RC = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for i, (_, row, positions, continuation) in enumerate(needed):
+        n = len(positions)
+        rows[i] = row
+        columns[i, :n] = torch.tensor([column_of[p] for p in positions])
+        tokens_RC[i, :n] = torch.tensor(continuation)
+        mask[i, :n] = True
+    padded = [[*sequence, *([0] * (length - len(sequence)))] for sequence in sequences]
+    tensors = torch.tensor(padded), torch.tensor(used), rows, columns, tokens_RC, mask
+    return Batch(*(t.to(device) for t in tensors), tuple(request for request, *_ in needed))

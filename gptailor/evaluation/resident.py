@@ -1,0 +1,247 @@
+"""The resident model: all candidates opened once, a recipe assembled by pointing at layers.
+
+The skeleton is a stock transformers model. A recipe's layers are modules of that skeleton whose
+parameters point into the candidates' mapped files; dropping a layer moves no byte, and only merged
+layers are computed (and kept for the next recipe that has them).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from gptailor import _C
+from gptailor.errors import ModelError, ResourceError, UsageError
+from gptailor.models.architecture import cut_config, text_config
+from gptailor.models.family import Family, has_tokenizer
+from gptailor.recipe import DTYPES, Layer, Recipe, Take
+from gptailor.stitching.compute import ComputedTensor
+from gptailor.stitching.plan import OutTensor, make_plan, plan_layer, scale_factors
+
+Parameters = dict[str, nn.Parameter]
+"""Suffix ("self_attn.q_proj.weight") → parameter."""
+
+
+class ResidentModel:
+    """A transformers model that becomes the stitched model of one recipe after another.
+
+    Args:
+        family: the candidates.
+        dtype: of the forward pass: a key of `DTYPES`, or "auto" for that of the recipe.
+        device: "auto", "cpu", "cuda", "cuda:1".
+        cache_bytes: how much memory merged layers may keep; default: twice the base.
+
+    Raises:
+        ModelError: transformers can't load the base, or stores its layers in another way.
+        UsageError: the device does not exist.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        cache_bytes: int | None = None,
+    ) -> None:
+        self.family = family
+        self.device = pick_device(device)
+        self._dtype = None if dtype == "auto" else dtype
+        if not has_tokenizer(family.base.folder):
+            raise ModelError(f"The base {family.base.folder} has no tokenizer.")
+        self._taken: dict[tuple[str, str, str], nn.Parameter] = {}
+        self._merged: OrderedDict[tuple[Layer, float, str, str], Parameters] = OrderedDict()
+        self._merged_bytes = 0
+        total = sum(t.n_bytes for t in family.base.tensors.values())
+        self._cache_bytes = 2 * total if cache_bytes is None else cache_bytes
+        self.model = self._load_skeleton()
+        self._stack_name = self._module_name(family.architecture.prefix.rstrip("."))
+        stack = self.model.get_submodule(self._stack_name)
+        if not isinstance(stack, nn.ModuleList) or len(stack) != family.num_layers:
+            raise ModelError(f"{family.base.folder}: transformers keeps its layers elsewhere.")
+        self._slots = list(stack)
+        self._full_config = self.model.config.to_dict()
+        self._check_names()
+
+    def assemble(self, recipe: Recipe) -> nn.Module:
+        """Makes `model` the stitched model of a recipe; returns it.
+
+        Raises:
+            ModelError: a tensor that is merged holds NaN.
+            UsageError: the recipe does not fit the family.
+        """
+        recipe = recipe.canonical()
+        plan = make_plan(recipe, self.family)  # checks all before anything is changed
+        prefix = self.family.architecture.prefix
+        layers = [
+            self._layer_parameters(layer, factor, recipe)
+            for layer, factor in zip(recipe.layers, scale_factors(recipe), strict=True)
+        ]
+        outside = {
+            tensor.name: self._parameter(tensor, recipe)
+            for tensor in plan.tensors
+            if not tensor.name.startswith(prefix)
+        }
+        used: set[int] = set()
+        modules = []
+        for out_layer, (layer, parameters) in enumerate(zip(recipe.layers, layers, strict=True)):
+            slot = self._slots[layer.src_layer]
+            if layer.src_layer in used:
+                slot = copy.deepcopy(slot)  # the same source layer a second time
+            used.add(layer.src_layer)
+            for suffix, parameter in parameters.items():
+                _point(slot, suffix, parameter)
+            for module in slot.modules():
+                if isinstance(getattr(module, "layer_idx", None), int):
+                    module.layer_idx = out_layer  # type: ignore[assignment]
+            modules.append(slot)
+        parent, _, name = self._stack_name.rpartition(".")
+        setattr(self.model.get_submodule(parent), name, nn.ModuleList(modules))
+        for tensor_name, parameter in outside.items():
+            _point(self.model, self._module_name(tensor_name), parameter)
+        if self.family.base.is_tied:
+            embeddings = self.model.get_input_embeddings().weight
+            self.model.get_output_embeddings().weight = embeddings
+        self._cut_config(recipe.src_layers)
+        return self.model
+
+    def check_pointers(self, recipe: Recipe) -> None:
+        """Asserts that every taken layer of the assembled model is the candidate's own memory."""
+        for out_layer, layer in enumerate(recipe.canonical().layers):
+            if isinstance(layer, Take):
+                expected = self._layer_parameters(layer, 1.0, recipe)
+                module = self.model.get_submodule(f"{self._stack_name}.{out_layer}")
+                for suffix, parameter in expected.items():
+                    assert module.get_parameter(suffix).data_ptr() == parameter.data_ptr(), suffix
+
+    def _load_skeleton(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        folder = self.family.base.folder
+        dtype = getattr(torch, self._dtype) if self._dtype else "auto"
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        except (ValueError, OSError, KeyError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ModelError(f"transformers can't load {folder}: {reason}") from error
+        try:
+            return model.to(self.device).eval().requires_grad_(False)
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(f"{folder} does not fit on {self.device}.") from error
+
+    def _layer_parameters(self, layer: Layer, factor: float, recipe: Recipe) -> Parameters:
+        tensors = plan_layer(layer, 0, recipe, self.family, factor)
+        cut = len(self.family.architecture.name(0, ""))
+        if isinstance(layer, Take) and factor == 1.0:
+            return {t.name[cut:]: self._parameter(t, recipe) for t in tensors}
+        key = (layer, factor, recipe.base, recipe.dtype)
+        if key in self._merged:
+            self._merged.move_to_end(key)
+            return self._merged[key]
+        parameters = {t.name[cut:]: self._parameter(t, recipe) for t in tensors}
+        self._merged[key] = parameters
+        self._merged_bytes += _n_bytes(parameters.values())
+        while self._merged_bytes > self._cache_bytes and len(self._merged) > 1:
+            _, old = self._merged.popitem(last=False)
+            self._merged_bytes -= _n_bytes(old.values())
+        return parameters
+
+    def _parameter(self, tensor: OutTensor, recipe: Recipe) -> nn.Parameter:
+        """The parameter of one tensor: a view on the mapping wherever the types allow it."""
+        if tensor.merge is not None or tensor.factor != 1.0:
+            return self._to_parameter(self._compute(tensor), tensor, recipe)
+        source = tensor.sources[0]
+        key = (source.model, source.info.name, tensor.dtype)
+        if key not in self._taken:
+            if tensor.is_copy:
+                checkpoint = self.family.candidates[source.model].checkpoint
+                view = torch.from_dlpack(checkpoint.tensor(source.info.name))
+            else:
+                view = self._compute(tensor)
+            self._taken[key] = self._to_parameter(view, tensor, recipe)
+        return self._taken[key]
+
+    def _compute(self, tensor: OutTensor) -> torch.Tensor:
+        job = ComputedTensor(tensor, self.family)
+        buffer = _C.Buffer(max(tensor.n_bytes, 1))
+        job.run(0, job.n_elements, buffer)
+        return torch.from_dlpack(buffer.tensor(0, tensor.shape, tensor.dtype))
+
+    def _to_parameter(
+        self, data: torch.Tensor, tensor: OutTensor, recipe: Recipe
+    ) -> nn.Parameter:
+        dtype = getattr(torch, self._dtype or recipe.dtype)
+        if not data.is_floating_point():
+            dtype = data.dtype
+        try:
+            moved = data.to(device=self.device, dtype=dtype)
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(
+                f"The candidates do not fit on {self.device}: {tensor.name} found no place."
+            ) from error
+        return nn.Parameter(moved, requires_grad=False)
+
+    def _cut_config(self, src_layers: tuple[int, ...]) -> None:
+        """Gives the model's config object the cut layer count and per-layer lists."""
+        full = text_config(self._full_config)
+        cut = text_config(cut_config(self._full_config, src_layers))
+        config = self.model.config
+        if full is not self._full_config:
+            config = config.get_text_config()
+        for key, value in cut.items():
+            if value != full[key] or getattr(config, key, value) != value:
+                object.__setattr__(config, key, value)
+
+    def _module_name(self, tensor_name: str) -> str:
+        """A checkpoint's name as the model has it: some files leave out the base model's prefix."""
+        first = tensor_name.partition(".")[0]
+        if hasattr(self.model, first):
+            return tensor_name
+        return f"{self.model.base_model_prefix}.{tensor_name}"
+
+    def _check_names(self) -> None:
+        """Every tensor of the file must be a parameter or buffer of the same shape."""
+        known = self.model.state_dict()
+        for name, info in self.family.base.tensors.items():
+            found = known.get(self._module_name(name))
+            if found is None or tuple(found.shape) != info.shape:
+                raise ModelError(
+                    f"{self.family.base.folder}: transformers has no parameter of the shape "
+                    f"{list(info.shape)} for {name}; this architecture is not supported yet."
+                )
+
+
+def pick_device(device: str) -> torch.device:
+    """The torch device of a configuration's `device`.
+
+    Raises:
+        UsageError: it is no device, or not one of this machine.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+        torch.empty(1, device=picked)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"evaluation.device: {device!r} can't be used: {reason}") from error
+    return picked
+
+
+def _point(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Makes the parameter (or buffer) `name` below `module` that tensor, without a copy."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = parameter.data
+    else:
+        setattr(owner, leaf, parameter)
+
+
+def _n_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)

@@ -1,0 +1,194 @@
+"""The architecture of a model: which tensor belongs to which layer, found from names and shapes.
+
+There is no table with an entry for each architecture. The layer stack is the numbered group of
+tensors that holds most bytes; what is left over is embeddings or head, by name. The same module
+cuts a config to the kept layers, since which keys are per-layer is a fact about architectures too.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gptailor.errors import ModelError, UsageError
+from gptailor.models.checkpoint import TensorInfo
+
+Role = Literal["embeddings", "head"]
+
+_EMBEDDINGS = re.compile(r"embed(?!_out)|(^|\.)(wte|wpe|tok_embeddings|emb)\b|inv_freq|rotary")
+_RESIDUAL_WRITERS = re.compile(
+    r"(^|\.)(o_proj|down_proj|out_proj|c_proj|dense|dense_4h_to_h|fc2|wo|w2)\.(weight|bias)$"
+)
+_POST_NORMS = re.compile(r"post_feedforward|post_attention_norm\b|post_mlp|post_self_attn")
+_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_INDEX_LIST_KEYS = ("mlp_only_layers", "cross_attention_layers", "attn_layer_indices")
+_PREFIX_COUNT_KEYS = ("first_k_dense_replace",)
+_PATTERN_KEYS: dict[str, object] = {
+    # key → the value with which it has no effect on which layer is of which kind
+    "sliding_window_pattern": None,
+    "no_rope_layer_interval": None,
+    "decoder_sparse_step": 1,
+    "attn_layer_period": None,
+    "expert_layer_period": None,
+    "interleave_moe_layer_step": 1,
+    "full_attention_interval": None,
+    "num_kv_shared_layers": 0,
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where the layers of a model are.
+
+    Attributes:
+        prefix: what stands before the layer's number, for example "model.layers.".
+        num_layers: how many layers there are.
+        layers: for each layer, suffix ("self_attn.q_proj.weight") → full name.
+        embeddings: names of tensors before the stack.
+        head: names of tensors after the stack: final norm and output head.
+    """
+
+    prefix: str
+    num_layers: int
+    layers: tuple[Mapping[str, str], ...]
+    embeddings: tuple[str, ...]
+    head: tuple[str, ...]
+
+    def name(self, layer: int, suffix: str) -> str:
+        """The full name of a layer's tensor."""
+        return f"{self.prefix}{layer}.{suffix}"
+
+    def residual_writers(self, layer: int) -> tuple[str, ...]:
+        """Suffixes of the projections that write to the residual stream.
+
+        Raises:
+            UsageError: they can't be told, or a norm follows them, so that no scale folds into
+                them exactly.
+        """
+        suffixes = tuple(self.layers[layer])
+        found = tuple(s for s in suffixes if _RESIDUAL_WRITERS.search(s))
+        weights = [s for s in found if s.endswith(".weight")]
+        if len(weights) != 2 or any(_POST_NORMS.search(s) for s in suffixes):
+            raise UsageError(
+                f"scale can't be folded into {self.prefix}{layer}: this architecture does not "
+                "write to the residual stream through exactly two plain projections."
+            )
+        return found
+
+
+def find_architecture(tensors: Mapping[str, TensorInfo], where: object) -> Architecture:
+    """Finds the layer stack among a checkpoint's tensors.
+
+    Args:
+        tensors: the checkpoint's tensors.
+        where: the model, for errors.
+
+    Raises:
+        ModelError: there is no numbered stack, or a number is missing.
+    """
+    groups: dict[str, dict[int, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
+    n_bytes: dict[str, int] = defaultdict(int)
+    for name, info in tensors.items():
+        for match in re.finditer(r"(?:^|\.)(\d+)\.", name):
+            prefix = name[: match.start(1)]
+            groups[prefix][int(match.group(1))][name[match.end() :]] = name
+            n_bytes[prefix] += info.n_bytes
+    if not groups:
+        raise ModelError(f"{where} has no numbered layers, so there is nothing to cut.")
+    prefix = max(n_bytes, key=lambda p: (n_bytes[p], -len(p)))
+    stack = groups[prefix]
+    num_layers = max(stack) + 1
+    missing = next((i for i in range(num_layers) if i not in stack), None)
+    if missing is not None:
+        raise ModelError(f"{where} lacks the layer {prefix}{missing}, but has {prefix}{max(stack)}.")
+    outside = [name for name in tensors if not _inside(name, prefix)]
+    return Architecture(
+        prefix=prefix,
+        num_layers=num_layers,
+        layers=tuple(stack[i] for i in range(num_layers)),
+        embeddings=tuple(n for n in outside if role_of(n) == "embeddings"),
+        head=tuple(n for n in outside if role_of(n) == "head"),
+    )
+
+
+def _inside(name: str, prefix: str) -> bool:
+    return name.startswith(prefix) and re.match(r"\d+\.", name[len(prefix) :]) is not None
+
+
+def role_of(name: str) -> Role:
+    """Whether a tensor outside the stack belongs to the embeddings or to the head."""
+    return "embeddings" if _EMBEDDINGS.search(name) else "head"
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config that describes the layer stack: itself, or its `text_config`."""
+    nested = config.get("text_config")
+    if isinstance(nested, dict) and not any(key in config for key in _COUNT_KEYS):
+        return nested
+    return config
+
+
+def per_layer_lists(config: Mapping[str, Any], num_layers: int) -> dict[str, list[Any]]:
+    """The lists of a config that have one entry for each layer."""
+    return {
+        key: value
+        for key, value in config.items()
+        if isinstance(value, list)
+        and len(value) == num_layers
+        and key not in _INDEX_LIST_KEYS
+        and key != "architectures"
+        and not key.endswith(("token_id", "token_ids"))
+    }
+
+
+def cut_config(config: Mapping[str, Any], src_layers: Sequence[int]) -> dict[str, Any]:
+    """A config for the kept layers: layer count and every per-layer list cut to match.
+
+    Args:
+        config: what `config.json` holds.
+        src_layers: the source layer of each output layer.
+
+    Raises:
+        ModelError: the config has no layer count.
+        UsageError: the kind of a layer follows from its index by a rule that a cut would break.
+    """
+    result = copy.deepcopy(dict(config))
+    text = text_config(result)
+    count_key = next((key for key in _COUNT_KEYS if key in text), None)
+    if count_key is None:
+        raise ModelError(f"config.json names no layer count (one of {', '.join(_COUNT_KEYS)}).")
+    num_layers = int(text[count_key])
+    lists = per_layer_lists(text, num_layers)
+    if list(src_layers) != list(range(num_layers)):
+        _refuse_patterns(text, lists)
+    for key, values in lists.items():
+        text[key] = [values[src] for src in src_layers]
+    for key in _INDEX_LIST_KEYS:
+        if isinstance(text.get(key), list):
+            text[key] = [out for out, src in enumerate(src_layers) if src in text[key]]
+    for key in _PREFIX_COUNT_KEYS:
+        if isinstance(text.get(key), int):
+            kinds = [src < text[key] for src in src_layers]
+            if kinds != sorted(kinds, reverse=True):
+                raise UsageError(f"{key} of config.json needs its first layers to stay in order.")
+            text[key] = sum(kinds)
+    if isinstance(text.get("max_window_layers"), int):
+        text["max_window_layers"] = sum(src < text["max_window_layers"] for src in src_layers)
+    for key in _COUNT_KEYS:
+        if key in text:
+            text[key] = len(src_layers)
+    return result
+
+
+def _refuse_patterns(text: Mapping[str, Any], lists: Iterable[str]) -> None:
+    explicit = {"layer_types", "no_rope_layers", "mlp_layer_types", "layers_block_type"} & set(lists)
+    for key, harmless in _PATTERN_KEYS.items():
+        if text.get(key) not in (None, harmless) and not explicit:
+            raise UsageError(
+                f"config.json sets {key}, so that a layer's kind follows from its index, and a cut "
+                "would change it: save the config with an explicit layer_types list first."
+            )

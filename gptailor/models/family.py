@@ -1,0 +1,255 @@
+"""A family: one base and its finetuned variants, opened and checked as a whole, headers only.
+
+All candidates must have the same layers with the same shapes, the same tying of embeddings and
+the same per-layer lists; then any layer of one can stand in for that layer of another.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gptailor.errors import ModelError, UsageError, unknown
+from gptailor.models.architecture import (
+    Architecture,
+    find_architecture,
+    per_layer_lists,
+    text_config,
+)
+from gptailor.models.checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+class Candidate:
+    """One model of a family.
+
+    Args:
+        name: its name in the configuration.
+        folder: its Hugging Face folder.
+
+    Raises:
+        ModelError: config or weights are missing or corrupt.
+    """
+
+    def __init__(self, name: str, folder: str | Path) -> None:
+        self.name = name
+        self.folder = Path(folder)
+        self.checkpoint = Checkpoint(self.folder)
+        self.config = _read_json(self.folder / "config.json")
+        self.architecture: Architecture = find_architecture(self.checkpoint.tensors, self.folder)
+        declared = text_config(self.config).get("num_hidden_layers")
+        if isinstance(declared, int) and declared != self.architecture.num_layers:
+            raise ModelError(
+                f"{self.folder}: config.json says {declared} layers, but the weights have "
+                f"{self.architecture.num_layers}."
+            )
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers it has."""
+        return self.architecture.num_layers
+
+    @property
+    def is_tied(self) -> bool:
+        """True if the output head is the embedding matrix, so that it has no tensor of its own."""
+        return not any(n.endswith(("lm_head.weight", "embed_out.weight")) for n in self.tensors)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All its tensors."""
+        return self.checkpoint.tensors
+
+
+class Family:
+    """The candidates of a search or a recipe.
+
+    Args:
+        models: name → local folder or hub id.
+        base: the name of the base.
+
+    Raises:
+        ModelError: a candidate is unusable, or does not fit the base.
+        UsageError: the base is not among the models.
+    """
+
+    def __init__(self, models: Mapping[str, str], base: str) -> None:
+        if base not in models:
+            raise unknown("model", base, models, "base")
+        self.refs = dict(models)
+        self.base_name = base
+        self.candidates = {name: Candidate(name, resolve(ref)) for name, ref in models.items()}
+        for candidate in self.candidates.values():
+            if candidate is not self.base:
+                _check_fits(candidate, self.base)
+
+    @property
+    def base(self) -> Candidate:
+        """The candidate that gives config, tokenizer and whatever no entry names."""
+        return self.candidates[self.base_name]
+
+    @property
+    def architecture(self) -> Architecture:
+        """The architecture that all candidates share."""
+        return self.base.architecture
+
+    @property
+    def num_layers(self) -> int:
+        """How many source layers there are."""
+        return self.base.num_layers
+
+    def layer_parameters(self, src_layer: int) -> int:
+        """The parameter count of one layer."""
+        names = self.architecture.layers[src_layer].values()
+        return sum(self.base.tensors[name].n_elements for name in names)
+
+    def parameters(self, src_layers: Iterable[int] | None = None) -> int:
+        """The parameter count of a model with these layers (default: all of them)."""
+        chosen = range(self.num_layers) if src_layers is None else src_layers
+        ends = (*self.architecture.embeddings, *self.architecture.head)
+        outside = sum(self.base.tensors[name].n_elements for name in ends)
+        return outside + sum(self.layer_parameters(src) for src in chosen)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Names, sizes and times of all weight files: what a resumed search compares."""
+        return {name: c.checkpoint.fingerprint() for name, c in self.candidates.items()}
+
+
+def resolve(ref: str) -> Path:
+    """The local folder of a model: itself, or the snapshot of a hub id `org/name[@revision]`.
+
+    Raises:
+        ModelError: there is no such folder, and it can't be downloaded.
+        UsageError: the form is not supported.
+    """
+    path = Path(ref).expanduser()
+    if path.is_dir():
+        return path
+    if "+" in ref:
+        raise UsageError(
+            f"{ref!r}: base+adapter is not supported yet; merge the adapter into a folder with "
+            "peft's merge_and_unload first."
+        )
+    if ref.startswith(("/", "./", "../", "~")) or ref.count("/") != 1:
+        raise ModelError(f"The model folder {ref} does not exist.")
+    name, _, revision = ref.partition("@")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+        return Path(
+            snapshot_download(name, revision=revision or None, allow_patterns=patterns)
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{ref} is neither a folder nor a model that can be had from the hub: {reason}"
+        ) from error
+
+
+def _check_fits(candidate: Candidate, base: Candidate) -> None:
+    """Raises a `ModelError` unless every layer of `candidate` can replace the base's."""
+    if candidate.num_layers != base.num_layers:
+        raise ModelError(
+            f"{candidate.folder} has {candidate.num_layers} layers, but the base {base.folder} has "
+            f"{base.num_layers}: a family needs the same depth."
+        )
+    _check_vocabulary(candidate, base)
+    if candidate.is_tied != base.is_tied:
+        tied, untied = (candidate, base) if candidate.is_tied else (base, candidate)
+        raise ModelError(
+            f"{tied.folder} ties its output head to the embeddings, but {untied.folder} does not: "
+            "untie the one or leave it out."
+        )
+    names = set(base.tensors) ^ set(candidate.tensors)
+    if names:
+        name = min(names)
+        lacks, has = (candidate, base) if name in base.tensors else (base, candidate)
+        raise ModelError(f"{lacks.folder} lacks the tensor {name}, which {has.folder} has.")
+    for name, info in base.tensors.items():
+        shape = candidate.tensors[name].shape
+        if shape != info.shape and not _is_padding(name, base.architecture, shape, info.shape):
+            raise ModelError(
+                f"{candidate.folder}: {name} has the shape {list(shape)}, but {list(info.shape)} "
+                f"in the base {base.folder}."
+            )
+        dtypes = (candidate.tensors[name].dtype, info.dtype)
+        if dtypes[0] != dtypes[1] and not set(dtypes) <= set(FLOAT_DTYPES):
+            raise ModelError(
+                f"{candidate.folder}: {name} has dtype {dtypes[0]}, but {dtypes[1]} in the base "
+                f"{base.folder}; only {', '.join(FLOAT_DTYPES)} can be mixed."
+            )
+    lists = [per_layer_lists(text_config(c.config), c.num_layers) for c in (candidate, base)]
+    for key in sorted(set(lists[0]) | set(lists[1])):
+        if lists[0].get(key) != lists[1].get(key):
+            raise ModelError(
+                f"{candidate.folder}: {key} of config.json differs from the base's, so the layers "
+                "are of different kinds."
+            )
+
+
+def _is_padding(
+    name: str, architecture: Architecture, shape: tuple[int, ...], base: tuple[int, ...]
+) -> bool:
+    """True for a vocabulary matrix with more or fewer rows (`_check_vocabulary` saw to the rest)."""
+    is_end = name in architecture.embeddings or name in architecture.head
+    return is_end and len(shape) == len(base) and shape[1:] == base[1:]
+
+
+def _check_vocabulary(candidate: Candidate, base: Candidate) -> None:
+    """Vocabularies must be the same up to rows that no token uses."""
+    known, found = _vocabulary(base.folder), _vocabulary(candidate.folder)
+    if known is not None and found is not None and known != found:
+        raise _other_vocabulary(candidate, base, "its tokenizer differs from the base's")
+    if known is None or found is None:
+        rows = [
+            [c.tensors[n].shape for n in c.architecture.embeddings] for c in (candidate, base)
+        ]
+        if rows[0] != rows[1]:
+            what = "its embeddings have another size, and there is no tokenizer to tell why"
+            raise _other_vocabulary(candidate, base, what)
+
+
+def _other_vocabulary(candidate: Candidate, base: Candidate, what: str) -> ModelError:
+    return ModelError(
+        f"{candidate.folder} has another vocabulary: {what} ({base.folder}). Leave it out, make it "
+        "the base, or resize its embeddings to the base's tokenizer first."
+    )
+
+
+def _vocabulary(folder: Path) -> object:
+    """Something that is equal for equal vocabularies; None if the folder has no tokenizer."""
+    path = next((folder / name for name in _VOCABULARIES if (folder / name).is_file()), None)
+    if path is None:
+        return None
+    if path.name != "tokenizer.json":
+        return path.read_bytes()
+    data = _read_json(path)
+    vocabulary = data.get("model", {}).get("vocab")
+    added = {t["content"]: t["id"] for t in data.get("added_tokens", []) if "id" in t}
+    return ({**vocabulary, **added},) if isinstance(vocabulary, dict) else (vocabulary, added)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """True if the folder has a tokenizer that transformers could load."""
+    return any((folder / name).is_file() for name in _VOCABULARIES)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path} does not exist.") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} can't be read: {error}.") from error
+    if not isinstance(data, dict):
+        raise ModelError(f"{path} is not a JSON object.")
+    return data

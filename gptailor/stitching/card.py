@@ -1,0 +1,67 @@
+"""The model card of a stitched model: recipe, provenance, scores."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import yaml
+
+from gptailor.models.family import Family
+from gptailor.recipe import Merge, Recipe
+
+
+def model_card(recipe: Recipe, family: Family, notes: str = "") -> str:
+    """The text of `README.md`, with the front matter that the Hugging Face hub reads.
+
+    Args:
+        recipe: what was built.
+        family: the opened candidates.
+        notes: Markdown that is put before the layer map, for example scores.
+    """
+    hub_ids = [ref for ref in recipe.models.values() if not Path(ref).is_dir()]
+    front = {
+        "base_model": hub_ids or None,
+        "library_name": "transformers",
+        "tags": ["merge", "pruned", "gptailor"],
+    }
+    front_matter = yaml.safe_dump({k: v for k, v in front.items() if v}, sort_keys=False)
+    kept, total = recipe.num_layers, family.num_layers
+    parameters = family.parameters(recipe.src_layers)
+    used = Counter(model for layer in recipe.layers for model in layer.models)
+    models = "\n".join(
+        f"| {name} | {_shown(ref)} | {used[name]} |" for name, ref in recipe.models.items()
+    )
+    lines = [
+        f"---\n{front_matter}---",
+        "# Stitched model",
+        f"{kept} of {total} layers, {parameters:,} parameters ({recipe.dtype}). Cut, stitched and "
+        "merged from the models below with gptailor, without training "
+        "([arXiv 2506.20480](https://arxiv.org/abs/2506.20480)).",
+        notes.strip(),
+        f"| model | source | layers it is part of |\n|---|---|---|\n{models}",
+        f"Config, tokenizer: {recipe.base}. Embeddings: {recipe.embeddings}. "
+        f"Final norm and head: {recipe.head}.",
+        "Each line is an output layer, bottom to top; `gptailor_recipe.yaml` builds it again.",
+        "```\n" + "\n".join(_layer_lines(recipe)) + "\n```",
+    ]
+    return "\n\n".join(line for line in lines if line) + "\n"
+
+
+def _shown(ref: str) -> str:
+    """A local folder by its name only: a card is published, and paths are private."""
+    path = Path(ref)
+    return f"`{path.name}` (local)" if path.is_dir() else ref
+
+
+def _layer_lines(recipe: Recipe) -> list[str]:
+    lines = []
+    for out_layer, layer in enumerate(recipe.layers):
+        what = layer.models[0]
+        if isinstance(layer, Merge):
+            weights = ", ".join(f"{model} {weight:g}" for model, weight in layer.weights)
+            values = ", ".join(f"{name} {value:g}" for name, value in layer.parameters)
+            what = f"{layer.method}({weights}; {values})"
+        scale = f" × {layer.scale:g}" if layer.scale != 1.0 else ""
+        lines.append(f"{out_layer:3d} ← layer {layer.src_layer} of {what}{scale}")
+    return lines

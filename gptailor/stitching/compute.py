@@ -1,0 +1,88 @@
+"""A computed tensor: merged, cast or scaled by the compiled engine, from the mapped sources.
+
+The one place where a plan meets `_C.Merge`. The writer computes a tensor in slices and the
+resident model as a whole, with the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gptailor.errors import ModelError, UsageError
+from gptailor.models.family import Family
+from gptailor.stitching.plan import OutTensor, Source
+
+if TYPE_CHECKING:
+    from gptailor import _C
+
+
+class ComputedTensor:
+    """One tensor of a plan that is not a plain copy.
+
+    Args:
+        tensor: what to compute.
+        family: holds the sources.
+        threads: 0 for as many as there are cores; their number changes no bit.
+
+    Raises:
+        ModelError: a source of a merge holds NaN; the message names file and tensor.
+    """
+
+    def __init__(self, tensor: OutTensor, family: Family, threads: int = 0) -> None:
+        from gptailor import _C
+
+        self.tensor = tensor
+        merge = tensor.merge
+        values = dict(merge.parameters) if merge else {"normalize": 0.0}
+        weights = [weight for _, weight in merge.weights] if merge else [1.0]
+        density = values.get("density")
+        base = None if tensor.base is None else _open(tensor.base, family)
+        try:
+            self._job = _C.Merge(
+                merge.method if merge else "linear",
+                [_open(source, family) for source in tensor.sources],
+                base,
+                out_dtype=tensor.dtype,
+                weights=weights,
+                densities=[] if density is None else [density] * len(tensor.sources),
+                lam=values.get("lambda", 1.0),
+                normalize=bool(values.get("normalize", 0.0)),
+                t=values.get("t", 0.5),
+                factor=tensor.factor,
+                check_nan=merge is not None,
+                threads=threads,
+            )
+        except ValueError as error:
+            raise self._explained(error) from error
+
+    @property
+    def n_elements(self) -> int:
+        """The number of elements."""
+        return self._job.n_elements
+
+    def run(self, begin: int, count: int, out: _C.Buffer) -> None:
+        """Computes elements [begin, begin + count) into the start of `out`.
+
+        Raises:
+            ModelError: a source of a merge holds NaN.
+        """
+        try:
+            self._job.run(begin, count, out, 0)
+        except ValueError as error:
+            raise self._explained(error) from error
+
+    def _explained(self, error: ValueError) -> Exception:
+        from gptailor import _C
+
+        if not isinstance(error, _C.NanError):
+            return UsageError(f"{self.tensor.name} can't be built: {error}.")
+        index = getattr(error, "source", None)
+        source = self.tensor.base if index == "base" else self.tensor.sources[0]
+        if isinstance(index, int):
+            source = self.tensor.sources[index]
+        info = (source or self.tensor.sources[0]).info
+        return ModelError(f"{info.path}: {info.name} can't be merged: {error}.")
+
+
+def _open(source: Source, family: Family) -> _C.Tensor:
+    return family.candidates[source.model].checkpoint.tensor(source.info.name)
