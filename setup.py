@@ -1,11 +1,13 @@
-"""Builds gptailor._C from csrc/ with CMake and Ninja; everything else about the package is in pyproject.toml.
+"""Builds gptailor._C from csrc/ with CMake and Ninja; the rest of the package is in pyproject.toml.
 
-Environment: GPTAILOR_CUDA=0 leaves CUDA out, =1 fails where there is no nvcc, unset takes what is there;
-GPTAILOR_CUDA_ARCHS="80;90" names the compute capabilities. CXX, CXXFLAGS, CUDACXX and CUDA_HOME count as usual.
+Environment: GPTAILOR_CUDA=0 leaves CUDA out, =1 fails where there is no nvcc, unset takes what is
+there; GPTAILOR_CUDA_ARCHS="80;90" names the compute capabilities. CXX, CXXFLAGS, CUDACXX and
+CUDA_HOME count as usual.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
@@ -26,11 +28,10 @@ DEFAULT_CUDA_ARCHS = "80;90"
 
 def find_tool(name: str) -> str:
     """The tool that pip installed for this interpreter, or the one on PATH."""
-    try:
-        module = importlib.import_module(name)
-        directories = [getattr(module, f"{name.upper()}_BIN_DIR", None) or getattr(module, "BIN_DIR", "")]
-    except ImportError:
-        directories = []
+    directories = []
+    with contextlib.suppress(ImportError):
+        module = importlib.import_module(name)  # cmake.CMAKE_BIN_DIR, ninja.BIN_DIR
+        directories += [getattr(module, key, "") for key in ("CMAKE_BIN_DIR", "BIN_DIR")]
     directories += [sysconfig.get_path("scripts"), os.environ.get("PATH", "")]
     path = shutil.which(name, path=os.pathsep.join(filter(None, directories)))
     if path is None:
@@ -53,15 +54,27 @@ def decide_cuda() -> tuple[str | None, str, str]:
     nvcc = find_nvcc()
     if nvcc is None:
         if wish in ("1", "on", "yes", "true"):
-            raise CompileError("gptailor: GPTAILOR_CUDA=1, but there is no nvcc: put it on PATH or set CUDA_HOME")
+            raise CompileError(
+                "gptailor: GPTAILOR_CUDA=1, but no nvcc: put it on PATH or set CUDA_HOME"
+            )
         return None, "", "CPU only: nvcc not found"
-    archs = re.split(r"[;,\s]+", os.environ.get("GPTAILOR_CUDA_ARCHS", "").strip() or DEFAULT_CUDA_ARCHS)
+    wanted = os.environ.get("GPTAILOR_CUDA_ARCHS", "").strip() or DEFAULT_CUDA_ARCHS
+    archs = re.split(r"[;,\s]+", wanted)
     if not all(re.fullmatch(r"\d{2,3}[af]?", arch) for arch in archs):
-        raise CompileError(f"gptailor: GPTAILOR_CUDA_ARCHS must look like '80;90', not {';'.join(archs)!r}")
-    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        raise CompileError(f"gptailor: GPTAILOR_CUDA_ARCHS must look like '80;90', not {wanted!r}")
+    text = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
     match = re.search(r"release (\d+\.\d+)", text)
     version = match.group(1) if match else "(unknown version)"
     return nvcc, ";".join(archs), f"with CUDA {version} for {', '.join(archs)} + PTX"
+
+
+def install(built: Path, target: Path) -> None:
+    """Copies beside the target and swaps names: a running process may have the old one mapped."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    shutil.copyfile(built, temporary)
+    temporary.chmod(0o755)
+    temporary.replace(target)
 
 
 class CMakeBuild(build_ext):
@@ -82,7 +95,8 @@ class CMakeBuild(build_ext):
         ]
         if nvcc:
             arguments += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DGPTAILOR_CUDA_ARCHS={archs}"]
-        jobs = str(self.parallel or os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or os.cpu_count() or 1)
+        environment = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL")
+        jobs = str(self.parallel or environment or os.cpu_count() or 1)
         try:
             subprocess.run([cmake, "-S", CSRC, "-B", build, "-G", "Ninja", *arguments], check=True)
             subprocess.run([cmake, "--build", build, "--parallel", jobs], check=True)
@@ -91,21 +105,14 @@ class CMakeBuild(build_ext):
             raise CompileError(f"gptailor: cmake failed, see its output above{hint}") from error
 
         (built,) = build.glob(f"_C*{sysconfig.get_config_var('EXT_SUFFIX')}")
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # A process may have the old one mapped: put the new one beside it and swap names.
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        shutil.copyfile(built, temporary)
-        temporary.chmod(0o755)
-        temporary.replace(target)
+        install(built, Path(self.get_ext_fullpath(ext.name)).resolve())
 
     def copy_extensions_to_source(self) -> None:
-        """What `--inplace` and editable installs do after the build; again without writing over a mapped file."""
+        """The last step of `--inplace` and of editable installs, here without writing over a file."""
         for ext in self.extensions:
-            inplace, regular = self._get_inplace_equivalent(self.get_finalized_command("build_py"), ext)
-            temporary = f"{inplace}.{os.getpid()}.tmp"
-            shutil.copy2(regular, temporary)
-            os.replace(temporary, inplace)
+            build_py = self.get_finalized_command("build_py")
+            inplace, regular = self._get_inplace_equivalent(build_py, ext)
+            install(Path(regular), Path(inplace))
 
     def get_source_files(self) -> list[str]:
         return sorted(str(path.relative_to(ROOT)) for path in CSRC.iterdir() if path.is_file())

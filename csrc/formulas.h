@@ -1,6 +1,7 @@
 // Every merge formula, once, for one element: the CPU kernels and the CUDA kernels call these same functions.
-// float32 throughout, terms in source order, and compiled without contraction into fused multiply-adds, so that both
-// give the same bits. Every formula passes a NaN in any input on to its result; the NaN check relies on that.
+// A formula has a state of a few floats, a step for each source in order, and an end. float32 throughout, compiled
+// without contraction into fused multiply-adds, so that both give the same bits. Every formula passes a NaN in any
+// input on to its result; the NaN check relies on that.
 #pragma once
 
 #include <cmath>
@@ -22,57 +23,58 @@ struct Params {
   bool normalize = false;
 };
 
-// Starts from the first term, not from zero: 0 + -0 would lose a sign.
-template <int N>
-GPTAILOR_HD float weighted_sum(const float (&x)[N], const Params& p) {
-  float sum = p.weights[0] * x[0];
-  for (int i = 1; i < N; ++i) sum += p.weights[i] * x[i];
-  return sum;
-}
+// Sums start here, not at 0: -0 + x is x for every x, a zero's sign included.
+inline constexpr float kEmptySum = -0.0f;
 
-// linear: sum_i w_i x_i, divided by sum_i w_i if normalize. slerp too, once its two weights are known.
-template <int N>
-GPTAILOR_HD float linear(const float (&x)[N], const Params& p) {
-  const float sum = weighted_sum<N>(x, p);
-  return p.normalize ? sum / p.divisor : sum;
-}
-
-// task_arithmetic: base + lambda * sum_i w_i (x_i - base), the sum divided by sum_i w_i if normalize.
-template <int N>
-GPTAILOR_HD float task_arithmetic(const float (&x)[N], float base, const Params& p) {
-  float delta[N];
-  for (int i = 0; i < N; ++i) delta[i] = x[i] - base;
-  return base + p.lambda * linear<N>(delta, p);
-}
-
-// ties: trim each delta to its largest magnitudes, elect a sign from the weighted sum, add up what agrees with it.
-template <int N>
-GPTAILOR_HD float ties(const float (&x)[N], float base, const Params& p) {
-  float delta[N];
-  for (int i = 0; i < N; ++i) {
-    const float d = x[i] - base;
-    delta[i] = p.weights[i] * (magnitude_bits(d) >= p.thresholds[i] ? d : 0.0f);
+// sum_i w_i x_i, divided by sum_i w_i if normalize. Also slerp, once its two weights are known.
+struct Linear {
+  static constexpr bool kUsesBase = false;
+  static constexpr int kState = 1;
+  GPTAILOR_HD static void step(float (&sum)[kState], float x, float /*base*/, float weight, uint32_t /*threshold*/) {
+    sum[0] += weight * x;
   }
-  float total = delta[0];
-  for (int i = 1; i < N; ++i) total += delta[i];
-  const float elected = total >= 0.0f ? 1.0f : -1.0f;
-  float sum = 0.0f;
-  float divisor = 0.0f;
-  for (int i = 0; i < N; ++i) {
-    const bool agrees = delta[i] * elected > 0.0f;
-    sum += agrees ? delta[i] : 0.0f;
-    divisor += agrees ? p.weights[i] : 0.0f;
+  GPTAILOR_HD static float end(const float (&sum)[kState], float /*base*/, const Params& p) {
+    return p.normalize ? sum[0] / p.divisor : sum[0];
   }
-  if (p.normalize) sum /= (divisor < 1e-8f && divisor > -1e-8f) ? 1.0f : divisor;
-  return base + p.lambda * (is_nan(total) ? total : sum);
-}
+};
 
-template <Method M, int N>
-GPTAILOR_HD float merge_one(const float (&x)[N], float base, const Params& p) {
-  if constexpr (M == Method::task_arithmetic) return task_arithmetic<N>(x, base, p);
-  else if constexpr (M == Method::ties) return ties<N>(x, base, p);
-  else return linear<N>(x, p);
-}
+// base + lambda * sum_i w_i (x_i - base), the sum divided by sum_i w_i if normalize.
+struct TaskArithmetic {
+  static constexpr bool kUsesBase = true;
+  static constexpr int kState = 1;
+  GPTAILOR_HD static void step(float (&sum)[kState], float x, float base, float weight, uint32_t /*threshold*/) {
+    sum[0] += weight * (x - base);
+  }
+  GPTAILOR_HD static float end(const float (&sum)[kState], float base, const Params& p) {
+    return base + p.lambda * (p.normalize ? sum[0] / p.divisor : sum[0]);
+  }
+};
+
+// Trims each delta to its largest magnitudes, elects the sign of their weighted sum, and adds up what agrees with it.
+// The sign is known at the end only, so both candidates are added up on the way.
+struct Ties {
+  static constexpr bool kUsesBase = true;
+  static constexpr int kState = 5;  // sum of all; sums of the positive and negative ones; and of their weights
+  GPTAILOR_HD static void step(float (&s)[kState], float x, float base, float weight, uint32_t threshold) {
+    const float delta = x - base;
+    const float d = weight * (magnitude_bits(delta) >= threshold ? delta : 0.0f);
+    s[0] += d;
+    s[1] += d > 0.0f ? d : 0.0f;
+    s[2] += d < 0.0f ? d : 0.0f;
+    s[3] += d > 0.0f ? weight : 0.0f;
+    s[4] += d < 0.0f ? weight : 0.0f;
+  }
+  GPTAILOR_HD static float end(const float (&s)[kState], float base, const Params& p) {
+    const bool positive = s[0] >= 0.0f;
+    const float weights = positive ? s[3] : s[4];
+    const float divisor = magnitude_bits(weights) < kTinyBits || !p.normalize ? 1.0f : weights;
+    const float sum = (positive ? s[1] : s[2]) / divisor;
+    return base + p.lambda * (is_nan(s[0]) ? s[0] : sum);
+  }
+
+ private:
+  static constexpr uint32_t kTinyBits = 0x322bcc77u;  // of 1e-8f
+};
 
 inline constexpr bool uses_base(Method m) { return m == Method::task_arithmetic || m == Method::ties; }
 

@@ -54,25 +54,26 @@ bool any_nan(const float* x, int64_t n) {
 
 using Block = float[kBlock];
 
-template <Method M, int N>
-void apply(const Block* x, const float* base, const Params& params, int64_t n, float* __restrict out) {
-  const Params p = params;
+template <class F>
+void step(const float* __restrict x, const float* __restrict base, float weight, uint32_t threshold, int64_t n,
+          Block* __restrict state) {
   for (int64_t j = 0; j < n; ++j) {
-    float v[N];
-#pragma GCC unroll 16
-    for (int i = 0; i < N; ++i) v[i] = x[i][j];
-    out[j] = merge_one<M, N>(v, uses_base(M) ? base[j] : 0.0f, p);
+    float s[F::kState];
+    for (int k = 0; k < F::kState; ++k) s[k] = state[k][j];
+    F::step(s, x[j], F::kUsesBase ? base[j] : 0.0f, weight, threshold);
+    for (int k = 0; k < F::kState; ++k) state[k][j] = s[k];
   }
 }
 
-using Apply = void (*)(const Block*, const float*, const Params&, int64_t, float*);
-template <Method M>
-Apply apply_for(int n_sources) {
-  constexpr Apply table[kMaxSources] = {apply<M, 1>,  apply<M, 2>,  apply<M, 3>,  apply<M, 4>,
-                                        apply<M, 5>,  apply<M, 6>,  apply<M, 7>,  apply<M, 8>,
-                                        apply<M, 9>,  apply<M, 10>, apply<M, 11>, apply<M, 12>,
-                                        apply<M, 13>, apply<M, 14>, apply<M, 15>, apply<M, 16>};
-  return table[n_sources - 1];
+template <class F>
+void finish(const Block* __restrict state, const float* __restrict base, const Params& params, int64_t n,
+            float* __restrict out) {
+  const Params p = params;
+  for (int64_t j = 0; j < n; ++j) {
+    float s[F::kState];
+    for (int k = 0; k < F::kState; ++k) s[k] = state[k][j];
+    out[j] = F::end(s, F::kUsesBase ? base[j] : 0.0f, p);
+  }
 }
 
 bool copy(const MergeJob& job, int64_t begin, int64_t end, std::byte* out) {
@@ -92,25 +93,34 @@ bool copy(const MergeJob& job, int64_t begin, int64_t end, std::byte* out) {
   return nan;
 }
 
-bool merge(const MergeJob& job, int64_t begin, int64_t end, std::byte* out) {
-  if (job.is_copy) return copy(job, begin, end, out);
-  const Apply function = job.method == Method::ties              ? apply_for<Method::ties>(job.n_sources)
-                         : job.method == Method::task_arithmetic ? apply_for<Method::task_arithmetic>(job.n_sources)
-                                                                 : apply_for<Method::linear>(job.n_sources);
-  alignas(64) Block x[kMaxSources];
+template <class F>
+bool merge_as(const MergeJob& job, int64_t begin, int64_t end, std::byte* out) {
+  alignas(64) Block state[F::kState];
+  alignas(64) Block x;
   alignas(64) Block base;
-  alignas(64) Block result;
   const int64_t out_bytes = mergeable_bytes(job.out_dtype);
   bool nan = false;
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t n = end - i < kBlock ? end - i : kBlock;
-    for (int s = 0; s < job.n_sources; ++s) load(job.sources[s], i, n, x[s]);
-    if (uses_base(job.method)) load(job.base, i, n, base);
-    function(x, base, job.params, n, result);
-    if (job.check_nan) nan |= any_nan(result, n);
-    store(result, n, job.out_dtype, out + (i - begin) * out_bytes);
+    for (int k = 0; k < F::kState; ++k)
+      for (int64_t j = 0; j < kBlock; ++j) state[k][j] = kEmptySum;
+    if (F::kUsesBase) load(job.base, i, n, base);
+    for (int s = 0; s < job.n_sources; ++s) {
+      load(job.sources[s], i, n, x);
+      step<F>(x, base, job.params.weights[s], job.params.thresholds[s], n, state);
+    }
+    finish<F>(state, base, job.params, n, x);
+    if (job.check_nan) nan |= any_nan(x, n);
+    store(x, n, job.out_dtype, out + (i - begin) * out_bytes);
   }
   return nan;
+}
+
+bool merge(const MergeJob& job, int64_t begin, int64_t end, std::byte* out) {
+  if (job.is_copy) return copy(job, begin, end, out);
+  if (job.method == Method::task_arithmetic) return merge_as<TaskArithmetic>(job, begin, end, out);
+  if (job.method == Method::ties) return merge_as<Ties>(job, begin, end, out);
+  return merge_as<Linear>(job, begin, end, out);
 }
 
 double fold(double (&lanes)[kLanes]) {
@@ -140,6 +150,24 @@ DotSums dot(const Input& in0, const Input& in1, int64_t begin, int64_t end) {
   return {fold(xx), fold(yy), fold(xy)};
 }
 
+// Moves those with the prefix to the front, without branches that would be mispredicted; returns how many.
+int64_t keep_matching(uint32_t* bits, int64_t n, int above, uint32_t prefix) {
+  constexpr int64_t kGroup = 64;
+  int64_t m = 0;
+  for (int64_t g = 0; g < n; g += kGroup) {
+    const int64_t end = g + kGroup < n ? g + kGroup : n;
+    uint32_t any = 0;
+    for (int64_t j = g; j < end; ++j) any |= (bits[j] >> above) == prefix ? 1u : 0u;
+    if (any == 0) continue;  // the rule, in the last pass
+    for (int64_t j = g; j < end; ++j) {
+      const uint32_t b = bits[j];
+      bits[m] = b;
+      m += (b >> above) == prefix;
+    }
+  }
+  return m;
+}
+
 bool radix_count(const Input& source, const Input& base, int64_t begin, int64_t end, int pass, uint32_t prefix,
                  uint32_t* histogram) {
   alignas(64) Block x;
@@ -160,12 +188,7 @@ bool radix_count(const Input& source, const Input& base, int64_t begin, int64_t 
     if (pass == 0) {
       for (int64_t j = 0; j < n; ++j) largest = bits[j] > largest ? bits[j] : largest;
     } else {
-      m = 0;  // keep those with the prefix, without a branch that would be mispredicted
-      for (int64_t j = 0; j < n; ++j) {
-        const uint32_t b = bits[j];
-        bits[m] = b;
-        m += (b >> above) == prefix;
-      }
+      m = keep_matching(bits, n, above, prefix);
     }
     int64_t j = 0;
     for (; j + 1 < m; j += 2) {

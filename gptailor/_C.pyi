@@ -1,0 +1,267 @@
+"""The compiled extension: mapped files, byte ranges copied between files, and merges of tensors.
+
+No function here knows of models or layers. Offsets and sizes are in bytes unless a name says
+`element`. A dtype is a name as safetensors spells it: `BOOL`, `U8`, `I8`, `F8_E4M3`, `F8_E5M2`,
+`F8_E8M0`, `I16`, `U16`, `F16`, `BF16`, `I32`, `U32`, `F32`, `I64`, `U64`, `F64`, `C64`, and the
+sub-byte `F4`, `F6_E2M3`, `F6_E3M2`. Importing the module starts no thread and touches no GPU.
+"""
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any, Literal, Protocol, TypedDict
+
+class NanError(ValueError):
+    """A NaN in an input of a merge, or one that infinities in the inputs would make.
+
+    Attributes:
+        source: index of the input (0-based), `"base"`, or `"result"` when no input is NaN but the
+            result is (an infinity minus an infinity).
+        element: index of the first such element in the flattened tensor, 0-based.
+    """
+
+    source: int | Literal["base", "result"]
+    element: int
+
+class SupportsDLPack(Protocol):
+    """A tensor of any library that implements DLPack."""
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+class Tensor:
+    """A typed, shaped, contiguous view of bytes in CPU memory.
+
+    It owns no bytes, but keeps their owner (mapping, buffer or foreign tensor) alive. It may start
+    at any byte: alignment is not needed. `torch.from_dlpack(t)` views the same bytes and keeps the
+    owner alive in turn; writing through it is right for a `Buffer` and a crash (SIGSEGV) for a
+    `MappedFile`, whose pages are read-only.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Dimensions, outermost first; `()` is a scalar."""
+    @property
+    def dtype(self) -> str:
+        """Name of the element type, as safetensors spells it."""
+    @property
+    def n_elements(self) -> int:
+        """The product of the shape."""
+    @property
+    def n_bytes(self) -> int:
+        """Size of the viewed bytes."""
+    @staticmethod
+    def from_dlpack(tensor: SupportsDLPack) -> Tensor:
+        """View a contiguous CPU tensor of another library (torch, numpy) without a copy.
+
+        Raises:
+            BufferError: the tensor is not contiguous, not in CPU memory, or of an unknown dtype.
+        """
+    def __dlpack__(
+        self,
+        *,
+        stream: object = None,
+        max_version: object = None,
+        dl_device: object = None,
+        copy: object = None,
+    ) -> Any:
+        """Return a `dltensor` capsule that keeps the bytes alive. The arguments are ignored.
+
+        Raises:
+            BufferError: DLPack has no such dtype (`F4`, `F6_E2M3`, `F6_E3M2`).
+        """
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """Return (1, 0): CPU memory."""
+
+class MappedFile:
+    """A read-only memory map of a whole file.
+
+    The map lives until the object and all tensors from it are gone; the file is closed at once. The
+    file must keep its size for that long: reading past a new end is a SIGBUS, not an exception.
+
+    Raises:
+        OSError: with errno and path; it is missing, unreadable or no regular file.
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None: ...
+    @property
+    def path(self) -> str:
+        """The path as it was given."""
+    @property
+    def size(self) -> int:
+        """Size of the file in bytes when it was opened."""
+    def read(self, offset: int, n_bytes: int) -> bytes:
+        """Copy a byte range.
+
+        Raises:
+            ValueError: the range is not within the file.
+        """
+    def tensor(self, offset: int, shape: Sequence[int], dtype: str) -> Tensor:
+        """View a byte range as a tensor, without a copy. Nothing is read yet.
+
+        Raises:
+            ValueError: unknown dtype, negative dimension, too many elements, or the range is not
+                within the file.
+        """
+
+class Buffer:
+    """Anonymous writable memory, zeroed and page-aligned; supports the buffer protocol (`uint8`).
+
+    `memoryview(buffer)` and tensors from it keep it alive.
+
+    Raises:
+        MemoryError: the memory cannot be had.
+        ValueError: `n_bytes` is negative.
+    """
+
+    def __init__(self, n_bytes: int) -> None: ...
+    @property
+    def size(self) -> int:
+        """Size in bytes."""
+    def tensor(self, offset: int, shape: Sequence[int], dtype: str) -> Tensor:
+        """View a byte range as a tensor, without a copy.
+
+        Raises:
+            ValueError: unknown dtype, negative dimension, too many elements, or the range is not
+                within the buffer.
+        """
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+class Merge:
+    """One merged tensor: what needs the whole inputs is computed at once, slices on demand.
+
+    The formulas are in `gptailor.merging.reference`. They are computed in float32, in the order
+    of the sources, without fused multiply-adds, and rounded once to `out_dtype` (to nearest,
+    ties to even; beyond its range to infinity). The result depends neither on the number of
+    threads nor on the slices in which it is asked for, nor on the CPU.
+
+    `linear` with one source of weight 1 and without `normalize` computes nothing: it copies the
+    bytes, or only casts them.
+
+    Args:
+        method: `linear`, `task_arithmetic`, `slerp` or `ties`.
+        sources: 1 to 16 tensors (slerp: exactly 2) with one number of elements, each `F32`, `F16`
+            or `BF16`; shapes are not compared. Kept alive.
+        base: the same kind of tensor; needed by task_arithmetic and ties, refused by the others.
+        out_dtype: `F32`, `F16` or `BF16`.
+        weights: one for each source; empty means 1 for each.
+        densities: ties only: the part of each delta that is kept, 0 to 1, one for each source;
+            empty means 1. The `max(1, int(density * n_elements))` largest magnitudes are kept, and
+            everything as large as the smallest of them, so that the choice depends on values only.
+        lam: factor on the merged delta (task_arithmetic, ties).
+        normalize: divide by the sum of the weights: linear, task_arithmetic; in ties, of those
+            that agree with the elected sign. Where that sum is below 1e-8, linear raises and the
+            others divide by 1. slerp ignores it.
+        t: slerp only: 0 is the first source, 1 the second.
+        check_nan: raise where the result would be NaN. Without it NaN and infinity pass through.
+        threads: at most that many; 0 means one for each core that the process may use. Small
+            tensors are merged in the calling thread.
+
+    Raises:
+        NanError: slerp, or ties with a density below 1, found a NaN in the inputs, or an infinity
+            that makes one.
+        ValueError: an argument is out of its range; sizes or numbers of values differ.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        sources: Sequence[Tensor],
+        base: Tensor | None = None,
+        *,
+        out_dtype: str,
+        weights: Sequence[float] = (),
+        densities: Sequence[float] = (),
+        lam: float = 1.0,
+        normalize: bool = False,
+        t: float = 0.5,
+        check_nan: bool = True,
+        threads: int = 0,
+    ) -> None: ...
+    @property
+    def n_elements(self) -> int:
+        """Number of elements of the result."""
+    def run(self, begin: int, count: int, out: Buffer, out_offset: int = 0) -> None:
+        """Write elements [begin, begin + count) of the result to `out` from byte `out_offset`.
+
+        Releases the GIL. Several threads may run one Merge at the same time, into disjoint bytes.
+
+        Raises:
+            NanError: an element of the slice is NaN; what `out` then holds there is undefined.
+            ValueError: the elements are not within the tensor, or the bytes not within `out`, or
+                they overlap an input.
+        """
+
+def copy_range(src_fd: int, src_offset: int, dst_fd: int, dst_offset: int, n_bytes: int) -> str:
+    """Copy a byte range between two open files, without moving their positions.
+
+    Tries copy_file_range (which may share blocks or copy on a file server), then sendfile, then
+    pread and pwrite. Releases the GIL; looks at signals every 64 MiB, so that Ctrl-C ends it.
+
+    Args:
+        src_fd, dst_fd: file descriptors, borrowed; `dst_fd` not opened for appending.
+        src_offset, dst_offset, n_bytes: in bytes. The destination grows where needed.
+
+    Returns:
+        What was used last: `copy_file_range`, `sendfile` or `pread/pwrite`.
+
+    Raises:
+        OSError: with the errno of the call that failed (`ENOSPC`, …); `EIO` where the source ends
+            before `n_bytes`. Part of the range may have been written.
+        ValueError: a negative number, ranges that overlap in one file, or a destination that
+            appends.
+    """
+
+def merge_cuda(
+    method: str,
+    outs: Sequence[SupportsDLPack],
+    sources: Sequence[Sequence[SupportsDLPack]],
+    bases: Sequence[SupportsDLPack] | None = None,
+    *,
+    weights: Sequence[float] = (),
+    densities: Sequence[float] = (),
+    lam: float = 1.0,
+    normalize: bool = False,
+    t: float = 0.5,
+    stream: int = 0,
+) -> None:
+    """Merge a whole list of tensors on one GPU with one set of parameters.
+
+    The elementwise part is one kernel launch for the list; slerp and ties run their reductions
+    before it. Only queues work on `stream` and returns. NaN is not looked for: it passes through.
+    linear, task_arithmetic and ties give the same bits as `Merge`; slerp's two weights may differ
+    from the CPU's in the last bit.
+
+    Args:
+        method, weights, densities, lam, normalize, t: as for `Merge`.
+        outs: one contiguous CUDA tensor for each result, written; its dtype is the output's.
+        sources: for each result its sources, 1 to 16, the same number everywhere.
+        bases: one for each result, for task_arithmetic and ties.
+        stream: a CUDA stream handle (`torch.cuda.current_stream().cuda_stream`). All tensors must
+            be ready in that stream's order, and stay alive until it has done the work.
+
+    Raises:
+        RuntimeError: CUDA's message and the operation that failed; or the extension was built
+            without CUDA.
+        ValueError: as for `Merge`; a tensor is not on the same CUDA device as the others.
+        BufferError: a tensor is not contiguous.
+    """
+
+def cuda_device_count() -> int:
+    """Return how many GPUs can be used: 0 without a GPU, a driver, or CUDA in the build."""
+
+class BuildInfo(TypedDict):
+    """What `build_info` returns."""
+
+    cuda: bool
+    cuda_version: str | None
+    cuda_archs: str
+    compiler: str
+    simd: str
+    max_sources: int
+
+def build_info() -> BuildInfo:
+    """Return how the extension was built.
+
+    `cuda_archs` is like `"80,90"` or empty; `simd` is the instruction set that this machine uses:
+    `portable`, `avx2` or `avx512` (the environment variable `GPTAILOR_SIMD` can name a lower one).
+    """
