@@ -1,0 +1,83 @@
+// The panel beside the chart: everything about the chosen point.
+
+function commandFor(point) {
+  return `${data.command} --point ${point.point} stitched-${point.point}`;
+}
+
+async function copy(text, node) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    getSelection().selectAllChildren(node); // pages opened from a file may lack the clipboard
+    return document.execCommand("copy");
+  }
+}
+
+function commandLine(point) {
+  const text = commandFor(point);
+  const code = h("code", { id: "command" }, text);
+  const button = h("button", { type: "button", "aria-label": "Copy the command" }, "Copy");
+  button.addEventListener("click", async () => {
+    button.textContent = (await copy(text, code)) ? "Copied" : "Selected";
+    setTimeout(() => { button.textContent = "Copy"; }, 1600);
+  });
+  return h("div", { class: "command" }, code, button);
+}
+
+function keptFacts(point) {
+  const fact = (title, measured) => h("div", {}, h("dt", {}, title),
+    h("dd", {}, format.percent(measured.retention_percent),
+      h("small", {}, `accuracy ${format.score(measured.accuracy)} ${plusMinus(measured.stderr)}`)));
+  const missing = h("div", {}, h("dt", {}, "Kept, holdout"),
+    h("dd", {}, "–", h("small", {}, "not scored")));
+  return h("dl", { class: "kept" }, fact("Kept, search", point.search),
+    point.holdout ? fact("Kept, holdout", point.holdout) : missing);
+}
+
+function scoreGroup(title, measured, dense) {
+  if (!measured) return [];
+  const keyOf = (score) => `${score.task}\n${score.metric}`;
+  const theirs = new Map((dense ? dense.scores : []).map((x) => [keyOf(x), x.value]));
+  const row = (name, value, stderr, whole, attributes, hover) => h("tr", attributes,
+    h("th", { class: "wrap left", scope: "row", title: hover }, name),
+    h("td", {}, format.score(value), " ", h("small", {}, plusMinus(stderr))),
+    h("td", {}, format.score(whole)),
+    h("td", {}, whole > 0 && value !== null ? format.percent((100 * value) / whole) : "–"));
+  const tasks = measured.scores.map((x) => {
+    const weight = x.weight === 1 ? "" : h("small", {}, ` weight ${format.number(x.weight)}`);
+    const hover = `${x.metric}, ${format.count(x.num_documents)} documents, weight ${x.weight}`;
+    return row([x.task, weight], x.value, x.stderr, theirs.get(keyOf(x)), {}, hover);
+  });
+  return h("tbody", {},
+    h("tr", { class: "group" }, h("th", { colspan: 4, scope: "rowgroup" }, title)), tasks,
+    row("accuracy", measured.accuracy, measured.stderr, dense?.accuracy, { class: "total" }));
+}
+
+function scores(point) {
+  return h("div", { class: "scroll" }, h("table", {},
+    h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Task"), h("th", { scope: "col" }, "Score"),
+      h("th", { scope: "col" }, "Best dense"), h("th", { scope: "col" }, "Kept"))),
+    scoreGroup("Search documents", point.search, bestDense?.search),
+    scoreGroup("Holdout documents", point.holdout, bestDense?.holdout)));
+}
+
+function detail(point) {
+  const cut = bySource(point).filter((entries) => !entries.length).length;
+  const merged = point.layer_map.filter((entry) => entry.method).length;
+  byId("detail").dataset.point = point.point;
+  byId("detail-title").textContent =
+    `${point.layers} of ${data.num_layers} layers, ${format.percent(point.parameters_percent)} of the parameters`;
+  byId("detail-body").replaceChildren(
+    h("p", { class: "tags" }, h("span", { class: "id" }, point.point), " · ",
+      frontIds.has(point.point) ? "on the front · " : "", describeKind(point),
+      ` · ${format.size(point.parameters)} parameters · evaluation ${point.evaluation}`),
+    keptFacts(point),
+    commandLine(point),
+    h("h3", {}, "Layers"),
+    h("p", { class: "hint" }, `Read from the bottom up, as the model computes: source layer 0 is next `
+      + `to the embeddings. ${cut} cut, ${merged} merged.`),
+    layerMap(point),
+    h("h3", {}, "Scores"),
+    scores(point));
+}

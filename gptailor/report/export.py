@@ -1,0 +1,250 @@
+"""The report as files that other programs read: front.csv, front.json and a recipe for each point.
+
+Every file is written beside its place and renamed when it is whole, so that a reader never sees
+half of one, and a report can be made again while somebody looks at the old one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import errno
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from gptailor.archive import Score
+from gptailor.errors import ResourceError, UsageError
+from gptailor.recipe import Recipe, Take, canonical_layer
+from gptailor.report.front import Measured, Point, Report
+from gptailor.report.headline import headline
+from gptailor.report.ledger import Spent
+
+SCHEMA = "gptailor/front/1"
+_RECIPE_FILE = re.compile(r"[0-9a-f]{8}\.yaml")
+
+
+def write_front(report: Report, out: Path) -> None:
+    """Writes `front.csv`, `front.json` and `recipes/POINT.yaml` under `out`.
+
+    Side effect: a recipe that an earlier report wrote there, and that is no longer on the front,
+    is removed; files that were changed by hand are left alone.
+
+    Raises:
+        ResourceError: the disk is full.
+        UsageError: `out` can't be written.
+    """
+    write_atomically(out / "front.csv", front_csv(report).encode())
+    write_atomically(out / "front.json", to_json(front_dict(report), indent=1).encode() + b"\n")
+    recipes = out / "recipes"
+    for point in report.front:
+        write_atomically(recipes / f"{point.id}.yaml", point.recipe.to_yaml().encode())
+    _remove_stale(recipes, {point.id for point in report.front})
+
+
+def front_csv(report: Report) -> str:
+    """The front as CSV, one row for each point, smallest first; scores in columns by task."""
+    rows = [_csv_row(report, point) for point in report.front]
+    columns = dict.fromkeys(_CSV_COLUMNS)
+    for prefix in ("search", "holdout"):
+        columns |= dict.fromkeys(c for row in rows for c in row if c.startswith(f"{prefix}:"))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+_CSV_COLUMNS = (
+    "point",
+    "parameters",
+    "parameters_percent",
+    "layers",
+    "accuracy",
+    "accuracy_stderr",
+    "retention_percent",
+    "holdout_accuracy",
+    "holdout_accuracy_stderr",
+    "holdout_retention_percent",
+    "arms",
+    "evaluation",
+)
+
+
+def _csv_row(report: Report, point: Point) -> dict[str, object]:
+    sizes = (point.id, point.parameters, report.size_percent(point), point.layers)
+    values = [*sizes, *_csv_measured(point.search), *_csv_measured(point.holdout)]
+    row: dict[str, object] = dict(
+        zip(_CSV_COLUMNS, [*values, " ".join(point.arms), point.number], strict=True)
+    )
+    for prefix, measured in (("search", point.search), ("holdout", point.holdout)):
+        for score in measured.scores if measured else ():
+            row[f"{prefix}:{score.task}:{score.metric}"] = score.value
+            row[f"{prefix}:{score.task}:{score.metric}:stderr"] = score.stderr
+    return row
+
+
+def _csv_measured(measured: Measured | None) -> tuple[float | None, float | None, float | None]:
+    if measured is None:
+        return (None, None, None)
+    return (measured.accuracy, measured.stderr, measured.retention)
+
+
+def front_dict(report: Report) -> dict[str, Any]:
+    """What `front.json` holds: all numbers of the report, in full precision."""
+    first = headline(report)
+    return {
+        "schema": SCHEMA,
+        "headline": {
+            "text": first.text,
+            "note": first.note,
+            "point": first.point.id if first.point else None,
+            "control": first.control.id if first.control else None,
+        },
+        "num_layers": report.num_layers,
+        "largest_parameters": report.largest_parameters,
+        "models": dict(report.models),
+        "base": report.base,
+        "best_dense": report.best_dense.id if report.best_dense else None,
+        "hypervolume": report.hypervolume[-1][1] if report.hypervolume else 0.0,
+        "control_hypervolume": report.control_hypervolume,
+        "cost": _spent_dict(report.cost),
+        "cost_by_documents": [_spent_dict(part) for part in report.spent],
+        "num_failed": report.num_failed,
+        "num_infeasible": report.num_infeasible,
+        "front": [point_dict(report, point) for point in report.front],
+        "control_arms": [point_dict(report, point) for point in report.controls],
+    }
+
+
+def point_dict(report: Report, point: Point) -> dict[str, Any]:
+    """All that is known of a point."""
+    return {
+        "point": point.id,
+        "evaluation": point.number,
+        "arms": list(point.arms),
+        "kinds": list(point.kinds),
+        "parameters": point.parameters,
+        "parameters_percent": report.size_percent(point),
+        "layers": point.layers,
+        "search": _measured_dict(point.search),
+        "holdout": _measured_dict(point.holdout) if point.holdout else None,
+        "layer_map": layer_map(point.recipe),
+        "recipe": point.recipe.to_dict(),
+    }
+
+
+def layer_map(recipe: Recipe) -> list[dict[str, Any]]:
+    """What each output layer is made of, bottom to top.
+
+    A merge in which only one source has an effect is shown as that source, because that is what
+    is built; any other merge is shown as the recipe has it. `parts` adds up to 1: each source's
+    share of the weights, by magnitude.
+    """
+    result = []
+    for out_layer, written in enumerate(recipe.layers):
+        built = canonical_layer(written, recipe.base)
+        layer = built if isinstance(built, Take) else written
+        entry: dict[str, Any] = {"out_layer": out_layer, "src_layer": layer.src_layer}
+        if isinstance(layer, Take):
+            entry |= {"method": None, "sources": [{"model": layer.model, "part": 1.0}]}
+        else:
+            values = dict(layer.parameters)
+            weights = [weight for _, weight in layer.weights]
+            if layer.method == "slerp":
+                weights = [1.0 - values["t"], values["t"]]
+            whole = sum(abs(weight) for weight in weights) or 1.0
+            entry |= {
+                "method": layer.method,
+                "sources": [
+                    {"model": model, "weight": weight, "part": abs(weight) / whole}
+                    for model, weight in zip(layer.models, weights, strict=True)
+                ],
+                "parameters": values,
+            }
+        result.append(entry | {"scale": layer.scale})
+    return result
+
+
+def to_json(value: object, indent: int | None = None) -> str:
+    """JSON that every reader takes: numbers that are not finite become null."""
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all, and its folder where it is missing.
+
+    Raises:
+        ResourceError: the disk is full.
+        UsageError: the path can't be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = error.strerror or str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"The report can't write {path}: {reason}. Free space.") from error
+        raise UsageError(
+            f"The report can't write {path}: {reason}. Name another folder with --out."
+        ) from error
+
+
+def _remove_stale(folder: Path, keep: Iterable[str]) -> None:
+    for path in sorted(folder.glob("*.yaml")) if folder.is_dir() else ():
+        if not _RECIPE_FILE.fullmatch(path.name) or path.stem in keep:
+            continue
+        with contextlib.suppress(OSError, UsageError, UnicodeDecodeError):
+            if Recipe.from_yaml(path.read_text(encoding="utf-8")).point == path.stem:
+                path.unlink()
+
+
+def _measured_dict(measured: Measured) -> dict[str, Any]:
+    return {
+        "accuracy": measured.accuracy,
+        "stderr": measured.stderr,
+        "retention_percent": measured.retention,
+        "scores": [_score_dict(score) for score in measured.scores],
+    }
+
+
+def _score_dict(score: Score) -> dict[str, Any]:
+    return {
+        "task": score.task,
+        "metric": score.metric,
+        "value": score.value,
+        "stderr": score.stderr,
+        "num_documents": score.num_documents,
+        "weight": score.weight,
+    }
+
+
+def _spent_dict(part: Spent) -> dict[str, Any]:
+    return {
+        "documents": part.documents,
+        "evaluations": part.evaluations,
+        "num_documents": part.num_documents,
+        "num_tokens": part.num_tokens,
+        "hours": part.hours,
+        "assemble_hours": part.assemble_s / 3600.0,
+        "forward_share": part.forward_share,
+    }
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

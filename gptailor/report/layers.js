@@ -1,0 +1,94 @@
+// Layer maps: which source layer comes from where, for one model and along the whole front.
+
+function bySource(point) {
+  const rows = Array.from({ length: data.num_layers }, () => []);
+  for (const entry of point.layer_map) rows[entry.src_layer]?.push(entry);
+  return rows;
+}
+
+// In a small cell the sources of a merge get equal parts, and codes only where they fit.
+function bar(entries, small) {
+  const sources = entries.flatMap((entry) => entry.sources);
+  const withCodes = !small || data.num_layers <= (sources.length > 1 ? 16 : 40);
+  return h("div", { class: sources.length ? "cell" : "cell gone" }, sources.map((source) =>
+    band(source.model, small ? 1 : source.part, withCodes ? codes.get(source.model) : "")));
+}
+
+// "math", or "task_arithmetic: math 0.5 + code 0.5, lambda 0.7".
+function inWords(entry) {
+  const scaled = entry.scale === 1 ? "" : `, output × ${format.number(entry.scale)}`;
+  if (!entry.method) return entry.sources[0].model + scaled;
+  const sources = entry.sources.map((x) => `${x.model} ${format.number(x.weight)}`).join(" + ");
+  const values = Object.entries(entry.parameters)
+    .filter(([name]) => name !== "t" && name !== "normalize")
+    .map(([name, value]) => `, ${name === "lambda" ? "λ" : name} ${format.number(value)}`);
+  const normalised = entry.parameters.normalize ? ", normalised" : "";
+  return `${entry.method}: ${sources}${values.join("")}${normalised}${scaled}`;
+}
+
+function layerMap(point) {
+  const rows = bySource(point).map((entries, src) => {
+    const what = entries.length ? entries.map(inWords).join("; ") : "cut";
+    return h("tr", { class: entries.length ? "" : "gone" },
+      h("th", { class: "index", scope: "row" }, src),
+      h("td", { class: "bar" }, bar(entries, false)),
+      h("td", { class: "what" }, what),
+      h("td", { class: "index" }, entries.map((e) => e.out_layer).join(", ") || "–"));
+  });
+  const end = (title, model) => h("tr", { class: "end" },
+    h("th", { class: "index", scope: "row" }, ""),
+    h("td", { class: "bar" }, bar([{ sources: [{ model, part: 1 }] }], false)),
+    h("td", { class: "what" }, model, h("span", { class: "method" }, ` · ${title}`)),
+    h("td", { class: "index" }, ""));
+  return h("table", { class: "map" },
+    h("thead", {}, h("tr", {},
+      h("th", { class: "index", scope: "col" }, "source"),
+      h("th", { class: "left", scope: "col", colspan: 2 }, "taken from"),
+      h("th", { class: "index", scope: "col" }, "output"))),
+    h("tbody", {}, end("final norm and head", point.recipe.head), rows.reverse(),
+      end("embeddings", point.recipe.embeddings)));
+}
+
+function matrix(host, select) {
+  const front = [...data.front].reverse();
+  if (!front.length) {
+    host.append(h("p", { class: "hint" }, "There is no front yet."));
+    return { mark() {} };
+  }
+  const indices = Array.from({ length: data.num_layers }, (_, i) => i);
+  const kept = indices.map(() => 0);
+  const rows = front.map((point) => {
+    const cells = bySource(point).map((entries, src) => {
+      if (entries.length) kept[src] += 1;
+      const text = entries.length ? entries.map(inWords).join("; ") : "cut";
+      return h("td", { title: `source layer ${src}: ${text}` }, bar(entries, true));
+    });
+    const name = `${point.layers} layers, ${format.score(point.search.accuracy)}`;
+    return h("tr", { "data-point": point.point, onclick: () => select(point.point) },
+      h("th", { scope: "row" }, h("button", { class: "plain", type: "button" }, name)), cells);
+  });
+  const line = (title, values, every) => h("tr", {}, h("th", { scope: "row" }, title),
+    values.map((value, i) => h("td", {}, i % every ? "" : value)));
+  const every = data.num_layers > 48 ? 4 : 1;
+  host.append(h("table", { class: data.num_layers <= 16 ? "matrix roomy" : "matrix" }, h("tbody", {}, rows),
+    h("tfoot", {}, line("source layer", indices, every),
+      line(`kept, of ${front.length}`, kept, every))));
+  return {
+    mark(id) {
+      for (const row of rows) row.classList.toggle("selected", row.dataset.point === id);
+    },
+  };
+}
+
+function modelLegend(host) {
+  const entries = modelNames.map((name) => h("li", {}, swatch(name),
+    name === data.base && name !== "base" ? `${name}, the base` : name));
+  const merged = h("div", { class: "cell" },
+    modelNames.slice(0, 2).map((name) => band(name, 1, codes.get(name))));
+  merged.style.width = "34px";
+  if (modelNames.length > 1) entries.push(h("li", {}, merged, "merged"));
+  const gone = h("div", { class: "cell gone" });
+  gone.style.width = "26px";
+  gone.style.backgroundColor = "var(--gone)";
+  host.append(...entries, h("li", {}, gone, "cut"));
+}

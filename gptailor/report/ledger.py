@@ -1,0 +1,119 @@
+"""What a run spent, and which of its evaluations gave no score."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from gptailor.archive import Evaluation
+
+_REASON_CHARS = 160
+
+
+@dataclass(frozen=True)
+class Spent:
+    """The cost of several evaluations.
+
+    Attributes:
+        documents: the set of documents they were done on.
+        evaluations: how many, failed ones included.
+        num_documents, num_tokens: answered documents and the tokens in them.
+        seconds: wall-clock time of each evaluation, summed; workers side by side all count.
+        assemble_s: the part of it from recipe to a model that is ready.
+        forward_s: the part of it inside the model's forward pass.
+    """
+
+    documents: str
+    evaluations: int = 0
+    num_documents: int = 0
+    num_tokens: int = 0
+    seconds: float = 0.0
+    assemble_s: float = 0.0
+    forward_s: float = 0.0
+
+    @property
+    def hours(self) -> float:
+        """Worker hours."""
+        return self.seconds / 3600.0
+
+    @property
+    def forward_share(self) -> float | None:
+        """The part of the time in the model's forward pass; None where no time was measured."""
+        return self.forward_s / self.seconds if self.seconds > 0.0 else None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Evaluations that gave no score for one reason.
+
+    Attributes:
+        status: "failed" or "infeasible".
+        reason: one line.
+        count: how many there are.
+        number: of the first one.
+        text: the first one's reason as the archive has it, for a crash its traceback.
+    """
+
+    status: str
+    reason: str
+    count: int
+    number: int
+    text: str
+
+
+def spent(rows: Iterable[Evaluation]) -> tuple[Spent, ...]:
+    """The cost for each set of documents, in the order in which they were first used."""
+    sums: dict[str, Spent] = {}
+    for row in rows:
+        cost, old = row.outcome.cost, sums.get(row.documents, Spent(row.documents))
+        new = Spent(
+            row.documents,
+            1,
+            cost.num_documents,
+            cost.num_tokens,
+            cost.seconds,
+            cost.assemble_s,
+            cost.forward_s,
+        )
+        sums[row.documents] = _add(old, new)
+    return tuple(sums.values())
+
+
+def total(parts: Iterable[Spent]) -> Spent:
+    """The sum of several costs."""
+    result = Spent("all")
+    for part in parts:
+        result = _add(result, part)
+    return result
+
+
+def problems(rows: Iterable[Evaluation]) -> tuple[Problem, ...]:
+    """Evaluations without a score, grouped by status and the last line of their reason."""
+    found: dict[tuple[str, str], Problem] = {}
+    for row in rows:
+        status, text = row.outcome.status, row.outcome.reason
+        if status == "ok":
+            accuracy = row.outcome.accuracy
+            if accuracy is not None and math.isfinite(accuracy):
+                continue
+            status, text = "failed", "the accuracy is not a number"
+        lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no reason given"]
+        reason = lines[-1]
+        if len(reason) > _REASON_CHARS:
+            reason = reason[: _REASON_CHARS - 1] + "…"
+        old = found.get((status, reason), Problem(status, reason, 0, row.number, text))
+        found[status, reason] = Problem(status, reason, old.count + 1, old.number, old.text)
+    return tuple(sorted(found.values(), key=lambda p: (-p.count, p.number)))
+
+
+def _add(a: Spent, b: Spent) -> Spent:
+    return Spent(
+        a.documents,
+        a.evaluations + b.evaluations,
+        a.num_documents + b.num_documents,
+        a.num_tokens + b.num_tokens,
+        a.seconds + b.seconds,
+        a.assemble_s + b.assemble_s,
+        a.forward_s + b.forward_s,
+    )

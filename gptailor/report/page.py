@@ -1,0 +1,97 @@
+"""The report as one HTML file that opens offline and asks nobody for anything.
+
+Data travels as JSON in a script element that no browser runs; the page's own scripts build
+everything from it with `textContent`. What a user named (models, tasks, folders, errors) is never
+markup. A content security policy with the hashes of the page's own script and style makes sure
+that nothing else runs and nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import shlex
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from gptailor.report.export import front_dict, to_json
+from gptailor.report.front import Report
+
+_HERE = Path(__file__).parent
+_SCRIPTS = ("dom.js", "chart.js", "layers.js", "detail.js", "table.js", "main.js")
+
+
+def page_html(report: Report) -> str:
+    """The whole page; the same report gives the same text."""
+    import jinja2
+    from markupsafe import Markup
+
+    parts = [(_HERE / name).read_text(encoding="utf-8") for name in _SCRIPTS]
+    script = '"use strict";\n(() => {\n' + "\n".join(parts) + "\n})();\n"
+    style = (_HERE / "page.css").read_text(encoding="utf-8")
+    template = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+    ).from_string((_HERE / "page.html").read_text(encoding="utf-8"))
+    data = page_data(report)
+    return template.render(
+        title=data["title"],
+        headline=data["headline"]["text"].replace(" %", "\u202f%"),
+        note=data["headline"]["note"].replace(" %", "\u202f%"),
+        style=Markup(style),
+        script=Markup(script),
+        data=Markup(json_for_script(data)),
+        style_hash=_csp_hash(style),
+        script_hash=_csp_hash(script),
+    )
+
+
+def page_data(report: Report) -> dict[str, Any]:
+    """What the scripts draw from: `front.json` and what only the page shows."""
+    shown = {point.id for point in (*report.front, *report.controls)}
+    return {
+        **front_dict(report),
+        "title": Path(report.run).resolve().name or report.run,
+        "command": f"gptailor stitch {shlex.quote(report.run)}",
+        "finished": _utc(report.finished_at),
+        "config": dict(report.config),
+        "others": [
+            [p.id, p.number, p.layers, report.size_percent(p), p.search.accuracy]
+            for p in report.points
+            if p.id not in shown
+        ],
+        "hypervolume_history": [list(step) for step in report.hypervolume],
+        "problems": [
+            {
+                "status": p.status,
+                "reason": p.reason,
+                "count": p.count,
+                "number": p.number,
+                "text": p.text,
+            }
+            for p in report.problems
+        ],
+    }
+
+
+def json_for_script(value: object) -> str:
+    r"""JSON for the inside of a script element: `<`, `>` and `&` as \u escapes.
+
+    So neither `</script>` nor `<!--` can occur, whatever a model is called. U+2028 and U+2029 go
+    the same way, and lone surrogates, which UTF-8 does not have, become U+FFFD.
+    """
+    text = to_json(value)
+    for char in "<>&\u2028\u2029":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _csp_hash(text: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return f"sha256-{digest}"
+
+
+def _utc(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")

@@ -1,0 +1,168 @@
+"""The page in a real browser: it draws, answers mouse and keyboard, and says nothing to anyone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from report_browser import Browser
+from report_runs import make_run
+from test_report_page import HOSTILE, runs_without_a_front
+
+from gptailor.report import Report, load_report, write_report
+
+pytestmark = pytest.mark.system
+
+
+@pytest.fixture(scope="module")
+def page(run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Report]:
+    index = write_report(run, tmp_path_factory.mktemp("page"))
+    return index.as_uri(), load_report(run)
+
+
+def show(browser: Browser, url: str) -> None:
+    browser.problems.clear()
+    browser.requests.clear()
+    browser.open("about:blank")
+    browser.open(url)
+    assert browser.evaluate("document.documentElement.dataset.ready") == "true"
+    assert browser.problems == []
+    asked = {request.partition("#")[0] for request in browser.requests}
+    assert asked <= {url.partition("#")[0], "about:blank"}
+
+
+def chosen(browser: Browser) -> str:
+    """The chosen point, which chart, panel and table must agree on."""
+    ids = {
+        browser.evaluate("document.getElementById('detail').dataset.point"),
+        browser.evaluate("document.querySelector('.mark.selected').dataset.point"),
+        browser.evaluate("document.querySelector('.mark[aria-pressed=true]').dataset.point"),
+        browser.evaluate("document.querySelector('#table tr[aria-selected=true]').dataset.point"),
+    }
+    assert len(ids) == 1
+    return str(ids.pop())
+
+
+def text(browser: Browser, selector: str) -> str:
+    return str(browser.evaluate(f"document.querySelector({json.dumps(selector)}).textContent"))
+
+
+def count(browser: Browser, selector: str) -> int:
+    return int(browser.evaluate(f"document.querySelectorAll({json.dumps(selector)}).length"))
+
+
+def test_draws_everything(browser: Browser, page: tuple[str, Report]) -> None:
+    url, report = page
+    show(browser, url)
+    shown = {p.id for p in (*report.front, *report.controls)}
+    assert count(browser, ".mark") == count(browser, "#table tbody tr") == len(shown)
+    assert count(browser, ".other") >= len(report.points) - len(shown)
+    assert count(browser, ".matrix tbody tr") == len(report.front)
+    assert count(browser, ".matrix tbody td") == len(report.front) * report.num_layers
+    assert count(browser, "#volume-chart path") == 2
+    assert count(browser, "details.problem") == len(report.problems)
+    assert text(browser, "h1").startswith("At 75")
+    assert chosen(browser) in shown
+
+
+def test_a_link_chooses_a_point(browser: Browser, page: tuple[str, Report]) -> None:
+    url, report = page
+    for point in (report.front[0], report.controls[-1]):
+        show(browser, f"{url}#point={point.id}")
+        assert chosen(browser) == point.id
+        assert text(browser, "#command").endswith(f"--point {point.id} stitched-{point.id}")
+        gone = report.num_layers - len(set(point.recipe.src_layers))
+        assert count(browser, ".map tr.gone") == gone
+        assert count(browser, ".map tbody tr") == report.num_layers + 2
+        first = point.recipe.layers[0].models[0]
+        row = f".map tbody tr:nth-last-child({point.recipe.src_layers[0] + 2})"
+        assert first in text(browser, row)
+    show(browser, f"{url}#point=no-such-point")
+    assert chosen(browser)
+
+
+def test_mouse_and_keyboard(browser: Browser, page: tuple[str, Report]) -> None:
+    url, report = page
+    front = [p.id for p in report.front]
+    show(browser, f"{url}#point={front[1]}")
+    browser.evaluate("document.querySelector('.mark[tabindex=\"0\"]').focus()")
+    for key, expected in (
+        ("ArrowRight", front[2]),
+        ("ArrowLeft", front[1]),
+        ("Home", front[0]),
+        ("ArrowLeft", front[0]),
+        ("End", front[-1]),
+    ):
+        browser.press(key)
+        assert chosen(browser) == expected
+    assert browser.evaluate("location.hash") == f"#point={front[-1]}"
+    assert not browser.evaluate("document.getElementById('tooltip').hidden")
+    browser.press("ArrowDown")
+    assert chosen(browser) != front[-1]
+    browser.click(f'.mark[data-point="{front[0]}"] .shape')
+    assert chosen(browser) == front[0]
+    browser.click(f'.matrix tr[data-point="{front[2]}"] button')
+    assert chosen(browser) == front[2]
+    browser.click(f'#table tr[data-point="{front[1]}"] button')
+    assert chosen(browser) == front[1]
+    browser.click(".command button")
+    browser.evaluate("1")
+    assert text(browser, ".command button") in ("Copied", "Selected", "Copy")
+    assert browser.problems == []
+
+
+def test_table_sorts_both_ways(browser: Browser, page: tuple[str, Report]) -> None:
+    url, report = page
+    show(browser, url)
+    points = {p.id: p for p in (*report.front, *report.controls)}
+    column = "#table thead th:nth-child(6)"
+    for direction in ("descending", "ascending"):
+        browser.click(f"{column} button")
+        assert browser.evaluate(f"document.querySelector('{column}').ariaSort") == direction
+        script = "[...document.querySelectorAll('#table tbody tr')].map((r) => r.dataset.point)"
+        values = [points[i].search.accuracy for i in browser.evaluate(script)]
+        assert values == sorted(values, reverse=direction == "descending")
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_nothing_runs_over_the_edge(browser: Browser, page: tuple[str, Report], width: int) -> None:
+    browser.resize(width, 900)
+    show(browser, page[0])
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    browser.resize(1280, 900)
+
+
+def test_text_can_be_read_in_both_themes(browser: Browser, page: tuple[str, Report]) -> None:
+    """Contrast of ink, muted text and accents against the panels, by the formula of WCAG."""
+    script = """(() => {
+      const style = getComputedStyle(document.documentElement);
+      const luminance = (name) => {
+        const hex = style.getPropertyValue(name).trim();
+        const [r, g, b] = [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16) / 255)
+          .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
+      };
+      const ratio = (a, b) => Math.max(luminance(a) / luminance(b), luminance(b) / luminance(a));
+      return ["--ink", "--muted", "--accent", "--control"].flatMap((name) =>
+        ["--panel", "--bg"].map((back) => ratio(name, back)));
+    })()"""
+    for scheme in ("light", "dark"):
+        browser.colour_scheme(scheme)
+        show(browser, page[0])
+        assert min(browser.evaluate(script)) >= 4.5
+
+
+def test_hostile_names_do_nothing(browser: Browser, tmp_path: Path) -> None:
+    index = write_report(make_run(tmp_path / "a b", count=10, names=HOSTILE))
+    show(browser, index.as_uri())
+    assert count(browser, "img") == 0
+    assert browser.evaluate("document.documentElement.dataset.hacked") is None
+    assert HOSTILE[0] in text(browser, "#model-legend")
+
+
+def test_runs_without_a_front_are_drawn(browser: Browser, tmp_path: Path) -> None:
+    for path in runs_without_a_front(tmp_path):
+        show(browser, write_report(path).as_uri())
+        assert count(browser, ".mark") == 0
+        assert text(browser, "#detail-title") == "No point chosen"

@@ -1,0 +1,300 @@
+"""The numbers of a report against slow references."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from report_runs import CRASH, LAYERS, NAMES, add, dense, make_run, recipe_of, size_of
+
+from gptailor.archive import Archive, Cost, Outcome, Score
+from gptailor.errors import ResourceError, UsageError
+from gptailor.recipe import Merge, Recipe, Take
+from gptailor.report import load_report, write_report
+from gptailor.report.export import layer_map, write_atomically
+from gptailor.report.front import Measured, Point, pareto_front
+from gptailor.report.headline import headline
+from gptailor.report.volume import hypervolume_history
+
+sizes = st.integers(1, 12)
+accuracies = st.sampled_from([0.0, 0.1, 0.2, 0.25, 0.3, 0.5, 0.7, 0.9])
+many = st.lists(st.tuples(sizes, accuracies), max_size=24)
+
+
+def point_of(number: int, parameters: int, accuracy: float) -> Point:
+    recipe = recipe_of([Take("base", 0)])
+    return Point(number, recipe, parameters, (), Measured(accuracy, None, ()), None)
+
+
+def slow_front(points: list[Point]) -> list[Point]:
+    def beats(a: Point, b: Point) -> bool:
+        better = (a.search.accuracy - b.search.accuracy, b.parameters - a.parameters)
+        return min(better) >= 0 and (max(better) > 0 or a.number < b.number)
+
+    return [p for p in points if not any(beats(q, p) for q in points if q is not p)]
+
+
+@given(many)
+def test_front_equals_brute_force(pairs: list[tuple[int, float]]) -> None:
+    points = [point_of(i, size, accuracy) for i, (size, accuracy) in enumerate(pairs, 1)]
+    front = pareto_front(reversed(points))
+    assert {p.number for p in front} == {p.number for p in slow_front(points)}
+    assert list(front) == sorted(front, key=lambda p: p.parameters)
+
+
+def slow_volume(pairs: list[tuple[int, float]], largest: int) -> float:
+    """The area column by column: parameter counts are integers."""
+    columns = range(1, largest + 1)
+    best = [max([a for size, a in pairs if size < column], default=0.0) for column in columns]
+    return sum(best) / largest
+
+
+@settings(deadline=None)
+@given(many)
+def test_hypervolume_equals_column_sums_and_never_falls(pairs: list[tuple[int, float]]) -> None:
+    history = hypervolume_history([(i, *pair) for i, pair in enumerate(pairs, 1)], 12)
+    volumes = [volume for _, volume in history]
+    assert volumes == sorted(volumes)
+    for i, volume in enumerate(volumes, 1):
+        assert volume == pytest.approx(slow_volume(pairs[:i], 12), abs=1e-12)
+
+
+def test_a_larger_or_worse_than_nothing_model_adds_no_volume() -> None:
+    assert hypervolume_history([(1, 12, 0.9), (2, 15, 0.9), (3, 4, -0.5)], 12)[-1] == (3, 0.0)
+    assert hypervolume_history([], 12) == ()
+
+
+def test_retention_is_in_percent_of_the_best_dense_candidate(run: Path) -> None:
+    report = load_report(run)
+    best = report.best_dense
+    assert best is not None and best.holdout is not None
+    assert best.search.retention == pytest.approx(100.0)
+    candidates = [p for p in report.points if p.is_dense]
+    assert len(candidates) == len(NAMES)
+    assert best.search.accuracy == max(p.search.accuracy for p in candidates)
+    for point in report.points:
+        kept = 100.0 * point.search.accuracy / best.search.accuracy
+        assert point.search.retention == pytest.approx(kept)
+        if point.holdout:
+            kept = 100.0 * point.holdout.accuracy / best.holdout.accuracy
+            assert point.holdout.retention == pytest.approx(kept)
+
+
+def test_report_sums_up_the_archive(run: Path) -> None:
+    report = load_report(run)
+    with Archive(run, readonly=True) as archive:
+        assert load_report(archive) == report
+        rows = archive.evaluations()
+    search = [r for r in rows if r.documents == "search"]
+    assert [p.number for p in report.points] == [
+        r.number for r in search if r.outcome.status == "ok"
+    ]
+    assert report.num_failed == sum(r.outcome.status == "failed" for r in rows) > 0
+    assert report.num_infeasible == sum(r.outcome.status == "infeasible" for r in rows) > 0
+    assert report.problems[0].reason.startswith(("torch.OutOfMemoryError", "the model needs"))
+    assert CRASH in {p.text for p in report.problems}
+    assert report.cost.evaluations == len(rows)
+    assert report.cost.num_tokens == sum(r.outcome.cost.num_tokens for r in rows)
+    assert report.cost.seconds == pytest.approx(sum(r.outcome.cost.seconds for r in rows))
+    assert {s.documents for s in report.spent} == {"search", "search-100-5f3c", "holdout"}
+    assert 0.5 < (report.cost.forward_share or 0) < 1.0
+    assert (report.num_layers, report.largest_parameters) == (LAYERS, size_of(LAYERS))
+    assert report.hypervolume[-1][1] >= report.control_hypervolume > 0.0
+    assert {k for p in report.controls for k in p.kinds} == {
+        "dense", "block_influence", "angular", "uniform", "random"
+    }  # fmt: skip
+
+
+def test_stderr_of_the_accuracy_is_that_of_the_weighted_mean(tmp_path: Path) -> None:
+    scores = (
+        Score("a", "acc,none", 0.5, 0.03, 10, 1.0),
+        Score("b", "acc,none", 0.8, 0.02, 10, 2.0),
+    )
+    add_one(tmp_path, Outcome("ok", 0.7, scores, "", Cost()))
+    measured = load_report(tmp_path).points[0].search
+    assert measured.stderr == pytest.approx(0.05 / 3)  # √(0.03² + 0.04²) / 3
+    assert measured.retention is None
+
+
+def add_one(folder: Path, result: Outcome, recipe: Recipe | None = None) -> Recipe:
+    recipe = recipe or recipe_of([Take("math", i) for i in range(9)])
+    with Archive(folder) as archive:
+        add(archive, recipe, "search", result)
+    return recipe
+
+
+def test_without_meta_the_family_is_seen_in_the_recipes(tmp_path: Path) -> None:
+    report = load_report(make_run(tmp_path, count=4, meta=False))
+    assert (report.num_layers, report.largest_parameters) == (LAYERS, size_of(LAYERS))
+    assert tuple(report.models) == NAMES
+    assert report.config == {}
+
+
+def test_files_hold_the_report(run: Path, tmp_path: Path) -> None:
+    write_report(run, tmp_path)
+    report = load_report(run)
+    with (tmp_path / "front.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    data = json.loads((tmp_path / "front.json").read_text())
+    assert len(rows) == len(data["front"]) == len(report.front)
+    for row, entry, point in zip(rows, data["front"], report.front, strict=True):
+        assert row["point"] == entry["point"] == point.id
+        assert int(row["parameters"]) == entry["parameters"] == point.parameters
+        assert float(row["accuracy"]) == entry["search"]["accuracy"] == point.search.accuracy
+        assert float(row["retention_percent"]) == point.search.retention
+        assert float(row["search:gsm:em,none"]) == point.search.scores[2].value
+        assert float(row["holdout:boolq:acc,none:stderr"]) == point.holdout.scores[1].stderr  # type: ignore[union-attr]
+        assert [Score(**s) for s in entry["search"]["scores"]] == list(point.search.scores)
+        assert Recipe.from_dict(entry["recipe"]).hash == point.recipe.hash
+        text = (tmp_path / "recipes" / f"{point.id}.yaml").read_text()
+        assert Recipe.from_yaml(text) == point.recipe
+        assert [e["out_layer"] for e in entry["layer_map"]] == list(range(point.layers))
+    assert {p.name for p in (tmp_path / "recipes").iterdir()} == {
+        f"{p.id}.yaml" for p in report.front
+    }
+    assert len(data["control_arms"]) == len(report.controls)
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_same_archive_gives_the_same_bytes(run: Path, tmp_path: Path) -> None:
+    def written() -> dict[str, bytes]:
+        write_report(run, tmp_path)
+        files = [p for p in tmp_path.rglob("*") if p.is_file()]
+        return {str(p.relative_to(tmp_path)): p.read_bytes() for p in files}
+
+    first = written()
+    assert {"front.csv", "front.json", "front.png", "report/index.html"} < set(first)
+    assert written() == first
+
+
+def test_recipes_that_left_the_front_go_and_foreign_files_stay(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    old = recipe_of([Take("code", 3)])
+    (folder / f"{old.point}.yaml").write_text(old.to_yaml())
+    kept = {"mine.yaml": old.to_yaml(), "0123abcd.yaml": old.to_yaml(), "deadbeef.yaml": "- no"}
+    for name, text in kept.items():
+        (folder / name).write_text(text)
+    write_report(run, tmp_path)
+    assert not (folder / f"{old.point}.yaml").exists()
+    assert all((folder / name).read_text() == text for name, text in kept.items())
+
+
+def test_layer_map_shows_what_is_built() -> None:
+    weights = (("math", 1.0), ("code", 0.0))
+    values = (("lambda", 1.0), ("normalize", 0.0))
+    recipe = recipe_of(
+        [
+            Merge("task_arithmetic", 4, weights, values),
+            Merge("slerp", 7, (("math", 1.0), ("code", 1.0)), (("t", 0.25),), 0.9),
+        ]
+    )
+    first, second = layer_map(recipe)
+    assert first["method"] is None
+    assert first["sources"] == [{"model": "math", "part": 1.0}]
+    assert (second["out_layer"], second["src_layer"], second["scale"]) == (1, 7, 0.9)
+    assert [(s["model"], s["part"]) for s in second["sources"]] == [("math", 0.75), ("code", 0.25)]
+
+
+def test_a_number_that_is_none_is_a_problem_and_no_score(tmp_path: Path) -> None:
+    add_one(tmp_path, Outcome("ok", float("inf"), (), "", Cost()))
+    report = load_report(tmp_path)
+    assert report.points == () and report.num_failed == 1
+    scores = (Score("ppl", "word", float("nan"), None, 5),)
+    with Archive(tmp_path) as archive:
+        add(archive, dense("math"), "search", Outcome("ok", 0.5, scores, "", Cost()))
+    write_report(tmp_path)
+    strict = json.loads((tmp_path / "front.json").read_text(), parse_constant=pytest.fail)
+    assert strict["front"][0]["search"]["scores"][0]["value"] is None
+
+
+def test_errors_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="holds no run"):
+        write_report(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="--out"):
+        write_atomically(tmp_path / "file" / "front.csv", b"")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ResourceError, match="No space left"):
+        write_atomically(tmp_path / "front.csv", b"")
+
+
+class TestHeadline:
+    def test_compares_at_the_size_that_both_have(self, run: Path) -> None:
+        found = headline(load_report(run))
+        assert found.point is not None and found.control is not None
+        assert found.point.layers == found.control.layers == 9
+        kept, simple = found.point.search.retention, found.control.search.retention
+        assert found.text == (
+            f"At 75 % of the layers (9 of 12) the best stitched model keeps {kept:.0f} % of the "
+            f"best dense candidate; the best simple pruning keeps {simple:.0f} %."
+        )
+        assert "holdout" in found.note
+
+    def run_with(self, folder: Path, values: dict[str, tuple[Recipe, float]]) -> str:
+        with Archive(folder) as archive:
+            for arm, (recipe, accuracy) in values.items():
+                if not arm.startswith("search"):
+                    archive.add_arm(arm, recipe)
+                score = Score("t", "acc,none", accuracy, 0.02, 100)
+                add(archive, recipe, "search", Outcome("ok", accuracy, (score,), "", Cost()))
+        return " ".join([headline(load_report(folder)).text, headline(load_report(folder)).note])
+
+    nine = recipe_of([Take("math", i) for i in range(9)])
+    other_nine = recipe_of([Take("base", i + 3) for i in range(9)])
+    eight = recipe_of([Take("base", i) for i in range(8)])
+
+    def test_says_when_the_search_gained_nothing(self, tmp_path: Path) -> None:
+        text = self.run_with(
+            tmp_path,
+            {
+                "dense:math": (dense("math"), 0.5),
+                "angular:0.75": (self.other_nine, 0.4),
+                "search": (self.nine, 0.39),
+            },
+        )
+        assert "keeps 78 %" in text and "keeps 80 %, so the search gained nothing" in text
+        assert "within twice the standard error" in text
+        assert "not scored on holdout" in text
+
+    def test_says_what_is_missing(self, tmp_path: Path) -> None:
+        text = self.run_with(
+            tmp_path, {"search": (self.nine, 0.4), "search2": (dense("base"), 0.6)}
+        )
+        assert "an accuracy of 0.400" in text
+        assert "No simple pruning of that size" in text and "No dense candidate" in text
+
+    def test_controls_only_and_dense_only(self, tmp_path: Path) -> None:
+        values = {"dense:math": (dense("math"), 0.5)}
+        assert "Only whole candidates" in self.run_with(tmp_path / "a", values)
+        values["angular:0.67"] = (self.eight, 0.4)
+        text = self.run_with(tmp_path / "b", values)
+        assert "No stitched model" in text and "at 67 % of the layers" in text and "80 %" in text
+
+    def test_nothing_at_all(self, tmp_path: Path) -> None:
+        assert self.run_with(tmp_path / "a", {}).startswith("Nothing has been evaluated yet.")
+        add_one(tmp_path / "b", Outcome("failed", None, (), CRASH, Cost()))
+        assert headline(load_report(tmp_path / "b")).text.startswith("None of the 1 evaluations")
+
+
+def test_reading_does_not_write(run: Path) -> None:
+    before = (run / "archive.db").read_bytes()
+    load_report(run)
+    with closing(sqlite3.connect(run / "archive.db")) as db:
+        assert db.execute("SELECT count(*) FROM evaluations").fetchone()[0] > 0
+    assert (run / "archive.db").read_bytes() == before
+
+
+def test_outcomes_of_the_made_up_run_are_plausible(run: Path) -> None:
+    assert all(0.0 < p.search.accuracy < 1.0 for p in load_report(run).points)
