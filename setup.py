@@ -108,11 +108,10 @@ class CMakeBuild(build_ext):
         install(built, Path(self.get_ext_fullpath(ext.name)).resolve())
 
     def copy_extensions_to_source(self) -> None:
-        """The last step of `--inplace` and of editable installs, here without writing over a file."""
+        """The last step of `--inplace` and of editable installs, without writing over a file."""
         for ext in self.extensions:
-            build_py = self.get_finalized_command("build_py")
-            inplace, regular = self._get_inplace_equivalent(build_py, ext)
-            install(Path(regular), Path(inplace))
+            built = Path(self.build_lib) / self.get_ext_filename(ext.name)
+            install(built, Path(self.get_ext_fullpath(ext.name)))
 
     def get_source_files(self) -> list[str]:
         return sorted(str(path.relative_to(ROOT)) for path in CSRC.iterdir() if path.is_file())
