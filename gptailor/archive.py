@@ -253,9 +253,7 @@ class Archive:
 
     def find(self, recipe: Recipe, documents: str) -> Evaluation | None:
         """The evaluation of that recipe on those documents, or None."""
-        rows = self._select(
-            "WHERE recipe_hash = ? AND documents = ?", (recipe.hash, documents)
-        )
+        rows = self._select("WHERE recipe_hash = ? AND documents = ?", (recipe.hash, documents))
         return next(rows, None)
 
     def evaluations(self, documents: str | None = None) -> list[Evaluation]:
@@ -327,5 +325,7 @@ def _explained(error: sqlite3.Error | OSError, path: Path) -> Exception:
     else:
         full = "full" in text or "disk I/O" in text
     if full:
-        return ResourceError(f"The archive {path} can't be written: {text}. Free space, then resume.")
+        return ResourceError(
+            f"The archive {path} can't be written: {text}. Free space, then resume."
+        )
     return UsageError(f"The archive {path} can't be used: {text}.")

@@ -17,7 +17,7 @@ from gptailor.errors import UsageError, unknown
 from gptailor.merging.registry import METHODS, get_method
 from gptailor.recipe import DTYPES, absolute_ref, load_yaml
 
-SEEDS = ("dense", "block_influence", "angular", "uniform", "random")
+SEEDS = ("dense", "block_influence", "angular", "uniform", "paper", "random")
 """The control arms that a search can start from, each evaluated and kept as such."""
 
 ALL_METHODS = tuple(METHODS)
@@ -149,6 +149,7 @@ class SearchConfig(_Strict):
         evaluations: recipes that are evaluated in all, control arms included.
         seed: of every random choice.
         seeds: control arms that are evaluated first and start the population.
+        arm_sizes: parts of the layers that the control arms keep.
     """
 
     algorithm: Literal["nsga2"] = "nsga2"
@@ -156,6 +157,7 @@ class SearchConfig(_Strict):
     evaluations: Annotated[int, Field(ge=1)] = 500
     seed: Annotated[int, Field(ge=0)] = 0
     seeds: tuple[str, ...] = SEEDS
+    arm_sizes: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.9, 0.8, 0.7)
 
     @field_validator("seeds")
     @classmethod

@@ -412,7 +412,7 @@ def load_yaml(text: str, source: str) -> Any:
         UsageError: the text is not YAML, or writes a key twice; with the line.
     """
     try:
-        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506  (a SafeLoader)
+        return yaml.load(text, Loader=_StrictLoader)
     except (yaml.YAMLError, TypeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""

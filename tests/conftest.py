@@ -138,9 +138,7 @@ _TASKS = {
         "doc_to_text": "{{ctx}}",
         "doc_to_target": "{{last}}",
         "generation_kwargs": {"until": [" w05"], "max_gen_toks": 6, "do_sample": False},
-        "metric_list": [
-            {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
-        ],
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     },
 }
 

@@ -1,0 +1,1 @@
+"""Scoring recipes: a resident model, judged by lm-eval."""

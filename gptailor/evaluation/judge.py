@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from lm_eval.models.huggingface import HFLM
 from torch import nn
 
@@ -65,7 +66,9 @@ class ResidentLM(HFLM):  # type: ignore[misc]
     def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int) -> None:
         logger = logging.getLogger("lm_eval")
         level = logger.level
-        logger.setLevel(logging.ERROR)  # it warns that some arguments are ignored: they are not used
+        logger.setLevel(
+            logging.ERROR
+        )  # it warns that some arguments are ignored: they are not used
         try:
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         finally:
@@ -74,6 +77,7 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         self.num_tokens = 0
         self._began = 0.0
         self._encoded: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
+        self._captured: list[Request] | None = None  # while requests are only encoded
         self._plans: dict[tuple[tuple[tuple[int, ...], int], ...], list[Batch]] = {}
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
@@ -85,18 +89,12 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         """Log-likelihood and greediness of each request, as HFLM's, but encoded only once."""
         missing = [r for r in requests if tuple(r.args) not in self._encoded]
         if missing:
-            captured: list[Request] = []
-
-            def capture(encoded: list[Request], **_: object) -> list[tuple[float, bool]]:
-                captured.extend(encoded)
-                return [(0.0, False)] * len(encoded)
-
-            real = self._loglikelihood_tokens
-            self._loglikelihood_tokens = capture
+            self._captured = []
             try:
                 super().loglikelihood(missing, disable_tqdm=True)
+                captured = self._captured
             finally:
-                self._loglikelihood_tokens = real
+                self._captured = None
             for request, (_, context, continuation) in zip(missing, captured, strict=True):
                 self._encoded[tuple(request.args)] = (context, continuation)
         encoded = [(None, *self._encoded[tuple(r.args)]) for r in requests]
@@ -118,6 +116,9 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         self, requests: list[Request], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         del disable_tqdm, override_bs
+        if self._captured is not None:
+            self._captured.extend(requests)
+            return [(0.0, False)] * len(requests)
         inputs = tuple(
             (tuple((context + continuation)[-(self.max_length + 1) :]), len(continuation))
             for _, context, continuation in requests
@@ -145,7 +146,7 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         hits_RC = greedy_BP[batch.rows_RC, batch.columns_RC] == batch.tokens_RC
         greedy_R = (hits_RC | ~batch.mask_RC).all(-1)
         sums = sums_R.float().tolist()
-        if any(value != value for value in sums):
+        if any(math.isnan(value) for value in sums):
             raise FloatingPointError("the model's log-likelihoods are not numbers")
         return list(zip(sums, greedy_R.tolist(), strict=True))
 
@@ -214,5 +215,12 @@ def _batch(
         tokens_RC[i, :n] = torch.tensor(continuation)
         mask[i, :n] = True
     padded = [[*sequence, *([0] * (length - len(sequence)))] for sequence in sequences]
-    tensors = torch.tensor(padded), torch.tensor(used), rows, columns, tokens_RC, mask
-    return Batch(*(t.to(device) for t in tensors), tuple(request for request, *_ in needed))
+    return Batch(
+        input_BT=torch.tensor(padded, device=device),
+        positions_P=torch.tensor(used, device=device),
+        rows_RC=rows.to(device),
+        columns_RC=columns.to(device),
+        tokens_RC=tokens_RC.to(device),
+        mask_RC=mask.to(device),
+        requests=tuple(request for request, *_ in needed),
+    )

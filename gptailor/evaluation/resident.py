@@ -13,13 +13,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.utils.dlpack
 from torch import nn
 
 from gptailor import _C
 from gptailor.errors import ModelError, ResourceError, UsageError
 from gptailor.models.architecture import cut_config, text_config
 from gptailor.models.family import Family, has_tokenizer
-from gptailor.recipe import DTYPES, Layer, Recipe, Take
+from gptailor.recipe import Layer, Recipe, Take
 from gptailor.stitching.compute import ComputedTensor
 from gptailor.stitching.plan import OutTensor, make_plan, plan_layer, scale_factors
 
@@ -108,7 +109,12 @@ class ResidentModel:
             embeddings = self.model.get_input_embeddings().weight
             self.model.get_output_embeddings().weight = embeddings
         self._cut_config(recipe.src_layers)
-        return self.model
+        model: nn.Module = self.model
+        return model
+
+    def layers(self) -> list[nn.Module]:
+        """The layers of the assembled model, bottom to top."""
+        return list(self.model.get_submodule(self._stack_name))
 
     def check_pointers(self, recipe: Recipe) -> None:
         """Asserts that every taken layer of the assembled model is the candidate's own memory."""
@@ -121,14 +127,20 @@ class ResidentModel:
 
     def _load_skeleton(self) -> Any:
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
         folder = self.family.base.folder
         dtype = getattr(torch, self._dtype) if self._dtype else "auto"
+        had_bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         except (ValueError, OSError, KeyError, ImportError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ModelError(f"transformers can't load {folder}: {reason}") from error
+        finally:
+            if had_bars:
+                logging.enable_progress_bar()
         try:
             return model.to(self.device).eval().requires_grad_(False)
         except torch.OutOfMemoryError as error:
@@ -160,7 +172,7 @@ class ResidentModel:
         if key not in self._taken:
             if tensor.is_copy:
                 checkpoint = self.family.candidates[source.model].checkpoint
-                view = torch.from_dlpack(checkpoint.tensor(source.info.name))
+                view = torch.utils.dlpack.from_dlpack(checkpoint.tensor(source.info.name))
             else:
                 view = self._compute(tensor)
             self._taken[key] = self._to_parameter(view, tensor, recipe)
@@ -170,11 +182,9 @@ class ResidentModel:
         job = ComputedTensor(tensor, self.family)
         buffer = _C.Buffer(max(tensor.n_bytes, 1))
         job.run(0, job.n_elements, buffer)
-        return torch.from_dlpack(buffer.tensor(0, tensor.shape, tensor.dtype))
+        return torch.utils.dlpack.from_dlpack(buffer.tensor(0, tensor.shape, tensor.dtype))
 
-    def _to_parameter(
-        self, data: torch.Tensor, tensor: OutTensor, recipe: Recipe
-    ) -> nn.Parameter:
+    def _to_parameter(self, data: torch.Tensor, tensor: OutTensor, recipe: Recipe) -> nn.Parameter:
         dtype = getattr(torch, self._dtype or recipe.dtype)
         if not data.is_floating_point():
             dtype = data.dtype

@@ -98,6 +98,19 @@ class Workload:
         text = json.dumps([self._metrics, requests], default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def contexts(self, lm: Any, count: int) -> list[list[int]]:
+        """Tokens of `count` contexts with their continuations, spread evenly over the tasks."""
+        texts: list[str] = []
+        per_task = max(count // len(self._tasks), 1)
+        for task in self._tasks.values():
+            first = {
+                i.doc_id: "".join(a for a in i.args if isinstance(a, str))
+                for i in reversed(task.instances)
+            }
+            texts += [first[doc_id] for doc_id in sorted(first)][:per_task]
+        encoded = [lm.tok_encode(text)[: lm.max_length] for text in texts]
+        return [tokens for tokens in encoded if tokens]
+
     def run(self, lm: Any) -> dict[str, dict[str, Any]]:
         """Answers every request and aggregates: task or group → lm-eval's metrics.
 
@@ -142,7 +155,7 @@ class Workload:
         return tuple(scores)
 
     def _load(self, include_path: str | None) -> None:
-        manager = _task_manager(include_path, [spec.task for spec in self.specs])
+        manager = task_manager(include_path, [spec.task for spec in self.specs])
         for spec in self.specs:
             if spec.task not in manager.all_tasks:
                 raise unknown("task", spec.task, manager.all_tasks, "evaluation.tasks")
@@ -240,7 +253,7 @@ def choose_documents(
     return chosen
 
 
-def _task_manager(include_path: str | None, names: Sequence[str]) -> Any:
+def task_manager(include_path: str | None, names: Sequence[str]) -> Any:
     """lm-eval's index of tasks: the own folder's only, if that has all (it is much quicker)."""
     from lm_eval.tasks import TaskManager
 

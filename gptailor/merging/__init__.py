@@ -1,0 +1,1 @@
+"""The merge methods: the registry and the slow reference."""

@@ -104,7 +104,9 @@ def find_architecture(tensors: Mapping[str, TensorInfo], where: object) -> Archi
     num_layers = max(stack) + 1
     missing = next((i for i in range(num_layers) if i not in stack), None)
     if missing is not None:
-        raise ModelError(f"{where} lacks the layer {prefix}{missing}, but has {prefix}{max(stack)}.")
+        raise ModelError(
+            f"{where} lacks the layer {prefix}{missing}, but has {prefix}{max(stack)}."
+        )
     outside = [name for name in tensors if not _inside(name, prefix)]
     return Architecture(
         prefix=prefix,
@@ -185,7 +187,9 @@ def cut_config(config: Mapping[str, Any], src_layers: Sequence[int]) -> dict[str
 
 
 def _refuse_patterns(text: Mapping[str, Any], lists: Iterable[str]) -> None:
-    explicit = {"layer_types", "no_rope_layers", "mlp_layer_types", "layers_block_type"} & set(lists)
+    explicit = {"layer_types", "no_rope_layers", "mlp_layer_types", "layers_block_type"} & set(
+        lists
+    )
     for key, harmless in _PATTERN_KEYS.items():
         if text.get(key) not in (None, harmless) and not explicit:
             raise UsageError(

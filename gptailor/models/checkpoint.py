@@ -138,7 +138,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             prefix = file.read(8)
             n_header = int.from_bytes(prefix, "little")
             if len(prefix) < 8:
-                raise ModelError(f"{path} is truncated: it has {file_size} bytes, but 8 are needed.")
+                raise ModelError(
+                    f"{path} is truncated: it has {file_size} bytes, but 8 are needed."
+                )
             if n_header > MAX_HEADER_BYTES:
                 raise ModelError(
                     f"{path} is no safetensors file: its header would have {n_header} bytes, "
@@ -165,7 +167,9 @@ def _check_layout(tensors: Iterable[TensorInfo], path: Path, begin: int, file_si
     end = begin
     for tensor in tensors:
         if tensor.offset < end:
-            raise ModelError(f"{path} is corrupt: the bytes of {tensor.name} overlap another tensor.")
+            raise ModelError(
+                f"{path} is corrupt: the bytes of {tensor.name} overlap another tensor."
+            )
         if tensor.offset > end:
             raise ModelError(
                 f"{path} is corrupt: {tensor.offset - end} bytes before {tensor.name} belong to "

@@ -145,9 +145,7 @@ def resolve(ref: str) -> Path:
 
     try:
         patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-        return Path(
-            snapshot_download(name, revision=revision or None, allow_patterns=patterns)
-        )
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
@@ -199,7 +197,7 @@ def _check_fits(candidate: Candidate, base: Candidate) -> None:
 def _is_padding(
     name: str, architecture: Architecture, shape: tuple[int, ...], base: tuple[int, ...]
 ) -> bool:
-    """True for a vocabulary matrix with more or fewer rows (`_check_vocabulary` saw to the rest)."""
+    """True for a vocabulary matrix that differs in rows only; `_check_vocabulary` saw the rest."""
     is_end = name in architecture.embeddings or name in architecture.head
     return is_end and len(shape) == len(base) and shape[1:] == base[1:]
 
@@ -210,9 +208,7 @@ def _check_vocabulary(candidate: Candidate, base: Candidate) -> None:
     if known is not None and found is not None and known != found:
         raise _other_vocabulary(candidate, base, "its tokenizer differs from the base's")
     if known is None or found is None:
-        rows = [
-            [c.tensors[n].shape for n in c.architecture.embeddings] for c in (candidate, base)
-        ]
+        rows = [[c.tensors[n].shape for n in c.architecture.embeddings] for c in (candidate, base)]
         if rows[0] != rows[1]:
             what = "its embeddings have another size, and there is no tokenizer to tell why"
             raise _other_vocabulary(candidate, base, what)

@@ -1,0 +1,1 @@
+"""The search: genomes, operators, control arms, NSGA-II, the run."""

@@ -1,0 +1,1 @@
+"""From a recipe to tensors, and from tensors to a folder."""

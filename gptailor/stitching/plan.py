@@ -165,9 +165,7 @@ def _stack(recipe: Recipe, family: Family) -> Iterator[OutTensor]:
         yield from plan_layer(layer, out_layer, recipe, family, factor)
 
 
-def _end(
-    model: str, names: tuple[str, ...], recipe: Recipe, family: Family
-) -> Iterator[OutTensor]:
+def _end(model: str, names: tuple[str, ...], recipe: Recipe, family: Family) -> Iterator[OutTensor]:
     """Embeddings or head, from one model."""
     sources = [_source(family, model, name) for name in names]
     for source in sorted(sources, key=lambda s: (str(s.info.path), s.info.offset)):

@@ -120,9 +120,7 @@ def test_bfloat16(models: dict[str, str], tasks_dir: Path, tmp_path: Path) -> No
     mine = answers(evaluator)
     for task in names:
         keys = [key for key in mine if key[0] == task]
-        values = [
-            torch.tensor([loglikelihood(a[key]) for key in keys]) for a in (mine, *theirs)
-        ]
+        values = [torch.tensor([loglikelihood(a[key]) for key in keys]) for a in (mine, *theirs)]
         noise = (values[1] - values[2]).abs()
         distance = (values[0] - values[1]).abs()
         assert distance.mean() <= max(noise.mean().item(), 1e-6) * 1.5 + 0.01, task

@@ -1,0 +1,39 @@
+# make demo: from a fresh clone to a report. make test: the checks that CI runs.
+PYTHON ?= python3
+PIP_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(wildcard csrc/*) setup.py pyproject.toml constraints.txt
+
+.PHONY: demo test test-slow lint typecheck bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/gptailor demo --workers 2
+
+test: lint typecheck
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "slow or gpu"
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: $(VENV)/.installed
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/stitch.py
+	$(BIN)/python benchmarks/evaluate.py
+
+# torch comes first: a package that needs any torch then finds the one of constraints.txt
+$(VENV)/.installed: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt torch
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt setuptools pybind11 ninja cmake
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build gptailor-demo *.egg-info gptailor/_C.*.so

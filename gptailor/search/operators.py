@@ -1,0 +1,164 @@
+"""Variation made for layer stacks: crossover in depth, mutations that a stack of layers can bear.
+
+Each operator is a function of genome and generator; the pymoo classes at the end only apply them.
+Genomes have the shape (L, G), see `space`; pymoo hands them over flat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pymoo.core.crossover import Crossover
+from pymoo.core.mutation import Mutation
+from pymoo.core.repair import Repair
+
+from gptailor.search.space import KEEP, LEVELS, METHOD, SOURCE, Genome, SearchSpace
+
+MEAN_EXTRA_MUTATIONS = 1.0
+"""A child gets one mutation, and on average so many more (geometric)."""
+
+CROSSOVER_RATE = 0.7
+"""The part of the pairs that are crossed; the other children are mutated copies."""
+
+
+def cross_depth(first: Genome, second: Genome, rng: np.random.Generator) -> tuple[Genome, Genome]:
+    """One- or two-point crossover in depth: the children swap a run of source layers."""
+    num_layers = len(first)
+    num_points = min(int(rng.integers(1, 3)), max(num_layers - 1, 0))
+    points = np.sort(rng.choice(np.arange(1, num_layers), num_points, replace=False))
+    begin = int(points[0]) if num_points else num_layers
+    end = int(points[1]) if num_points == 2 else num_layers
+    children = first.copy(), second.copy()
+    children[0][begin:end], children[1][begin:end] = second[begin:end], first[begin:end]
+    return children
+
+
+def drop(genome: Genome, space: SearchSpace, rng: np.random.Generator) -> None:
+    """Drops one kept layer."""
+    free = np.setdiff1d(space.kept(genome), space.protected)
+    if len(free) and len(space.kept(genome)) > space.min_layers:
+        genome[rng.choice(free), KEEP] = 0
+
+
+def restore(genome: Genome, space: SearchSpace, rng: np.random.Generator) -> None:
+    """Brings one dropped layer back, with the source or merge that it had."""
+    gone = np.flatnonzero(genome[:, KEEP] == 0)
+    if len(gone) and len(space.kept(genome)) < space.max_layers:
+        genome[rng.choice(gone), KEEP] = 1
+
+
+def swap(genome: Genome, space: SearchSpace, rng: np.random.Generator) -> None:
+    """Drops one layer and brings another back: the size stays."""
+    free = np.setdiff1d(space.kept(genome), space.protected)
+    gone = np.flatnonzero(genome[:, KEEP] == 0)
+    if len(free) and len(gone):
+        genome[rng.choice(free), KEEP] = 0
+        genome[rng.choice(gone), KEEP] = 1
+
+
+def change_source(genome: Genome, space: SearchSpace, rng: np.random.Generator) -> None:
+    """Takes one layer, or a short run of layers, from another model."""
+    layers = _run_of_kept(genome, space, rng)
+    genome[layers, SOURCE] = int(rng.integers(len(space.names)))
+    genome[layers, METHOD] = 0
+
+
+def toggle_merge(genome: Genome, space: SearchSpace, rng: np.random.Generator) -> None:
+    """Merges layers that were taken, or takes layers that were merged."""
+    if not space.methods:
+        return
+    layers = _run_of_kept(genome, space, rng)
+    if not len(layers):
+        return
+    if genome[layers[0], METHOD] > 0 and rng.random() < 0.5:
+        genome[layers, METHOD] = 0
+    else:
+        genome[layers, METHOD:] = space.random_merge(rng)
+
+
+def reweight(genome: Genome, space: SearchSpace, rng: np.random.Generator) -> None:
+    """Moves the weight of one model in a merged layer, or in all merged layers."""
+    merged = np.flatnonzero((genome[:, KEEP] == 1) & (genome[:, METHOD] > 0))
+    if not len(merged):
+        toggle_merge(genome, space, rng)
+        return
+    layers = merged if rng.random() < 0.3 else rng.choice(merged, 1)
+    column = LEVELS + int(rng.integers(len(space.names)))
+    step = int(rng.choice([-1, 1]))
+    genome[layers, column] = np.clip(genome[layers, column] + step, 0, len(space.weights))
+
+
+MUTATIONS: tuple[Callable[[Genome, SearchSpace, np.random.Generator], None], ...] = (
+    drop,
+    restore,
+    swap,
+    change_source,
+    toggle_merge,
+    reweight,
+)
+
+
+def mutate(genome: Genome, space: SearchSpace, rng: np.random.Generator) -> Genome:
+    """A copy of the genome with one or more random mutations, within the space."""
+    genome = genome.copy()
+    num_mutations = int(rng.geometric(1.0 / (1.0 + MEAN_EXTRA_MUTATIONS)))
+    for _ in range(num_mutations):
+        MUTATIONS[int(rng.integers(len(MUTATIONS)))](genome, space, rng)
+    return space.repaired(genome, rng)
+
+
+def _run_of_kept(
+    genome: Genome, space: SearchSpace, rng: np.random.Generator
+) -> npt.NDArray[np.int64]:
+    """One kept layer, or the kept layers of a run up to half of the stack."""
+    kept = space.kept(genome)
+    if not len(kept) or rng.random() < 0.5:
+        return kept if not len(kept) else rng.choice(kept, 1)
+    length = int(rng.integers(2, max(len(kept) // 2, 2) + 1))
+    begin = int(rng.integers(0, max(len(kept) - length, 0) + 1))
+    return kept[begin : begin + length]
+
+
+class DepthCrossover(Crossover):  # type: ignore[misc]
+    """pymoo's view of `cross_depth`."""
+
+    def __init__(self, space: SearchSpace) -> None:
+        super().__init__(n_parents=2, n_offsprings=2, prob=1.0)
+        self.space = space
+
+    def _do(self, problem: Any, X: Any, *_: Any, random_state: Any = None, **__: Any) -> Any:
+        shape = self.space.shape
+        children = X.copy()
+        for k in range(X.shape[1]):
+            if random_state.random() < CROSSOVER_RATE:
+                first, second = (X[i, k].reshape(shape) for i in range(2))
+                pair = cross_depth(first, second, random_state)
+                children[0, k], children[1, k] = (child.ravel() for child in pair)
+        return children
+
+
+class StackMutation(Mutation):  # type: ignore[misc]
+    """pymoo's view of `mutate`."""
+
+    def __init__(self, space: SearchSpace) -> None:
+        super().__init__(prob=1.0)
+        self.space = space
+
+    def _do(self, problem: Any, X: Any, *_: Any, random_state: Any = None, **__: Any) -> Any:
+        shape = self.space.shape
+        return np.array([mutate(x.reshape(shape), self.space, random_state).ravel() for x in X])
+
+
+class SpaceRepair(Repair):  # type: ignore[misc]
+    """pymoo's view of `SearchSpace.repaired`."""
+
+    def __init__(self, space: SearchSpace) -> None:
+        super().__init__()
+        self.space = space
+
+    def _do(self, problem: Any, X: Any, *_: Any, random_state: Any = None, **__: Any) -> Any:
+        shape = self.space.shape
+        return np.array([self.space.repaired(x.reshape(shape), random_state).ravel() for x in X])

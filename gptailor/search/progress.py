@@ -1,0 +1,86 @@
+"""Progress while a search runs: evaluations done, the best so far, the time that is left."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+from gptailor.archive import Evaluation
+
+PLAIN_INTERVAL_S = 5.0
+"""Without a terminal there is a line at most so often."""
+
+TARGET_SIZE = 0.75
+"""The size for which the best accuracy is shown, as part of the layers."""
+
+
+class Progress:
+    """Prints how far a search is: one line that is rewritten, or plain lines without a terminal.
+
+    Args:
+        total: evaluations that there will be.
+        num_layers: source layers of the family.
+        stream: where to; default: standard error.
+    """
+
+    def __init__(self, total: int, num_layers: int, stream: TextIO | None = None) -> None:
+        self.total = total
+        self.num_layers = num_layers
+        self._stream = stream or sys.stderr
+        self._is_terminal = self._stream.isatty()
+        self._began = time.monotonic()
+        self._shown_at = -PLAIN_INTERVAL_S
+        self._done = self._reused = 0
+        self._best: float | None = None
+
+    def update(self, evaluation: Evaluation, *, is_new: bool) -> None:
+        """Counts one evaluation; `is_new` is False if it came out of the archive."""
+        self._done += 1
+        self._reused += not is_new
+        accuracy = evaluation.outcome.accuracy
+        small = evaluation.recipe.num_layers <= round(TARGET_SIZE * self.num_layers)
+        if accuracy is not None and small:
+            self._best = accuracy if self._best is None else max(self._best, accuracy)
+        last = self._done >= self.total
+        now = time.monotonic()
+        if self._is_terminal or last or now - self._shown_at >= PLAIN_INTERVAL_S:
+            self._shown_at = now
+            self._write(self.line(now), is_last=last)
+
+    def line(self, now: float) -> str:
+        """The text of the moment."""
+        best = "–" if self._best is None else f"{self._best:.3f}"
+        parts = [
+            f"{self._done}/{self.total} evaluations",
+            f"best at ≤ {TARGET_SIZE:.0%} of the layers: {best}",
+        ]
+        new = self._done - self._reused
+        if self._reused:
+            parts.append(f"{self._reused} from the archive")
+        if new and self._done < self.total:
+            left = (now - self._began) / new * (self.total - self._done)
+            parts.append(f"{duration(left)} left")
+        return " · ".join(parts)
+
+    def note(self, text: str) -> None:
+        """A line of its own, for what happens beside evaluations."""
+        if self._is_terminal:
+            self._stream.write("\r\x1b[K")
+        self._stream.write(text + "\n")
+        self._stream.flush()
+
+    def _write(self, text: str, *, is_last: bool) -> None:
+        if self._is_terminal:
+            self._stream.write("\r\x1b[K" + text + ("\n" if is_last else ""))
+        else:
+            self._stream.write(text + "\n")
+        self._stream.flush()
+
+
+def duration(seconds: float) -> str:
+    """ "45 s", "12 min", "3 h 05 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

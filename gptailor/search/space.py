@@ -1,0 +1,175 @@
+"""The search space: genomes of integers, and the recipes that they stand for.
+
+A genome has a row for each source layer (L) and a column for each gene (G = 3 + K with K models):
+
+    keep | source | method | level of model 0 | … | level of model K−1
+
+`keep` is 0 or 1. `source` is the model whose layer is taken when nothing is merged. `method` 0
+takes, m > 0 merges with the m-th method of the space. A level is 0 for a model that is not part of
+the merge, or 1 + the index of its weight. Genes that have no effect (the source of a dropped
+layer) are kept, so that a layer comes back as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from gptailor.config import Space
+from gptailor.errors import UsageError
+from gptailor.merging.registry import Method, get_method
+from gptailor.recipe import Layer, Merge, Recipe, Take
+
+Genome = npt.NDArray[np.int64]
+"""Shape (L, G)."""
+
+KEEP, SOURCE, METHOD, LEVELS = 0, 1, 2, 3
+
+
+class SearchSpace:
+    """What recipes of one family may look like.
+
+    Args:
+        space: bounds and methods, from the configuration.
+        models: name → reference, in the configuration's order.
+        base: the base's name.
+        num_layers: source layers of the family.
+
+    Raises:
+        UsageError: the bounds do not fit the number of layers.
+    """
+
+    def __init__(self, space: Space, models: Mapping[str, str], base: str, num_layers: int) -> None:
+        self.models = dict(models)
+        self.names = list(models)
+        self.base = base
+        self.num_layers = num_layers
+        self.dtype = space.dtype
+        self.min_layers = space.layers.min
+        self.max_layers = space.layers.max or num_layers
+        self.protected = sorted(set(space.layers.protect))
+        if any(layer >= num_layers for layer in self.protected):
+            raise UsageError(
+                f"space.layers.protect names layer {self.protected[-1]}, but the models have "
+                f"layers 0 to {num_layers - 1}."
+            )
+        if not self.min_layers <= self.max_layers <= num_layers:
+            raise UsageError(
+                f"space.layers: min {self.min_layers} and max {self.max_layers} must lie in this "
+                f"order within the models' {num_layers} layers."
+            )
+        if len(self.protected) > self.max_layers:
+            raise UsageError("space.layers.protect names more layers than max allows.")
+        can_merge = len(self.names) > 1
+        self.methods: list[Method] = [get_method(m) for m in space.merge.methods if can_merge]
+        self.weights = list(space.merge.lambdas)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(L, G): rows and columns of a genome."""
+        return self.num_layers, LEVELS + len(self.names)
+
+    def kept(self, genome: Genome) -> npt.NDArray[np.int64]:
+        """The source layers that a genome keeps, ascending."""
+        return np.flatnonzero(genome[:, KEEP])
+
+    def decode(self, genome: Genome) -> Recipe:
+        """The recipe that a genome stands for."""
+        layers = tuple(self._layer(int(i), genome[i]) for i in self.kept(genome))
+        return self.recipe(layers)
+
+    def recipe(self, layers: Sequence[Layer]) -> Recipe:
+        """A recipe of this family with these layers; embeddings and head are the base's."""
+        return Recipe(self.models, self.base, tuple(layers), self.base, self.base, self.dtype)
+
+    def encode(self, recipe: Recipe) -> Genome:
+        """The nearest genome: exact for whatever `decode` can give, weights go to the grid."""
+        genome = self.blank()
+        genome[:, KEEP] = 0
+        for layer in recipe.layers:
+            row = genome[layer.src_layer]
+            row[KEEP] = 1
+            if isinstance(layer, Take):
+                row[SOURCE] = self.names.index(layer.model)
+            else:
+                self._encode_merge(layer, row)
+        return genome
+
+    def blank(self) -> Genome:
+        """Every layer kept and taken from the base; merges would be even."""
+        genome = np.zeros(self.shape, dtype=np.int64)
+        genome[:, KEEP] = 1
+        genome[:, SOURCE] = self.names.index(self.base)
+        return genome
+
+    def repaired(self, genome: Genome, rng: np.random.Generator) -> Genome:
+        """The genome with protected layers kept and its size within the bounds.
+
+        Layers are dropped or restored at random positions, so that no depth is favoured.
+        """
+        genome = genome.copy()
+        genome[self.protected, KEEP] = 1
+        kept = self.kept(genome)
+        if len(kept) > self.max_layers:
+            free = np.setdiff1d(kept, self.protected)
+            genome[rng.choice(free, len(kept) - self.max_layers, replace=False), KEEP] = 0
+        elif len(kept) < self.min_layers:
+            gone = np.flatnonzero(genome[:, KEEP] == 0)
+            genome[rng.choice(gone, self.min_layers - len(kept), replace=False), KEEP] = 1
+        return genome
+
+    def random_merge(self, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+        """Genes from METHOD on: a random method with at least two sources at random weights."""
+        num_models = len(self.names)
+        levels = rng.integers(1, len(self.weights) + 1, num_models)
+        num_out = int(rng.integers(0, max(num_models - 1, 1)))
+        levels[rng.permutation(num_models)[:num_out]] = 0
+        method = rng.integers(1, len(self.methods) + 1)
+        return np.concatenate([[method], levels])
+
+    def _layer(self, src_layer: int, row: npt.NDArray[np.int64]) -> Layer:
+        take = Take(self.names[row[SOURCE]], src_layer)
+        if row[METHOD] == 0:
+            return take
+        method = self.methods[row[METHOD] - 1]
+        levels = [
+            (name, int(level))
+            for name, level in zip(self.names, row[LEVELS:], strict=True)
+            if level > 0 and not (method.uses_base and name == self.base)
+        ]
+        values = {p.name: p.search[0] for p in method.parameters}
+        if not method.weighted:
+            levels = sorted(levels, key=lambda item: -item[1])[: method.max_sources]
+            levels.sort(key=lambda item: self.names.index(item[0]))
+        if len(levels) < method.min_sources:
+            return take
+        weights = tuple((name, self.weights[level - 1]) for name, level in levels)
+        if not method.weighted:
+            (_, first), (_, second) = weights
+            values["t"] = round(second / (first + second), 6)
+            weights = tuple((name, 1.0) for name, _ in weights)
+        return Merge(method.name, src_layer, weights, tuple(values.items()))
+
+    def _encode_merge(self, layer: Merge, row: npt.NDArray[np.int64]) -> None:
+        methods = [method.name for method in self.methods]
+        strongest = max(layer.weights, key=lambda item: item[1])[0]
+        row[SOURCE] = self.names.index(strongest)
+        if layer.method not in methods:
+            return
+        row[METHOD] = 1 + methods.index(layer.method)
+        if get_method(layer.method).weighted:
+            for model, weight in layer.weights:
+                row[LEVELS + self.names.index(model)] = 1 + self._nearest(weight)
+            return
+        pairs = [(a, b) for a in range(len(self.weights)) for b in range(len(self.weights))]
+        t = layer.parameter("t")
+        first, second = min(
+            pairs, key=lambda p: abs(self.weights[p[1]] / sum(self.weights[i] for i in p) - t)
+        )
+        for model, level in zip(layer.models, (first, second), strict=True):
+            row[LEVELS + self.names.index(model)] = 1 + level
+
+    def _nearest(self, weight: float) -> int:
+        return int(np.argmin([abs(w - weight) for w in self.weights]))

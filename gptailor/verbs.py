@@ -1,0 +1,338 @@
+"""What gptailor does, one function for each verb of the command line, with the same words.
+
+This is the place where the parts meet: configuration, family, executor, archive, report. Heavy
+imports happen inside, so that a verb pays only for what it uses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptailor.errors import GptailorError, UsageError, unknown
+from gptailor.models.family import Family, resolve
+from gptailor.recipe import Recipe, Take, read_recipe
+
+if TYPE_CHECKING:
+    from gptailor.archive import Evaluation, Score
+    from gptailor.config import Config
+
+DEMO_SIZE = 0.75
+"""The demo stitches the best model of at most this part of the layers."""
+
+
+def check(config: str | Path, overrides: Sequence[str] = ()) -> list[str]:
+    """Every reason why a search would fail, from configs and headers only; empty if there is none.
+
+    Raises:
+        UsageError: the configuration itself is wrong.
+    """
+    from gptailor.config import read_config
+    from gptailor.models.family import Candidate, has_tokenizer
+
+    parsed = read_config(config, overrides)
+    problems: list[str] = []
+    for name, ref in parsed.models.items():
+        try:
+            candidate = Candidate(name, resolve(ref))
+        except GptailorError as error:
+            problems.append(str(error))
+            continue
+        if name == parsed.base and not has_tokenizer(candidate.folder):
+            problems.append(f"The base {candidate.folder} has no tokenizer.")
+    if not problems:
+        problems += _check_together(parsed)
+    problems += _check_tasks(parsed)
+    return problems
+
+
+def search(
+    config: Config | str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    workers: int = 1,
+) -> Path:
+    """Searches, scores the front on the holdout, writes the report; returns the run folder.
+
+    Args:
+        config: a `search.yaml`, or what was read from one.
+        overrides: `key.path=value` for a file.
+        resume: go on with the run that is in the output folder (or begin it).
+        workers: processes on this machine.
+
+    Raises:
+        UsageError: the configuration is wrong, or the output folder holds a run already.
+        ModelError: a model or tokenizer is unusable.
+        ResourceError: memory or disk is exhausted; what was evaluated is kept.
+        StoppedEarly: a worker died; `resume=True` continues.
+    """
+    from gptailor.archive import Archive
+    from gptailor.config import Config, config_yaml, read_config
+    from gptailor.execution.local import open_executor
+    from gptailor.report import write_report
+    from gptailor.search.progress import Progress
+    from gptailor.search.run import Run, check_resumable
+    from gptailor.search.space import SearchSpace
+
+    if not isinstance(config, Config):
+        config = read_config(config, overrides)
+    output = Path(config.output)
+    if (output / "archive.db").exists() and not resume:
+        raise UsageError(
+            f"{output} holds a run already: continue it with --resume, or name another output."
+        )
+    family = Family(config.models, config.base)
+    SearchSpace(config.space, config.models, config.base, family.num_layers)
+    with Archive(output) as archive:
+        _write_text(output / "config.yaml", config_yaml(config))
+        _write_text(output / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        progress = Progress(config.search.evaluations, family.num_layers)
+        progress.note(f"Searching {family.num_layers} layers of {len(config.models)} models.")
+        executor = open_executor(config, family, workers)
+        try:
+            info = executor.workload()
+            check_resumable(archive, config, family, info.digest)
+            documents = ", ".join(f"{n} {name}" for name, n in info.num_documents.items())
+            progress.note(f"Documents: {documents}. Run folder: {output}.")
+            run = Run(config, family, archive, executor, progress)
+            run.search()
+            run.holdout([e.recipe for e in worth_a_holdout(archive.evaluations("search"))])
+        finally:
+            executor.close()
+    write_report(output)
+    return output
+
+
+def worth_a_holdout(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """The front, the dense candidates, and the best control arm of each size."""
+    ok = [e for e in evaluations if e.outcome.accuracy is not None]
+    arms = [e for e in ok if e.arms]
+    chosen = {
+        e.recipe.hash: e
+        for e in [*_front(ok), *_front(arms), *arms]
+        if e in _front(ok) or e in _front(arms) or any(a.startswith("dense:") for a in e.arms)
+    }
+    return list(chosen.values())
+
+
+def report(run: str | Path, out: str | Path | None = None) -> Path:
+    """Writes the report of a run again (front, figures, page); returns the page's path."""
+    from gptailor.report import write_report
+
+    return write_report(Path(run), None if out is None else Path(out))
+
+
+def stitch(
+    source: str | Path,
+    out: str | Path,
+    *,
+    point: str | None = None,
+    verify: bool = True,
+    sync: bool = True,
+    threads: int = 0,
+) -> Path:
+    """Writes the model that a recipe describes; returns its folder.
+
+    Args:
+        source: a recipe file, or a run folder together with `point`.
+        out: the folder to make; it must not exist.
+        point: the point's id in the run, or the beginning of it.
+        verify: load the result, run it once and generate 20 tokens.
+        sync: flush to the disk before the folder gets its name.
+        threads: for merging; 0 for as many as there are cores.
+
+    Raises:
+        UsageError, ModelError, ResourceError: see `stitching.write.write_model`.
+    """
+    from gptailor.stitching.write import write_model
+
+    notes = ""
+    if point is None:
+        if Path(source).is_dir():
+            raise UsageError(f"{source} is a folder: name a point of the run with --point ID.")
+        recipe = read_recipe(source)
+    else:
+        recipe, notes = _point(Path(source), point)
+    used = _only_used_models(recipe)
+    write_model(recipe, Family(used, recipe.base), out, notes=notes, sync=sync, threads=threads)
+    if verify:
+        from gptailor.evaluation.smoke import smoke_test
+
+        smoke_test(out)
+    return Path(out)
+
+
+def evaluate(
+    source: str | Path,
+    tasks: Sequence[str],
+    *,
+    include_path: str | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 32,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> tuple[Score, ...]:
+    """Scores one model folder, hub id or recipe, the same way as a search does.
+
+    Args:
+        source: a model or a recipe file.
+        tasks: lm-eval's names of tasks, groups or tags.
+        include_path: a folder with own tasks.
+        num_fewshot: examples in the context; None for each task's own number.
+        batch_size: sequences in one forward pass.
+        dtype, device: as in `search.yaml`.
+    """
+    from gptailor.config import EvaluationConfig, TaskSpec
+    from gptailor.evaluation.evaluator import Evaluator
+
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml"):
+        recipe = read_recipe(path)
+        family = Family(_only_used_models(recipe), recipe.base)
+    else:
+        family = Family({"model": str(source)}, "model")
+        found = family.base.tensors[family.architecture.embeddings[0]].dtype
+        layers = tuple(Take("model", i) for i in range(family.num_layers))
+        names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+        recipe = Recipe(family.refs, "model", layers, "model", "model", names[found])
+    config = EvaluationConfig(
+        tasks=tuple(TaskSpec(task=task, num_fewshot=num_fewshot) for task in tasks),
+        include_path=include_path,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+    )
+    outcome = Evaluator(family, config, comparable=False).evaluate(recipe)
+    if outcome.status == "infeasible":
+        raise UsageError(outcome.reason)
+    if outcome.status == "failed":
+        raise RuntimeError(outcome.reason)
+    return outcome.scores
+
+
+def demo(out: str | Path = "gptailor-demo", *, workers: int = 1) -> Path:
+    """The main job, whole, on the family that ships with the package; returns the run folder.
+
+    Searches, reports, and stitches the best model of at most 75 % of the layers.
+    """
+    from gptailor.archive import Archive
+    from gptailor.config import read_config
+    from gptailor.demo import PATH
+
+    out = Path(out)
+    config = read_config(PATH / "search.yaml")
+    config = config.model_copy(update={"output": str(out)})
+    search(config, resume=True, workers=workers)
+    with Archive(out, readonly=True) as archive:
+        evaluations = archive.evaluations("search")
+    num_layers = max(e.recipe.num_layers for e in evaluations)
+    small = [
+        e
+        for e in evaluations
+        if e.outcome.accuracy is not None and e.recipe.num_layers <= DEMO_SIZE * num_layers
+    ]
+    best = max(small, key=lambda e: (e.outcome.accuracy or 0.0, -e.parameters))
+    place = out / "models" / best.recipe.point
+    if not place.exists():
+        stitch(out, place, point=best.recipe.point)
+    return out
+
+
+def environment() -> dict[str, object]:
+    """Where a run happens: versions and machine."""
+    names = ("gptailor", "torch", "transformers", "lm_eval", "pymoo", "numpy", "safetensors")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "?"
+    return {
+        "versions": versions,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "cores": len(os.sched_getaffinity(0)),
+        "command": sys.argv,
+    }
+
+
+def _front(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Evaluations that no other one beats in accuracy and parameters."""
+    front: list[Evaluation] = []
+    ordered = sorted(
+        evaluations, key=lambda e: (e.parameters, -(e.outcome.accuracy or 0), e.number)
+    )
+    for evaluation in ordered:
+        if not front or (evaluation.outcome.accuracy or 0) > (front[-1].outcome.accuracy or 0):
+            front.append(evaluation)
+    return front
+
+
+def _point(run: Path, point: str) -> tuple[Recipe, str]:
+    """A run's recipe by the beginning of its id, and its scores in Markdown."""
+    from gptailor.archive import Archive
+
+    with Archive(run, readonly=True) as archive:
+        evaluations = archive.evaluations()
+    by_id = {e.recipe.hash: e.recipe for e in evaluations}
+    matches = [recipe for digest, recipe in by_id.items() if digest.startswith(point)]
+    if len(matches) != 1:
+        if matches:
+            raise UsageError(f"{len(matches)} points of {run} begin with {point!r}: write more.")
+        raise unknown("point", point, [recipe.point for recipe in by_id.values()], str(run))
+    rows = [
+        f"| {s.task} | {e.documents} | {s.metric} | {s.value:.4f} |"
+        for e in evaluations
+        if e.recipe.hash == matches[0].hash
+        for s in e.outcome.scores
+    ]
+    notes = "| task | documents | metric | score |\n|---|---|---|---|\n" + "\n".join(rows)
+    return matches[0], notes if rows else ""
+
+
+def _only_used_models(recipe: Recipe) -> dict[str, str]:
+    """The models that a recipe needs: the others need not be there."""
+    used = {recipe.base, recipe.embeddings, recipe.head}
+    used |= {model for layer in recipe.layers for model in layer.models}
+    return {name: ref for name, ref in recipe.models.items() if name in used}
+
+
+def _check_together(config: Config) -> list[str]:
+    from gptailor.search.space import SearchSpace
+
+    try:
+        family = Family(config.models, config.base)
+        SearchSpace(config.space, config.models, config.base, family.num_layers)
+    except GptailorError as error:
+        return [str(error)]
+    return []
+
+
+def _check_tasks(config: Config) -> list[str]:
+    from gptailor.evaluation.workload import task_manager
+
+    holdout = config.evaluation.holdout.tasks if config.evaluation.holdout else ()
+    names = [spec.task for spec in (*config.evaluation.tasks, *holdout)]
+    known = task_manager(config.evaluation.include_path, names).all_tasks
+    return [str(unknown("task", name, known)) for name in names if name not in known]
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    from gptailor.errors import ResourceError
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise ResourceError(f"{path} can't be written: {error.strerror}.") from error
