@@ -105,7 +105,7 @@ def _share(size: int, num_layers: int) -> str:
 def _note(point: Point, control: Point | None) -> str:
     notes = []
     if control and _within_noise(point.search, control.search):
-        notes.append("The two lie within twice the standard error of their difference.")
+        notes.append("The difference is within the noise (two standard errors).")
     mine, theirs = point.holdout, control.holdout if control else None
     if mine is None:
         notes.append("The stitched model was not scored on holdout documents.")
@@ -114,9 +114,10 @@ def _note(point: Point, control: Point | None) -> str:
     elif theirs is None or theirs.retention is None:
         notes.append(f"On the holdout documents it keeps {mine.retention:.0f} %.")
     else:
-        notes.append(
-            f"On the holdout documents: {mine.retention:.0f} % and {theirs.retention:.0f} %."
-        )
+        kept = f"{mine.retention:.0f} % and {theirs.retention:.0f} %"
+        noise = _within_noise(mine, theirs)
+        tail = ", a difference within the noise (two standard errors)" if noise else ""
+        notes.append(f"On the holdout documents they keep {kept}{tail}.")
     return " ".join(notes)
 
 

@@ -9,19 +9,19 @@ function bySource(point) {
 // In a small cell the sources of a merge get equal parts, and codes only where they fit.
 function bar(entries, small) {
   const sources = entries.flatMap((entry) => entry.sources);
-  const withCodes = !small || data.num_layers <= (sources.length > 1 ? 16 : 40);
+  const withCodes = !small || data.num_layers <= (sources.length > 1 ? 16 : 28);
   return h("div", { class: sources.length ? "cell" : "cell gone" }, sources.map((source) =>
     band(source.model, small ? 1 : source.part, withCodes ? codes.get(source.model) : "")));
 }
 
 // "math", or "task_arithmetic: math 0.5 + code 0.5, lambda 0.7".
 function inWords(entry) {
-  const scaled = entry.scale === 1 ? "" : `, output × ${format.number(entry.scale)}`;
+  const scaled = entry.scale === 1 ? "" : `, output\u00a0×\u00a0${format.number(entry.scale)}`;
   if (!entry.method) return entry.sources[0].model + scaled;
-  const sources = entry.sources.map((x) => `${x.model} ${format.number(x.weight)}`).join(" + ");
+  const sources = entry.sources.map((x) => `${x.model}\u00a0${format.number(x.weight)}`).join(" + ");
   const values = Object.entries(entry.parameters)
     .filter(([name]) => name !== "t" && name !== "normalize")
-    .map(([name, value]) => `, ${name === "lambda" ? "λ" : name} ${format.number(value)}`);
+    .map(([name, value]) => `, ${name === "lambda" ? "λ" : name}\u00a0${format.number(value)}`);
   const normalised = entry.parameters.normalize ? ", normalised" : "";
   return `${entry.method}: ${sources}${values.join("")}${normalised}${scaled}`;
 }
@@ -40,7 +40,7 @@ function layerMap(point) {
     h("td", { class: "bar" }, bar([{ sources: [{ model, part: 1 }] }], false)),
     h("td", { class: "what" }, model, h("span", { class: "method" }, ` · ${title}`)),
     h("td", { class: "index" }, ""));
-  return h("table", { class: "map" },
+  return h("table", { class: data.num_layers > 24 ? "map long" : "map" },
     h("thead", {}, h("tr", {},
       h("th", { class: "index", scope: "col" }, "source"),
       h("th", { class: "left", scope: "col", colspan: 2 }, "taken from"),
@@ -69,8 +69,9 @@ function matrix(host, select) {
   });
   const line = (title, values, every) => h("tr", {}, h("th", { scope: "row" }, title),
     values.map((value, i) => h("td", {}, i % every ? "" : value)));
-  const every = data.num_layers > 48 ? 4 : 1;
-  host.append(h("table", { class: data.num_layers <= 16 ? "matrix roomy" : "matrix" }, h("tbody", {}, rows),
+  const every = data.num_layers > 28 ? 5 : 1;
+  const size = data.num_layers > 28 ? "long" : data.num_layers <= 16 ? "roomy" : "";
+  host.append(h("table", { class: `matrix ${size}` }, h("tbody", {}, rows),
     h("tfoot", {}, line("source layer", indices, every),
       line(`kept, of ${front.length}`, kept, every))));
   return {

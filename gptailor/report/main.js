@@ -16,7 +16,7 @@ function facts(host) {
       : `${format.percent(100 * cost.forward_share, 0)} in the forward pass`],
   ];
   host.append(...entries.map(([title, value, more]) => h("div", {}, h("dt", {}, title),
-    h("dd", {}, value, " ", h("small", {}, more)))));
+    h("dd", {}, value, h("small", { title: more }, more)))));
 }
 
 function sizeRange(list) {
@@ -26,6 +26,7 @@ function sizeRange(list) {
 }
 
 function main() {
+  document.body.classList.toggle("empty", !points.length);
   facts(byId("facts"));
   if (data.finished) byId("finished").textContent = `· last evaluation ${data.finished}`;
   const parts = [
@@ -63,6 +64,7 @@ function main() {
   else byId("detail-body").append(h("p", { class: "hint" }, "There is no model to show yet."));
   addEventListener("hashchange", () => show(fromAddress()));
   addEventListener("keydown", (event) => { if (event.key === "Escape") hideTooltip(); });
+  addEventListener("scroll", hideTooltip, { passive: true });
   document.documentElement.dataset.ready = "true";
 }
 

@@ -34,7 +34,9 @@ function pointTable(host, select) {
   const body = h("tbody");
   const rows = points.map((p) => [p, h("tr", {
     "data-point": p.point, "aria-selected": "false", onclick: () => select(p.point),
-  }, columns.map(([, , cell, text]) => h("td", { class: text ? "left" : "" }, cell(p))))]);
+  }, columns.map(([, , cell, text]) => h("td", {
+    class: text ? "left" : "", title: text ? p.arms.join(", ") || null : null,
+  }, cell(p))))]);
   const heads = columns.map(([title, , , text], i) => h("th", {
     scope: "col", class: text ? "left" : "",
   }, h("button", { class: "plain", type: "button", onclick: () => sort(i) }, title)));
@@ -72,10 +74,10 @@ function pointTable(host, select) {
 function costTable(host) {
   const row = (part, name, attributes) => h("tr", attributes,
     h("th", { class: "wrap left", scope: "row" }, name),
-    h("td", {}, format.count(part.evaluations)), h("td", {}, format.count(part.num_documents)),
+    h("td", {}, format.count(part.evaluations)), h("td", {}, format.size(part.num_documents)),
     h("td", {}, format.size(part.num_tokens)), h("td", {}, format.hours(part.hours)),
     h("td", {}, format.percent(part.forward_share === null ? null : 100 * part.forward_share, 0)));
-  const titles = ["Documents", "Evaluations", "Answered", "Tokens", "Worker time", "In forward pass"];
+  const titles = ["On", "Evaluations", "Documents", "Tokens", "Time", "Forward"];
   host.append(h("table", {},
     h("thead", {}, h("tr", {}, titles.map((title) => h("th", { scope: "col" }, title)))),
     h("tbody", {}, data.cost_by_documents.map((part) => row(part, part.documents, {})),
@@ -84,7 +86,8 @@ function costTable(host) {
 
 function problemList(host) {
   if (!data.problems.length) {
-    host.append(h("p", { class: "hint" }, "None: every evaluation gave a score."));
+    host.append(h("p", { class: "hint" },
+      data.cost.evaluations ? "None: every evaluation gave a score." : "None."));
     return;
   }
   host.append(

@@ -43,16 +43,13 @@ class Browser:
         to_child, self._write = _high_pipe()
         self._read, from_child = _high_pipe()
 
-        def give_pipes() -> None:
-            os.dup2(to_child, 3)
-            os.dup2(from_child, 4)
-
         command = [str(find_chromium()), *FLAGS, f"--user-data-dir={profile}"]
+        # the protocol wants exactly 3 and 4, which Popen itself may be using
+        script = f'exec "$@" 3<&{to_child} 4>&{from_child}'
         self._process = subprocess.Popen(
-            [*command, f"--window-size={width},{height}", "about:blank"],
+            ["bash", "-c", script, "bash", *command, f"--window-size={width},{height}"],
             stderr=subprocess.DEVNULL,
-            pass_fds=(3, 4),
-            preexec_fn=give_pipes,  # noqa: PLW1509  (the protocol wants exactly 3 and 4)
+            pass_fds=(to_child, from_child),
         )
         os.close(to_child)
         os.close(from_child)
@@ -156,7 +153,7 @@ class Browser:
 
 
 def _high_pipe() -> tuple[int, int]:
-    """A pipe whose ends are not 3 or 4, so that the child can have these."""
+    """A pipe whose ends are not 3 or 4, which the browser's ends become."""
     low = os.pipe()
     high = tuple(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in low)
     for fd in low:

@@ -75,9 +75,16 @@ def test_a_link_chooses_a_point(browser: Browser, page: tuple[str, Report]) -> N
         gone = report.num_layers - len(set(point.recipe.src_layers))
         assert count(browser, ".map tr.gone") == gone
         assert count(browser, ".map tbody tr") == report.num_layers + 2
-        first = point.recipe.layers[0].models[0]
-        row = f".map tbody tr:nth-last-child({point.recipe.src_layers[0] + 2})"
-        assert first in text(browser, row)
+        head, *rows, embeddings = browser.evaluate(
+            "[...document.querySelectorAll('.map tbody tr')].map((r) => "
+            "[...r.children].map((c) => c.textContent))"
+        )
+        assert point.recipe.head in head[2] and point.recipe.embeddings in embeddings[2]
+        assert [int(row[0]) for row in rows] == list(reversed(range(report.num_layers)))
+        for src_layer, _, what, out_layer in rows:
+            found = [i for i, src in enumerate(point.recipe.src_layers) if src == int(src_layer)]
+            assert out_layer == (str(found[0]) if found else "–")
+            assert what == "cut" if not found else point.recipe.layers[found[0]].models[0] in what
     show(browser, f"{url}#point=no-such-point")
     assert chosen(browser)
 

@@ -265,7 +265,7 @@ class TestHeadline:
             },
         )
         assert "keeps 78 %" in text and "keeps 80 %, so the search gained nothing" in text
-        assert "within twice the standard error" in text
+        assert "within the noise" in text
         assert "not scored on holdout" in text
 
     def test_says_what_is_missing(self, tmp_path: Path) -> None:
