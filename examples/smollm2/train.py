@@ -88,9 +88,12 @@ def save(model: Any, out: Path) -> None:
             parameter.data = parameter.data.to(torch.bfloat16)
     model.save_pretrained(out)
     (out / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    (out / "adapter_model.safetensors").chmod(0o644)
     config_path = out / "adapter_config.json"
     config = json.loads(config_path.read_text(encoding="utf-8"))
+    config = {key: value for key, value in config.items() if value is not None}
     config["base_model_name_or_path"] = BASE_NAME
+    config["target_modules"] = sorted(config["target_modules"])
     config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
