@@ -98,6 +98,7 @@ const KINDS = {
   block_influence: ["Block Influence", "M0-6L5.8 4.4L-5.8 4.4Z"],
   angular: ["angular block", "M-4.6-4.6H4.6V4.6H-4.6Z"],
   uniform: ["uniform average", "M-2-6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z"],
+  paper: ["paper's starting point", "M0-6.4L1.6-2L6.2-2L2.5 .9L3.8 5.4L0 2.7L-3.8 5.4L-2.5 .9L-6.2-2L-1.6-2Z"],
   random: ["random cut", "M-4.6-4.6L4.6 4.6M4.6-4.6L-4.6 4.6"],
 };
 const CIRCLE = "M-4.6 0A4.6 4.6 0 1 0 4.6 0A4.6 4.6 0 1 0-4.6 0Z";

@@ -16,9 +16,17 @@ KIND_LABELS = {
     "block_influence": "Block Influence",
     "angular": "angular block",
     "uniform": "uniform average",
+    "paper": "paper's starting point",
     "random": "random cut",
 }
-_MARKERS = {DENSE: "D", "block_influence": "^", "angular": "s", "uniform": "P", "random": "X"}
+_MARKERS = {
+    DENSE: "D",
+    "block_influence": "^",
+    "angular": "s",
+    "uniform": "P",
+    "paper": "*",
+    "random": "X",
+}
 _FRONT, _CONTROL, _DENSE, _FAINT = "#0b5cad", "#b4560a", "#30363d", "#b6bec8"
 _INK, _MUTED, _GRID = "#1b1f24", "#5b6570", "#e6e9ed"
 _LAYER_TICKS = 12

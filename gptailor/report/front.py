@@ -175,7 +175,8 @@ def _report(archive: Archive, run: str) -> Report:
     rows = archive.evaluations()
     family = _meta(archive, "family")
     points = _points(rows)
-    dense = [p for p in points if p.is_dense]
+    num_layers = _num_layers(family, [row.recipe for row in rows])
+    dense = [p for p in points if p.is_dense and p.layers == num_layers]
     best = max(dense, key=lambda p: (p.search.accuracy, -p.number), default=None)
     points = tuple(_with_retention(p, best) for p in points)
     best = next((p for p in points if best and p.number == best.number), None)
@@ -186,7 +187,7 @@ def _report(archive: Archive, run: str) -> Report:
     recipes = [row.recipe for row in rows]
     return Report(
         run=run,
-        num_layers=_num_layers(family, recipes),
+        num_layers=num_layers,
         largest_parameters=largest,
         models=_models(family, recipes),
         base=recipes[0].base if recipes else "",

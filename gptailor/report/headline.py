@@ -1,7 +1,7 @@
 """What the search was worth, in one sentence that is computed and never flatters.
 
-The best stitched model is compared with the best simple pruning of exactly the same number of
-layers, at the size nearest to 75 % (or below) that both have.
+The best stitched model is compared with the best simple pruning at the size nearest to 75 % of
+the layers (or below) that both have; at a size, a model with fewer layers counts too, for both.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from gptailor.report.front import Measured, Point, Report
 
 TARGET = 0.75
+_ROUNDING = 0.02  # control arms round their size: 20 of 26 layers count as 75 %
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,12 @@ def headline(report: Report) -> Headline:
     if not stitched:
         return _controls_only(report, controls)
     size = _nearest({p.layers for p in stitched}, {p.layers for p in controls}, report.num_layers)
-    point = _best([p for p in stitched if p.layers == size])
+    point = _best([p for p in stitched if p.layers <= size])
     assert point is not None
-    control = _best([p for p in controls if p.layers == size])
-    place = f"At {_share(size, report.num_layers)} of the layers ({size} of {report.num_layers})"
+    has_control = any(p.layers == size for p in controls)
+    control = _best([p for p in controls if p.layers <= size]) if has_control else None
+    at = "At" if point.layers == size else "With at most"
+    place = f"{at} {_share(size, report.num_layers)} of the layers ({size} of {report.num_layers})"
     kept = point.search.retention
     if kept is None:
         text = f"{place} the best stitched model has an accuracy of {point.search.accuracy:.3f}"
@@ -71,7 +74,7 @@ def _controls_only(report: Report, controls: list[Point]) -> Headline:
     if not controls:
         return Headline("Only whole candidates have been evaluated so far; nothing is smaller yet.")
     size = _nearest({p.layers for p in controls}, set(), report.num_layers)
-    best = _best([p for p in controls if p.layers == size])
+    best = _best([p for p in controls if p.layers <= size])
     assert best is not None
     kept = best.search.retention
     value = (
@@ -86,7 +89,7 @@ def _controls_only(report: Report, controls: list[Point]) -> Headline:
 
 def _nearest(sizes: set[int], control_sizes: set[int], num_layers: int) -> int:
     """The size to speak of: near 75 %, from below, and one that the control arms have too."""
-    limit = math.floor(TARGET * num_layers + 0.5)  # control arms round their size
+    limit = math.floor((TARGET + _ROUNDING) * num_layers)
     for candidates in (sizes & control_sizes, sizes):
         below = [size for size in candidates if size <= limit]
         if below:

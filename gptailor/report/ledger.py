@@ -89,7 +89,7 @@ def total(parts: Iterable[Spent]) -> Spent:
 
 
 def problems(rows: Iterable[Evaluation]) -> tuple[Problem, ...]:
-    """Evaluations without a score, grouped by status and the last line of their reason."""
+    """Evaluations without a score, grouped by status and the line that says most."""
     found: dict[tuple[str, str], Problem] = {}
     for row in rows:
         status, text = row.outcome.status, row.outcome.reason
@@ -98,13 +98,19 @@ def problems(rows: Iterable[Evaluation]) -> tuple[Problem, ...]:
             if accuracy is not None and math.isfinite(accuracy):
                 continue
             status, text = "failed", "the accuracy is not a number"
-        lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no reason given"]
-        reason = lines[-1]
-        if len(reason) > _REASON_CHARS:
-            reason = reason[: _REASON_CHARS - 1] + "…"
+        reason = _one_line(text)
         old = found.get((status, reason), Problem(status, reason, 0, row.number, text))
         found[status, reason] = Problem(status, reason, old.count + 1, old.number, old.text)
     return tuple(sorted(found.values(), key=lambda p: (-p.count, p.number)))
+
+
+def _one_line(text: str) -> str:
+    """The exception of the last traceback in a text; its last line where there is no traceback."""
+    lines = [line for line in text.splitlines() if line.strip()] or ["no reason given"]
+    starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent")]
+    after = lines[starts[-1] + 1 :] if starts else []
+    reason = next((line for line in after if not line[0].isspace()), lines[-1]).strip()
+    return reason if len(reason) <= _REASON_CHARS else reason[: _REASON_CHARS - 1] + "…"
 
 
 def _add(a: Spent, b: Spent) -> Spent:

@@ -144,7 +144,7 @@ def add_controls(archive: Archive, rng: random.Random, names: tuple[str, ...]) -
         }
         for arm, cut in cuts.items():
             layers: list[Layer] = [Take(names[0], i) for i in range(LAYERS) if i not in cut]
-            add_arm(archive, rng, f"{arm}:{size}", layers, names)
+            add_arm(archive, rng, f"{arm}:{size}@{names[0]}", layers, names)
         weights = tuple((name, 0.25) for name in names)
         mean: list[Layer] = [
             Merge("linear", i, weights, (("normalize", 1.0),))

@@ -215,6 +215,21 @@ def test_a_number_that_is_none_is_a_problem_and_no_score(tmp_path: Path) -> None
     assert strict["front"][0]["search"]["scores"][0]["value"] is None
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "no reason given"),
+        ("needs 9 GB\n", "needs 9 GB"),
+        (CRASH, CRASH.splitlines()[-1]),
+        (f"{CRASH}\n\nDuring handling:\n\n{CRASH}\nInvoked with: 3", CRASH.splitlines()[-1]),
+        ("x" * 500, "x" * 159 + "…"),
+    ],
+)
+def test_problems_are_named_in_one_line(tmp_path: Path, text: str, reason: str) -> None:
+    add_one(tmp_path, Outcome("failed", None, (), text, Cost()))
+    assert [(p.reason, p.text) for p in load_report(tmp_path).problems] == [(reason, text)]
+
+
 def test_errors_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="holds no run"):
         write_report(tmp_path / "nowhere")
@@ -267,6 +282,19 @@ class TestHeadline:
         assert "keeps 78 %" in text and "keeps 80 %, so the search gained nothing" in text
         assert "within the noise" in text
         assert "not scored on holdout" in text
+
+    def test_a_smaller_model_that_is_better_counts(self, tmp_path: Path) -> None:
+        text = self.run_with(
+            tmp_path,
+            {
+                "dense:math": (dense("math"), 0.5),
+                "angular:0.75": (self.other_nine, 0.3),
+                "search": (self.nine, 0.39),
+                "search2": (self.eight, 0.45),
+            },
+        )
+        assert text.startswith("With at most 75 % of the layers (9 of 12) the best stitched")
+        assert "keeps 90 %" in text and "keeps 60 %." in text
 
     def test_says_what_is_missing(self, tmp_path: Path) -> None:
         text = self.run_with(
