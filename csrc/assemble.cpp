@@ -98,8 +98,11 @@ void check(const Job& job, int64_t n_bytes) {
   struct stat src, dst;
   if (fstat(job.src_fd, &src) != 0) throw OsError(errno, "the source cannot be read");
   if (fstat(job.dst_fd, &dst) != 0) throw OsError(errno, "the destination cannot be written");
-  const int flags = fcntl(job.dst_fd, F_GETFL);
-  if (flags != -1 && (flags & O_APPEND)) throw std::invalid_argument("the destination is open for appending");
+  // Asked here, because reopening the destination would give rights that the caller's descriptor lacks.
+  const int src_flags = fcntl(job.src_fd, F_GETFL), dst_flags = fcntl(job.dst_fd, F_GETFL);
+  if ((src_flags & O_ACCMODE) == O_WRONLY) throw OsError(EBADF, "the source is not open for reading");
+  if ((dst_flags & O_ACCMODE) == O_RDONLY) throw OsError(EBADF, "the destination is not open for writing");
+  if (dst_flags & O_APPEND) throw std::invalid_argument("the destination is open for appending");
   if (S_ISREG(src.st_mode) && src.st_dev == dst.st_dev && src.st_ino == dst.st_ino && job.src < job.dst + n_bytes &&
       job.dst < job.src + n_bytes)
     throw std::invalid_argument("source and destination overlap in one file");
