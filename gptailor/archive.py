@@ -150,8 +150,11 @@ class Archive:
             raise UsageError(f"{self.folder} holds no run: {self.path} does not exist.")
         try:
             if readonly:
-                uri = f"{self.path.resolve().as_uri()}?mode=ro"
+                # after kill -9, SQLite must be allowed to roll the journal back before it reads
+                mode = "rw" if os.access(self.folder, os.W_OK) else "ro"
+                uri = f"{self.path.resolve().as_uri()}?mode={mode}"
                 self._db = sqlite3.connect(uri, uri=True, timeout=30)
+                self._db.execute("PRAGMA query_only = ON")
             else:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._lock()
@@ -232,7 +235,7 @@ class Archive:
                 (
                     recipe.hash,
                     documents,
-                    recipe.to_yaml(),
+                    json.dumps(recipe.to_dict()),
                     outcome.status,
                     outcome.reason,
                     outcome.accuracy,
@@ -284,7 +287,7 @@ class Archive:
                 reason,
                 Cost(**json.loads(cost)),
             )
-            recipe = Recipe.from_yaml(text, f"{self.path}, evaluation {number}")
+            recipe = Recipe.from_dict(json.loads(text), f"{self.path}, evaluation {number}")
             yield Evaluation(
                 number, recipe, documents, outcome, row[8], arms.get(row[9], ()), row[10]
             )

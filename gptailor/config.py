@@ -18,7 +18,7 @@ from gptailor.merging.registry import METHODS, get_method
 from gptailor.recipe import DTYPES, absolute_ref, load_yaml
 
 SEEDS = ("dense", "block_influence", "angular", "uniform", "paper", "random")
-"""The control arms that a search can start from, each evaluated and kept as such."""
+"""The control arms that a search can start from; the dense candidates are evaluated anyway."""
 
 ALL_METHODS = tuple(METHODS)
 
@@ -85,7 +85,7 @@ class TaskSpec(_Strict):
     task: str
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     metric: str | None = None
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
 
 class _Tasks(_Strict):
@@ -255,7 +255,8 @@ def _explained(error: ValidationError, source: str) -> UsageError:
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         *parents, key = first["loc"]
-        return unknown("key", key, _keys(parents), f"{source}: {'.'.join(map(str, parents))}")
+        place = ": ".join([source, ".".join(map(str, parents))] if parents else [source])
+        return unknown("key", key, _keys(parents), place)
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, UsageError):
         return UsageError(f"{source}: {cause}")

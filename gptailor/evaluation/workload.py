@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import math
-import os
 import random
 import zlib
 from collections import defaultdict
@@ -312,11 +312,10 @@ def _aggregation(task: Any, metric: str) -> Callable[[list[Any]], Any]:
 
 
 def _stderr(aggregate: Callable[[list[Any]], Any], items: list[Any]) -> float | str:
-    """The standard error where lm-eval has a closed form for it; never the slow bootstrap."""
-    from lm_eval.api.metrics import stderr_for_metric
+    """The standard error of a mean, as lm-eval's; "N/A" for what it would have to bootstrap."""
+    from lm_eval.api.metrics import mean, mean_stderr
 
-    function = stderr_for_metric(metric=aggregate, bootstrap_iters=0)
-    return float(function(items)) if function is not None and len(items) > 1 else "N/A"
+    return float(mean_stderr(items)) if aggregate is mean and len(items) > 1 else "N/A"
 
 
 @contextlib.contextmanager
@@ -339,19 +338,11 @@ def _seeded() -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """lm-eval's and datasets' progress bars and notes stay out of a search's output."""
-    import datasets
-
     logger = logging.getLogger("lm_eval")
-    level, tqdm = logger.level, os.environ.get("TQDM_DISABLE")
-    bars = datasets.are_progress_bars_disabled()
+    level = logger.level
     logger.setLevel(logging.ERROR)
-    os.environ["TQDM_DISABLE"] = "1"
-    datasets.disable_progress_bars()
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         logger.setLevel(level)
-        if tqdm is None:
-            os.environ.pop("TQDM_DISABLE", None)
-        if not bars:
-            datasets.enable_progress_bars()

@@ -29,13 +29,16 @@ class Progress:
         self.num_layers = num_layers
         self._stream = stream or sys.stderr
         self._is_terminal = self._stream.isatty()
-        self._began = time.monotonic()
+        self._began: float | None = None
         self._shown_at = -PLAIN_INTERVAL_S
         self._done = self._reused = 0
         self._best: float | None = None
 
     def update(self, evaluation: Evaluation, *, is_new: bool) -> None:
         """Counts one evaluation; `is_new` is False if it came out of the archive."""
+        now = time.monotonic()
+        if self._began is None:  # what comes before the first evaluation is no guide to the rest
+            self._began = now - evaluation.outcome.cost.seconds
         self._done += 1
         self._reused += not is_new
         accuracy = evaluation.outcome.accuracy
@@ -43,7 +46,6 @@ class Progress:
         if accuracy is not None and small:
             self._best = accuracy if self._best is None else max(self._best, accuracy)
         last = self._done >= self.total
-        now = time.monotonic()
         if self._is_terminal or last or now - self._shown_at >= PLAIN_INTERVAL_S:
             self._shown_at = now
             self._write(self.line(now), is_last=last)
@@ -58,7 +60,7 @@ class Progress:
         new = self._done - self._reused
         if self._reused:
             parts.append(f"{self._reused} from the archive")
-        if new and self._done < self.total:
+        if new and self._began is not None and self._done < self.total:
             left = (now - self._began) / new * (self.total - self._done)
             parts.append(f"{duration(left)} left")
         return " · ".join(parts)

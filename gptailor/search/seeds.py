@@ -1,6 +1,6 @@
 """The control arms: prunings that need no search, and from which the search starts.
 
-- `dense:MODEL`: a candidate as it is (or cut to the space's largest size by Block Influence).
+- `dense:MODEL`: a candidate as it is.
 - `block_influence:SIZE@MODEL`: layers with the least Block Influence are dropped (Men et al. 2024,
   ShortGPT, arXiv 2403.03853).
 - `angular:SIZE@MODEL`: the contiguous block with the least angular distance is dropped (Gromov et
@@ -43,9 +43,8 @@ def control_arms(
         seed: of the random arm.
     """
     found: list[tuple[str, Recipe]] = []
-    if "dense" in arms:
-        for model in space.names:
-            found.append((f"dense:{model}", _taken(space, model, range(space.num_layers))))
+    for model in space.names:  # always: without them there is nothing to compare with
+        found.append((f"dense:{model}", _taken(space, model, range(space.num_layers))))
     if "uniform" in arms and len(space.names) > 1:
         found.append(("uniform:1", _averaged(space, range(space.num_layers))))
     for size in sorted(set(sizes), reverse=True):

@@ -43,7 +43,7 @@ def lm_eval_results(
         tasks=list(names),
         batch_size=batch_size,
         task_manager=TaskManager(include_path=str(tasks_dir), include_defaults=False),
-        bootstrap_iters=0,
+        bootstrap_iters=2,
     )
 
 
@@ -85,7 +85,7 @@ def test_float32(
     theirs = lm_eval_results(tmp_path / "out", tasks_dir, names, "float32", 3)
     for name, metrics in theirs["results"].items():
         for key, value in metrics.items():
-            if "," in key and "stderr" not in key:
+            if "," in key and results[name][key] != "N/A":
                 if isinstance(value, str):
                     assert results[name][key] == value
                 else:
