@@ -249,14 +249,14 @@ PYBIND11_MODULE(_C, m) {
   py::class_<PyMerge>(m, "Merge")
       .def(py::init([](const std::string& method, const std::vector<PyTensor>& sources,
                        const std::optional<PyTensor>& base, const std::string& out_dtype, std::vector<double> weights,
-                       std::vector<double> densities, double lam, bool normalize, double t, bool check_nan,
+                       std::vector<double> densities, double lam, double factor, bool normalize, double t, bool check_nan,
                        int threads) {
              return std::make_unique<PyMerge>(
                  method, sources, base, out_dtype,
-                 MergeOptions{std::move(weights), std::move(densities), lam, normalize, t, threads}, check_nan);
+                 MergeOptions{std::move(weights), std::move(densities), lam, factor, normalize, t, threads}, check_nan);
            }),
            py::arg("method"), py::arg("sources"), py::arg("base") = py::none(), py::kw_only(), py::arg("out_dtype"),
-           py::arg("weights") = py::tuple(), py::arg("densities") = py::tuple(), py::arg("lam") = 1.0,
+           py::arg("weights") = py::tuple(), py::arg("densities") = py::tuple(), py::arg("lam") = 1.0, py::arg("factor") = 1.0,
            py::arg("normalize") = false, py::arg("t") = 0.5, py::arg("check_nan") = true, py::arg("threads") = 0)
       .def_property_readonly("n_elements", [](const PyMerge& p) { return p.merger->job().n_elements; })
       .def("run", &PyMerge::run, py::arg("begin"), py::arg("count"), py::arg("out"), py::arg("out_offset") = 0);
@@ -270,7 +270,7 @@ PYBIND11_MODULE(_C, m) {
          std::vector<double> weights, std::vector<double> densities, double lam, bool normalize, double t,
          uintptr_t stream) {
         py_merge_cuda(method, outs, sources, bases.value_or(std::vector<py::object>{}),
-                      MergeOptions{std::move(weights), std::move(densities), lam, normalize, t, 0}, stream);
+                      MergeOptions{std::move(weights), std::move(densities), lam, 1.0, normalize, t, 0}, stream);
       },
       py::arg("method"), py::arg("outs"), py::arg("sources"), py::arg("bases") = py::none(), py::kw_only(),
       py::arg("weights") = py::tuple(), py::arg("densities") = py::tuple(), py::arg("lam") = 1.0,

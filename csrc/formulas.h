@@ -20,6 +20,7 @@ struct Params {
   uint32_t thresholds[kMaxSources] = {};  // ties: magnitude bits of the smallest delta that is kept
   float divisor = 1.0f;                   // linear, task_arithmetic: what the sum is divided by
   float lambda = 1.0f;
+  float factor = 1.0f;                    // the whole result is multiplied by it, before it is rounded
   bool normalize = false;
 };
 
@@ -34,7 +35,7 @@ struct Linear {
     sum[0] += weight * x;
   }
   GPTAILOR_HD static float end(const float (&sum)[kState], float /*base*/, const Params& p) {
-    return p.normalize ? sum[0] / p.divisor : sum[0];
+    return p.factor * (p.normalize ? sum[0] / p.divisor : sum[0]);
   }
 };
 
@@ -46,7 +47,7 @@ struct TaskArithmetic {
     sum[0] += weight * (x - base);
   }
   GPTAILOR_HD static float end(const float (&sum)[kState], float base, const Params& p) {
-    return base + p.lambda * (p.normalize ? sum[0] / p.divisor : sum[0]);
+    return p.factor * (base + p.lambda * (p.normalize ? sum[0] / p.divisor : sum[0]));
   }
 };
 
@@ -69,7 +70,7 @@ struct Ties {
     const float weights = positive ? s[3] : s[4];
     const float divisor = magnitude_bits(weights) < kTinyBits || !p.normalize ? 1.0f : weights;
     const float sum = (positive ? s[1] : s[2]) / divisor;
-    return base + p.lambda * (is_nan(s[0]) ? s[0] : sum);
+    return p.factor * (base + p.lambda * (is_nan(s[0]) ? s[0] : sum));
   }
 
  private:

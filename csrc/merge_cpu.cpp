@@ -59,10 +59,12 @@ void prepare(MergeJob& job, bool has_base, const MergeOptions& o) {
   check_list("weights", o.weights, n, -big, big);
   check_list("densities", o.densities, n, 0.0, 1.0);
   if (!(std::abs(o.lambda) <= big)) throw std::invalid_argument("lam is " + std::to_string(o.lambda));
+  if (!(std::abs(o.factor) <= big)) throw std::invalid_argument("factor is " + std::to_string(o.factor));
   if (!(std::abs(o.t) <= big)) throw std::invalid_argument("t is " + std::to_string(o.t));
 
   Params& p = job.params;
   p.lambda = static_cast<float>(o.lambda);
+  p.factor = static_cast<float>(o.factor);
   p.normalize = o.normalize && job.method != Method::slerp;
   float sum = 0.0f;
   for (int i = 0; i < n; ++i) {
@@ -73,7 +75,7 @@ void prepare(MergeJob& job, bool has_base, const MergeOptions& o) {
   if (job.method == Method::linear && p.normalize && zero_sum)
     throw std::invalid_argument("the weights add up to zero, so they cannot be normalised");
   p.divisor = zero_sum ? 1.0f : sum;
-  job.is_copy = job.method == Method::linear && n == 1 && p.weights[0] == 1.0f && !p.normalize;
+  job.is_copy = job.method == Method::linear && n == 1 && p.weights[0] == 1.0f && !p.normalize && p.factor == 1.0f;
 }
 
 int64_t kept_elements(double density, int64_t n) {

@@ -11,6 +11,7 @@ struct MergeOptions {
   std::vector<double> weights;    // empty: all 1
   std::vector<double> densities;  // ties; empty: all 1
   double lambda = 1.0;
+  double factor = 1.0;  // on the whole result
   bool normalize = false;
   double t = 0.5;
   int n_threads = 0;  // 0: as many as there are cores

@@ -148,6 +148,7 @@ class Merge:
             empty means 1. The `max(1, int(density * n_elements))` largest magnitudes are kept, and
             everything as large as the smallest of them, so that the choice depends on values only.
         lam: factor on the merged delta (task_arithmetic, ties).
+        factor: factor on the whole result, before it is rounded.
         normalize: divide by the sum of the weights: linear, task_arithmetic; in ties, of those
             that agree with the elected sign. Where that sum is below 1e-8, linear raises and the
             others divide by 1. slerp ignores it.
@@ -172,6 +173,7 @@ class Merge:
         weights: Sequence[float] = (),
         densities: Sequence[float] = (),
         lam: float = 1.0,
+        factor: float = 1.0,
         normalize: bool = False,
         t: float = 0.5,
         check_nan: bool = True,

@@ -132,11 +132,13 @@ def test_close_to_float64(
     x, base = x.astype(np.float64), base.astype(np.float64)
     size = np.abs(base) + np.sum(np.abs(np.array(w)[:, None] * x), axis=0) + np.abs(base) * sum(w)
     scale = size * max(1.0, abs(lam)) / min(1.0, *w)
-    slack = scale * (2 * n_sources + 4) * EPS["F32"] + np.abs(exact) * EPS[out_dtype]
+    steps = 2 * n_sources + 4
+    slack = scale * steps * EPS["F32"] + np.abs(exact) * EPS[out_dtype]
+    slack += steps * FLOOR["F32"] * max(1.0, abs(lam)) / min(1.0, *w)  # among subnormals
     off = np.abs(as_float(raw, out_dtype) - exact) > 2 * (slack + FLOOR[out_dtype])
     if method == "ties":  # where the sum almost vanishes, float32 may elect the other sign
         total = np.sum(np.array(w)[:, None] * (x - base), axis=0)
-        off &= np.abs(total) > scale * (2 * n_sources + 4) * EPS["F32"]
+        off &= np.abs(total) > scale * steps * EPS["F32"]
     assert not off.any()
 
 
@@ -405,3 +407,14 @@ def test_flush_to_zero_in_the_caller_does_not_matter() -> None:
     finally:
         torch.set_flush_denormal(False)
     assert np.array_equal(got, want)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_factor_multiplies_the_result_before_it_is_rounded(method: str) -> None:
+    rng = np.random.default_rng(5)
+    x, base = sample(rng, 2, 1025)
+    used = None if method in ("linear", "slerp") else tensor(base, "F32")
+    sources = [tensor(row, "F32") for row in x]
+    plain = as_float(run(method, sources, used, out_dtype="F32"), "F32")
+    scaled = as_float(run(method, sources, used, out_dtype="BF16", factor=0.3), "BF16")
+    np.testing.assert_array_equal(scaled, rounded(np.float32(0.3) * plain, "BF16"))
