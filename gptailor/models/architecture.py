@@ -24,20 +24,49 @@ _RESIDUAL_WRITERS = re.compile(
     r"(^|\.)(o_proj|down_proj|out_proj|c_proj|dense|dense_4h_to_h|fc2|wo|w2)\.(weight|bias)$"
 )
 _POST_NORMS = re.compile(r"post_feedforward|post_attention_norm\b|post_mlp|post_self_attn")
+_NUMBER = r"(0|[1-9][0-9]{0,5})"
 _COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-_INDEX_LIST_KEYS = ("mlp_only_layers", "cross_attention_layers", "attn_layer_indices")
+_INDEX_LIST_KEYS = (
+    "mlp_only_layers", "cross_attention_layers", "attn_layer_indices", "moe_layers",
+    "full_attn_idxs", "hybrid_layer_ids",
+)  # fmt: skip
 _PREFIX_COUNT_KEYS = ("first_k_dense_replace",)
-_PATTERN_KEYS: dict[str, object] = {
-    # key → the value with which it has no effect on which layer is of which kind
-    "sliding_window_pattern": None,
-    "no_rope_layer_interval": None,
-    "decoder_sparse_step": 1,
-    "attn_layer_period": None,
-    "expert_layer_period": None,
-    "interleave_moe_layer_step": 1,
-    "full_attention_interval": None,
-    "num_kv_shared_layers": 0,
+_PATTERN_KEYS: dict[str, tuple[object, str]] = {
+    # key → the value with which it has no effect on which layer is of which kind,
+    # and the list that stands above it where the config has one
+    "sliding_window_pattern": (None, "layer_types"),
+    "no_rope_layer_interval": (None, "no_rope_layers"),
+    "decoder_sparse_step": (1, "mlp_layer_types"),
+    "attn_layer_period": (None, "layer_types"),
+    "expert_layer_period": (None, "mlp_layer_types"),
+    "interleave_moe_layer_step": (1, "moe_layers"),
+    "full_attention_interval": (None, "layer_types"),
+    "num_kv_shared_layers": (0, ""),
 }
+_IMPLIED_LISTS: dict[str, tuple[str, ...]] = {
+    # list → the model types (of transformers) that fill it in by a rule where it is missing
+    "layer_types": (
+        "afmoe", "bailing_hybrid", "beam", "cohere2", "cohere2_moe", "cwm", "deepseek_v4",
+        "diffusion_gemma_text", "dots3_note_text", "embedding_gemma2_text", "exaone4",
+        "exaone_moe", "flint", "gemma2", "gemma3_text", "gemma3", "gemma3n_text", "gemma4_text",
+        "gemma4_unified_text", "glm5_next_text", "gpt_oss", "granite_swa", "granitemoe_swa",
+        "inkling2_text", "inkling_text", "kimi_linear", "kolibri1", "lfm3", "llama4_text",
+        "mimo_v2_flash", "minimax", "modernbert-decoder", "muse_glimmer_text", "muse_spark_text",
+        "neomme", "olmo3", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next",
+        "qwen4_exp_text", "t5gemma2_text", "vaultgemma",
+    ),
+    "no_rope_layers": ("llama4_text", "smollm3", "mistral_large4_text"),
+    "mlp_layer_types": (
+        "axk1", "axk2", "bailing_hybrid", "beam", "deepseek_v4", "dots3_note_text",
+        "ernie4_5_vl_moe_text", "exaone_moe", "glm4_moe_lite", "glm5_next_text", "hy_v3", "hy_v4",
+        "kimi_linear", "laguna", "mimo_v2_flash", "mistral_large4_text", "step3p5",
+        "unlimited_ocr_text",
+    ),
+    "indexer_types": ("hy_v4",),
+    "activation_sparsity_pattern": ("gemma3n_text",),
+    "layers_block_type": ("zamba", "zamba2"),
+    "attention_layers": ("gpt_neo",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,7 +122,7 @@ def find_architecture(tensors: Mapping[str, TensorInfo], where: object) -> Archi
     groups: dict[str, dict[int, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
     n_bytes: dict[str, int] = defaultdict(int)
     for name, info in tensors.items():
-        for match in re.finditer(r"(?:^|\.)(\d+)\.", name):
+        for match in re.finditer(rf"(?:^|\.){_NUMBER}\.", name):
             prefix = name[: match.start(1)]
             groups[prefix][int(match.group(1))][name[match.end() :]] = name
             n_bytes[prefix] += info.n_bytes
@@ -118,7 +147,7 @@ def find_architecture(tensors: Mapping[str, TensorInfo], where: object) -> Archi
 
 
 def _inside(name: str, prefix: str) -> bool:
-    return name.startswith(prefix) and re.match(r"\d+\.", name[len(prefix) :]) is not None
+    return name.startswith(prefix) and re.match(rf"{_NUMBER}\.", name[len(prefix) :]) is not None
 
 
 def role_of(name: str) -> Role:
@@ -132,6 +161,12 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(nested, dict) and not any(key in config for key in _COUNT_KEYS):
         return nested
     return config
+
+
+def layer_count(text: Mapping[str, Any]) -> int | None:
+    """The number of layers that a config names, or None."""
+    counts = (text[key] for key in _COUNT_KEYS if type(text.get(key)) is int)
+    return next(counts, None)
 
 
 def per_layer_lists(config: Mapping[str, Any], num_layers: int) -> dict[str, list[Any]]:
@@ -160,10 +195,9 @@ def cut_config(config: Mapping[str, Any], src_layers: Sequence[int]) -> dict[str
     """
     result = copy.deepcopy(dict(config))
     text = text_config(result)
-    count_key = next((key for key in _COUNT_KEYS if key in text), None)
-    if count_key is None:
+    num_layers = layer_count(text)
+    if num_layers is None:
         raise ModelError(f"config.json names no layer count (one of {', '.join(_COUNT_KEYS)}).")
-    num_layers = int(text[count_key])
     lists = per_layer_lists(text, num_layers)
     if list(src_layers) != list(range(num_layers)):
         _refuse_patterns(text, lists)
@@ -175,24 +209,37 @@ def cut_config(config: Mapping[str, Any], src_layers: Sequence[int]) -> dict[str
     for key in _PREFIX_COUNT_KEYS:
         if isinstance(text.get(key), int):
             kinds = [src < text[key] for src in src_layers]
-            if kinds != sorted(kinds, reverse=True):
-                raise UsageError(f"{key} of config.json needs its first layers to stay in order.")
+            _check_prefix(key, kinds)
             text[key] = sum(kinds)
     if isinstance(text.get("max_window_layers"), int):
-        text["max_window_layers"] = sum(src < text["max_window_layers"] for src in src_layers)
+        kinds = [src < text["max_window_layers"] for src in src_layers]
+        if text.get("use_sliding_window") and "layer_types" not in lists:
+            _check_prefix("max_window_layers", kinds)
+        text["max_window_layers"] = sum(kinds)
     for key in _COUNT_KEYS:
         if key in text:
             text[key] = len(src_layers)
     return result
 
 
+def _check_prefix(key: str, kinds: Sequence[bool]) -> None:
+    if list(kinds) != sorted(kinds, reverse=True):
+        raise UsageError(f"{key} of config.json needs its first layers to stay in order.")
+
+
 def _refuse_patterns(text: Mapping[str, Any], lists: Iterable[str]) -> None:
-    explicit = {"layer_types", "no_rope_layers", "mlp_layer_types", "layers_block_type"} & set(
-        lists
-    )
-    for key, harmless in _PATTERN_KEYS.items():
-        if text.get(key) not in (None, harmless) and not explicit:
+    """Raises a `UsageError` where a layer's kind follows from its index, which a cut changes."""
+    explicit = {*lists, *(key for key in _INDEX_LIST_KEYS if isinstance(text.get(key), list))}
+    rule = "so that a layer's kind follows from its index, and a cut would change it"
+    for key, (harmless, instead) in _PATTERN_KEYS.items():
+        if text.get(key) not in (None, harmless) and instead not in explicit:
+            hint = f": save the config with an explicit {instead} list first" if instead else ""
+            raise UsageError(f"config.json sets {key}, {rule}{hint}.")
+    if any(isinstance(text.get(key), int) for key in _PREFIX_COUNT_KEYS):
+        explicit.add("mlp_layer_types")
+    for key, model_types in _IMPLIED_LISTS.items():
+        if text.get("model_type") in model_types and key not in explicit:
             raise UsageError(
-                f"config.json sets {key}, so that a layer's kind follows from its index, and a cut "
-                "would change it: save the config with an explicit layer_types list first."
+                f"config.json has no list {key}, {rule}: load and save the config with "
+                "transformers, which writes the list."
             )

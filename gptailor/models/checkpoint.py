@@ -76,10 +76,10 @@ class Checkpoint:
         self.tensors: dict[str, TensorInfo] = {}
         self._mapped: dict[Path, _C.MappedFile] = {}
         index = self.folder / _INDEX
-        if index.is_file():
-            self._open_shards(index)
-        elif (self.folder / _SINGLE).is_file():
+        if (self.folder / _SINGLE).is_file():  # before the index, as transformers does
             self.tensors = read_header(self.folder / _SINGLE)
+        elif index.is_file():
+            self._open_shards(index)
         else:
             raise _no_weights(self.folder)
         self.files: tuple[Path, ...] = tuple(sorted({t.path for t in self.tensors.values()}))
@@ -189,6 +189,8 @@ def _tensor_info(name: str, entry: object, path: Path, data_begin: int) -> Tenso
     def corrupt(what: str) -> ModelError:
         return ModelError(f"{path} is corrupt: {name} has {what}.")
 
+    if not name.isprintable():
+        raise ModelError(f"{path} is corrupt: {name!r} is no name of a tensor.")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise corrupt("not exactly the keys dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -198,13 +200,23 @@ def _tensor_info(name: str, entry: object, path: Path, data_begin: int) -> Tenso
         raise corrupt(f"the shape {shape!r}")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise corrupt(f"the data_offsets {offsets!r}")
-    n_bytes = math.prod(shape) * DTYPE_BITS[dtype] // 8
+    n_bytes = _product(shape) * DTYPE_BITS[dtype] // 8
     if offsets[1] - offsets[0] != n_bytes:
         raise corrupt(
-            f"{offsets[1] - offsets[0]} bytes, but its shape {shape} and dtype {dtype} "
-            f"need {n_bytes}"
+            f"{offsets[1] - offsets[0]} bytes, but its shape {shape} and dtype {dtype} need "
+            + (f"{n_bytes}" if n_bytes < 2**64 else "more than any file has")
         )
     return TensorInfo(name, dtype, tuple(shape), path, data_begin + offsets[0], n_bytes)
+
+
+def _product(shape: list[int]) -> int:
+    """The number of elements; 2**64 for all that is more, so that no shape takes long."""
+    if 0 in shape:
+        return 0
+    product = 1
+    for size in shape:
+        product = min(product * size, 2**64)
+    return product
 
 
 def _is_sizes(value: object) -> bool:
@@ -214,16 +226,23 @@ def _is_sizes(value: object) -> bool:
 
 
 def _read_index(path: Path) -> Mapping[str, str]:
-    weight_map = _parse_json(path.read_bytes(), path).get("weight_map")
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path} can't be read: {error.strerror}.") from error
+    weight_map = _parse_json(raw, path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{path} has no weight_map.")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
+        beside = isinstance(shard, str) and Path(shard).name == shard and len(shard) < 256
+        if not beside or shard in ("", ".."):
             raise ModelError(f"{path} names {shard!r} for {name}, which is no file beside it.")
     return weight_map
 
 
 def _parse_json(raw: bytes, path: Path) -> dict[str, Any]:
+    what = "it" if path.name == _INDEX else "its header"
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
@@ -235,9 +254,9 @@ def _parse_json(raw: bytes, path: Path) -> dict[str, Any]:
     try:
         data = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is corrupt: its header is not valid JSON.") from error
+        raise ModelError(f"{path} is corrupt: {what} is not valid JSON.") from error
     if not isinstance(data, dict):
-        raise ModelError(f"{path} is corrupt: its header is not a JSON object.")
+        raise ModelError(f"{path} is corrupt: {what} is not a JSON object.")
     return data
 
 

@@ -15,6 +15,7 @@ from gptailor.errors import ModelError, UsageError, unknown
 from gptailor.models.architecture import (
     Architecture,
     find_architecture,
+    layer_count,
     per_layer_lists,
     text_config,
 )
@@ -26,6 +27,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_HEAD_KEYS = ("num_attention_heads", "num_key_value_heads", "head_dim", "n_head", "n_heads")
 
 
 class Candidate:
@@ -45,8 +47,8 @@ class Candidate:
         self.checkpoint = Checkpoint(self.folder)
         self.config = _read_json(self.folder / "config.json")
         self.architecture: Architecture = find_architecture(self.checkpoint.tensors, self.folder)
-        declared = text_config(self.config).get("num_hidden_layers")
-        if isinstance(declared, int) and declared != self.architecture.num_layers:
+        declared = layer_count(text_config(self.config))
+        if declared not in (None, self.architecture.num_layers):
             raise ModelError(
                 f"{self.folder}: config.json says {declared} layers, but the weights have "
                 f"{self.architecture.num_layers}."
@@ -185,6 +187,14 @@ def _check_fits(candidate: Candidate, base: Candidate) -> None:
                 f"{candidate.folder}: {name} has dtype {dtypes[0]}, but {dtypes[1]} in the base "
                 f"{base.folder}; only {', '.join(FLOAT_DTYPES)} can be mixed."
             )
+    texts = [text_config(c.config) for c in (candidate, base)]
+    for key in _HEAD_KEYS:
+        counts = [text.get(key) for text in texts]
+        if None not in counts and counts[0] != counts[1]:
+            raise ModelError(
+                f"{candidate.folder}: config.json has {key} {counts[0]}, but {counts[1]} in the "
+                f"base {base.folder}, so the same tensors mean other things."
+            )
     lists = [per_layer_lists(text_config(c.config), c.num_layers) for c in (candidate, base)]
     for key in sorted(set(lists[0]) | set(lists[1])):
         if lists[0].get(key) != lists[1].get(key):
@@ -229,8 +239,11 @@ def _vocabulary(folder: Path) -> object:
     if path.name != "tokenizer.json":
         return path.read_bytes()
     data = _read_json(path)
-    vocabulary = data.get("model", {}).get("vocab")
-    added = {t["content"]: t["id"] for t in data.get("added_tokens", []) if "id" in t}
+    try:
+        vocabulary = data["model"]["vocab"]
+        added = {token["content"]: token["id"] for token in data.get("added_tokens") or ()}
+    except (KeyError, TypeError) as error:
+        raise ModelError(f"{path} has no vocabulary in the form of a tokenizer.json.") from error
     return ({**vocabulary, **added},) if isinstance(vocabulary, dict) else (vocabulary, added)
 
 
