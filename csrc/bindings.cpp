@@ -122,6 +122,7 @@ std::string py_copy_range(int src_fd, int64_t src_offset, int dst_fd, int64_t ds
 void py_merge_cuda(const std::string& method, const std::vector<py::object>& outs,
                    const std::vector<std::vector<py::object>>& sources, const std::vector<py::object>& bases,
                    MergeOptions options, uintptr_t stream) {
+  require_cuda();
   MergeJob job;
   job.method = method_named(method);
   if (sources.size() != outs.size() || (!bases.empty() && bases.size() != outs.size()))

@@ -201,6 +201,8 @@ void merge_cuda(const MergeJob& job, const MergeOptions& options, const std::vec
   check_cuda(cudaGetLastError(), "launching the merge");
 }
 
+void require_cuda() {}
+
 int cuda_device_count() {
   int count = 0;
   if (cudaGetDeviceCount(&count) == cudaSuccess) return count;

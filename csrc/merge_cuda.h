@@ -1,4 +1,4 @@
-// Merging whole lists of tensors on a GPU, in the caller's stream. Without CUDA in the build, merge_cuda throws.
+// Merging whole lists of tensors on a GPU, in the caller's stream.
 #pragma once
 
 #include <vector>
@@ -20,6 +20,9 @@ struct CudaTensor {
 // Throws std::runtime_error with CUDA's message.
 void merge_cuda(const MergeJob& job, const MergeOptions& options, const std::vector<CudaTensor>& tensors, int device,
                 uintptr_t stream);
+
+// Throws std::runtime_error, saying how to get CUDA, if the build has none.
+void require_cuda();
 
 int cuda_device_count();  // 0 without a GPU, a driver or CUDA in the build
 

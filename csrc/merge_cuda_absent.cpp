@@ -5,10 +5,14 @@
 
 namespace gptailor {
 
-void merge_cuda(const MergeJob&, const MergeOptions&, const std::vector<CudaTensor>&, int, uintptr_t) {
+void require_cuda() {
   throw std::runtime_error(
       "this gptailor was built without CUDA: install the CUDA toolkit (nvcc on PATH, or CUDA_HOME set) and reinstall "
       "with GPTAILOR_CUDA=1");
+}
+
+void merge_cuda(const MergeJob&, const MergeOptions&, const std::vector<CudaTensor>&, int, uintptr_t) {
+  require_cuda();
 }
 
 int cuda_device_count() { return 0; }
