@@ -41,7 +41,7 @@ def test_build_info() -> None:
 def test_without_cuda_the_error_says_how_to_get_it() -> None:
     if _C.build_info()["cuda"]:
         pytest.skip("built with CUDA")
-    with pytest.raises(RuntimeError, match="built without CUDA.*GPTAILOR_CUDA=1"):
+    with pytest.raises(RuntimeError, match=r"built without CUDA.*GPTAILOR_CUDA=1"):
         _C.merge_cuda("linear", [], [])
 
 
