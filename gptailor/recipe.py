@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,9 @@ class Recipe:
     def canonical(self) -> Recipe:
         """The same model in the form that is built: whatever has no effect is gone."""
         if "canonical" not in self._cache:
-            layers = tuple(canonical_layer(layer, self.base) for layer in self.layers)
-            self._cache["canonical"] = replace(self, layers=layers, _cache={})
+            layers = [canonical_layer(layer, self.base, self.models) for layer in self.layers]
+            layers[-1] = replace(layers[-1], scale=1.0)  # the final norm does not see it
+            self._cache["canonical"] = replace(self, layers=tuple(layers), _cache={})
         canonical: Recipe = self._cache["canonical"]
         return canonical
 
@@ -212,7 +214,7 @@ class Recipe:
                 raise UsageError(f"{source}: models must map names to folders or hub ids.")
         base = _model(data["base"], models, f"{source}: base")
         dtype = data.get("dtype", "bfloat16")
-        if dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise unknown("dtype", dtype, DTYPES, source)
         if not isinstance(data["layers"], list) or not data["layers"]:
             raise UsageError(f"{source}: layers must be a list with at least one entry.")
@@ -226,7 +228,7 @@ class Recipe:
             layers=layers,
             embeddings=_model(data.get("embeddings", base), models, f"{source}: embeddings"),
             head=_model(data.get("head", base), models, f"{source}: head"),
-            dtype=str(dtype),
+            dtype=dtype,
         )
 
     def with_models_relative_to(self, folder: Path) -> Recipe:
@@ -242,30 +244,39 @@ def absolute_ref(ref: str, folder: Path) -> str:
     return ref
 
 
-def canonical_layer(layer: Layer, base: str) -> Layer:
+def canonical_layer(layer: Layer, base: str, refs: Mapping[str, str] | None = None) -> Layer:
     """The simplest entry that builds the same layer.
 
-    A merge of which only one source counts is that source: λ is then without effect for `linear`
-    and `ties` with normalisation, and 1 for `task_arithmetic`. Weights are normalised, λ is
-    folded into them, sources are sorted where the order has no effect.
+    Sources without effect are left out: those of weight 0, and the base where the formula has it
+    anyway. A merge of which only one source counts is that source. Weights are normalised, λ is
+    folded into them (not in `ties`, where one source makes the weight meaningless instead), and
+    sources are sorted.
+
+    Args:
+        layer: an entry.
+        base: the recipe's base.
+        refs: the recipe's models: sources are sorted by what their names stand for, so that
+            another name changes nothing. None sorts by name.
     """
     if isinstance(layer, Take):
         return layer
-    simplify = {
-        "linear": _canonical_linear,
-        "task_arithmetic": _canonical_task_arithmetic,
-        "slerp": _canonical_slerp,
-    }.get(layer.method)
-    return simplify(layer, base) if simplify else _sorted(layer)
+    built = _SIMPLIFY[layer.method](layer, base)
+    if isinstance(built, Take):
+        return built
+    refs = refs or {}
+    weights = tuple(sorted(built.weights, key=lambda item: (refs.get(item[0], ""), item)))
+    if built.method == "slerp" and weights[0][0] != built.models[0]:
+        t = round(1.0 - built.parameter("t"), 9)
+        return replace(built, weights=weights, parameters=(("t", t),))
+    return replace(built, weights=weights)
 
 
-def _sorted(layer: Merge) -> Merge:
-    return replace(layer, weights=tuple(sorted(layer.weights)))
+def _rounded(value: float) -> float:
+    return float(f"{value:.9g}")
 
 
 def _with(layer: Merge, weights: dict[str, float], **values: float) -> Merge:
-    rounded = tuple(sorted((model, float(f"{w:.9g}")) for model, w in weights.items()))
-    return replace(layer, weights=rounded, parameters=tuple(values.items()))
+    return replace(layer, weights=tuple(weights.items()), parameters=tuple(values.items()))
 
 
 def _take(layer: Merge, model: str) -> Take:
@@ -276,11 +287,12 @@ def _canonical_linear(layer: Merge, base: str) -> Layer:
     del base
     weights = {model: w for model, w in layer.weights if w != 0.0}
     if layer.parameter("normalize"):
-        total = sum(weights.values())
+        total = math.fsum(weights.values())
         if abs(total) < 1e-8:
             return layer  # refused when it is built, with the reason
         weights = {model: w / total for model, w in weights.items()}
-    if len(weights) == 1 and abs(next(iter(weights.values())) - 1.0) < 1e-9:
+    weights = {model: _rounded(w) for model, w in weights.items()}
+    if list(weights.values()) == [1.0]:
         return _take(layer, next(iter(weights)))
     return _with(layer, weights, normalize=0.0) if weights else layer
 
@@ -289,27 +301,46 @@ def _canonical_task_arithmetic(layer: Merge, base: str) -> Layer:
     factor = layer.parameter("lambda")
     weights = dict(layer.weights)
     if layer.parameter("normalize"):
-        total = sum(weights.values())
+        total = math.fsum(weights.values())
         factor /= 1.0 if abs(total) < 1e-8 else total  # mergekit's rule for a sum of zero
-    weights = {m: w * factor for m, w in weights.items() if w * factor != 0.0 and m != base}
+    weights = {m: _rounded(w * factor) for m, w in weights.items() if w * factor and m != base}
     if not weights:
         return _take(layer, base)
-    if len(weights) == 1 and abs(next(iter(weights.values())) - 1.0) < 1e-9:
+    if list(weights.values()) == [1.0]:
         return _take(layer, next(iter(weights)))
     return _with(layer, weights, **{"lambda": 1.0, "normalize": 0.0})
 
 
 def _canonical_slerp(layer: Merge, base: str) -> Layer:
     del base
-    (first, second), t = layer.models, layer.parameter("t")
+    (first, second), t = layer.models, round(layer.parameter("t"), 9)
     if first == second or t == 0.0:
         return _take(layer, first)
     if t == 1.0:
         return _take(layer, second)
-    if first > second:
-        first, second, t = second, first, 1.0 - t
-    weights = ((first, 1.0), (second, 1.0))
-    return replace(layer, weights=weights, parameters=(("t", float(f"{t:.9g}")),))
+    return replace(layer, parameters=(("t", t),))
+
+
+def _canonical_ties(layer: Merge, base: str) -> Layer:
+    # the base's difference, and one of weight 0, never have the elected sign
+    weights = {model: w for model, w in layer.weights if w != 0.0 and model != base}
+    factor = layer.parameter("lambda")
+    if not weights or factor == 0.0:
+        return _take(layer, base)
+    if len(weights) == 1 and layer.parameter("normalize"):
+        if abs(next(iter(weights.values()))) >= 1e-8:  # below, the formula does not divide
+            weights = dict.fromkeys(weights, 1.0)
+        if layer.parameter("density") == 1.0 and (factor, *weights.values()) == (1.0, 1.0):
+            return _take(layer, next(iter(weights)))
+    return replace(layer, weights=tuple(weights.items()))
+
+
+_SIMPLIFY: dict[str, Callable[[Merge, str], Layer]] = {
+    "linear": _canonical_linear,
+    "task_arithmetic": _canonical_task_arithmetic,
+    "slerp": _canonical_slerp,
+    "ties": _canonical_ties,
+}
 
 
 def _mapping(value: object, where: str) -> dict[Any, Any]:
@@ -319,9 +350,9 @@ def _mapping(value: object, where: str) -> dict[Any, Any]:
 
 
 def _model(name: object, models: Mapping[str, str], where: str) -> str:
-    if name not in models:
+    if not isinstance(name, str) or name not in models:
         raise unknown("model", name, models, where)
-    return str(name)
+    return name
 
 
 def _layer(entry: object, models: Mapping[str, str], where: str) -> Layer:
@@ -344,7 +375,7 @@ def _layer(entry: object, models: Mapping[str, str], where: str) -> Layer:
         for key in entry:
             raise unknown("key", key, ("take", "layer", "scale"), where)
         return Take(model, src_layer, scale)
-    method = get_method(entry.pop("merge"), where)
+    method = get_method(str(entry.pop("merge")), where)
     weights = _sources(entry, method.weighted, models, where)
     if not method.min_sources <= len(weights) <= method.max_sources:
         wanted = (
@@ -413,10 +444,10 @@ def load_yaml(text: str, source: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_StrictLoader)
-    except (yaml.YAMLError, TypeError) as error:
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or error
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
         raise UsageError(f"{source}{line}: {problem}.") from error
 
 
