@@ -61,7 +61,7 @@ class Document:
 
 def _made_up_words(rng: random.Random, count: int) -> list[str]:
     """`count` distinct pronounceable words of two syllables."""
-    syllables = [c + v for c in "bdgklmnprtvz" for v in "aeiou"]
+    syllables = [c + v for c in "bdgklmnprtvz" for v in "aiou"]
     words: list[str] = []
     while len(words) < count:
         word = rng.choice(syllables) + rng.choice(syllables)
