@@ -8,6 +8,7 @@ written beside its place and renamed when it is whole; whatever goes wrong befor
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import shutil
@@ -105,7 +106,7 @@ def write_tensors(
         try:
             for part in coalesced(plan.tensors, offsets):
                 if part.path not in sources:
-                    sources[part.path] = part.path.open("rb", buffering=0)
+                    sources[part.path] = _opened(part.path)
                 _C.copy_range(
                     sources[part.path].fileno(),
                     part.offset,
@@ -121,6 +122,13 @@ def write_tensors(
             file.truncate(offsets[-1])  # only when the last tensors have no bytes
         if sync:
             os.fsync(file.fileno())
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb", buffering=0)
+    except OSError as error:
+        raise ModelError(f"{path} can't be read: {error.strerror}.") from error
 
 
 def coalesced(tensors: tuple[OutTensor, ...], offsets: list[int]) -> list[Range]:
@@ -220,9 +228,10 @@ def _new_folder(out: Path, sync: bool) -> Iterator[Path]:
     marker = f".{out.name}.tmp-{socket.gethostname()}-"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        for stale in out.parent.glob(f"{marker}*"):
+        for stale in out.parent.glob(f"{glob.escape(marker)}*"):
             pid = stale.name.removeprefix(marker)
-            if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            # our own number: a dead process had it before, as it happens in containers
+            if pid == str(os.getpid()) or (pid.isdigit() and not Path(f"/proc/{pid}").exists()):
                 shutil.rmtree(stale, ignore_errors=True)
         folder = out.parent / f"{marker}{os.getpid()}"
         folder.mkdir()

@@ -7,13 +7,18 @@ a broken file begins with a good one.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 Array = npt.NDArray[Any]
 Entry = tuple[str, tuple[int, ...], bytes]
@@ -194,17 +199,15 @@ def save_index(folder: Path, weight_map: Mapping[str, Any]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def save_family(root: Path, names: Sequence[str] = ("base", "red", "green"), **kwargs: Any) -> dict:
+def save_family(
+    root: Path, names: Sequence[str] = ("base", "red", "green"), **kwargs: Any
+) -> dict[str, str]:
     """Models beside each other; returns what a recipe calls them."""
     return {name: str(save_model(root / name, **kwargs)) for name in names}
 
 
 def run_python(code: str, *arguments: object, **environment: str) -> Any:
     """Runs a program in a process of its own; returns the completed process, as text."""
-    import os
-    import subprocess
-    import sys
-
     words = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(
         words,
@@ -214,3 +217,25 @@ def run_python(code: str, *arguments: object, **environment: str) -> Any:
         timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
+
+
+@contextmanager
+def small_disk(folder: Path, n_bytes: int) -> Iterator[Path]:
+    """A file system of that size at `folder`; skips the test where mounting is not permitted."""
+    folder.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", f"size={n_bytes}", "gptailor-test", str(folder)]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+    except OSError as error:
+        pytest.skip(f"no mount: {error}")
+    if done.returncode:
+        pytest.skip(f"a tmpfs can't be mounted: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def free_bytes(folder: Path) -> int:
+    stats = os.statvfs(folder)
+    return stats.f_bavail * stats.f_frsize
