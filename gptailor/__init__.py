@@ -1,4 +1,4 @@
-"""gptailor makes a language model smaller: it cuts, stitches and merges the layers of its finetunes.
+"""gptailor makes a language model smaller: it cuts, stitches and merges layers of its finetunes.
 
 The public names are the verbs of the command line and the objects that they take and give.
 """

@@ -179,7 +179,7 @@ class ResidentModel:
         return self._taken[key]
 
     def _compute(self, tensor: OutTensor) -> torch.Tensor:
-        job = ComputedTensor(tensor, self.family)
+        job = ComputedTensor(tensor, self.family, threads=torch.get_num_threads())
         buffer = _C.Buffer(max(tensor.n_bytes, 1))
         job.run(0, job.n_elements, buffer)
         return torch.utils.dlpack.from_dlpack(buffer.tensor(0, tensor.shape, tensor.dtype))

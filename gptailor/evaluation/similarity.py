@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 NUM_SEQUENCES = 128
 """How many contexts are looked at: Block Influence is stable from a few dozen on."""
 
+BATCH_SIZE = 16
+
 
 @dataclass(frozen=True)
 class Similarity:
@@ -70,23 +72,28 @@ def measure(
     num_layers = family.num_layers
     influence = torch.zeros(num_layers, dtype=torch.float64)
     angular = torch.zeros(num_layers + 1, num_layers + 1, dtype=torch.float64)
-    num_tokens = num_sequences = 0
+    sequences = sorted(workload.contexts(lm, NUM_SEQUENCES), key=len)
     try:
-        for tokens in workload.contexts(lm, NUM_SEQUENCES):
+        for begin in range(0, len(sequences), BATCH_SIZE):
+            batch = sequences[begin : begin + BATCH_SIZE]
+            length = len(batch[-1])
+            lengths_B = torch.tensor([len(tokens) for tokens in batch], device=lm.device)
+            padded = [tokens + [0] * (length - len(tokens)) for tokens in batch]
             states_LBTH.clear()
             with torch.inference_mode():
-                lm.model(input_ids=torch.tensor([tokens], device=lm.device), use_cache=False)
-            states_LTH = torch.stack(states_LBTH)[:, 0]
-            cosine_LT = F.cosine_similarity(states_LTH[:-1], states_LTH[1:], dim=-1)
-            influence += (1.0 - cosine_LT).sum(-1).double().cpu()
-            unit_LH = F.normalize(states_LTH[:, -1].double(), dim=-1)
-            angular += torch.arccos((unit_LH @ unit_LH.T).clamp(-1, 1)).cpu() / math.pi
-            num_tokens += states_LTH.shape[1]
-            num_sequences += 1
+                lm.model(input_ids=torch.tensor(padded, device=lm.device), use_cache=False)
+            states = torch.stack(states_LBTH)
+            real_BT = torch.arange(length, device=lm.device) < lengths_B[:, None]
+            cosine_LBT = F.cosine_similarity(states[:-1], states[1:], dim=-1)
+            influence += ((1.0 - cosine_LBT) * real_BT).sum((1, 2)).double().cpu()
+            last_LBH = states[:, torch.arange(len(batch)), lengths_B - 1].double()
+            unit_BLH = F.normalize(last_LBH, dim=-1).transpose(0, 1)
+            angles_BLL = torch.arccos((unit_BLH @ unit_BLH.transpose(1, 2)).clamp(-1, 1))
+            angular += angles_BLL.sum(0).cpu() / math.pi
     finally:
         for hook in hooks:
             hook.remove()
     return Similarity(
-        tuple((influence / max(num_tokens, 1)).tolist()),
-        tuple(map(tuple, (angular / max(num_sequences, 1)).tolist())),
+        tuple((influence / sum(map(len, sequences))).tolist()),
+        tuple(map(tuple, (angular / len(sequences)).tolist())),
     )

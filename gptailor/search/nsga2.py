@@ -21,7 +21,7 @@ from pymoo.problems.static import StaticProblem
 
 from gptailor.recipe import Recipe
 from gptailor.search.operators import DepthCrossover, SpaceRepair, StackMutation, mutate
-from gptailor.search.space import Genome, SearchSpace
+from gptailor.search.space import METHOD, Genome, SearchSpace
 
 
 class NSGA2Search:
@@ -99,7 +99,12 @@ class NSGA2Search:
 def first_population(
     space: SearchSpace, population: int, rng: np.random.Generator, start: Sequence[Recipe]
 ) -> npt.NDArray[np.int64]:
-    """Flat genomes: those of `start` without repeats, filled up with strongly mutated ones."""
+    """Flat genomes: those of `start` without repeats, and new ones that vary them.
+
+    At least half a population is new. A new genome keeps the layers of a genome of `start`; in half
+    of them one random merge is made of all these layers, so that the search begins with merges that
+    no control arm has, and then it is mutated.
+    """
     genomes: list[Genome] = []
     seen: set[str] = set()
 
@@ -112,13 +117,16 @@ def first_population(
     for recipe in start:
         add(space.repaired(space.encode(recipe), rng))
     parents = list(genomes) or [space.repaired(space.blank(), rng)]
-    for _ in range(50 * population):
-        if len(genomes) >= population:
+    wanted = max(population, len(genomes) + population // 2)
+    for attempt in range(50 * population):
+        if len(genomes) >= wanted:
             break
-        genome = parents[int(rng.integers(len(parents)))]
-        for _ in range(int(rng.integers(1, 6))):
+        genome = parents[int(rng.integers(len(parents)))].copy()
+        if space.methods and attempt % 2 == 0:
+            genome[:, METHOD:] = space.random_merge(rng)
+        else:
             genome = mutate(genome, space, rng)
-        add(genome)
+        add(mutate(genome, space, rng) if rng.random() < 0.5 else genome)
     return np.array([genome.ravel() for genome in genomes])
 
 

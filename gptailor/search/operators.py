@@ -113,10 +113,13 @@ def mutate(genome: Genome, space: SearchSpace, rng: np.random.Generator) -> Geno
 def _run_of_kept(
     genome: Genome, space: SearchSpace, rng: np.random.Generator
 ) -> npt.NDArray[np.int64]:
-    """One kept layer, or the kept layers of a run up to half of the stack."""
+    """One kept layer (half of the time), a run of up to half of the kept layers, or all of them."""
     kept = space.kept(genome)
-    if not len(kept) or rng.random() < 0.5:
-        return kept if not len(kept) else rng.choice(kept, 1)
+    kind = rng.random()
+    if not len(kept) or kind > 0.85:
+        return kept
+    if kind < 0.5:
+        return rng.choice(kept, 1)
     length = int(rng.integers(2, max(len(kept) // 2, 2) + 1))
     begin = int(rng.integers(0, max(len(kept) - length, 0) + 1))
     return kept[begin : begin + length]

@@ -1,0 +1,49 @@
+"""Block Influence and angular distance against a slow reference, one sequence at a time."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptailor.config import EvaluationConfig
+from gptailor.evaluation.evaluator import Evaluator
+from gptailor.evaluation.similarity import measure
+from gptailor.models.family import Family
+
+
+def test_measures_equal_the_reference(models: dict[str, str], tasks_dir: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = EvaluationConfig(
+        tasks=("t_shared", "t_long"), include_path=str(tasks_dir), dtype="float32", device="cpu"
+    )
+    evaluator = Evaluator(Family(models, "base"), config)
+    workload = evaluator.workloads["search"]
+    found = measure(evaluator.resident, evaluator.lm, workload, "red", "float32")
+    model = AutoModelForCausalLM.from_pretrained(models["red"], dtype=torch.float32)
+    states: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda m, args: states.append(args[0][0]))
+    model.model.norm.register_forward_pre_hook(lambda m, args: states.append(args[0][0]))
+    influence, angles, num_tokens = [0.0] * 6, torch.zeros(7, 7, dtype=torch.float64), 0
+    contexts = workload.contexts(evaluator.lm, 128)
+    for tokens in contexts:
+        states.clear()
+        with torch.inference_mode():
+            model(input_ids=torch.tensor([tokens]))
+        num_tokens += len(tokens)
+        for i in range(6):
+            for x, y in zip(states[i], states[i + 1], strict=True):
+                influence[i] += 1 - float(x @ y / (x.norm() * y.norm()))
+        for i in range(7):
+            for j in range(7):
+                x, y = states[i][-1].double(), states[j][-1].double()
+                cosine = float((x @ y / (x.norm() * y.norm())).clamp(-1, 1))
+                angles[i, j] += math.acos(cosine) / math.pi
+    assert len(contexts) == 48
+    assert found.block_influence == pytest.approx([v / num_tokens for v in influence], abs=1e-5)
+    expected = angles / len(contexts)
+    assert torch.tensor(found.angular).sub(expected).abs().max() < 1e-5
