@@ -92,14 +92,14 @@ def search(
     family = Family(config.models, config.base)
     SearchSpace(config.space, config.models, config.base, family.num_layers)
     with Archive(output) as archive:
-        _write_text(output / "config.yaml", config_yaml(config))
-        _write_text(output / "environment.json", json.dumps(environment(), indent=2) + "\n")
         progress = Progress(config.search.evaluations, family.num_layers)
         progress.note(f"Searching {family.num_layers} layers of {len(config.models)} models.")
         executor = open_executor(config, family, workers)
         try:
             info = executor.workload()
             check_resumable(archive, config, family, info.digest)
+            _write_text(output / "config.yaml", config_yaml(config))
+            _write_text(output / "environment.json", json.dumps(environment(), indent=2) + "\n")
             documents = ", ".join(f"{n} {name}" for name, n in info.num_documents.items())
             progress.note(f"Documents: {documents}. Run folder: {output}.")
             run = Run(config, family, archive, executor, progress)
@@ -115,11 +115,8 @@ def worth_a_holdout(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
     """The front, the dense candidates, and the best control arm of each size."""
     ok = [e for e in evaluations if e.outcome.accuracy is not None]
     arms = [e for e in ok if e.arms]
-    chosen = {
-        e.recipe.hash: e
-        for e in [*_front(ok), *_front(arms), *arms]
-        if e in _front(ok) or e in _front(arms) or any(a.startswith("dense:") for a in e.arms)
-    }
+    dense = [e for e in arms if any(arm.startswith("dense:") for arm in e.arms)]
+    chosen = {e.recipe.hash: e for e in (*_front(ok), *_front(arms), *dense)}
     return list(chosen.values())
 
 

@@ -1,0 +1,78 @@
+"""Faults on one machine: a worker that dies, signals; what was evaluated stays."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gptailor.archive import Archive
+
+CODES = {"worker": 5, "int": 130, "term": 143}
+
+
+def children(pid: int) -> list[int]:
+    """Worker processes of a pool, oldest first."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            command = (stat.parent / "cmdline").read_text()
+        except (OSError, IndexError):
+            continue
+        if parent == pid and "spawn_main" in command:
+            found.append(int(stat.parent.name))
+    return sorted(found)
+
+
+def count(run: Path) -> int:
+    if not (run / "archive.db").exists():
+        return 0
+    try:
+        with Archive(run, readonly=True) as archive:
+            return len(archive.evaluations())
+    except Exception:  # it is just being made
+        return 0
+
+
+@pytest.mark.parametrize("fault", list(CODES))
+def test_a_fault_ends_the_search_in_order(
+    fault: str, models: dict[str, str], tasks_dir: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    config = {
+        "models": models,
+        "base": "base",
+        "space": {"layers": {"min": 2}},
+        "evaluation": {"tasks": ["t_long"], "include_path": str(tasks_dir), "device": "cpu"},
+        "search": {"population": 12, "evaluations": 5000, "seeds": ["random"]},
+        "output": str(run),
+    }
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(config))
+    workers = "2" if fault == "worker" else "1"
+    command = [sys.executable, "-m", "gptailor.cli", "search", str(tmp_path / "search.yaml")]
+    process = subprocess.Popen(
+        [*command, "--workers", workers], stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
+    deadline = time.monotonic() + 120
+    while count(run) < 8 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    if fault == "worker":
+        os.kill(children(process.pid)[0], signal.SIGKILL)
+    else:
+        process.send_signal(signal.SIGINT if fault == "int" else signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == CODES[fault], stderr
+    (said,) = [line for line in stderr.splitlines() if line.startswith("gptailor: ")]
+    assert "kept" in said
+    assert "Traceback" not in stderr
+    kept = count(run)
+    assert kept >= 8
+    with Archive(run) as archive:  # the lock is free again
+        assert archive.get_meta("config") is not None
