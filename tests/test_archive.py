@@ -238,6 +238,16 @@ def test_kill_9_loses_nothing_that_was_reported(tmp_path: Path) -> None:
     assert integrity(tmp_path / "archive.db") == "ok"
 
 
+def test_the_disk_is_waited_for(tmp_path: Path) -> None:
+    """No test can cut the power; write-ahead logs do not hold on network file systems."""
+    with Archive(tmp_path) as archive:
+        pragmas = [
+            archive._db.execute(f"PRAGMA {name}").fetchone()[0]
+            for name in ("synchronous", "journal_mode")
+        ]
+    assert pragmas == [2, "delete"]
+
+
 HOT = """
 import os, shutil, sys
 from pathlib import Path

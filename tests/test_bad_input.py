@@ -403,7 +403,8 @@ def test_unknown_metric(
 def test_a_search_that_never_began_does_not_refuse_the_next(
     models: dict[str, str], tasks_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = search_yaml(tmp_path, tasks_dir, models=models, evaluation={"tasks": ["t_sharde"]})
+    tasks = {"tasks": [{"task": "t_long", "metric": "nothing"}]}
+    path = search_yaml(tmp_path, tasks_dir, models=models, evaluation=tasks)
     main_fails(capsys, 2, "search", path)
     assert not (tmp_path / "run").exists()
 
