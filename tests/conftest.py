@@ -175,6 +175,7 @@ def write_tasks(root: Path, num_documents: int = 24) -> Path:
     )
     for name, task in _TASKS.items():
         lines = [f"task: {name}", "custom_dataset: !function load.rows", "test_split: test"]
+        lines += ["fewshot_split: test", "fewshot_config: {sampler: first_n}"]
         (root / f"{name}.yaml").write_text("\n".join(lines) + "\n" + _yaml(task))
     (root / "t_group.yaml").write_text(
         "group: t_group\ntask: [t_shared, t_long]\n"

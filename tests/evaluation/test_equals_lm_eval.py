@@ -32,7 +32,12 @@ def stitched(models: dict[str, str], dtype: str) -> Recipe:
 
 
 def lm_eval_results(
-    folder: Path, tasks_dir: Path, names: tuple[str, ...], dtype: str, batch_size: int
+    folder: Path,
+    tasks_dir: Path,
+    names: tuple[str, ...],
+    dtype: str,
+    batch_size: int,
+    **options: Any,
 ) -> dict[str, Any]:
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -44,6 +49,7 @@ def lm_eval_results(
         batch_size=batch_size,
         task_manager=TaskManager(include_path=str(tasks_dir), include_defaults=False),
         bootstrap_iters=2,
+        **options,
     )
 
 
@@ -138,3 +144,34 @@ def test_two_evaluations_agree_to_the_last_bit(models: dict[str, str], tasks_dir
     assert first.status == "ok", first.reason
     assert first.scores == second.scores
     assert answers(evaluator) == before
+
+
+def test_few_shot_examples_and_a_choice_of_documents(
+    models: dict[str, str], tasks_dir: Path, tmp_path: Path
+) -> None:
+    recipe = stitched(models, "float32")
+    family = Family(models, "base")
+    tasks = [{"task": "t_shared", "num_fewshot": 2}, {"task": "t_long", "num_fewshot": 2}]
+    config = EvaluationConfig.model_validate(
+        {
+            "tasks": tasks,
+            "include_path": str(tasks_dir),
+            "dtype": "float32",
+            "device": "cpu",
+            "rungs": [21],
+        }
+    )
+    evaluator = Evaluator(family, config, seed=3)
+    outcome = evaluator.evaluate(recipe)
+    assert outcome.status == "ok", outcome.reason
+    chosen = evaluator.workloads["search"]._samples
+    samples = {name: sorted(documents) for name, documents in chosen.items()}
+    assert sum(map(len, samples.values())) == 21 == outcome.cost.num_documents
+    write_model(recipe, family, tmp_path / "out")
+    names = ("t_shared", "t_long")
+    theirs = lm_eval_results(
+        tmp_path / "out", tasks_dir, names, "float32", 4, num_fewshot=2, samples=samples
+    )
+    for score in outcome.scores:
+        assert score.value == pytest.approx(theirs["results"][score.task]["acc,none"])
+        assert score.stderr == pytest.approx(theirs["results"][score.task]["acc_stderr,none"])

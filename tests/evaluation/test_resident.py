@@ -1,0 +1,139 @@
+"""The resident model: layers are pointed at, not copied; nothing of an earlier recipe stays."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gptailor.config import EvaluationConfig
+from gptailor.errors import ModelError, UsageError
+from gptailor.evaluation.evaluator import Evaluator
+from gptailor.evaluation.resident import ResidentModel, pick_device
+from gptailor.models.family import Family
+from gptailor.recipe import Layer, Merge, Recipe, Take
+from gptailor.stitching.write import write_model
+from tests.conftest import save_llama
+
+TA = (("lambda", 1.0), ("normalize", 0.0))
+
+
+def recipe(models: dict[str, str], *layers: Layer, dtype: str = "bfloat16") -> Recipe:
+    return Recipe(models, "base", layers, "base", "base", dtype)
+
+
+@pytest.fixture(scope="module")
+def resident(models: dict[str, str]) -> ResidentModel:
+    return ResidentModel(Family(models, "base"), device="cpu")
+
+
+def test_a_taken_layer_is_the_mapped_file(resident: ResidentModel, models: dict[str, str]) -> None:
+    chosen = recipe(models, Take("red", 0), Take("blue", 3), Take("base", 5))
+    resident.assemble(chosen)
+    resident.check_pointers(chosen)
+    mapped = resident.family.candidates["blue"].checkpoint.tensor(
+        "model.layers.3.mlp.up_proj.weight"
+    )
+    weight = resident.layers()[1].get_parameter("mlp.up_proj.weight")
+    assert weight.data_ptr() == torch.utils.dlpack.from_dlpack(mapped).data_ptr()
+
+
+def test_embeddings_and_head_stay_tied(resident: ResidentModel, models: dict[str, str]) -> None:
+    resident.assemble(recipe(models, Take("red", 0)))
+    embeddings = resident.model.get_input_embeddings().weight
+    head = resident.model.get_output_embeddings().weight
+    assert embeddings.data_ptr() == head.data_ptr()
+    name = "model.embed_tokens.weight"
+    mapped = resident.family.base.checkpoint.tensor(name)
+    assert embeddings.data_ptr() == torch.utils.dlpack.from_dlpack(mapped).data_ptr()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_are_those_of_the_written_folder(tmp_path: Path, tied: bool) -> None:
+    from transformers import AutoModelForCausalLM
+
+    save_llama(tmp_path / "base", 0, tied=tied)
+    save_llama(tmp_path / "red", 1, like=tmp_path / "base", tied=tied)
+    models = {name: str(tmp_path / name) for name in ("base", "red")}
+    family = Family(models, "base")
+    resident = ResidentModel(family, device="cpu")
+    ids = torch.arange(4, 30)[None]
+    weights = (("red", 0.7),)
+    for number, chosen in enumerate(
+        [
+            recipe(models, *(Take("base", i) for i in range(6))),
+            recipe(models, Take("red", 1), Merge("task_arithmetic", 4, weights, TA)),
+            recipe(models, Take("red", 2), Take("base", 2), Take("red", 2)),  # one layer thrice
+            Recipe(models, "base", (Take("red", 5), Take("base", 0)), "red", "red"),
+        ]
+    ):
+        with torch.inference_mode():
+            mine = resident.assemble(chosen)(input_ids=ids).logits
+            write_model(chosen, family, tmp_path / f"out{number}")
+            folder = tmp_path / f"out{number}"
+            theirs = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")(input_ids=ids)
+        assert torch.equal(mine, theirs.logits), number
+        assert resident.model.config.num_hidden_layers == chosen.num_layers
+
+
+def test_a_merged_layer_is_computed_once(
+    resident: ResidentModel, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[str] = []
+    real = resident._compute
+    monkeypatch.setattr(resident, "_compute", lambda t: computed.append(t.name) or real(t))
+    layer = Merge("task_arithmetic", 1, (("red", 0.33), ("blue", 0.21)), TA)
+    resident.assemble(recipe(models, layer, Take("red", 2)))
+    assert len(computed) == 9
+    resident.assemble(recipe(models, Take("blue", 0), layer))
+    assert len(computed) == 9
+
+
+def test_the_cache_of_merged_layers_is_bounded(models: dict[str, str]) -> None:
+    resident = ResidentModel(Family(models, "base"), device="cpu", cache_bytes=50_000)
+    for i in range(12):
+        weights = (("red", 0.1 + i / 20), ("blue", 0.5))
+        resident.assemble(recipe(models, Merge("task_arithmetic", 1, weights, TA)))
+    assert resident._merged_bytes <= 50_000
+    assert len(resident._merged) >= 2
+
+
+def test_nan_in_a_merged_tensor_is_infeasible_and_said(
+    models: dict[str, str], tasks_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(models["red"], tmp_path / "red")
+    path = tmp_path / "red" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    mine = models | {"red": str(tmp_path / "red")}
+    config = EvaluationConfig(tasks=("t_shared",), include_path=str(tasks_dir), device="cpu")
+    evaluator = Evaluator(Family(mine, "base"), config)
+    merge = Merge("task_arithmetic", 2, (("red", 0.5), ("blue", 0.5)), TA)
+    merged = evaluator.evaluate(recipe(mine, Take("red", 0), merge))
+    assert merged.status == "infeasible"
+    assert merged.accuracy is None
+    assert "mlp.up_proj.weight" in merged.reason
+    taken = evaluator.evaluate(recipe(mine, Take("red", 2)))
+    assert taken.status == "infeasible"
+    assert "not numbers" in taken.reason
+    assert evaluator.evaluate(recipe(mine, Take("red", 0))).status == "ok"
+
+
+def test_a_model_that_transformers_does_not_know_is_refused(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(models["base"], tmp_path / "odd")
+    config = (tmp_path / "odd" / "config.json").read_text()
+    (tmp_path / "odd" / "config.json").write_text(config.replace('"llama"', '"lama"'))
+    with pytest.raises(ModelError, match="transformers can't load"):
+        ResidentModel(Family({"odd": str(tmp_path / "odd")}, "odd"), device="cpu")
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    for device in ("cuda:99", "gpu"):
+        with pytest.raises(UsageError, match=r"evaluation.device"):
+            pick_device(device)
