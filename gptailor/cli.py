@@ -83,7 +83,7 @@ def _explain(error: Exception) -> int:
 
 
 def _said(text: str, code: int) -> int:
-    sys.stderr.write(f"gptailor: {text.rstrip('.')}.\n")
+    sys.stderr.write(f"gptailor: {' '.join(text.split()).rstrip('.')}.\n")
     return code
 
 

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from gptailor.errors import UsageError, unknown
 from gptailor.merging.registry import METHODS, get_method
-from gptailor.recipe import DTYPES, absolute_ref, load_yaml
+from gptailor.recipe import DTYPES, absolute_ref
+from gptailor.strict_yaml import load_yaml
 
 SEEDS = ("dense", "block_influence", "angular", "uniform", "paper", "random")
 """The control arms that a search can start from; the dense candidates are evaluated anyway."""

@@ -22,6 +22,7 @@ import yaml
 
 from gptailor.errors import UsageError, unknown
 from gptailor.merging.registry import checked_number, checked_weight, get_method
+from gptailor.strict_yaml import load_yaml
 
 SCHEMA = "gptailor/recipe/1"
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -244,7 +245,7 @@ def absolute_ref(ref: str, folder: Path) -> str:
     return ref
 
 
-def canonical_layer(layer: Layer, base: str, refs: Mapping[str, str] | None = None) -> Layer:
+def canonical_layer(layer: Layer, base: str, refs: Mapping[str, str]) -> Layer:
     """The simplest entry that builds the same layer.
 
     Sources without effect are left out: those of weight 0, and the base where the formula has it
@@ -256,14 +257,13 @@ def canonical_layer(layer: Layer, base: str, refs: Mapping[str, str] | None = No
         layer: an entry.
         base: the recipe's base.
         refs: the recipe's models: sources are sorted by what their names stand for, so that
-            another name changes nothing. None sorts by name.
+            another name changes nothing.
     """
     if isinstance(layer, Take):
         return layer
     built = _SIMPLIFY[layer.method](layer, base)
     if isinstance(built, Take):
         return built
-    refs = refs or {}
     weights = tuple(sorted(built.weights, key=lambda item: (refs.get(item[0], ""), item)))
     if built.method == "slerp" and weights[0][0] != built.models[0]:
         t = round(1.0 - built.parameter("t"), 9)
@@ -411,44 +411,6 @@ def _sources(
         for name, weight in _mapping(value, f"{where}: weights").items()
     }
     return tuple((name, named[name]) for name in models if name in named)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key that is written twice is an error, not a silent overwrite."""
-
-
-def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    loader.flatten_mapping(node)
-    pairs = [
-        (loader.construct_object(k, deep=True), loader.construct_object(v, deep=True))
-        for k, v in node.value
-    ]
-    result: dict[Any, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {key!r} is written twice", node.start_mark
-            )
-        result[key] = value
-    return result
-
-
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
-
-
-def load_yaml(text: str, source: str) -> Any:
-    """Parses YAML strictly.
-
-    Raises:
-        UsageError: the text is not YAML, or writes a key twice; with the line.
-    """
-    try:
-        return yaml.load(text, Loader=_StrictLoader)
-    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise UsageError(f"{source}{line}: {problem}.") from error
 
 
 def read_recipe(path: str | Path) -> Recipe:

@@ -91,12 +91,12 @@ def search(
         )
     family = Family(config.models, config.base)
     SearchSpace(config.space, config.models, config.base, family.num_layers)
-    with Archive(output) as archive:
-        progress = Progress(config.search.evaluations, family.num_layers)
-        progress.note(f"Searching {family.num_layers} layers of {len(config.models)} models.")
-        executor = open_executor(config, family, workers)
-        try:
-            info = executor.workload()
+    progress = Progress(config.search.evaluations, family.num_layers)
+    progress.note(f"Searching {family.num_layers} layers of {len(config.models)} models.")
+    executor = open_executor(config, family, workers)
+    try:
+        info = executor.workload()  # before the run folder is made: a wrong task leaves nothing
+        with Archive(output) as archive:
             check_resumable(archive, config, family, info.digest)
             _write_text(output / "config.yaml", config_yaml(config))
             _write_text(output / "environment.json", json.dumps(environment(), indent=2) + "\n")
@@ -105,8 +105,8 @@ def search(
             run = Run(config, family, archive, executor, progress)
             run.search()
             run.holdout([e.recipe for e in worth_a_holdout(archive.evaluations("search"))])
-        finally:
-            executor.close()
+    finally:
+        executor.close()
     write_report(output)
     return output
 
@@ -211,7 +211,7 @@ def evaluate(
     if outcome.status == "infeasible":
         raise UsageError(outcome.reason)
     if outcome.status == "failed":
-        raise RuntimeError(outcome.reason)
+        raise RuntimeError(outcome.reason.strip().splitlines()[-1])
     return outcome.scores
 
 

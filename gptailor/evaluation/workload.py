@@ -183,7 +183,8 @@ class Workload:
         wanted = spec.metric
         matches = [k for k in known if wanted is None or wanted in (k, k.partition(",")[0])]
         if not matches:
-            raise unknown("metric", wanted, known, f"the task {spec.task}")
+            names = known if "," in str(wanted) else [k.partition(",")[0] for k in known]
+            raise unknown("metric", wanted, names, f"the task {spec.task}")
         key = matches[0]
         higher = leaves[0].higher_is_better().get(key.partition(",")[0], True)
         if comparable and not higher:

@@ -173,9 +173,13 @@ def get_method(name: object, where: str = "") -> Method:
 
 def checked_number(name: str, value: object, where: str) -> float:
     """`value` as a finite float, or a `UsageError`; booleans are no numbers here."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UsageError(f"{where}: {name} is {value!r}, but must be a number.")
-    return float(value)
+    try:
+        number = float(value) if type(value) in (int, float) else math.nan  # type: ignore[arg-type]
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise UsageError(f"{where}: {name} is {value!r:.40}, but must be a number.")
+    return number
 
 
 def checked_weight(model: str, value: object, where: str) -> float:

@@ -148,7 +148,7 @@ def layer_map(recipe: Recipe) -> list[dict[str, Any]]:
     """
     result = []
     for out_layer, written in enumerate(recipe.layers):
-        built = canonical_layer(written, recipe.base)
+        built = canonical_layer(written, recipe.base, recipe.models)
         layer = built if isinstance(built, Take) else written
         entry: dict[str, Any] = {"out_layer": out_layer, "src_layer": layer.src_layer}
         if isinstance(layer, Take):

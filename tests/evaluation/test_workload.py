@@ -59,7 +59,7 @@ def workload(tasks_dir: Path, *specs: Any, **options: Any) -> Workload:
     ("spec", "words"),
     [
         ("t_sharde", "did you mean 't_shared'"),
-        ({"task": "t_long", "metric": "acc_nrom"}, "did you mean 'acc_norm,none'"),
+        ({"task": "t_long", "metric": "acc_nrom"}, "did you mean 'acc_norm'"),
         ({"task": "t_lambada", "metric": "perplexity"}, "better when it is lower"),
         ("t_rolling", "better when it is lower"),
     ],
