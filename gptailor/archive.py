@@ -176,6 +176,12 @@ class Archive:
             self.close()
             raise UsageError(f"{self.path} has schema {found!r}, but {SCHEMA!r} is needed.")
 
+    @staticmethod
+    def check_not_in_use(folder: str | Path) -> None:
+        """Raises a `UsageError` if another search has the folder open; makes nothing."""
+        if (Path(folder) / "archive.db").exists():
+            Archive(folder).close()
+
     def _lock(self) -> None:
         path = self.folder / ".lock"
         self._lock_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

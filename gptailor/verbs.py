@@ -89,6 +89,7 @@ def search(
         raise UsageError(
             f"{output} holds a run already: continue it with --resume, or name another output."
         )
+    Archive.check_not_in_use(output)  # in a moment, not after the models are loaded
     family = Family(config.models, config.base)
     SearchSpace(config.space, config.models, config.base, family.num_layers)
     progress = Progress(config.search.evaluations, family.num_layers)
