@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from gptailor.archive import Evaluation
+from gptailor.recipe import Take
+from gptailor.search import progress as module
+from gptailor.search.progress import Progress, duration
+from tests.search.helpers import make_space, synthetic
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def evaluation(number: int, num_layers: int) -> Evaluation:
+    recipe = make_space().recipe([Take("red", i) for i in range(num_layers)])
+    return Evaluation(number, recipe, "search", synthetic(recipe), 100, (), 0.0)
+
+
+def test_plain_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    progress = Progress(20, 8, stream)
+    for number in range(1, 21):
+        now[0] += 1.0
+        progress.update(evaluation(number, 6 if number > 3 else 8), is_new=True)
+    lines = stream.getvalue().splitlines()
+    assert lines[0].startswith("1/20 evaluations · best at ≤ 75% of the layers: –")
+    assert lines[-1].startswith("20/20 evaluations")
+    assert 4 <= len(lines) <= 6  # at most one in five seconds
+    assert "s left" in lines[1]
+    assert "left" not in lines[-1]
+    best = synthetic(evaluation(4, 6).recipe).accuracy
+    assert f"layers: {best:.3f}" in lines[-1]
+
+
+def test_one_line_that_is_rewritten_on_a_terminal() -> None:
+    stream = Terminal()
+    progress = Progress(3, 8, stream)
+    progress.note("Hello.")
+    for number in (1, 2, 3):
+        progress.update(evaluation(number, 6), is_new=number > 1)
+    text = stream.getvalue()
+    assert text.count("\n") == 2  # after the note and at the end
+    assert text.count("\r") == 4
+    assert "1 from the archive" in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0 s"), (89, "89 s"), (90, "2 min"), (11_100, "3 h 05 min")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
