@@ -11,6 +11,9 @@ from gptailor.archive import Evaluation
 PLAIN_INTERVAL_S = 5.0
 """Without a terminal there is a line at most so often."""
 
+PLAIN_LINES = 100
+"""Without a terminal there are at most about so many lines: a log of a night stays readable."""
+
 TARGET_SIZE = 0.75
 """The size for which the best accuracy is shown, as part of the layers."""
 
@@ -31,6 +34,7 @@ class Progress:
         self._is_terminal = self._stream.isatty()
         self._began: float | None = None
         self._shown_at = -PLAIN_INTERVAL_S
+        self._shown = 0
         self._done = self._reused = 0
         self._best: float | None = None
 
@@ -46,8 +50,10 @@ class Progress:
         if accuracy is not None and small:
             self._best = accuracy if self._best is None else max(self._best, accuracy)
         last = self._done >= self.total
-        if self._is_terminal or last or now - self._shown_at >= PLAIN_INTERVAL_S:
-            self._shown_at = now
+        is_due = now - self._shown_at >= PLAIN_INTERVAL_S
+        is_due &= self._done == 1 or self._done - self._shown >= self.total / PLAIN_LINES
+        if self._is_terminal or last or is_due:
+            self._shown_at, self._shown = now, self._done
             self._write(self.line(now), is_last=last)
 
     def line(self, now: float) -> str:

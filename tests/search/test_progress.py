@@ -56,3 +56,15 @@ def test_one_line_that_is_rewritten_on_a_terminal() -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_long_log_stays_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    progress = Progress(1000, 8, stream)
+    one = evaluation(1, 6)
+    for _ in range(1000):
+        now[0] += 60.0
+        progress.update(one, is_new=True)
+    assert 95 <= len(stream.getvalue().splitlines()) <= 102
