@@ -35,11 +35,6 @@ def from_archive(run: Path) -> None:
     with Archive(run, readonly=True) as archive:
         evaluations = archive.evaluations("search")
     shares([e.outcome.cost for e in evaluations if e.outcome.status == "ok"])
-    wall = evaluations[-1].finished_at - evaluations[0].finished_at
-    forward = sum(e.outcome.cost.forward_s for e in evaluations[1:])
-    print(
-        f"  wall-clock of the search not in the forward pass (one worker): {1 - forward / wall:.1%}"
-    )
 
 
 def from_config(path: Path) -> None:

@@ -100,6 +100,7 @@ def write_recipes(work: Path, num_layers: int) -> None:
 def seconds(command: list[str], out: Path) -> float:
     shutil.rmtree(out, ignore_errors=True)
     out.unlink(missing_ok=True)
+    os.sync()  # what the last command left to be written is not this one's
     began = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - began
@@ -139,7 +140,6 @@ def main() -> None:
                 taken = seconds(command, out)
                 if number:  # the first round fills the page cache
                     figures[name].append(taken)
-            os.sync()
     finally:
         if own:
             shutil.rmtree(work, ignore_errors=True)

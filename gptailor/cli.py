@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check_verb(words)
     arguments = _parsed(parser, words)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars; our progress says more
     signal.signal(signal.SIGTERM, _terminated)
     try:
         run: Callable[[argparse.Namespace], int] = arguments.run

@@ -8,6 +8,7 @@ layers are computed (and kept for the next recipe that has them).
 from __future__ import annotations
 
 import copy
+import os
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
@@ -35,7 +36,9 @@ class ResidentModel:
         family: the candidates.
         dtype: of the forward pass: a key of `DTYPES`, or "auto" for that of the recipe.
         device: "auto", "cpu", "cuda", "cuda:1".
-        cache_bytes: how much memory merged layers may keep; default: twice the base.
+        cache_bytes: how much memory merged layers may keep; default: eight times the base, or an
+            eighth of the device's memory if that is less. Children share most merged layers with
+            their parents: with room for a few hundred layers nine of ten are found again.
 
     Raises:
         ModelError: transformers can't load the base, or stores its layers in another way.
@@ -58,8 +61,10 @@ class ResidentModel:
         self._taken: dict[tuple[str, str, str], nn.Parameter] = {}
         self._merged: OrderedDict[tuple[Layer, float, str, str], Parameters] = OrderedDict()
         self._merged_bytes = 0
-        total = sum(t.n_bytes for t in family.base.tensors.values())
-        self._cache_bytes = 2 * total if cache_bytes is None else cache_bytes
+        if cache_bytes is None:
+            base_bytes = sum(t.n_bytes for t in family.base.tensors.values())
+            cache_bytes = min(8 * base_bytes, _memory_bytes(self.device) // 8)
+        self._cache_bytes = cache_bytes
         self.model = self._load_skeleton()
         self._stack_name = self._module_name(family.architecture.prefix.rstrip("."))
         stack = self.model.get_submodule(self._stack_name)
@@ -251,6 +256,13 @@ def _point(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         owner._buffers[leaf] = parameter.data
     else:
         setattr(owner, leaf, parameter)
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """All the memory that a device has."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _n_bytes(parameters: Iterable[nn.Parameter]) -> int:
