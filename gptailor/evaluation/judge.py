@@ -142,8 +142,11 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         logprobs_BPV = F.log_softmax(logits_BPV, dim=-1, dtype=self.softmax_dtype)
         logprobs_RC = logprobs_BPV[batch.rows_RC, batch.columns_RC, batch.tokens_RC]
         sums_R = torch.where(batch.mask_RC, logprobs_RC, 0).sum(-1)
-        greedy_BP = logprobs_BPV.argmax(-1)
-        hits_RC = greedy_BP[batch.rows_RC, batch.columns_RC] == batch.tokens_RC
+        hits_RC = logprobs_RC >= logprobs_BPV.amax(-1)[batch.rows_RC, batch.columns_RC]
+        # Several tokens may share the maximum; lm-eval's is the first one. Few get here: a search
+        # for it everywhere would take longer than the softmax.
+        top = logprobs_BPV[batch.rows_RC[hits_RC], batch.columns_RC[hits_RC]].float().argmax(-1)
+        hits_RC[hits_RC.clone()] = top == batch.tokens_RC[hits_RC]
         greedy_R = (hits_RC | ~batch.mask_RC).all(-1)
         sums = sums_R.float().tolist()
         if any(math.isnan(value) for value in sums):

@@ -81,7 +81,7 @@ def write_model(
     plan = make_plan(recipe, family)
     with _new_folder(out, sync) as folder:
         _check_space(folder, plan.n_bytes)
-        write_tensors(plan, family, folder / "model.safetensors", threads=threads, sync=sync)
+        write_tensors(plan, family, folder / "model.safetensors", threads=threads)
         for name in (*TOKENIZER_FILES, *_TAG_ALONG):
             if (family.base.folder / name).is_file():
                 shutil.copyfile(family.base.folder / name, folder / name)
@@ -95,15 +95,13 @@ def write_model(
     return plan
 
 
-def write_tensors(
-    plan: Plan, family: Family, path: Path, *, threads: int = 0, sync: bool = True
-) -> None:
+def write_tensors(plan: Plan, family: Family, path: Path, *, threads: int = 0) -> None:
     """Writes the plan's tensors as one safetensors file; raises OSError on a full disk."""
     from gptailor import _C
 
     header, offsets = _header(plan.tensors)
     with path.open("xb", buffering=0) as file:
-        file.write(header)
+        _write_all(file.fileno(), memoryview(header), 0)
         sources: dict[Path, BinaryIO] = {}
         try:
             for part in coalesced(plan.tensors, offsets):
@@ -122,8 +120,6 @@ def write_tensors(
         _write_computed(plan, offsets, family, file, threads)
         if file.seek(0, os.SEEK_END) < offsets[-1]:
             file.truncate(offsets[-1])  # only when the last tensors have no bytes
-        if sync:
-            os.fsync(file.fileno())
 
 
 def _opened(path: Path) -> BinaryIO:
