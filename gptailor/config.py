@@ -184,6 +184,9 @@ class Config(_Strict):
     def _consistent(self) -> Config:
         if self.base not in self.models:
             raise unknown("model", self.base, self.models, "base")
+        for name, ref in self.models.items():
+            if not (name.isprintable() and ref.isprintable()):
+                raise UsageError(f"models: {name!r} has characters that can't be shown.")
         names = [spec.task for spec in self.evaluation.tasks]
         known = ["accuracy", "parameters", *names]
         for objective in self.objectives:

@@ -213,6 +213,8 @@ class Recipe:
         for name, ref in models.items():
             if not isinstance(name, str) or not isinstance(ref, str):
                 raise UsageError(f"{source}: models must map names to folders or hub ids.")
+            if not (name.isprintable() and ref.isprintable()):
+                raise UsageError(f"{source}: models: {name!r} has characters that can't be shown.")
         base = _model(data["base"], models, f"{source}: base")
         dtype = data.get("dtype", "bfloat16")
         if not isinstance(dtype, str) or dtype not in DTYPES:

@@ -26,18 +26,27 @@ class Evaluator:
         config: tasks, dtype, device.
         seed: of the choice of documents.
         comparable: refuse metrics that can't be part of an accuracy.
+        workers: how many evaluators share the device.
 
     Raises:
         UsageError, ModelError, ResourceError: the family or the tasks can't be used.
     """
 
     def __init__(
-        self, family: Family, config: EvaluationConfig, *, seed: int = 0, comparable: bool = True
+        self,
+        family: Family,
+        config: EvaluationConfig,
+        *,
+        seed: int = 0,
+        comparable: bool = True,
+        workers: int = 1,
     ) -> None:
         from transformers import AutoTokenizer
 
         self.family = family
-        self.resident = ResidentModel(family, dtype=config.dtype, device=config.device)
+        self.resident = ResidentModel(
+            family, dtype=config.dtype, device=config.device, workers=workers
+        )
         try:
             tokenizer = AutoTokenizer.from_pretrained(family.base.folder)
         except (ValueError, OSError, KeyError, ImportError) as error:

@@ -36,9 +36,11 @@ class ResidentModel:
         family: the candidates.
         dtype: of the forward pass: a key of `DTYPES`, or "auto" for that of the recipe.
         device: "auto", "cpu", "cuda", "cuda:1".
-        cache_bytes: how much memory merged layers may keep; default: eight times the base, or an
-            eighth of the device's memory if that is less. Children share most merged layers with
-            their parents: with room for a few hundred layers nine of ten are found again.
+        cache_bytes: how much memory merged layers may keep; default: eight times the base, or this
+            worker's part of an eighth of the device's memory if that is less. Children share most
+            merged layers with their parents: with room for a few hundred layers nine of ten are
+            found again.
+        workers: how many of these share the device.
 
     Raises:
         ModelError: transformers can't load the base, or stores its layers in another way.
@@ -52,6 +54,7 @@ class ResidentModel:
         dtype: str = "auto",
         device: str = "auto",
         cache_bytes: int | None = None,
+        workers: int = 1,
     ) -> None:
         self.family = family
         self.device = pick_device(device)
@@ -63,7 +66,7 @@ class ResidentModel:
         self._merged_bytes = 0
         if cache_bytes is None:
             base_bytes = sum(t.n_bytes for t in family.base.tensors.values())
-            cache_bytes = min(8 * base_bytes, _memory_bytes(self.device) // 8)
+            cache_bytes = min(8 * base_bytes, _memory_bytes(self.device) // (8 * workers))
         self._cache_bytes = cache_bytes
         self.model = self._load_skeleton()
         self._stack_name = self._module_name(family.architecture.prefix.rstrip("."))

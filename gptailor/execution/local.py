@@ -66,11 +66,13 @@ class Executor(Protocol):
 class InProcess:
     """One worker: this process."""
 
-    def __init__(self, config: Config, family: Family) -> None:
+    def __init__(self, config: Config, family: Family, num_workers: int = 1) -> None:
         from gptailor.evaluation.evaluator import Evaluator
 
         self._config = config
-        self._evaluator: Evaluator = Evaluator(family, config.evaluation, seed=config.search.seed)
+        self._evaluator: Evaluator = Evaluator(
+            family, config.evaluation, seed=config.search.seed, workers=num_workers
+        )
 
     def workload(self) -> WorkloadInfo:
         """What will be evaluated."""
@@ -109,7 +111,7 @@ class LocalPool:
             num_workers,
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_start_worker,
-            initargs=(config, threads),
+            initargs=(config, threads, num_workers),
         )
 
     def workload(self) -> WorkloadInfo:
@@ -149,13 +151,13 @@ _worker: InProcess
 """The worker of this process; set once, when the pool starts it."""
 
 
-def _start_worker(config: Config, threads: int) -> None:
+def _start_worker(config: Config, threads: int, num_workers: int) -> None:
     global _worker  # noqa: PLW0603  (a pool's process has no other place for its state)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     import torch
 
     torch.set_num_threads(threads)
-    _worker = InProcess(config, Family(config.models, config.base))
+    _worker = InProcess(config, Family(config.models, config.base), num_workers)
 
 
 def _workload() -> WorkloadInfo:
