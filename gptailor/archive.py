@@ -157,7 +157,7 @@ class Archive:
                 self._db.execute("PRAGMA query_only = ON")
             else:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._lock()
+                self._lock_fd = _locked(self.folder)
                 self._db = sqlite3.connect(self.path, timeout=30)
                 self._db.execute("PRAGMA journal_mode = DELETE")
                 self._db.execute("PRAGMA synchronous = FULL")
@@ -179,22 +179,8 @@ class Archive:
     @staticmethod
     def check_not_in_use(folder: str | Path) -> None:
         """Raises a `UsageError` if another search has the folder open; makes nothing."""
-        if (Path(folder) / "archive.db").exists():
-            Archive(folder).close()
-
-    def _lock(self) -> None:
-        path = self.folder / ".lock"
-        self._lock_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(self._lock_fd, 64).decode(errors="replace").strip() or "?"
-            raise UsageError(
-                f"The run folder {self.folder} is in use by another search (process {holder}): "
-                "wait for it, or name another output."
-            ) from None
-        os.ftruncate(self._lock_fd, 0)
-        os.pwrite(self._lock_fd, str(os.getpid()).encode(), 0)
+        if (Path(folder) / ".lock").exists():
+            os.close(_locked(Path(folder)))
 
     def close(self) -> None:
         """Gives up the lock; the archive can't be used afterwards."""
@@ -300,6 +286,26 @@ class Archive:
 
     def _writing(self) -> _Transaction:
         return _Transaction(self._db, self.path)
+
+
+def _locked(folder: Path) -> int:
+    """An open file descriptor that holds the lock of a run folder until it is closed."""
+    fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, str(os.getpid()).encode(), 0)
+    except BlockingIOError:
+        holder = os.read(fd, 64).decode(errors="replace").strip() or "?"
+        os.close(fd)
+        raise UsageError(
+            f"The run folder {folder} is in use by another search (process {holder}): "
+            "wait for it, or name another output."
+        ) from None
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 class _Transaction:

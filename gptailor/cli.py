@@ -235,7 +235,16 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", type=int, default=1, help="processes on this machine (1)")
+    parser.add_argument(
+        "--workers", type=_at_least_one, default=1, help="processes on this machine (1)"
+    )
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
 
 
 _Add = Callable[[argparse.ArgumentParser], None]
@@ -248,7 +257,7 @@ _VERBS: dict[str, tuple[str, str, _Add, _Run]] = {
         _demo,
     ),
     "check": (
-        "every reason why a search would fail, in seconds",
+        "why a search would fail, from configs and headers, in seconds",
         "gptailor check search.yaml",
         _add_check,
         _check,

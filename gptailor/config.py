@@ -188,6 +188,12 @@ class Config(_Strict):
             if not (name.isprintable() and ref.isprintable()):
                 raise UsageError(f"models: {name!r} has characters that can't be shown.")
         names = [spec.task for spec in self.evaluation.tasks]
+        held = (
+            [spec.task for spec in self.evaluation.holdout.tasks] if self.evaluation.holdout else []
+        )
+        for name in names:
+            if name in held:
+                raise UsageError(f"The task {name} is part of the search, so it is no holdout.")
         known = ["accuracy", "parameters", *names]
         for objective in self.objectives:
             if objective not in known:
@@ -223,6 +229,14 @@ def parse_config(data: object, source: str) -> Config:
     """Checks a configuration that was read already; raises like `read_config`."""
     try:
         return Config.model_validate(data)
+    except ValidationError as error:
+        raise _explained(error, source) from error
+
+
+def parse_evaluation(data: object, source: str) -> EvaluationConfig:
+    """Checks the part `evaluation` of a configuration; raises like `read_config`."""
+    try:
+        return EvaluationConfig.model_validate(data)
     except ValidationError as error:
         raise _explained(error, source) from error
 

@@ -274,7 +274,8 @@ def canonical_layer(layer: Layer, base: str, refs: Mapping[str, str]) -> Layer:
 
 
 def _rounded(value: float) -> float:
-    return float(f"{value:.9g}")
+    """Nine digits; what no float32 could tell from nothing is nothing."""
+    return float(f"{value:.9g}") if abs(value) > 1e-12 else 0.0
 
 
 def _with(layer: Merge, weights: dict[str, float], **values: float) -> Merge:
@@ -293,7 +294,7 @@ def _canonical_linear(layer: Merge, base: str) -> Layer:
         if abs(total) < 1e-8:
             return layer  # refused when it is built, with the reason
         weights = {model: w / total for model, w in weights.items()}
-    weights = {model: _rounded(w) for model, w in weights.items()}
+    weights = {model: _rounded(w) for model, w in weights.items() if _rounded(w)}
     if list(weights.values()) == [1.0]:
         return _take(layer, next(iter(weights)))
     return _with(layer, weights, normalize=0.0) if weights else layer
@@ -305,7 +306,8 @@ def _canonical_task_arithmetic(layer: Merge, base: str) -> Layer:
     if layer.parameter("normalize"):
         total = math.fsum(weights.values())
         factor /= 1.0 if abs(total) < 1e-8 else total  # mergekit's rule for a sum of zero
-    weights = {m: _rounded(w * factor) for m, w in weights.items() if w * factor and m != base}
+    weights = {m: _rounded(w * factor) for m, w in weights.items() if m != base}
+    weights = {m: w for m, w in weights.items() if w}
     if not weights:
         return _take(layer, base)
     if list(weights.values()) == [1.0]:

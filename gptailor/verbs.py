@@ -16,9 +16,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptailor.errors import GptailorError, UsageError, unknown
+from gptailor.errors import GptailorError, ModelError, UsageError, unknown
 from gptailor.models.family import Family, resolve
-from gptailor.recipe import Recipe, Take, read_recipe
+from gptailor.recipe import DTYPES, Recipe, Take, read_recipe
 
 if TYPE_CHECKING:
     from gptailor.archive import Evaluation, Score
@@ -29,7 +29,9 @@ DEMO_SIZE = 0.75
 
 
 def check(config: str | Path, overrides: Sequence[str] = ()) -> list[str]:
-    """Every reason why a search would fail, from configs and headers only; empty if there is none.
+    """Why a search would fail, as far as configs, headers and task names tell; empty if it won't.
+
+    Models are local folders, or are downloaded first.
 
     Raises:
         UsageError: the configuration itself is wrong.
@@ -80,7 +82,6 @@ def search(
     from gptailor.report import write_report
     from gptailor.search.progress import Progress
     from gptailor.search.run import Run, check_resumable
-    from gptailor.search.space import SearchSpace
 
     if not isinstance(config, Config):
         config = read_config(config, overrides)
@@ -91,7 +92,7 @@ def search(
         )
     Archive.check_not_in_use(output)  # in a moment, not after the models are loaded
     family = Family(config.models, config.base)
-    SearchSpace(config.space, config.models, config.base, family.num_layers)
+    _check_space(config, family)
     progress = Progress(config.search.evaluations, family.num_layers)
     progress.note(f"Searching {family.num_layers} layers of {len(config.models)} models.")
     executor = open_executor(config, family, workers)
@@ -188,7 +189,7 @@ def evaluate(
         batch_size: sequences in one forward pass.
         dtype, device: as in `search.yaml`.
     """
-    from gptailor.config import EvaluationConfig, TaskSpec
+    from gptailor.config import parse_evaluation
     from gptailor.evaluation.evaluator import Evaluator
 
     path = Path(source)
@@ -199,14 +200,19 @@ def evaluate(
         family = Family({"model": str(source)}, "model")
         found = family.base.tensors[family.architecture.embeddings[0]].dtype
         layers = tuple(Take("model", i) for i in range(family.num_layers))
-        names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+        names = {name: dtype for dtype, name in DTYPES.items()}
+        if found not in names:
+            raise ModelError(f"{source} has weights of dtype {found}, which is not supported.")
         recipe = Recipe(family.refs, "model", layers, "model", "model", names[found])
-    config = EvaluationConfig(
-        tasks=tuple(TaskSpec(task=task, num_fewshot=num_fewshot) for task in tasks),
-        include_path=include_path,
-        batch_size=batch_size,
-        dtype=dtype,
-        device=device,
+    config = parse_evaluation(
+        {
+            "tasks": [{"task": task, "num_fewshot": num_fewshot} for task in tasks],
+            "include_path": include_path,
+            "batch_size": batch_size,
+            "dtype": dtype,
+            "device": device,
+        },
+        "eval",
     )
     outcome = Evaluator(family, config, comparable=False).evaluate(recipe)
     if outcome.status == "infeasible":
@@ -305,14 +311,21 @@ def _only_used_models(recipe: Recipe) -> dict[str, str]:
 
 
 def _check_together(config: Config) -> list[str]:
-    from gptailor.search.space import SearchSpace
-
     try:
-        family = Family(config.models, config.base)
-        SearchSpace(config.space, config.models, config.base, family.num_layers)
+        _check_space(config, Family(config.models, config.base))
     except GptailorError as error:
         return [str(error)]
     return []
+
+
+def _check_space(config: Config, family: Family) -> None:
+    """Raises unless the space fits the family, and the family bears a cut."""
+    from gptailor.models.architecture import cut_config
+    from gptailor.search.space import SearchSpace
+
+    space = SearchSpace(config.space, config.models, config.base, family.num_layers)
+    if space.min_layers < family.num_layers:
+        cut_config(family.base.config, range(family.num_layers - 1))
 
 
 def _check_tasks(config: Config) -> list[str]:

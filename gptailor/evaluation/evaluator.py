@@ -8,9 +8,10 @@ from typing import Literal
 
 from gptailor.archive import Cost, Outcome, Score
 from gptailor.config import EvaluationConfig
-from gptailor.errors import GptailorError, ModelError, ResourceError
+from gptailor.errors import GptailorError, ModelError, ResourceError, UsageError
 from gptailor.evaluation.judge import ResidentLM
-from gptailor.evaluation.resident import ResidentModel
+from gptailor.evaluation.resident import ResidentModel, is_out_of_memory
+from gptailor.evaluation.similarity import Similarity, measure
 from gptailor.evaluation.workload import Workload
 from gptailor.models.family import Family
 from gptailor.recipe import Recipe
@@ -48,7 +49,7 @@ class Evaluator:
             family, dtype=config.dtype, device=config.device, workers=workers
         )
         try:
-            tokenizer = AutoTokenizer.from_pretrained(family.base.folder)
+            tokenizer = AutoTokenizer.from_pretrained(family.base.folder, trust_remote_code=False)
         except (ValueError, OSError, KeyError, ImportError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ModelError(
@@ -67,9 +68,13 @@ class Evaluator:
             )
         }
         if config.holdout is not None:
-            self.workloads["holdout"] = Workload(
-                config.holdout.tasks, config, self.lm, comparable=comparable
-            )
+            holdout = Workload(config.holdout.tasks, config, self.lm, comparable=comparable)
+            seen = self.workloads["search"].task_names & holdout.task_names
+            if seen:
+                raise UsageError(
+                    f"The task {min(seen)} is part of the search, so it is no holdout."
+                )
+            self.workloads["holdout"] = holdout
 
     def evaluate(self, recipe: Recipe, documents: Documents = "search") -> Outcome:
         """Assembles and scores one recipe; never raises for what the recipe itself causes.
@@ -93,6 +98,13 @@ class Evaluator:
             scores = workload.scores(workload.run(self.lm))
         except ResourceError:
             raise
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise ResourceError(
+                    f"Out of memory while {recipe.point} was scored: nothing is recorded for it; "
+                    "resume with a smaller evaluation.batch_size or fewer workers."
+                ) from error
+            status, reason = "failed", traceback.format_exc()
         except (GptailorError, FloatingPointError) as error:
             status, reason = "infeasible", str(error)
         except Exception:
@@ -106,6 +118,22 @@ class Evaluator:
         )
         accuracy = weighted_mean(scores) if status == "ok" else None
         return Outcome(status, accuracy, scores, reason, cost)
+
+    def similarity(self, model: str, dtype: str) -> Similarity:
+        """Measures the layers of one dense candidate on contexts of the search documents.
+
+        Raises:
+            ResourceError: memory is exhausted.
+        """
+        try:
+            return measure(self.resident, self.lm, self.workloads["search"], model, dtype)
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise ResourceError(
+                    "Out of memory while the control arms were measured: use a smaller "
+                    "evaluation.batch_size."
+                ) from error
+            raise
 
 
 def weighted_mean(scores: tuple[Score, ...]) -> float:

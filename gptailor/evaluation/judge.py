@@ -76,6 +76,7 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         self.forward_s = 0.0
         self.num_tokens = 0
         self._began = 0.0
+        self._generating = False
         self._encoded: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
         self._captured: list[Request] | None = None  # while requests are only encoded
         self._plans: dict[tuple[tuple[tuple[int, ...], int], ...], list[Batch]] = {}
@@ -108,9 +109,18 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         return result
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
-        """As HFLM's, without a progress bar."""
-        result: list[str] = super().generate_until(requests, disable_tqdm=True)
+        """As HFLM's, without a progress bar; logits that are not numbers raise."""
+        self._generating = True
+        try:
+            result: list[str] = super().generate_until(requests, disable_tqdm=True)
+        finally:
+            self._generating = False
         return result
+
+    def hidden_states_only(self, input_BT: torch.Tensor) -> None:
+        """Runs the model for what hooks see on the way; computes logits of one position at most."""
+        kwargs = {"logits_to_keep": 1} if self._keeps_logits else {}
+        self.model(input_ids=input_BT, use_cache=False, **kwargs)
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = True, override_bs: int | None = None
@@ -161,7 +171,9 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         self._began = time.perf_counter()
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        del module, args, output
+        del module, args
+        if self._generating and bool(output.logits[:, -1].isnan().any()):
+            raise FloatingPointError("the model's logits are not numbers")
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.forward_s += time.perf_counter() - self._began

@@ -142,7 +142,9 @@ class ResidentModel:
         had_bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=False
+            )
         except (ValueError, OSError, KeyError, ImportError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ModelError(f"transformers can't load {folder}: {reason}") from error
@@ -259,6 +261,13 @@ def _point(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         owner._buffers[leaf] = parameter.data
     else:
         setattr(owner, leaf, parameter)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for whatever torch and Python raise when memory is exhausted."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
 def _memory_bytes(device: torch.device) -> int:

@@ -58,36 +58,46 @@ def measure(
     layers = tuple(Take(model, i) for i in range(family.num_layers))
     recipe = Recipe(family.refs, family.base_name, layers, model, model, dtype)
     resident.assemble(recipe)
-    states_LBTH: list[torch.Tensor] = []
-
-    def remember(module: Any, args: Any, kwargs: Any) -> None:
-        states_LBTH.append((args[0] if args else kwargs["hidden_states"]).float())
-
-    def remember_output(module: Any, args: Any, output: Any) -> None:
-        states_LBTH.append((output[0] if isinstance(output, tuple) else output).float())
-
-    modules = resident.layers()
-    hooks = [m.register_forward_pre_hook(remember, with_kwargs=True) for m in modules]
-    hooks.append(modules[-1].register_forward_hook(remember_output))
     num_layers = family.num_layers
     influence = torch.zeros(num_layers, dtype=torch.float64)
     angular = torch.zeros(num_layers + 1, num_layers + 1, dtype=torch.float64)
+    before_BTH: torch.Tensor | None = None  # what went into the layer below
+    last_LBH: list[torch.Tensor] = []
+    real_BT = lengths_B = torch.empty(0)
+
+    def look(state_BTH: torch.Tensor) -> None:
+        nonlocal before_BTH
+        state_BTH = state_BTH.float()
+        if before_BTH is not None:
+            cosine_BT = F.cosine_similarity(before_BTH, state_BTH, dim=-1)
+            influence[len(last_LBH) - 1] += ((1.0 - cosine_BT) * real_BT).sum().double().cpu()
+        rows = torch.arange(len(state_BTH), device=state_BTH.device)
+        last_LBH.append(state_BTH[rows, lengths_B - 1].double())
+        before_BTH = state_BTH
+
+    def look_at_input(module: Any, args: Any, kwargs: Any) -> None:
+        look(args[0] if args else kwargs["hidden_states"])
+
+    def look_at_output(module: Any, args: Any, output: Any) -> None:
+        look(output[0] if isinstance(output, tuple) else output)
+
+    modules = resident.layers()
+    hooks = [m.register_forward_pre_hook(look_at_input, with_kwargs=True) for m in modules]
+    hooks.append(modules[-1].register_forward_hook(look_at_output))
     sequences = sorted(workload.contexts(lm, NUM_SEQUENCES), key=len)
+    batch_size = min(BATCH_SIZE, int(lm.batch_size))
     try:
-        for begin in range(0, len(sequences), BATCH_SIZE):
-            batch = sequences[begin : begin + BATCH_SIZE]
+        for begin in range(0, len(sequences), batch_size):
+            batch = sequences[begin : begin + batch_size]
             length = len(batch[-1])
             lengths_B = torch.tensor([len(tokens) for tokens in batch], device=lm.device)
-            padded = [tokens + [0] * (length - len(tokens)) for tokens in batch]
-            states_LBTH.clear()
-            with torch.inference_mode():
-                lm.model(input_ids=torch.tensor(padded, device=lm.device), use_cache=False)
-            states = torch.stack(states_LBTH)
             real_BT = torch.arange(length, device=lm.device) < lengths_B[:, None]
-            cosine_LBT = F.cosine_similarity(states[:-1], states[1:], dim=-1)
-            influence += ((1.0 - cosine_LBT) * real_BT).sum((1, 2)).double().cpu()
-            last_LBH = states[:, torch.arange(len(batch)), lengths_B - 1].double()
-            unit_BLH = F.normalize(last_LBH, dim=-1).transpose(0, 1)
+            padded = [tokens + [0] * (length - len(tokens)) for tokens in batch]
+            before_BTH = None
+            last_LBH.clear()
+            with torch.inference_mode():
+                lm.hidden_states_only(torch.tensor(padded, device=lm.device))
+            unit_BLH = F.normalize(torch.stack(last_LBH), dim=-1).transpose(0, 1)
             angles_BLL = torch.arccos((unit_BLH @ unit_BLH.transpose(1, 2)).clamp(-1, 1))
             angular += angles_BLL.sum(0).cpu() / math.pi
     finally:

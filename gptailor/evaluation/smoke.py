@@ -23,8 +23,10 @@ def smoke_test(folder: str | Path) -> str:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", trust_remote_code=False
+        ).eval()
         ids = tokenizer("The", return_tensors="pt").input_ids
         if ids.shape[1] == 0:
             ids = torch.zeros((1, 1), dtype=torch.long)

@@ -88,6 +88,11 @@ class Workload:
         return sum(len(documents) for documents in self._documents.values())
 
     @property
+    def task_names(self) -> set[str]:
+        """All tasks, those of groups and tags included."""
+        return set(self._tasks)
+
+    @property
     def digest(self) -> str:
         """Changes when tasks, metrics, few-shot examples or documents do (16 hex digits)."""
         requests = [
@@ -95,7 +100,7 @@ class Workload:
             for name, task in self._tasks.items()
             for instance in task.instances
         ]
-        text = json.dumps([self._metrics, requests], default=str)
+        text = json.dumps([self._metrics, requests, self._documents], default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def contexts(self, lm: Any, count: int) -> list[list[int]]:
@@ -120,6 +125,10 @@ class Workload:
         Returns:
             As `results` of lm-eval: `{"task": {"acc,none": 0.5, "acc_stderr,none": 0.01, …}}`.
         """
+        with _seeded():  # tasks that sample do so from the same state for every recipe
+            return self._answered(lm)
+
+    def _answered(self, lm: Any) -> dict[str, dict[str, Any]]:
         requests: dict[str, list[Any]] = defaultdict(list)
         for task in self._tasks.values():
             for instance in task.instances:
@@ -151,6 +160,8 @@ class Workload:
                 terms = zip(errors, weights, strict=True)
                 stderr = math.sqrt(sum((e * w / total) ** 2 for e, w in terms))
             value = sum(v * w for v, w in zip(values, weights, strict=True)) / total
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{key} of {spec.task} is not a finite number")
             scores.append(Score(spec.task, key, value, stderr, total, spec.weight))
         return tuple(scores)
 
@@ -267,6 +278,15 @@ def task_manager(include_path: str | None, names: Sequence[str]) -> Any:
 
 def _configure(task: Any, spec: TaskSpec) -> None:
     """What `simple_evaluate` does to a task before it is used."""
+    if getattr(task, "UNSAFE_CODE", False):
+        raise UsageError(
+            f"The task {spec.task} runs code that a model wrote, which gptailor does not do."
+        )
+    if spec.num_fewshot and task.get_config("num_fewshot") == 0:
+        raise UsageError(
+            f"The task {spec.task} sets num_fewshot to 0 itself, and lm-eval keeps to that: leave "
+            "num_fewshot out."
+        )
     if spec.num_fewshot is not None:
         task.set_config(key="num_fewshot", value=spec.num_fewshot)
     elif task.get_config("num_fewshot") is None:
@@ -325,6 +345,7 @@ def _seeded() -> Iterator[None]:
     import torch
 
     states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()  # noqa: NPY002
+    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     random.seed(_LM_EVAL_SEEDS["random"])
     np.random.seed(_LM_EVAL_SEEDS["numpy"])  # noqa: NPY002
     torch.manual_seed(_LM_EVAL_SEEDS["torch"])
@@ -334,6 +355,8 @@ def _seeded() -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
         torch.random.set_rng_state(states[2])
+        if on_gpu:
+            torch.cuda.set_rng_state_all(on_gpu)
 
 
 @contextlib.contextmanager

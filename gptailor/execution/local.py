@@ -70,29 +70,24 @@ class InProcess:
         from gptailor.evaluation.evaluator import Evaluator
 
         self._config = config
-        self._evaluator: Evaluator = Evaluator(
+        self.evaluator: Evaluator = Evaluator(
             family, config.evaluation, seed=config.search.seed, workers=num_workers
         )
 
     def workload(self) -> WorkloadInfo:
         """What will be evaluated."""
-        workloads = self._evaluator.workloads
+        workloads = self.evaluator.workloads
         digest = "-".join(workload.digest for workload in workloads.values())
         return WorkloadInfo({n: w.num_documents for n, w in workloads.items()}, digest)
 
     def similarity(self, model: str) -> Similarity:
         """Measures the layers of one dense candidate."""
-        from gptailor.evaluation.similarity import measure
-
-        evaluator = self._evaluator
-        workload = evaluator.workloads["search"]
-        dtype = self._config.space.dtype
-        return measure(evaluator.resident, evaluator.lm, workload, model, dtype)
+        return self.evaluator.similarity(model, self._config.space.dtype)
 
     def evaluate(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Outcome]]:
         """Evaluates the jobs in their order."""
         for index, (recipe, documents) in enumerate(jobs):
-            yield index, self._evaluator.evaluate(recipe, documents)
+            yield index, self.evaluator.evaluate(recipe, documents)
 
     def close(self) -> None:
         """Nothing has to be ended."""
@@ -133,8 +128,11 @@ class LocalPool:
                 future.cancel()
 
     def close(self) -> None:
-        """Ends the workers; what they were doing is lost."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Ends the workers at once; what they were doing is lost (what was done is recorded)."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+            process.join()
 
     @staticmethod
     def _result(future: Future[T]) -> T:
@@ -147,30 +145,40 @@ class LocalPool:
             ) from error
 
 
-_worker: InProcess
-"""The worker of this process; set once, when the pool starts it."""
+_worker: InProcess | Exception
+"""The worker of this process, or why there is none; set once, when the pool starts it."""
 
 
 def _start_worker(config: Config, threads: int, num_workers: int) -> None:
+    """Never raises: an exception here would break the pool, and its reason would be lost."""
     global _worker  # noqa: PLW0603  (a pool's process has no other place for its state)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     import torch
 
     torch.set_num_threads(threads)
-    _worker = InProcess(config, Family(config.models, config.base), num_workers)
+    try:
+        _worker = InProcess(config, Family(config.models, config.base), num_workers)
+    except Exception as error:
+        _worker = error
+
+
+def _started() -> InProcess:
+    if isinstance(_worker, Exception):
+        raise _worker
+    return _worker
 
 
 def _workload() -> WorkloadInfo:
-    return _worker.workload()
+    return _started().workload()
 
 
 def _similarity(model: str) -> Similarity:
-    return _worker.similarity(model)
+    return _started().similarity(model)
 
 
 def _evaluate(job: Job) -> Outcome:
     recipe, documents = job
-    return _worker._evaluator.evaluate(recipe, documents)
+    return _started().evaluator.evaluate(recipe, documents)
 
 
 def open_executor(config: Config, family: Family, num_workers: int) -> Executor:

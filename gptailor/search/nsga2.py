@@ -88,6 +88,11 @@ class NSGA2Search:
         Evaluator().eval(StaticProblem(self._problem, F=values), infills)
         self._algorithm.tell(infills=infills)
 
+    @property
+    def has_begun(self) -> bool:
+        """True once a generation had scores; without any there is nothing to go on from."""
+        return bool(self._algorithm.is_initialized)
+
     def knows(self, recipe: Recipe) -> bool:
         """True if the recipe was asked for in an earlier generation."""
         return recipe.hash in self._told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import TextIO
@@ -73,17 +74,18 @@ class Progress:
 
     def note(self, text: str) -> None:
         """A line of its own, for what happens beside evaluations."""
-        if self._is_terminal:
-            self._stream.write("\r\x1b[K")
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        self._print(("\r\x1b[K" if self._is_terminal else "") + text + "\n")
 
     def _write(self, text: str, *, is_last: bool) -> None:
         if self._is_terminal:
-            self._stream.write("\r\x1b[K" + text + ("\n" if is_last else ""))
+            self._print("\r\x1b[K" + text + ("\n" if is_last else ""))
         else:
-            self._stream.write(text + "\n")
-        self._stream.flush()
+            self._print(text + "\n")
+
+    def _print(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # a reader that went away must not end a search
+            self._stream.write(text)
+            self._stream.flush()
 
 
 def duration(seconds: float) -> str:

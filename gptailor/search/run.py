@@ -90,8 +90,8 @@ class Run:
             new = [recipe for recipe in asked if recipe.hash not in self._counted]
             self.evaluate(new[: search.evaluations - len(self._counted)])
             objectives = [self._objectives(recipe) for recipe in asked]
-            if all(values is None for values in objectives) and not self._any_ok():
-                raise StoppedEarly(self._why_nothing())
+            if not nsga2.has_begun and all(values is None for values in objectives):
+                raise StoppedEarly(self._why_nothing(asked))
             nsga2.tell(objectives)
 
     def holdout(self, recipes: Sequence[Recipe]) -> None:
@@ -146,12 +146,13 @@ class Run:
             known[name]() if name in known else -scores[name] for name in self.config.objectives
         ]
 
-    def _any_ok(self) -> bool:
-        return any(e.outcome.status == "ok" for e in self._done.values())
-
-    def _why_nothing(self) -> str:
-        reason = next(iter(self._done.values())).outcome.reason.strip().splitlines()[-1]
-        return f"No recipe could be evaluated; the first one ended with: {reason}"
+    def _why_nothing(self, recipes: Sequence[Recipe]) -> str:
+        reasons = [
+            self._done[recipe.hash, "search"].outcome.reason.strip().splitlines()[-1]
+            for recipe in recipes
+            if (recipe.hash, "search") in self._done
+        ]
+        return f"No recipe of the first generation has a score; the first ended with: {reasons[0]}"
 
     def _similarities(self) -> dict[str, Similarity]:
         """Of every candidate, measured once for a run and kept in the archive."""
@@ -177,7 +178,8 @@ def _unique(recipes: Sequence[Recipe]) -> list[Recipe]:
 def check_resumable(archive: Archive, config: Config, family: Family, documents: str) -> None:
     """Writes down what a new run is made of, or compares it with what the run was made of.
 
-    Only the number of evaluations may change between the parts of a run.
+    Only the number of evaluations and the batch size may change between the parts of a run; another
+    batch size can change the last bits of a score.
 
     Raises:
         UsageError: configuration, weights or documents are others than those of the run.
@@ -190,8 +192,6 @@ def check_resumable(archive: Archive, config: Config, family: Family, documents:
     before = {key: archive.get_meta(key) for key in now}
     old_config = before["config"]
     if old_config is None:
-        for key, value in now.items():
-            archive.set_meta(key, value)
         models = {name: str(c.folder) for name, c in family.candidates.items()}
         parameters = dict.fromkeys(models, family.parameters())
         description = {
@@ -200,12 +200,15 @@ def check_resumable(archive: Archive, config: Config, family: Family, documents:
             "parameters": parameters,
         }
         archive.set_meta("family", json.dumps(description))
+        for key, value in reversed(now.items()):  # "config" comes last: it marks a run as begun
+            archive.set_meta(key, value)
         return
     difference = _difference(json.loads(old_config), json.loads(now["config"]))
     if difference:
         raise UsageError(
             f"The run in {archive.folder} was started with another configuration: {difference}. "
-            "Only search.evaluations may change; name another output for the rest."
+            "Only search.evaluations and evaluation.batch_size may change; name another output for "
+            "the rest."
         )
     for key, what in (("fingerprint", "the model files"), ("documents", "the tasks' documents")):
         if before[key] != now[key]:
@@ -216,7 +219,7 @@ def check_resumable(archive: Archive, config: Config, family: Family, documents:
     archive.set_meta("config", now["config"])
 
 
-_MAY_CHANGE = ("search.evaluations", "output")
+_MAY_CHANGE = ("search.evaluations", "evaluation.batch_size", "output")
 
 
 def _difference(old: object, new: object, path: str = "") -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gptailor.config import EvaluationConfig
-from gptailor.errors import ModelError, UsageError
+from gptailor.errors import ModelError, ResourceError, UsageError
 from gptailor.evaluation.evaluator import Evaluator
 from gptailor.evaluation.resident import ResidentModel, pick_device
 from gptailor.models.family import Family
@@ -137,3 +138,44 @@ def test_a_device_that_is_not_there_is_refused() -> None:
     for device in ("cuda:99", "gpu"):
         with pytest.raises(UsageError, match=r"evaluation.device"):
             pick_device(device)
+
+
+def test_out_of_memory_is_nobody_s_score(
+    models: dict[str, str], tasks_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EvaluationConfig(tasks=("t_shared",), include_path=str(tasks_dir), device="cpu")
+    evaluator = Evaluator(Family(models, "base"), config)
+    errors = [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+    ]
+    for error in errors:
+        monkeypatch.setattr(evaluator.lm, "_answers", _raising(error))
+        with pytest.raises(ResourceError, match="batch_size"):
+            evaluator.evaluate(recipe(models, Take("red", 0)))
+    monkeypatch.setattr(evaluator.lm, "_answers", _raising(RuntimeError("something else")))
+    assert evaluator.evaluate(recipe(models, Take("red", 0))).status == "failed"
+
+
+def _raising(error: Exception) -> Callable[[object], None]:
+    def answers(batch: object) -> None:
+        raise error
+
+    return answers
+
+
+def test_nan_while_generating_is_no_score(
+    models: dict[str, str], tasks_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(models["red"], tmp_path / "red")
+    path = tmp_path / "red" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.2.mlp.up_proj.weight"][:] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    mine = models | {"red": str(tmp_path / "red")}
+    config = EvaluationConfig(tasks=("t_generate",), include_path=str(tasks_dir), device="cpu")
+    outcome = Evaluator(Family(mine, "base"), config).evaluate(recipe(mine, Take("red", 2)))
+    assert outcome.status == "infeasible"
+    assert outcome.accuracy is None
+    assert "not numbers" in outcome.reason

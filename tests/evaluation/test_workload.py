@@ -101,3 +101,15 @@ def test_global_random_state_is_left_alone(tasks_dir: Path) -> None:
     torch.manual_seed(5)
     workload(tasks_dir, "t_shared")
     assert (random.random(), np.random.random(), torch.rand(1).item()) == expected  # noqa: NPY002
+
+
+def test_the_digest_sees_another_answer_key(tasks_dir: Path, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    other = tmp_path / "tasks"
+    shutil.copytree(tasks_dir, other)
+    rows = json.loads((other / "data.json").read_text())
+    rows[0]["gold"] = 1 - rows[0]["gold"]
+    (other / "data.json").write_text(json.dumps(rows))
+    assert workload(tasks_dir, "t_shared").digest != workload(other, "t_shared").digest

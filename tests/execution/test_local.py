@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gptailor import cli
 from gptailor.archive import Archive
 
 CODES = {"worker": 5, "int": 130, "term": 143}
@@ -76,3 +77,33 @@ def test_a_fault_ends_the_search_in_order(
     assert kept >= 8
     with Archive(run) as archive:  # the lock is free again
         assert archive.get_meta("config") is not None
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "words"),
+    [
+        ("evaluation.tasks=[t_sharde]", 2, "did you mean 't_shared'"),
+        ("evaluation.device=cuda:77", 2, "evaluation.device"),
+    ],
+)
+def test_a_pool_that_cannot_start_says_why(
+    override: str,
+    code: int,
+    words: str,
+    models: dict[str, str],
+    tasks_dir: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    config = {
+        "models": models,
+        "base": "base",
+        "evaluation": {"tasks": ["t_long"], "include_path": str(tasks_dir)},
+        "output": str(tmp_path / "run"),
+    }
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(config))
+    assert cli.main(["search", str(tmp_path / "search.yaml"), override, "--workers", "2"]) == code
+    stderr = capfd.readouterr().err
+    assert words in stderr
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "run").exists()

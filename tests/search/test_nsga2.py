@@ -80,3 +80,10 @@ def test_an_exhausted_space_ends() -> None:
         nsga2.tell([objectives(recipe) for recipe in asked])
     assert not asked
     assert len(told) == 9  # all eight layers, or one of eight gone
+
+
+def test_a_first_generation_without_scores_is_told_apart_from_an_exhausted_space() -> None:
+    nsga2 = NSGA2Search(make_space(), 2, 8, 0)
+    asked = nsga2.ask()
+    nsga2.tell([None] * len(asked))
+    assert not nsga2.has_begun
