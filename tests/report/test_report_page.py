@@ -20,7 +20,7 @@ HOSTILE = (
     "</script><img src=x onerror=document.documentElement.dataset.hacked=1>",
     "<!--<script>",
     "$\\frac{'\"&amp;`${1}",
-    "é\u2028\u202e\x1b[31m",
+    "é ☃ [31m",
 )
 
 
