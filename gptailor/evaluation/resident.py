@@ -157,15 +157,15 @@ class ResidentModel:
             raise ResourceError(f"{folder} does not fit on {self.device}.") from error
 
     def _layer_parameters(self, layer: Layer, factor: float, recipe: Recipe) -> Parameters:
-        tensors = plan_layer(layer, 0, recipe, self.family, factor)
-        cut = len(self.family.architecture.name(0, ""))
-        if isinstance(layer, Take) and factor == 1.0:
-            return {t.name[cut:]: self._parameter(t, recipe) for t in tensors}
         key = (layer, factor, recipe.base, recipe.dtype)
         if key in self._merged:
             self._merged.move_to_end(key)
             return self._merged[key]
+        tensors = plan_layer(layer, 0, recipe, self.family, factor)
+        cut = len(self.family.architecture.name(0, ""))
         parameters = {t.name[cut:]: self._parameter(t, recipe) for t in tensors}
+        if isinstance(layer, Take) and factor == 1.0:
+            return parameters  # kept in `_taken`, tensor by tensor
         self._merged[key] = parameters
         self._merged_bytes += _n_bytes(parameters.values())
         while self._merged_bytes > self._cache_bytes and len(self._merged) > 1:
