@@ -6,13 +6,22 @@
 #include <string>
 #include <vector>
 
+#include "byte_reader.h"
 #include "dtype.h"
 
 namespace gptailor {
 
+// Where the bytes are:
+// - `data`: in memory, or in a mapped file. If `reader` is set too, it is the mapped file's: whoever has read through
+//   `data` calls reader->check_intact() before the result counts, because a file that was truncated reads as zeros.
+// - `data` is nullptr and `reader` is set: not mapped. The bytes are [reader_offset, reader_offset + n_bytes) of
+//   reader->read(), to be staged chunk by chunk; check_intact() as above.
+// - both nullptr: there are no bytes.
 struct Tensor {
   std::shared_ptr<const void> owner;
-  const std::byte* data = nullptr;  // need not be aligned; nullptr only if there are no bytes
+  const std::byte* data = nullptr;  // need not be aligned
+  std::shared_ptr<const ByteReader> reader;
+  int64_t reader_offset = 0;
   std::vector<int64_t> shape;
   DType dtype = DType::F32;
   int64_t n_elements = 0;
