@@ -3,9 +3,12 @@
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
 
+#include <algorithm>
+
 #include "assemble.h"
 #include "dlpack.h"
 #include "errors.h"
+#include "load.h"
 #include "mapped_file.h"
 #include "merge_cpu.h"
 #include "merge_cuda.h"
@@ -162,6 +165,29 @@ void py_merge_cuda(const std::string& method, const std::vector<py::object>& out
   merge_cuda(job, options, tensors, device, stream);
 }
 
+void py_load(Loader& loader, const std::vector<std::tuple<std::filesystem::path, int64_t, py::object>>& requests,
+             uintptr_t stream) {
+  std::vector<std::string> paths;
+  std::vector<LoadRange> ranges;
+  std::vector<Tensor> keep_alive;  // for as long as the call lasts; the stream is the caller's business
+  for (size_t k = 0; k < requests.size(); ++k) {
+    const auto& [path, offset, object] = requests[k];
+    const ForeignTensor out = from_dlpack(object);
+    const bool host = loader.device() == Loader::kHost;
+    if (host ? out.device_type != kDeviceCpu
+             : out.device_type != kDeviceCuda || out.device_id != loader.device())
+      throw std::invalid_argument("requests[" + std::to_string(k) + "] is not in " +
+                                  (host ? "CPU memory" : "memory of GPU " + std::to_string(loader.device())));
+    const auto found = std::find(paths.begin(), paths.end(), path.native());
+    const auto file = static_cast<int>(found - paths.begin());
+    if (found == paths.end()) paths.push_back(path.native());
+    ranges.push_back({file, offset, out.tensor.n_bytes, const_cast<std::byte*>(out.tensor.data)});
+    keep_alive.push_back(out.tensor);
+  }
+  const py::gil_scoped_release nogil;
+  loader.load(paths, ranges, stream);
+}
+
 py::dict build_info() {
   py::dict d;
 #ifdef GPTAILOR_CUDA_VERSION
@@ -276,6 +302,29 @@ PYBIND11_MODULE(_C, m) {
       py::arg("method"), py::arg("outs"), py::arg("sources"), py::arg("bases") = py::none(), py::kw_only(),
       py::arg("weights") = py::tuple(), py::arg("densities") = py::tuple(), py::arg("lam") = 1.0,
       py::arg("normalize") = false, py::arg("t") = 0.5, py::arg("stream") = 0);
+  py::class_<Loader>(m, "DeviceLoader")
+      .def(py::init([](const std::optional<int>& device, const std::string& way, int threads, int64_t buffer_bytes,
+                       int64_t pin_bytes) {
+             if (device && *device < 0) throw std::invalid_argument("device is " + std::to_string(*device));
+             const py::gil_scoped_release nogil;
+             return std::make_unique<Loader>(device.value_or(Loader::kHost),
+                                             LoaderOptions{load_way_named(way), threads, buffer_bytes, pin_bytes});
+           }),
+           py::arg("device"), py::kw_only(), py::arg("way") = "auto", py::arg("threads") = 0,
+           py::arg("buffer_bytes") = int64_t{8} << 20, py::arg("pin_bytes") = 0)
+      .def("load", &py_load, py::arg("requests"), py::kw_only(), py::arg("stream") = 0)
+      .def_property_readonly("loaded", [](const Loader& loader) {
+        LoadedBytes bytes;
+        {
+          const py::gil_scoped_release nogil;
+          bytes = loader.bytes();
+        }
+        py::dict d;
+        d["pinned"] = bytes.pinned;
+        d["pread"] = bytes.buffered;
+        d["direct"] = bytes.direct;
+        return d;
+      });
   m.def("cuda_device_count", &cuda_device_count);
   m.def("build_info", &build_info);
 }

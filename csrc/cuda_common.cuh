@@ -47,6 +47,27 @@ inline void check_cuda(cudaError_t error, const char* operation) {
                            cudaGetErrorName(error) + ")");
 }
 
+// Makes a device the current one for a while. Leaves the current one alone if it is that already: setting a device that
+// nobody uses would make a context there, which costs memory.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check_cuda(cudaGetDevice(&previous_), "asking for the current device");
+    if (previous_ == device) return;
+    check_cuda(cudaSetDevice(device), "choosing the device");
+    changed_ = true;
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
 // The row whose tiles (or blocks, by the member given) contain `index`. No row is empty.
 __device__ inline int find_row(const DeviceTensor* rows, int n_rows, int64_t DeviceTensor::*first, int64_t index) {
   int low = 0, high = n_rows - 1;

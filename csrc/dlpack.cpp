@@ -89,7 +89,9 @@ py::capsule to_dlpack(const Tensor& tensor) {
 }
 
 ForeignTensor from_dlpack(const py::object& object) {
-  const py::object capsule = object.attr("__dlpack__")();
+  // -1: do not wait for other streams. The caller says in which one it works.
+  const bool cuda = object.attr("__dlpack_device__")().cast<std::pair<int, int>>().first == kDeviceCuda;
+  const py::object capsule = cuda ? object.attr("__dlpack__")(py::arg("stream") = -1) : object.attr("__dlpack__")();
   auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), kFresh));
   if (managed == nullptr) throw py::error_already_set();
   PyCapsule_SetName(capsule.ptr(), kUsed);

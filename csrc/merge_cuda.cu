@@ -62,20 +62,6 @@ __global__ void __launch_bounds__(kThreads) merge_list(const DeviceTensor* rows,
   }
 }
 
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check_cuda(cudaGetDevice(&previous_), "asking for the current device");
-    check_cuda(cudaSetDevice(device), "choosing the device");
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-  ~DeviceGuard() { cudaSetDevice(previous_); }
-
- private:
-  int previous_ = 0;
-};
-
 // Device memory in stream order: freed when the work queued before has been done.
 class Workspace {
  public:

@@ -1,6 +1,7 @@
-// merge_cuda.h in a build without CUDA.
+// merge_cuda.h and load.h in a build without CUDA.
 #include <stdexcept>
 
+#include "load.h"
 #include "merge_cuda.h"
 
 namespace gptailor {
@@ -13,6 +14,11 @@ void require_cuda() {
 
 void merge_cuda(const MergeJob&, const MergeOptions&, const std::vector<CudaTensor>&, int, uintptr_t) {
   require_cuda();
+}
+
+std::unique_ptr<Staging> make_cuda_staging(int, int, int64_t) {
+  require_cuda();
+  return nullptr;
 }
 
 int cuda_device_count() { return 0; }

@@ -248,6 +248,68 @@ def merge_cuda(
         BufferError: a tensor is not contiguous.
     """
 
+class DeviceLoader:
+    """Reads byte ranges of files into tensors on a GPU, or into CPU memory.
+
+    Several threads `pread` large chunks into page-locked buffers, two for each thread, and what one
+    has read is on its way to the GPU while the next is being read. The buffers are allocated once,
+    here. In CPU memory bytes are read straight to their place.
+
+    Args:
+        device: index of the GPU; None for CPU memory.
+        way: `pread`; `direct` reads past the page cache where the file system can (O_DIRECT);
+            `pinned` maps files and page-locks them, so that the GPU reads the page cache by itself
+            (they stay so for as long as the loader lives); `auto` does that with files that lie in
+            the page cache, as far as `pin_bytes` go and the driver agrees, and `pread`s the others.
+        threads: that read; 0 means one for each core that the process may use, at most 8.
+        buffer_bytes: of one buffer, and of the largest read.
+        pin_bytes: how many bytes of mapped files `auto` may keep page-locked.
+
+    Raises:
+        MemoryError: no memory for the buffers.
+        RuntimeError: CUDA's message and the operation that failed; or the extension was built
+            without CUDA.
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        device: int | None,
+        *,
+        way: str = "auto",
+        threads: int = 0,
+        buffer_bytes: int = 8388608,
+        pin_bytes: int = 0,
+    ) -> None: ...
+    def load(
+        self,
+        requests: Sequence[tuple[str | PathLike[str], int, SupportsDLPack]],
+        *,
+        stream: int = 0,
+    ) -> None:
+        """Fill each tensor with the bytes of a file from an offset on.
+
+        Returns when all is read and the last copy is queued; in CPU memory, when all is there.
+        Releases the GIL; one call at a time, others wait. A file that became shorter is an error,
+        never a SIGBUS.
+
+        Args:
+            requests: (path, offset in bytes, contiguous writable tensor on the loader's device) of
+                each range; as many bytes are read as the tensor has. Neighbours in a file that are
+                also neighbours in memory are copied at once.
+            stream: a CUDA stream handle; the tensors must be ready in its order, and stay alive
+                until it has done the copies.
+
+        Raises:
+            BufferError: a tensor is not contiguous.
+            OSError: with errno and path; `EIO` where a file became shorter while it was read.
+            RuntimeError: CUDA's message and the operation that failed.
+            ValueError: a range is not within its file; a tensor is on another device.
+        """
+    @property
+    def loaded(self) -> dict[str, int]:
+        """Bytes that went each way so far: `pinned`, `pread`, `direct`."""
+
 def cuda_device_count() -> int:
     """Return how many GPUs can be used: 0 without a GPU, a driver, or CUDA in the build."""
 
