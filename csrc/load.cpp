@@ -38,7 +38,7 @@ bool read_range(int fd, int64_t offset, int64_t n_bytes, int64_t at_most, std::b
     if (n < 0 && errno == EINTR) continue;
     if (n < 0 && errno == EINVAL && at_most != n_bytes) return false;
     if (n < 0) throw OsError(errno, "read", path);
-    if (n == 0) throw OsError(EIO, "read", path);  // became shorter
+    if (n == 0) throw OsError(ESTALE, "read", path);  // became shorter
     done += n;
   }
   return true;
@@ -143,7 +143,7 @@ class Loader::File {
   void check_size() const {
     struct stat status;
     if (fstat(fd_, &status) != 0) throw OsError(errno, "stat", path_);
-    if (status.st_size < size_) throw OsError(EIO, "read", path_);
+    if (status.st_size < size_) throw OsError(ESTALE, "read", path_);
   }
 
   // Whether the page cache has the range, judged by one byte here and there. False where the kernel can't tell.

@@ -302,7 +302,7 @@ class DeviceLoader:
 
         Raises:
             BufferError: a tensor is not contiguous.
-            OSError: with errno and path; `EIO` where a file became shorter while it was read.
+            OSError: with errno and path; `ESTALE` where a file became shorter while it was read.
             RuntimeError: CUDA's message and the operation that failed.
             ValueError: a range is not within its file; a tensor is on another device.
         """
