@@ -1,0 +1,66 @@
+"""The merge formulas written down once more, slowly: the oracle for `csrc/formulas.h`.
+
+Only numpy. By default everything is computed in float64; `dtype=np.float32` computes the same steps
+in the same order as the compiled code, which then agrees to the last bit for the elementwise
+methods (sums over a whole tensor or row are float64 in both). Nothing is rounded to a storage type
+here.
+
+Shapes: x_SN is S sources of any shape N, base_N the base, w_S the weights. Where rows or columns
+matter, R and C are their numbers; a row runs along the last dimension.
+Not a number is not looked for: it passes through.
+
+`merge` takes any method by its name; beside it each formula is a function with its equation and its
+paper.
+"""
+
+from .averages import TINY, Array, average, linear
+from .calibrated import fisher, regmean
+from .entry import METHODS, merge
+from .selections import arcee_fusion, nearswap, ram, sce
+from .sparsifiers import (
+    cut_outliers,
+    drop,
+    drop_by_magnitude,
+    keep_probabilities,
+    kept,
+    rescaled,
+    trim,
+)
+from .spheres import PARALLEL, karcher, model_stock, multislerp, nuslerp, slerp, slerp_weights
+from .task_vectors import breadcrumbs, dare, della, task_arithmetic, ties
+from .widening import widen
+
+__all__ = [
+    "METHODS",
+    "PARALLEL",
+    "TINY",
+    "Array",
+    "arcee_fusion",
+    "average",
+    "breadcrumbs",
+    "cut_outliers",
+    "dare",
+    "della",
+    "drop",
+    "drop_by_magnitude",
+    "fisher",
+    "karcher",
+    "keep_probabilities",
+    "kept",
+    "linear",
+    "merge",
+    "model_stock",
+    "multislerp",
+    "nearswap",
+    "nuslerp",
+    "ram",
+    "regmean",
+    "rescaled",
+    "sce",
+    "slerp",
+    "slerp_weights",
+    "task_arithmetic",
+    "ties",
+    "trim",
+    "widen",
+]
