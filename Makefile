@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test test-slow lint typecheck bench clean
+.PHONY: demo test test-slow sanitize lint typecheck bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gptailor demo --workers 2
@@ -15,6 +15,10 @@ test: lint typecheck
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "slow or gpu"
+
+# the compiled extension under AddressSanitizer and UndefinedBehaviorSanitizer, in a scratch copy
+sanitize: $(VENV)/.installed
+	PYTHON=$(BIN)/python tools/sanitize.sh
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -2,7 +2,8 @@
 
 Environment: GPTAILOR_CUDA=0 leaves CUDA out, =1 fails where there is no nvcc, unset takes what is
 there; GPTAILOR_CUDA_ARCHS="80;90" names the compute capabilities. CXX, CXXFLAGS, CUDACXX and
-CUDA_HOME count as usual.
+CUDA_HOME count as usual. GPTAILOR_SANITIZE=address,undefined builds for those sanitizers, without
+CUDA and in a build folder of its own; tools/sanitize.sh runs the tests under it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 DEFAULT_CUDA_ARCHS = "80;90"
+SANITIZERS = ("address", "undefined", "thread", "leak", "float-cast-overflow")
 
 
 def find_tool(name: str) -> str:
@@ -46,11 +48,23 @@ def find_nvcc() -> str | None:
     return next((path for place in places if place and (path := shutil.which(place))), None)
 
 
+def decide_sanitizers() -> str:
+    """What -fsanitize gets, or the empty string."""
+    names = [name for name in re.split(r"[,\s]+", os.environ.get("GPTAILOR_SANITIZE", "")) if name]
+    for name in names:
+        if name not in SANITIZERS:
+            known = ", ".join(SANITIZERS)
+            raise CompileError(f"gptailor: GPTAILOR_SANITIZE takes {known}, not {name!r}")
+    return ",".join(names)
+
+
 def decide_cuda() -> tuple[str | None, str, str]:
     """(path of nvcc or None, architectures, one line for the user)."""
     wish = os.environ.get("GPTAILOR_CUDA", "").strip().lower()
     if wish in ("0", "off", "no", "false"):
         return None, "", "CPU only: GPTAILOR_CUDA=0"
+    if decide_sanitizers():
+        return None, "", "CPU only: GPTAILOR_SANITIZE"
     nvcc = find_nvcc()
     if nvcc is None:
         if wish in ("1", "on", "yes", "true"):
@@ -83,7 +97,9 @@ class CMakeBuild(build_ext):
 
         nvcc, archs, decision = decide_cuda()
         print(f"gptailor: building _C {decision}", flush=True)
-        build = (Path(self.build_temp) / ("cmake-cuda" if nvcc else "cmake-cpu")).resolve()
+        sanitizers = decide_sanitizers()
+        kind = "sanitize" if sanitizers else "cuda" if nvcc else "cpu"
+        build = (Path(self.build_temp) / f"cmake-{kind}").resolve()
         build.mkdir(parents=True, exist_ok=True)
         cmake = find_tool("cmake")
         arguments = [
@@ -92,6 +108,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DGPTAILOR_CUDA={'ON' if nvcc else 'OFF'}",
+            f"-DGPTAILOR_SANITIZE={sanitizers}",
         ]
         if nvcc:
             arguments += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DGPTAILOR_CUDA_ARCHS={archs}"]

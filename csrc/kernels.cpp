@@ -25,7 +25,7 @@ void load(const Input& in, int64_t begin, int64_t n, float* __restrict out) {
     memcpy(out, in.data + begin * 4, static_cast<size_t>(n) * 4);
     return;
   }
-  const auto* x = reinterpret_cast<const Unaligned16*>(in.data + begin * 2);
+  const Unaligned16* x = reinterpret_cast<const Unaligned16*>(in.data + begin * 2);
   if (in.dtype == DType::BF16) {
     for (int64_t i = 0; i < n; ++i) out[i] = bf16_to_f32(x[i]);
   } else {
@@ -38,7 +38,7 @@ void store(const float* __restrict x, int64_t n, DType dtype, std::byte* out) {
     memcpy(out, x, static_cast<size_t>(n) * 4);
     return;
   }
-  auto* __restrict y = reinterpret_cast<Unaligned16*>(out);
+  Unaligned16* __restrict y = reinterpret_cast<Unaligned16*>(out);
   if (dtype == DType::BF16) {
     for (int64_t i = 0; i < n; ++i) y[i] = f32_to_bf16(x[i]);
   } else {

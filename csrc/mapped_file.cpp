@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <new>
 
+#include "asan.h"
 #include "errors.h"
 
 namespace gptailor {
@@ -34,7 +35,9 @@ int open_retrying(const std::string& path) {
 }  // namespace
 
 Mapping::~Mapping() {
-  if (data_ != nullptr) munmap(data_, static_cast<size_t>(size_));
+  if (data_ == nullptr) return;
+  fence_tail(data_, size_, false);
+  munmap(data_, static_cast<size_t>(size_));
 }
 
 MappedFile::MappedFile(const std::string& path) : path_(path) {
@@ -48,6 +51,7 @@ MappedFile::MappedFile(const std::string& path) : path_(path) {
   if (address == MAP_FAILED) throw OsError(errno, "mmap", path);
   data_ = static_cast<std::byte*>(address);
   size_ = status.st_size;
+  fence_tail(data_, size_, true);
 }
 
 Buffer::Buffer(int64_t n_bytes) {
@@ -60,6 +64,7 @@ Buffer::Buffer(int64_t n_bytes) {
 #endif
   data_ = static_cast<std::byte*>(address);
   size_ = n_bytes;
+  fence_tail(data_, size_, true);
 }
 
 }  // namespace gptailor

@@ -50,7 +50,8 @@ def decide(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[str | None, st
     """`decide_cuda` of setup.py."""
     setuptools = pytest.importorskip("setuptools")
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
-    for key in ("GPTAILOR_CUDA", "GPTAILOR_CUDA_ARCHS", "CUDA_HOME", "CUDA_PATH", "CUDACXX"):
+    own = ("GPTAILOR_CUDA", "GPTAILOR_SANITIZE", "GPTAILOR_CUDA_ARCHS")
+    for key in (*own, "CUDA_HOME", "CUDA_PATH", "CUDACXX"):
         monkeypatch.delenv(key, raising=False)
     return runpy.run_path(str(ROOT / "setup.py"))["decide_cuda"]
 
@@ -85,6 +86,18 @@ def test_with_nvcc(decide: Any, nvcc: Path, monkeypatch: pytest.MonkeyPatch) -> 
         decide()
     monkeypatch.setenv("GPTAILOR_CUDA", "0")
     assert decide() == (None, "", "CPU only: GPTAILOR_CUDA=0")
+
+
+@needs_sources
+def test_a_build_for_the_sanitizers_has_no_cuda(
+    decide: Any, nvcc: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPTAILOR_SANITIZE", "address, undefined")
+    assert decide() == (None, "", "CPU only: GPTAILOR_SANITIZE")
+    assert decide.__globals__["decide_sanitizers"]() == "address,undefined"
+    monkeypatch.setenv("GPTAILOR_SANITIZE", "adress")
+    with pytest.raises(Exception, match=r"GPTAILOR_SANITIZE takes address, .*, not 'adress'"):
+        decide()
 
 
 @needs_sources

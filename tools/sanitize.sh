@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Builds the extension with AddressSanitizer and UndefinedBehaviorSanitizer in a scratch copy of the
+# tree and runs the tests that exercise it. The normal build is left alone. `make sanitize`.
+#   tools/sanitize.sh [pytest arguments]      default: tests/native tests/hostile
+# PYTHON is an interpreter that has the build tools and the tests' packages; SANITIZE_DIR keeps the
+# objects between two runs.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=$(realpath -s "${PYTHON:-.venv/bin/python}")
+scratch=$(realpath -m "${SANITIZE_DIR:-build/sanitize}")
+tree=$scratch/tree
+
+rm -rf "$tree" "$scratch"/report.*
+mkdir -p "$tree"
+tar -c --exclude='*.so' --exclude=__pycache__ gptailor tests csrc setup.py pyproject.toml README.md LICENSE |
+  tar -x -C "$tree"
+GPTAILOR_SANITIZE=${GPTAILOR_SANITIZE:-address,undefined} "$python" setup.py -q build_ext \
+  --build-temp "$scratch/build" --build-lib "$scratch/lib"
+cp "$scratch"/lib/gptailor/_C*.so "$tree/gptailor/"
+
+# The interpreter is not instrumented: the runtime must be there before it, and libstdc++ with it,
+# because ASan looks for __cxa_throw when it starts.
+compiler=${CXX:-c++}
+LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libstdc++.so.6)"
+export LD_PRELOAD
+# Leaks are not looked for: the interpreter and torch keep memory until the process ends. Odd calls
+# of the tests ask for more memory than there is: that is std::bad_alloc, as without ASan.
+export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:strict_string_checks=1:log_path=$scratch/report
+export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1:log_path=$scratch/report
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONPATH=$tree PYTHONMALLOC=malloc
+cd "$tree"
+"$python" - <<'PY'
+from pathlib import Path
+
+from gptailor import _C
+
+assert Path(_C.__file__).is_relative_to(Path.cwd()), _C.__file__
+print("under test:", _C.__file__, _C.build_info())
+PY
+[ $# -gt 0 ] || set -- tests/native tests/hostile
+status=0
+"$python" -m pytest -q -p no:cacheprovider -m "not slow and not gpu" "$@" || status=$?
+if compgen -G "$scratch/report.*" >/dev/null; then  # pytest holds back what a dead process said
+  head -n 60 "$scratch"/report.* >&2
+  exit 1
+fi
+exit "$status"
