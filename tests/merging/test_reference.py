@@ -99,6 +99,9 @@ def test_sources_that_are_the_base_give_the_base(method: str) -> None:
     np.testing.assert_allclose(y, base, rtol=1e-7)  # multislerp adds its eps to each norm
     if METHODS[method].base is True:
         np.testing.assert_array_equal(y, base)
+    elif METHODS[method].base == "task_vectors":
+        sources = np.stack([base] * N_SOURCES[method])
+        np.testing.assert_array_equal(call(method, sources, base, task_vectors=1), base)
 
 
 # What one source says when all sources say it; elected signs and selections change nothing then.

@@ -24,6 +24,9 @@ NUSLERP_PARALLEL = 1e-6
 NUSLERP_SHORT = 1e-7
 """Norms below this count as this in nuslerp."""
 
+CANCELLED = 1e-7
+"""Below this length of the mean direction (or ε, if larger), multislerp has no direction."""
+
 STOCK_SHORT = 1e-6
 """Products of norms below this count as this in model_stock."""
 
@@ -118,8 +121,9 @@ def multislerp(
     """Average on a sphere, in the tangent plane at the mean direction: Goddard 2025, Multi-SLERP.
 
     uᵢ = xᵢ / (‖xᵢ‖ + ε), m = Σ wᵢ uᵢ / ‖Σ wᵢ uᵢ‖, T = Σ wᵢ (uᵢ − (uᵢ·m) m), τ = ‖T‖ + ε,
-    y = (Σ wᵢ ‖xᵢ‖) (m cos τ + T sin τ / τ). One source is returned as it is. Two whose directions
-    cancel out are averaged: y = Σ wᵢ xᵢ. With a base, x − b takes the place of x, and b is added.
+    y = (Σ wᵢ ‖xᵢ‖) (m cos τ + T sin τ / τ). One source is returned as it is. Where the directions
+    cancel out (‖Σ wᵢ uᵢ‖ < 1e-7, or ε if that is larger), y = Σ wᵢ xᵢ for two sources, or if all
+    are zero. With a base, x − b takes the place of x, and b is added.
     https://goddard.blog/posts/multislerp-wow-what-a-cool-idea
 
     Args:
@@ -132,7 +136,7 @@ def multislerp(
 
     Raises:
         ValueError: the weights add up to zero and cannot be normalised, or three or more
-            directions cancel out.
+            directions cancel out and are not all zero.
     """
     x = np.asarray(x_SN, np.float64)
     if len(x) == 1:
@@ -147,8 +151,8 @@ def multislerp(
     norms = [_norm(v) for v in v_SN]
     u_SN = np.stack([v / (norm + eps) for v, norm in zip(v_SN, norms, strict=True)])
     mean_N = weighted_sum(u_SN, w)
-    if _norm(mean_N) < eps:
-        if len(x) > 2:
+    if _norm(mean_N) < max(eps, CANCELLED):
+        if len(x) > 2 and any(norms):
             raise ValueError(
                 "the directions of the sources cancel out, so they have no mean; change a weight"
             )
