@@ -160,8 +160,8 @@ def stitch(
         recipe = read_recipe(source)
     else:
         recipe, notes = _point(Path(source), point)
-    used = _only_used_models(recipe)
-    write_model(recipe, Family(used, recipe.base), out, notes=notes, sync=sync, threads=threads)
+    family = Family(recipe.used_models, recipe.base)
+    write_model(recipe, family, out, notes=notes, sync=sync, threads=threads)
     if verify:
         from gptailor.evaluation.smoke import smoke_test
 
@@ -195,7 +195,7 @@ def evaluate(
     path = Path(source)
     if path.suffix in (".yaml", ".yml"):
         recipe = read_recipe(path)
-        family = Family(_only_used_models(recipe), recipe.base)
+        family = Family(recipe.used_models, recipe.base)
     else:
         family = Family({"model": str(source)}, "model")
         found = family.base.tensors[family.architecture.embeddings[0]].dtype
@@ -301,13 +301,6 @@ def _point(run: Path, point: str) -> tuple[Recipe, str]:
     ]
     notes = "| task | documents | metric | score |\n|---|---|---|---|\n" + "\n".join(rows)
     return matches[0], notes if rows else ""
-
-
-def _only_used_models(recipe: Recipe) -> dict[str, str]:
-    """The models that a recipe needs: the others need not be there."""
-    used = {recipe.base, recipe.embeddings, recipe.head}
-    used |= {model for layer in recipe.layers for model in layer.models}
-    return {name: ref for name, ref in recipe.models.items() if name in used}
 
 
 def _check_together(config: Config) -> list[str]:

@@ -178,7 +178,7 @@ RECIPES: list[tuple[list[dict[str, Any]], dict[str, Any], list[str]]] = [
     ([LINEAR | {"wieghts": {}}], {}, ["unknown key 'wieghts'", "did you mean 'weights'?"]),
     ([], {"embedings": "base"}, ["unknown key 'embedings'", "did you mean 'embeddings'?"]),
     ([], {"dtype": "bfloat61"}, ["unknown dtype 'bfloat61'", "did you mean 'bfloat16'?"]),
-    ([LINEAR | {"weights": {"red": 2.5}}], {}, ["weight of red is 2.5", "bounds -2 to 2"]),
+    ([LINEAR | {"weights": {"red": 2000}}], {}, ["weight of red is 2000", "bounds -1000 to 1000"]),
     ([LINEAR | {"layer": 4}], {}, ["layers[0] names layer 4", "layers 0 to 3"]),
     ([LINEAR | {"layer": -1}], {}, ["layer is -1", "0 or a higher integer"]),
     ([LINEAR | {"layer": [1]}], {}, ["layer is [1]"]),

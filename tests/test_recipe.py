@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptailor.errors import UsageError
-from gptailor.merging.registry import METHODS
+from gptailor.merging.registry import METHODS, Value
 from gptailor.recipe import (
     DTYPES,
+    NO_LAYER,
     Layer,
     Merge,
     Recipe,
@@ -121,7 +122,8 @@ def test_defaults() -> None:
 _names = st.text(min_size=1, max_size=6).filter(str.isprintable) | st.sampled_from(
     ["yes", "null", "1", "1.5", "a: b", "#x", "- a", "{x}", "é", " a ", "'", '"', "~", "<<"]
 )
-_weight = st.floats(-2, 2, allow_nan=False)
+_weight = st.sampled_from([0.0, 0.5, 1.0]) | st.floats(-1000, 1000)
+_MODULES = ["self_attn", "mlp", "self_attn.q_proj", "mlp.up", "é: ", "1"]
 _scale = st.just(1.0) | st.floats(0.1, 10)
 
 
@@ -131,28 +133,68 @@ def recipes(draw: st.DrawFn, names: st.SearchStrategy[str] = _names) -> Recipe:
     models = {name: f"org/{i}" for i, name in enumerate(draw(st.permutations(known)))}
     one = st.sampled_from(list(models))
 
-    def drawn_layer() -> Layer:
-        src_layer, scale = draw(st.integers(0, 40)), draw(_scale)
-        method = draw(st.sampled_from([None, *METHODS.values()]))
-        if method is None:
-            return Take(draw(one), src_layer, scale)
-        some = draw(st.lists(one, min_size=1, max_size=len(models), unique=True))
-        some = [m for m in models if m in some]  # as a file is read
-        if method.max_sources == 2:
-            some = draw(st.lists(one, min_size=2, max_size=2))
+    def drawn_merge(src_layer: int, base: str) -> Merge:
+        method = draw(st.sampled_from(list(METHODS.values())))
+        known = list(models)
+        if method.base != "never" and not (method.weighted and method.uses_base):
+            known.remove(base)
+        most = min(method.max_sources, len(known) if method.weighted else 5)
+        least = method.min_sources
+        if most < least:
+            method, known, most, least = METHODS["karcher"], list(models), 5, 1
+        some = draw(
+            st.lists(st.sampled_from(known), min_size=least, max_size=most, unique=method.weighted)
+        )
+        if method.weighted:
+            some = [m for m in models if m in some]  # as a file is read
         sources = tuple((m, draw(_weight) if method.weighted else 1.0) for m in some)
-        values = []
+        values: dict[str, Value] = {}
         for p in method.parameters:
             number = st.sampled_from([p.low, p.high, *p.search]) | st.floats(p.low, p.high)
-            value = draw(st.booleans()) if p.is_flag else draw(number)
-            values.append((p.name, float(value)))
-        if method.name == "linear" and values[0][1] and abs(sum(w for _, w in sources)) < 1e-8:
+            if p.kind == "integer":
+                number = st.integers(int(p.low), int(p.high)).map(float)
+            if p.is_flag:
+                values[p.name] = float(draw(st.booleans()))
+            elif p.per_source and draw(st.booleans()):
+                values[p.name] = tuple(draw(number) for _ in some)
+            else:
+                values[p.name] = draw(number)
+        if method.name.startswith("della"):
+            values["density"] = draw(st.sampled_from([0.0, 0.4, 0.5, 1.0]))
+            values["epsilon"] = draw(st.sampled_from([0.0, 0.1, 0.15]))
+        if abs(sum(w for _, w in sources)) < 1e-8:
             sources = tuple((m, 1.0) for m, _ in sources)
-        return Merge(method.name, src_layer, sources, tuple(values), scale)
+        return Merge(method.name, src_layer, sources, tuple(values.items()))
 
-    layers = tuple(drawn_layer() for _ in range(draw(st.integers(1, 4))))
+    def drawn_entry(src_layer: int, base: str) -> Layer:
+        if draw(st.booleans()):
+            return Take(draw(one), src_layer)
+        return drawn_merge(src_layer, base)
+
+    def with_modules(entry: Layer, base: str) -> Layer:
+        texts = draw(st.lists(st.sampled_from(_MODULES), max_size=3, unique=True))
+        parts = [(text, drawn_entry(0, base)) for text in texts]
+        if isinstance(entry, Merge) and draw(st.booleans()):  # as an override writes it
+            values = dict(drawn_merge(0, base).parameters)
+            shared = {k: v for k, v in entry.parameters if k not in values or draw(st.booleans())}
+            parts.append(("norm", replace(entry, parameters=tuple(shared.items()))))
+            if "t" in METHODS[entry.method].by_name:
+                parts[-1] = ("norm", replace(entry, parameters=(("t", draw(st.floats(0, 1))),)))
+        return replace(entry, modules=tuple(parts))
+
+    def drawn_layer(base: str) -> Layer:
+        entry = with_modules(drawn_entry(draw(st.integers(0, 40)), base), base)
+        return replace(entry, scale=draw(_scale))
+
+    def drawn_end(base: str) -> str | Layer:
+        if draw(st.booleans()):
+            return draw(one)
+        return with_modules(drawn_merge(NO_LAYER, base), base)
+
+    base = draw(one)
+    layers = tuple(drawn_layer(base) for _ in range(draw(st.integers(1, 3))))
     dtype = draw(st.sampled_from(list(DTYPES)))
-    return Recipe(models, draw(one), layers, draw(one), draw(one), dtype)
+    return Recipe(models, base, layers, drawn_end(base), drawn_end(base), dtype)
 
 
 @settings(max_examples=150, deadline=None)
@@ -183,19 +225,44 @@ def test_names_of_models_do_not_count(made: Recipe, data: st.DataObject) -> None
     order = data.draw(st.permutations(names))
 
     def renamed(old: Layer) -> Layer:
+        parts = tuple((text, renamed(part)) for text, part in old.modules)
         if isinstance(old, Take):
-            return replace(old, model=new[old.model])
+            return replace(old, model=new[old.model], modules=parts)
         sources = tuple((new[m], w) for m, w in old.weights)
-        return replace(old, weights=sources)
+        return replace(old, weights=sources, modules=parts)
+
+    def renamed_end(old: str | Layer) -> str | Layer:
+        return new[old] if isinstance(old, str) else renamed(old)
 
     other = Recipe(
         {new[name]: made.models[name] for name in order},
         new[made.base],
         tuple(renamed(old) for old in made.layers),
-        new[made.embeddings],
-        new[made.head],
+        renamed_end(made.embeddings),
+        renamed_end(made.head),
         made.dtype,
     )
+    assert other.hash == made.hash
+
+
+@settings(max_examples=150, deadline=None)
+@given(recipes(), st.data())
+def test_the_order_of_sources_counts_only_where_it_has_a_meaning(
+    made: Recipe, data: st.DataObject
+) -> None:
+    def reordered(old: Layer) -> Layer:
+        parts = tuple((text, reordered(part)) for text, part in old.modules)
+        if isinstance(old, Take) or old.method == "slerp":
+            return replace(old, modules=parts)
+        order = data.draw(st.permutations(range(len(old.weights))))
+        values = tuple(
+            (name, tuple(value[i] for i in order) if isinstance(value, tuple) else value)
+            for name, value in old.parameters
+        )
+        sources = tuple(old.weights[i] for i in order)
+        return replace(old, weights=sources, parameters=values, modules=parts)
+
+    other = replace(made, layers=tuple(map(reordered, made.layers)), _cache={})
     assert other.hash == made.hash
 
 
@@ -393,8 +460,8 @@ LAYERS: list[tuple[dict[str, Any], str]] = [
     ({"merge": "ties", "layer": 1, "weights": {}}, "ties takes 1 to 16 models, not 0"),
     ({"merge": "ties", "layer": 1, "weights": ["red"]}, "weights must be a mapping"),
     ({"merge": "ties", "layer": 1, "weights": {"redd": 1}}, "did you mean 'red'?"),
-    ({"merge": "ties", "layer": 1, "weights": {"red": 2.5}},
-     "the weight of red is 2.5, outside its bounds -2 to 2"),
+    ({"merge": "ties", "layer": 1, "weights": {"red": 1001}},
+     "the weight of red is 1001, outside its bounds -1000 to 1000"),
     ({"merge": "ties", "layer": 1, "weights": {"red": "1"}}, "the weight of red is '1', but must"),
     ({"merge": "ties", "layer": 1, "weights": {"red": float("inf")}}, "the weight of red is inf"),
     ({"merge": "ties", "layer": 1, "weights": {"red": None}}, "the weight of red is None"),
@@ -405,8 +472,8 @@ LAYERS: list[tuple[dict[str, Any], str]] = [
      "normalize is 1, but must be true or false"),
     ({"merge": "task_arithmetic", "layer": 1, "weights": {"red": 1}, "lamda": 1},
      "did you mean 'lambda'?"),
-    ({"merge": "task_arithmetic", "layer": 1, "weights": {"red": 1}, "lambda": 2.1},
-     "lambda is 2.1, outside its bounds -2 to 2"),
+    ({"merge": "task_arithmetic", "layer": 1, "weights": {"red": 1}, "lambda": 101},
+     "lambda is 101, outside its bounds -100 to 100"),
     ({"merge": "linear", "layer": 1, "weights": {"red": 1, "blue": -1}},
      "the weights of linear add up to zero"),
 ]  # fmt: skip

@@ -11,6 +11,7 @@ import copy
 import os
 from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,10 +24,13 @@ from gptailor.models.architecture import cut_config, text_config
 from gptailor.models.family import Family, has_tokenizer
 from gptailor.recipe import Layer, Recipe, Take
 from gptailor.stitching.compute import ComputedTensor
-from gptailor.stitching.plan import OutTensor, make_plan, plan_layer, scale_factors
+from gptailor.stitching.plan import OutTensor, Plan, make_plan, plan_layer, scale_factors
 
 Parameters = dict[str, nn.Parameter]
 """Suffix ("self_attn.q_proj.weight") → parameter."""
+
+_Key = tuple[Layer, float | str, str, str]
+"""Canonical entry, factor of a layer or name of an outside tensor, base, dtype."""
 
 
 class ResidentModel:
@@ -62,7 +66,7 @@ class ResidentModel:
         if not has_tokenizer(family.base.folder):
             raise ModelError(f"The base {family.base.folder} has no tokenizer.")
         self._taken: dict[tuple[str, str, str], nn.Parameter] = {}
-        self._merged: OrderedDict[tuple[Layer, float, str, str], Parameters] = OrderedDict()
+        self._merged: OrderedDict[_Key, Parameters] = OrderedDict()
         self._merged_bytes = 0
         if cache_bytes is None:
             base_bytes = sum(t.n_bytes for t in family.base.tensors.values())
@@ -86,16 +90,11 @@ class ResidentModel:
         """
         recipe = recipe.canonical()
         plan = make_plan(recipe, self.family)  # checks all before anything is changed
-        prefix = self.family.architecture.prefix
         layers = [
             self._layer_parameters(layer, factor, recipe)
             for layer, factor in zip(recipe.layers, scale_factors(recipe), strict=True)
         ]
-        outside = {
-            tensor.name: self._parameter(tensor, recipe)
-            for tensor in plan.tensors
-            if not tensor.name.startswith(prefix)
-        }
+        outside = self._outside_parameters(plan, recipe)
         used: set[int] = set()
         modules = []
         for out_layer, (layer, parameters) in enumerate(zip(recipe.layers, layers, strict=True)):
@@ -127,7 +126,7 @@ class ResidentModel:
     def check_pointers(self, recipe: Recipe) -> None:
         """Asserts that every taken layer of the assembled model is the candidate's own memory."""
         for out_layer, layer in enumerate(recipe.canonical().layers):
-            if isinstance(layer, Take):
+            if isinstance(layer, Take) and not layer.modules:
                 expected = self._layer_parameters(layer, 1.0, recipe)
                 module = self.model.get_submodule(f"{self._stack_name}.{out_layer}")
                 for suffix, parameter in expected.items():
@@ -157,21 +156,43 @@ class ResidentModel:
             raise ResourceError(f"{folder} does not fit on {self.device}.") from error
 
     def _layer_parameters(self, layer: Layer, factor: float, recipe: Recipe) -> Parameters:
-        key = (layer, factor, recipe.base, recipe.dtype)
+        # all that the tensors follow from: a layer's own scale is folded into those after it
+        key = (replace(layer, scale=1.0), factor, recipe.base, recipe.dtype)
         if key in self._merged:
             self._merged.move_to_end(key)
             return self._merged[key]
         tensors = plan_layer(layer, 0, recipe, self.family, factor)
         cut = len(self.family.architecture.name(0, ""))
         parameters = {t.name[cut:]: self._parameter(t, recipe) for t in tensors}
-        if isinstance(layer, Take) and factor == 1.0:
+        if isinstance(layer, Take) and not layer.modules and factor == 1.0:
             return parameters  # kept in `_taken`, tensor by tensor
+        self._keep(key, parameters)
+        return parameters
+
+    def _outside_parameters(self, plan: Plan, recipe: Recipe) -> Parameters:
+        """Embeddings and head, by full name; the merged ones are kept like merged layers."""
+        prefix = self.family.architecture.prefix
+        result: Parameters = {}
+        for tensor in plan.tensors:
+            if tensor.name.startswith(prefix):
+                continue
+            if tensor.merge is None:
+                result[tensor.name] = self._parameter(tensor, recipe)
+                continue
+            key = (tensor.merge, tensor.name, recipe.base, recipe.dtype)
+            if key not in self._merged:
+                self._keep(key, {tensor.name: self._parameter(tensor, recipe)})
+            self._merged.move_to_end(key)
+            result |= self._merged[key]
+        return result
+
+    def _keep(self, key: _Key, parameters: Parameters) -> None:
+        """Keeps merged parameters, and lets go of those that were not used for longest."""
         self._merged[key] = parameters
         self._merged_bytes += _n_bytes(parameters.values())
         while self._merged_bytes > self._cache_bytes and len(self._merged) > 1:
             _, old = self._merged.popitem(last=False)
             self._merged_bytes -= _n_bytes(old.values())
-        return parameters
 
     def _parameter(self, tensor: OutTensor, recipe: Recipe) -> nn.Parameter:
         """The parameter of one tensor: a view on the mapping wherever the types allow it."""

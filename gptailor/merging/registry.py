@@ -1,163 +1,231 @@
 """The merge methods, each declared once: for the recipe, for the stitcher and for the search.
 
 A method says which sources it takes, which parameters with which bounds, what it computes and who
-published it. The formulas themselves stand in `csrc/formulas.h` (fast) and in `reference.py`
-(slow, float64).
+published it. Names, parameters and defaults are mergekit's where mergekit has the method;
+`stock` and `widen` are those of the code published with GPTailor. The formulas themselves stand in
+`csrc` (fast) and in `reference.py` (slow, float64).
+
+In the formulas b is the base, xᵢ a source, wᵢ its weight and δᵢ = xᵢ − b.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Literal
 
-from gptailor.errors import UsageError, unknown
+from gptailor.errors import unknown
+from gptailor.merging.method import (
+    WEIGHT_BOUNDS,
+    Method,
+    Parameter,
+    Value,
+    checked_number,
+    checked_weight,
+    for_each,
+)
 
+__all__ = [
+    "METHODS",
+    "WEIGHT_BOUNDS",
+    "Method",
+    "Parameter",
+    "Value",
+    "checked_number",
+    "checked_weight",
+    "for_each",
+    "get_method",
+]
 
-@dataclass(frozen=True)
-class Parameter:
-    """A number that a method takes, beside the weights of its sources.
-
-    Attributes:
-        name: the key in a recipe.
-        default: used when the recipe does not name it; None when it must be given.
-        low, high: inclusive bounds.
-        search: the values that a search tries.
-        doc: what it does, in one line.
-    """
-
-    name: str
-    default: float | None
-    low: float
-    high: float
-    search: tuple[float, ...]
-    doc: str
-    is_flag: bool = False
-
-    def checked(self, value: object, where: str) -> float:
-        """`value` as a float, or a `UsageError` that names the bounds."""
-        if self.is_flag:
-            if not isinstance(value, bool):
-                raise UsageError(f"{where}: {self.name} is {value!r}, but must be true or false.")
-            return float(value)
-        number = checked_number(self.name, value, where)
-        if not self.low <= number <= self.high:
-            raise UsageError(
-                f"{where}: {self.name} is {number:g}, outside its bounds "
-                f"{self.low:g} to {self.high:g}."
-            )
-        return number
+MAX_SOURCES = 16
+"""How many sources the engine takes, the base not among them."""
 
 
-@dataclass(frozen=True)
-class Method:
-    """A way to make one tensor out of several.
-
-    Attributes:
-        name: the key in recipes and configurations; mergekit's name where mergekit has it.
-        formula: what is computed, element by element, in float32.
-        paper: where it comes from.
-        parameters: beside the weights.
-        weighted: True if each source has a weight (`weights: {a: 0.5}`), False if sources are
-            only listed (`models: [a, b]`).
-        min_sources, max_sources: how many sources it takes; the base is not counted among them.
-        uses_base: True if the recipe's base takes part in the formula.
-    """
-
-    name: str
-    formula: str
-    paper: str
-    parameters: tuple[Parameter, ...]
-    weighted: bool
-    min_sources: int
-    max_sources: int
-    uses_base: bool
-
-    def checked(self, values: Mapping[str, object], where: str) -> dict[str, float]:
-        """All parameters of the method, defaults filled in, bounds checked.
-
-        Raises:
-            UsageError: a parameter is unknown, missing or outside its bounds.
-        """
-        known = {p.name: p for p in self.parameters}
-        for key in values:
-            if key not in known:
-                raise unknown(f"parameter of {self.name}", key, known, where)
-        result: dict[str, float] = {}
-        for name, parameter in known.items():
-            value = values.get(name, parameter.default)
-            if value is None:
-                raise UsageError(f"{where}: {self.name} needs a value for {name}.")
-            if name not in values and parameter.is_flag:
-                value = bool(value)
-            result[name] = parameter.checked(value, where)
-        return result
-
-
-WEIGHT_BOUNDS = (-2.0, 2.0)
-"""Inclusive bounds of a source's weight: beyond them no published merge is found."""
-
-_NORMALIZE_DOC = "divide by the sum of the weights that took part"
-_LAMBDA = Parameter("lambda", 1.0, -2.0, 2.0, (1.0,), "factor on the merged difference")
+def _flag(name: str, default: bool, doc: str, is_late: bool = False) -> Parameter:
+    value = float(default)
+    return Parameter(name, value, 0.0, 1.0, (value,), doc, kind="flag", is_late=is_late)
 
 
 def _normalize(default: bool) -> Parameter:
-    value = float(default)
-    return Parameter("normalize", value, 0.0, 1.0, (value,), _NORMALIZE_DOC, is_flag=True)
+    return _flag("normalize", default, "divide by the sum of the weights that took part")
 
 
-METHODS: dict[str, Method] = {
-    m.name: m
-    for m in (
-        Method(
-            name="linear",
-            formula="Σ wᵢ xᵢ / Σ wᵢ",
-            paper="Wortsman et al. 2022, Model soups, arXiv 2203.05482",
-            parameters=(_normalize(True),),
-            weighted=True,
-            min_sources=1,
-            max_sources=16,
-            uses_base=False,
+def _rescale(default: bool, is_late: bool = False) -> Parameter:
+    doc = "multiply what is kept of a difference, so that the sum of its magnitudes stays"
+    return _flag("rescale", default, doc, is_late)
+
+
+def _part(name: str, default: float, search: float, doc: str, per_source: bool = True) -> Parameter:
+    return Parameter(name, default, 0.0, 1.0, (search,), doc, per_source=per_source)
+
+
+_LAMBDA = Parameter("lambda", 1.0, -100.0, 100.0, (1.0,), "factor on the merged difference")
+_DENSITY = _part("density", 1.0, 0.5, "part of each difference that is kept")
+_EPSILON = _part("epsilon", 0.15, 0.15, "how far probabilities lie around the density")
+_GAMMA = _part("gamma", 0.01, 0.01, "part of each difference, its largest values, that is dropped")
+_SEED = Parameter("seed", 0.0, 0.0, 2.0**53, (0.0,), "of the random choice", kind="integer")
+_TASK_VECTORS = _flag("task_vectors", False, "merge the differences from the base instead")
+
+_SOUPS = "Wortsman et al. 2022, Model soups, arXiv 2203.05482"
+_DARE = "Yu et al. 2023, Language Models are Super Mario, arXiv 2311.03099"
+_DELLA = "Deep et al. 2024, DELLA-Merging, arXiv 2406.11617"
+_BREADCRUMBS = "Davari and Belilovsky 2023, Model Breadcrumbs, arXiv 2312.06795"
+_STOCK = "Jang et al. 2024, Model Stock, arXiv 2403.19522"
+
+_SUM = "b + λ Σ wᵢ dᵢ,  dᵢ = "
+_ELECTED = "b + λ Σ_{i ∈ A} wᵢ dᵢ,  A = the sources whose sign is that of Σ wᵢ dᵢ,  dᵢ = "
+_DROPPED = "δᵢ with elements dropped at random"
+_RANKED = "δᵢ with elements dropped at random, the small ones of a row more often"
+_MIDDLE = "δᵢ without its largest and its smallest elements"
+
+
+def _weighted(
+    name: str,
+    formula: str,
+    paper: str,
+    *parameters: Parameter,
+    sources: tuple[int, int] = (1, MAX_SOURCES),
+    base: Literal["never", "always", "optional"] = "always",
+) -> Method:
+    return Method(name, formula, paper, parameters, True, *sources, base)
+
+
+def _listed(
+    name: str,
+    formula: str,
+    paper: str,
+    *parameters: Parameter,
+    sources: tuple[int, int] = (1, MAX_SOURCES),
+    base: Literal["never", "always", "optional"] = "always",
+) -> Method:
+    return Method(name, formula, paper, parameters, False, *sources, base)
+
+
+_TABLE = (
+    _weighted("linear", "Σ wᵢ xᵢ / Σ wᵢ", _SOUPS, _normalize(True), base="never"),
+    _weighted(
+        "task_arithmetic",
+        "b + λ Σ wᵢ δᵢ",
+        "Ilharco et al. 2022, Editing Models with Task Arithmetic, arXiv 2212.04089",
+        _LAMBDA,
+        _normalize(False),
+    ),
+    _listed(
+        "slerp",
+        "(sin((1−t)θ) x₀ + sin(tθ) x₁) / sin θ,  cos θ = x₀·x₁ / (‖x₀‖ ‖x₁‖)",
+        "Shoemake 1985, Animating Rotation with Quaternion Curves, SIGGRAPH",
+        Parameter("t", None, 0.0, 1.0, (0.5,), "0 is the first model, 1 the second"),
+        sources=(2, 2),
+        base="never",
+    ),
+    _weighted(
+        "ties",
+        "b + λ Σ_{i ∈ A} wᵢ dᵢ / Σ_{i ∈ A} wᵢ,  dᵢ = the largest part of δᵢ, "
+        "A = the sources whose sign is that of Σ wᵢ dᵢ",
+        "Yadav et al. 2023, TIES-Merging, arXiv 2306.01708",
+        _DENSITY,
+        _LAMBDA,
+        _normalize(True),
+        _rescale(False, is_late=True),
+    ),
+    _listed("average", "Σ xᵢ / n", _SOUPS, base="never"),
+    _weighted(
+        "nuslerp",
+        "slerp with t = w₁ / (w₀ + w₁)",
+        "Goddard 2024, NuSLERP, in mergekit",
+        _flag("nuslerp_flatten", True, "one angle for the tensor, not one for each row"),
+        _flag("nuslerp_row_wise", False, "angles of columns instead of rows, if not flattened"),
+        _TASK_VECTORS,
+        sources=(2, 2),
+        base="optional",
+    ),
+    _weighted(
+        "multislerp",
+        "Σ wᵢ ‖xᵢ‖ · exp_m(Σ wᵢ tᵢ),  m = the mean direction of all xᵢ, tᵢ tangents at m",
+        "Goddard 2025, Multi-SLERP, goddard.blog/posts/multislerp-wow-what-a-cool-idea",
+        _flag("normalize_weights", True, "divide the weights by their sum"),
+        _part("eps", 1e-8, 1e-8, "norms below this are taken as zero", per_source=False),
+        _TASK_VECTORS,
+        base="optional",
+    ),
+    _listed(
+        "karcher",
+        "Σ ‖xᵢ‖ / n · the point on the sphere with the least Σ angle² to all xᵢ",
+        "Karcher 1977, Riemannian center of mass and mollifier smoothing, CPAM 30",
+        Parameter("max_iter", 10.0, 0.0, 10_000.0, (10.0,), "steps at most", kind="integer"),
+        _part("tol", 1e-5, 1e-5, "a step shorter than this is the last", per_source=False),
+        base="never",
+    ),
+    _weighted(
+        "dare_linear", _SUM + _DROPPED, _DARE,
+        _DENSITY, _LAMBDA, _normalize(False), _rescale(True), _SEED,
+    ),
+    _weighted(
+        "dare_ties", _ELECTED + _DROPPED, _DARE,
+        _DENSITY, _LAMBDA, _normalize(False), _rescale(True), _SEED,
+    ),
+    _weighted(
+        "della", _ELECTED + _RANKED, _DELLA,
+        _DENSITY, _EPSILON, _LAMBDA, _normalize(True), _rescale(True), _SEED,
+    ),
+    _weighted(
+        "della_linear", _SUM + _RANKED, _DELLA,
+        _DENSITY, _EPSILON, _LAMBDA, _normalize(False), _rescale(True), _SEED,
+    ),
+    _weighted(
+        "breadcrumbs", _SUM + _MIDDLE, _BREADCRUMBS,
+        _DENSITY, _GAMMA, _LAMBDA, _normalize(False), _rescale(False),
+    ),
+    _weighted(
+        "breadcrumbs_ties", _ELECTED + _MIDDLE, _BREADCRUMBS,
+        _DENSITY, _GAMMA, _LAMBDA, _normalize(False), _rescale(False),
+    ),
+    _listed(
+        "sce",
+        "b + Σ_{i ∈ A} vᵢ δᵢ / Σ_{i ∈ A} vᵢ,  vᵢ = mean δᵢ²,  where δ varies most among sources",
+        "Wan et al. 2024, FuseChat, arXiv 2408.07990",
+        _part("select_topk", 1.0, 0.5, "part of the elements that is merged", per_source=False),
+    ),
+    _listed(
+        "ram",
+        "b + the mean of those δᵢ with |δᵢ| > ε",
+        "2026, Reinforced Agent Merging, arXiv 2601.13572",
+        _part("epsilon", 1e-5, 1e-5, "differences up to this are none", per_source=False),
+    ),
+    _listed(
+        "model_stock",
+        "t Σ xᵢ / n + (1 − t) b,  t = n c / (1 + (n − 1) c),  c = the mean cosine of pairs of δ",
+        _STOCK,
+        _flag("filter_wise", False, "one t for each row, not one for the tensor"),
+        sources=(2, MAX_SOURCES),
+    ),
+    _listed("stock", "model_stock for whole tensors", _STOCK, sources=(2, MAX_SOURCES)),
+    _listed(
+        "nearswap",
+        "b + min(1, t / |δ|) δ",
+        "alchemonaut 2024, QuartetAnemoi-70B-t0.0001",
+        Parameter("t", None, 0.0, 1e6, (1e-4,), "differences up to this are taken whole"),
+        sources=(1, 1),
+    ),
+    _listed(
+        "arcee_fusion",
+        "b + δ where |δ| KL(softmax x ‖ softmax b) ≥ median + 1.5 · interquartile range",
+        "Arcee AI 2024, Arcee Fusion, in mergekit",
+        sources=(1, 1),
+    ),
+    _listed(
+        "widen",
+        "b + Σ sᵢ δᵢ,  sᵢ from how far magnitude and direction of each column moved",
+        "Yu et al. 2024, Extend Model Merging via Weight Disentanglement, arXiv 2408.03092",
+        Parameter(
+            "above_average_value_ratio", 1.0, 0.0, 1000.0, (1.0,),
+            "a column that moved more than so many times the average is important",
         ),
-        Method(
-            name="task_arithmetic",
-            formula="b + λ Σ wᵢ (xᵢ − b)",
-            paper="Ilharco et al. 2022, Editing Models with Task Arithmetic, arXiv 2212.04089",
-            parameters=(_LAMBDA, _normalize(False)),
-            weighted=True,
-            min_sources=1,
-            max_sources=16,
-            uses_base=True,
+        Parameter(
+            "score_calibration_value", 1.0, -100.0, 100.0, (1.0,), "the score of important columns"
         ),
-        Method(
-            name="slerp",
-            formula="(sin((1−t)θ) x₀ + sin(tθ) x₁) / sin θ,  cos θ = x₀·x₁ / (‖x₀‖ ‖x₁‖)",
-            paper="Shoemake 1985, Animating Rotation with Quaternion Curves, SIGGRAPH",
-            parameters=(
-                Parameter("t", None, 0.0, 1.0, (0.5,), "0 is the first model, 1 the second"),
-            ),
-            weighted=False,
-            min_sources=2,
-            max_sources=2,
-            uses_base=False,
-        ),
-        Method(
-            name="ties",
-            formula="b + λ Σ_{i ∈ A} wᵢ δᵢ / Σ_{i ∈ A} wᵢ,  δᵢ = the largest part of xᵢ − b, "
-            "A = the sources whose sign is that of Σ wᵢ δᵢ",
-            paper="Yadav et al. 2023, TIES-Merging, arXiv 2306.01708",
-            parameters=(
-                Parameter("density", 1.0, 0.0, 1.0, (0.5,), "part of each difference that is kept"),
-                _LAMBDA,
-                _normalize(True),
-            ),
-            weighted=True,
-            min_sources=1,
-            max_sources=16,
-            uses_base=True,
-        ),
-    )
-}
+    ),
+)  # fmt: skip
+
+METHODS: dict[str, Method] = {method.name: method for method in _TABLE}
 
 
 def get_method(name: object, where: str = "") -> Method:
@@ -169,25 +237,3 @@ def get_method(name: object, where: str = "") -> Method:
     if name not in METHODS:
         raise unknown("merge method", name, METHODS, where)
     return METHODS[str(name)]
-
-
-def checked_number(name: str, value: object, where: str) -> float:
-    """`value` as a finite float, or a `UsageError`; booleans are no numbers here."""
-    try:
-        number = float(value) if type(value) in (int, float) else math.nan  # type: ignore[arg-type]
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise UsageError(f"{where}: {name} is {value!r:.40}, but must be a number.")
-    return number
-
-
-def checked_weight(model: str, value: object, where: str) -> float:
-    """A source's weight as a float within `WEIGHT_BOUNDS`, or a `UsageError`."""
-    weight = checked_number(f"the weight of {model}", value, where)
-    low, high = WEIGHT_BOUNDS
-    if not low <= weight <= high:
-        raise UsageError(
-            f"{where}: the weight of {model} is {weight:g}, outside its bounds {low:g} to {high:g}."
-        )
-    return weight

@@ -20,7 +20,8 @@ from typing import Any
 
 from gptailor.archive import Score
 from gptailor.errors import ResourceError, UsageError
-from gptailor.recipe import Recipe, Take, canonical_layer
+from gptailor.merging.registry import get_method
+from gptailor.recipe import NO_LAYER, Layer, Recipe, Take, canonical_layer
 from gptailor.report.front import Measured, Point, Report
 from gptailor.report.headline import headline
 from gptailor.report.ledger import Spent
@@ -135,6 +136,7 @@ def point_dict(report: Report, point: Point) -> dict[str, Any]:
         "search": _measured_dict(point.search),
         "holdout": _measured_dict(point.holdout) if point.holdout else None,
         "layer_map": layer_map(point.recipe),
+        "ends": ends(point.recipe),
         "recipe": point.recipe.to_dict(),
     }
 
@@ -147,28 +149,46 @@ def layer_map(recipe: Recipe) -> list[dict[str, Any]]:
     share of the weights, by magnitude.
     """
     result = []
-    for out_layer, written in enumerate(recipe.layers):
-        built = canonical_layer(written, recipe.base, recipe.models)
-        layer = built if isinstance(built, Take) else written
-        entry: dict[str, Any] = {"out_layer": out_layer, "src_layer": layer.src_layer}
-        if isinstance(layer, Take):
-            entry |= {"method": None, "sources": [{"model": layer.model, "part": 1.0}]}
-        else:
-            values = dict(layer.parameters)
-            weights = [weight for _, weight in layer.weights]
-            if layer.method == "slerp":
-                weights = [1.0 - values["t"], values["t"]]
-            whole = sum(abs(weight) for weight in weights) or 1.0
-            entry |= {
-                "method": layer.method,
-                "sources": [
-                    {"model": model, "weight": weight, "part": abs(weight) / whole}
-                    for model, weight in zip(layer.models, weights, strict=True)
-                ],
-                "parameters": values,
-            }
-        result.append(entry | {"scale": layer.scale})
+    for out_layer, layer in enumerate(recipe.layers):
+        entry = {"out_layer": out_layer, "src_layer": layer.src_layer}
+        result.append(entry | _shown(layer, recipe) | {"scale": layer.scale})
     return result
+
+
+def ends(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """What embeddings and head are made of, as in `layer_map`."""
+    pairs = (("embeddings", recipe.embeddings), ("head", recipe.head))
+    entries = {key: Take(end, NO_LAYER) if isinstance(end, str) else end for key, end in pairs}
+    return {key: _shown(entry, recipe) | {"scale": 1.0} for key, entry in entries.items()}
+
+
+def _shown(written: Layer, recipe: Recipe) -> dict[str, Any]:
+    """Sources, parameters and modules of an entry."""
+    built = canonical_layer(written, recipe.base, recipe.models)
+    layer = built if isinstance(built, Take) else written
+    modules = [
+        {"module": text, **_shown(part, recipe), "scale": 1.0} for text, part in layer.modules
+    ]
+    if isinstance(layer, Take):
+        sources = [{"model": layer.model, "part": 1.0}]
+        return {"method": None, "sources": sources, "modules": modules}
+    weights = [weight for _, weight in layer.weights]
+    if layer.method == "slerp":
+        weights = [1.0 - layer.number("t"), layer.number("t")]
+    whole = sum(abs(weight) for weight in weights) or 1.0
+    is_weighted = get_method(layer.method).weighted or layer.method == "slerp"
+    return {
+        "method": layer.method,
+        "sources": [
+            {"model": model, "weight": weight if is_weighted else None, "part": abs(weight) / whole}
+            for model, weight in zip(layer.models, weights, strict=True)
+        ],
+        "parameters": {
+            name: dict(zip(layer.models, value, strict=True)) if isinstance(value, tuple) else value
+            for name, value in layer.parameters
+        },
+        "modules": modules,
+    }
 
 
 def to_json(value: object, indent: int | None = None) -> str:

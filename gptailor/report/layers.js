@@ -14,16 +14,27 @@ function bar(entries, small) {
     band(source.model, small ? 1 : source.part, withCodes ? codes.get(source.model) : "")));
 }
 
-// "math", or "task_arithmetic: math 0.5 + code 0.5, lambda 0.7".
+const flags = new Set(["normalize", "rescale", "task_vectors", "filter_wise", "normalize_weights",
+  "nuslerp_flatten", "nuslerp_row_wise"]);
+
+function parameterInWords([name, value]) {
+  if (flags.has(name)) return value ? `, ${name === "normalize" ? "normalised" : name}` : "";
+  const shown = typeof value === "object"
+    ? Object.entries(value).map(([model, one]) => `${model}\u00a0${format.number(one)}`).join("/")
+    : format.number(value);
+  return `, ${name === "lambda" ? "λ" : name}\u00a0${shown}`;
+}
+
+// "math", or "task_arithmetic: math 0.5 + code 0.5, lambda 0.7", or "math; mlp from code".
 function inWords(entry) {
+  const modules = entry.modules.map((part) => `; ${part.module} from ${inWords(part)}`).join("");
   const scaled = entry.scale === 1 ? "" : `, output\u00a0×\u00a0${format.number(entry.scale)}`;
-  if (!entry.method) return entry.sources[0].model + scaled;
-  const sources = entry.sources.map((x) => `${x.model}\u00a0${format.number(x.weight)}`).join(" + ");
+  if (!entry.method) return entry.sources[0].model + scaled + modules;
+  const sources = entry.sources.map((x) =>
+    x.weight === null ? x.model : `${x.model}\u00a0${format.number(x.weight)}`).join(" + ");
   const values = Object.entries(entry.parameters)
-    .filter(([name]) => name !== "t" && name !== "normalize")
-    .map(([name, value]) => `, ${name === "lambda" ? "λ" : name}\u00a0${format.number(value)}`);
-  const normalised = entry.parameters.normalize ? ", normalised" : "";
-  return `${entry.method}: ${sources}${values.join("")}${normalised}${scaled}`;
+    .filter(([name]) => name !== "t" || entry.method !== "slerp").map(parameterInWords).join("");
+  return `${entry.method}: ${sources}${values}${scaled}${modules}`;
 }
 
 function layerMap(point) {
@@ -35,18 +46,18 @@ function layerMap(point) {
       h("td", { class: "what" }, what),
       h("td", { class: "index" }, entries.map((e) => e.out_layer).join(", ") || "–"));
   });
-  const end = (title, model) => h("tr", { class: "end" },
+  const end = (title, entry) => h("tr", { class: "end" },
     h("th", { class: "index", scope: "row" }, ""),
-    h("td", { class: "bar" }, bar([{ sources: [{ model, part: 1 }] }], false)),
-    h("td", { class: "what" }, model, h("span", { class: "method" }, ` · ${title}`)),
+    h("td", { class: "bar" }, bar([entry], false)),
+    h("td", { class: "what" }, inWords(entry), h("span", { class: "method" }, ` · ${title}`)),
     h("td", { class: "index" }, ""));
   return h("table", { class: data.num_layers > 24 ? "map long" : "map" },
     h("thead", {}, h("tr", {},
       h("th", { class: "index", scope: "col" }, "source"),
       h("th", { class: "left", scope: "col", colspan: 2 }, "taken from"),
       h("th", { class: "index", scope: "col" }, "output"))),
-    h("tbody", {}, end("final norm and head", point.recipe.head), rows.reverse(),
-      end("embeddings", point.recipe.embeddings)));
+    h("tbody", {}, end("final norm and head", point.ends.head), rows.reverse(),
+      end("embeddings", point.ends.embeddings)));
 }
 
 function matrix(host, select) {

@@ -164,7 +164,7 @@ class SearchSpace:
                 row[LEVELS + self.names.index(model)] = 1 + self._nearest(weight)
             return
         pairs = [(a, b) for a in range(len(self.weights)) for b in range(len(self.weights))]
-        t = layer.parameter("t")
+        t = layer.number("t")
         first, second = min(
             pairs, key=lambda p: abs(self.weights[p[1]] / sum(self.weights[i] for i in p) - t)
         )

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import yaml
 
+from gptailor.merging.registry import get_method
 from gptailor.models.family import Family
-from gptailor.recipe import Merge, Recipe
+from gptailor.recipe import End, Layer, Merge, Recipe
 
 
 def model_card(recipe: Recipe, family: Family, notes: str = "") -> str:
@@ -28,7 +29,7 @@ def model_card(recipe: Recipe, family: Family, notes: str = "") -> str:
     front_matter = yaml.safe_dump({k: v for k, v in front.items() if v}, sort_keys=False)
     kept, total = recipe.num_layers, family.num_layers
     parameters = family.parameters(recipe.src_layers)
-    used = Counter(model for layer in recipe.layers for model in layer.models)
+    used = Counter(model for layer in recipe.layers for model in layer.used_models)
     models = "\n".join(
         f"| {name} | {_shown(ref)} | {used[name]} |" for name, ref in recipe.models.items()
     )
@@ -40,8 +41,8 @@ def model_card(recipe: Recipe, family: Family, notes: str = "") -> str:
         "([arXiv 2506.20480](https://arxiv.org/abs/2506.20480)).",
         notes.strip(),
         f"| model | source | layers it is part of |\n|---|---|---|\n{models}",
-        f"Config, tokenizer: {recipe.base}. Embeddings: {recipe.embeddings}. "
-        f"Final norm and head: {recipe.head}.",
+        f"Config, tokenizer: {recipe.base}. Embeddings: {_end(recipe.embeddings)}. "
+        f"Final norm and head: {_end(recipe.head)}.",
         "Each line is an output layer, bottom to top; `gptailor_recipe.yaml` builds it again.",
         "```\n" + "\n".join(_layer_lines(recipe)) + "\n```",
     ]
@@ -54,14 +55,27 @@ def _shown(ref: str) -> str:
     return f"`{path.name}` (local)" if path.is_dir() else ref
 
 
+def _end(end: End) -> str:
+    return end if isinstance(end, str) else _what(end)
+
+
 def _layer_lines(recipe: Recipe) -> list[str]:
     lines = []
     for out_layer, layer in enumerate(recipe.layers):
-        what = layer.models[0]
-        if isinstance(layer, Merge):
-            weights = ", ".join(f"{model} {weight:g}" for model, weight in layer.weights)
-            values = ", ".join(f"{name} {value:g}" for name, value in layer.parameters)
-            what = f"{layer.method}({weights}; {values})"
         scale = f" × {layer.scale:g}" if layer.scale != 1.0 else ""
-        lines.append(f"{out_layer:3d} ← layer {layer.src_layer} of {what}{scale}")
+        lines.append(f"{out_layer:3d} ← layer {layer.src_layer} of {_what(layer)}{scale}")
     return lines
+
+
+def _what(entry: Layer) -> str:
+    """ "math", or "slerp(math, code; t 0.5)", with what is different for modules behind it."""
+    what = entry.models[0]
+    if isinstance(entry, Merge):
+        sources, values = ", ".join(entry.models), []
+        if get_method(entry.method).weighted:
+            sources = ", ".join(f"{model} {weight:g}" for model, weight in entry.weights)
+        for name, value in entry.parameters:
+            each = value if isinstance(value, tuple) else (value,)
+            values.append(f"{name} {'/'.join(f'{one:g}' for one in each)}")
+        what = f"{entry.method}({'; '.join(filter(None, (sources, ', '.join(values))))})"
+    return what + "".join(f"; {text}: {_what(part)}" for text, part in entry.modules)

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING
 
 from gptailor.errors import ModelError, UsageError
 from gptailor.models.family import Family
+from gptailor.recipe import NO_LAYER, Merge
 from gptailor.stitching.plan import OutTensor, Source
 
 if TYPE_CHECKING:
     from gptailor import _C
+
+_BUILT = ("linear", "task_arithmetic", "slerp", "ties")
 
 
 class ComputedTensor:
@@ -32,24 +35,28 @@ class ComputedTensor:
         from gptailor import _C
 
         self.tensor = tensor
-        merge = tensor.merge
-        values = dict(merge.parameters) if merge else {"normalize": 0.0}
-        weights = [weight for _, weight in merge.weights] if merge else [1.0]
-        density = values.get("density")
+        merge = tensor.merge or Merge("linear", NO_LAYER, (("", 1.0),), (("normalize", 0.0),))
+        values = dict(merge.parameters)
+        if merge.method not in _BUILT or values.get("rescale"):
+            raise UsageError(
+                f"{tensor.name} can't be built: this build of gptailor's engine does not have the "
+                f"merge method {merge.method}."
+            )
+        weights = [weight for _, weight in merge.weights]
         base = None if tensor.base is None else _open(tensor.base, family)
         try:
             self._job = _C.Merge(
-                merge.method if merge else "linear",
+                merge.method,
                 [_open(source, family) for source in tensor.sources],
                 base,
                 out_dtype=tensor.dtype,
                 weights=weights,
-                densities=[] if density is None else [density] * len(tensor.sources),
-                lam=values.get("lambda", 1.0),
+                densities=merge.for_each("density") if "density" in values else [],
+                lam=merge.number("lambda") if "lambda" in values else 1.0,
                 normalize=bool(values.get("normalize", 0.0)),
-                t=values.get("t", 0.5),
+                t=merge.number("t") if "t" in values else 0.5,
                 factor=tensor.factor,
-                check_nan=merge is not None,
+                check_nan=tensor.merge is not None,
                 threads=threads,
             )
         except ValueError as error:

@@ -6,16 +6,16 @@ same plan, so what the search scored is what the stitcher writes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gptailor.errors import ModelError, UsageError
-from gptailor.merging.registry import get_method
+from gptailor.errors import ModelError, UsageError, unknown
 from gptailor.models.architecture import cut_config, text_config
 from gptailor.models.checkpoint import FLOAT_DTYPES, TensorInfo
 from gptailor.models.family import Family
-from gptailor.recipe import DTYPES, Layer, Merge, Recipe
+from gptailor.recipe import DTYPES, NO_LAYER, End, Layer, Merge, Recipe, Take
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,11 @@ class OutTensor:
         dtype: as safetensors names it.
         shape: as in the sources.
         sources: the tensors that it is made of, the base of a merge not among them.
-        merge: how they are merged; None if the only source is taken as it is (or cast).
+        merge: how they are merged, canonical and without modules; None if the only source is
+            taken as it is (or cast).
         base: the base's tensor, for methods whose formula has one.
         factor: the result is multiplied by it (a folded layer scale).
+        key: names the source tensor to the generator of random masks, see `tensor_key`.
     """
 
     name: str
@@ -47,6 +49,7 @@ class OutTensor:
     merge: Merge | None = None
     base: Source | None = None
     factor: float = 1.0
+    key: int = 0
 
     @property
     def is_copy(self) -> bool:
@@ -89,20 +92,22 @@ def make_plan(recipe: Recipe, family: Family) -> Plan:
     """Resolves a recipe to tensors.
 
     Raises:
-        UsageError: a layer's index is out of range, or a scale can't be folded.
+        UsageError: a layer's index is out of range, a scale can't be folded, a module names no
+            tensor, or embeddings are of another size than the base's.
         ModelError: a tensor that is merged has a dtype that can't be.
     """
     recipe = recipe.canonical()
     _check_layers(recipe, family)
+    _check_modules(recipe, family)
     config = cut_config(family.base.config, recipe.src_layers)
     for key in ("dtype", "torch_dtype"):
         for part in (config, text_config(config)):
             if key in part or key == "dtype":
                 part[key] = recipe.dtype
     tensors = [
-        *_end(recipe.embeddings, family.architecture.embeddings, recipe, family),
+        *plan_end(recipe.embeddings, family.architecture.embeddings, recipe, family),
         *_stack(recipe, family),
-        *_end(recipe.head, family.architecture.head, recipe, family),
+        *plan_end(recipe.head, family.architecture.head, recipe, family),
     ]
     return Plan(recipe, config, tuple(tensors))
 
@@ -121,26 +126,18 @@ def plan_layer(
     """
     architecture = family.architecture
     scaled = architecture.residual_writers(layer.src_layer) if factor != 1.0 else ()
-    needs_base = isinstance(layer, Merge) and get_method(layer.method).uses_base
     result = []
     for suffix, name in architecture.layers[layer.src_layer].items():
-        sources = tuple(_source(family, model, name) for model in layer.models)
-        base = _source(family, recipe.base, name) if needs_base else None
-        merge = layer if isinstance(layer, Merge) else None
-        if merge is not None and sources[0].info.dtype not in FLOAT_DTYPES:
-            equal = Source(layer.models[0], sources[0].info)
-            sources, merge, base = (equal,), None, None  # integer buffers are not merged
-        tensor = OutTensor(
-            name=architecture.name(out_layer, suffix),
-            dtype=_dtype(sources[0].info, recipe),
-            shape=sources[0].info.shape,
-            sources=sources,
-            merge=merge,
-            base=base,
-            factor=factor if suffix in scaled else 1.0,
+        result.append(
+            _made(
+                layer.at(suffix),
+                architecture.name(out_layer, suffix),
+                name,
+                recipe,
+                family,
+                factor if suffix in scaled else 1.0,
+            )
         )
-        _check_castable(tensor)
-        result.append(tensor)
     result.sort(key=_position)
     return result
 
@@ -165,21 +162,60 @@ def _stack(recipe: Recipe, family: Family) -> Iterator[OutTensor]:
         yield from plan_layer(layer, out_layer, recipe, family, factor)
 
 
-def _end(model: str, names: tuple[str, ...], recipe: Recipe, family: Family) -> Iterator[OutTensor]:
-    """Embeddings or head, from one model."""
-    sources = [_source(family, model, name) for name in names]
-    for source in sorted(sources, key=lambda s: (str(s.info.path), s.info.offset)):
-        expected = family.base.tensors[source.info.name].shape
-        if source.info.shape != expected:
-            raise UsageError(
-                f"{source.info.name} of {model} has the shape {list(source.info.shape)}, but the "
-                f"base's tokenizer needs {list(expected)}: take embeddings and head from the base."
-            )
-        tensor = OutTensor(
-            source.info.name, _dtype(source.info, recipe), source.info.shape, (source,)
-        )
-        _check_castable(tensor)
-        yield tensor
+def plan_end(end: End, names: tuple[str, ...], recipe: Recipe, family: Family) -> list[OutTensor]:
+    """The tensors of embeddings or head, in the order in which they lie in the first source.
+
+    Args:
+        end: a model's name or an entry, in canonical form.
+        names: the tensors' names.
+        recipe: gives base and dtype.
+        family: the candidates.
+
+    Raises:
+        UsageError: a source has another vocabulary than the base's tokenizer.
+    """
+    entry = Take(end, NO_LAYER) if isinstance(end, str) else end
+    tensors = [_made(entry.at(name), name, name, recipe, family) for name in names]
+    for tensor in tensors:
+        expected = family.base.tensors[tensor.name].shape
+        for source in tensor.sources:
+            if source.info.shape != expected:
+                raise UsageError(
+                    f"{tensor.name} of {source.model} has the shape {list(source.info.shape)}, "
+                    f"but the base's tokenizer needs {list(expected)}: take embeddings and head "
+                    "from the base."
+                )
+    return sorted(tensors, key=_position)
+
+
+def tensor_key(name: str) -> int:
+    """What a source tensor's name is to the generator of random masks: 64 bits of its SHA-256.
+
+    It is the source's name, so that a layer gets one mask wherever it stands in the result.
+    """
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+
+
+def _made(
+    entry: Layer, out_name: str, name: str, recipe: Recipe, family: Family, factor: float = 1.0
+) -> OutTensor:
+    """One tensor of the result: the tensor `name` of the models that an entry names."""
+    sources = tuple(_source(family, model, name) for model in entry.models)
+    merge = entry if isinstance(entry, Merge) else None
+    if merge is not None and sources[0].info.dtype not in FLOAT_DTYPES:
+        sources, merge = sources[:1], None  # integer buffers are not merged
+    tensor = OutTensor(
+        name=out_name,
+        dtype=_dtype(sources[0].info, recipe),
+        shape=sources[0].info.shape,
+        sources=sources,
+        merge=merge,
+        base=_source(family, recipe.base, name) if merge is not None and merge.takes_base else None,
+        factor=factor,
+        key=tensor_key(name) if merge is not None else 0,
+    )
+    _check_castable(tensor)
+    return tensor
 
 
 def _source(family: Family, model: str, name: str) -> Source:
@@ -202,13 +238,34 @@ def _check_layers(recipe: Recipe, family: Family) -> None:
                 f"layers[{i}] names layer {layer.src_layer}, but the models have layers 0 to "
                 f"{family.num_layers - 1}."
             )
-        for model in (*layer.models, recipe.base, recipe.embeddings, recipe.head):
-            if model not in family.candidates:
-                raise UsageError(f"layers[{i}] names the model {model}, which is not opened.")
+        _check_opened(layer.used_models, f"layers[{i}]", family)
+    _check_opened([recipe.base], "base", family)
+    for key, end in (("embeddings", recipe.embeddings), ("head", recipe.head)):
+        _check_opened([end] if isinstance(end, str) else end.used_models, key, family)
+
+
+def _check_opened(models: Iterable[str], where: str, family: Family) -> None:
+    for model in models:
+        if model not in family.candidates:
+            raise UsageError(f"{where} names the model {model}, which is not opened.")
+
+
+def _check_modules(recipe: Recipe, family: Family) -> None:
+    """Raises for a module whose text is in no tensor's name: it would be without effect."""
+    architecture = family.architecture
+    in_layers = dict.fromkeys(suffix for layer in architecture.layers for suffix in layer)
+    places = [(f"layers[{i}]", layer, tuple(in_layers)) for i, layer in enumerate(recipe.layers)]
+    ends = (("embeddings", recipe.embeddings), ("head", recipe.head))
+    outside = architecture.embeddings + architecture.head
+    places += [(key, end, outside) for key, end in ends if not isinstance(end, str)]
+    for where, entry, names in places:
+        for text, _ in entry.modules:
+            if not any(text in name for name in names):
+                raise unknown("module", text, names, where)
 
 
 def _check_castable(tensor: OutTensor) -> None:
-    for source in tensor.sources:
+    for source in (*tensor.sources, *([tensor.base] if tensor.base else [])):
         if source.info.dtype == "F64" or source.info.dtype.startswith("F8_"):
             raise ModelError(
                 f"{source.info.path}: {source.info.name} has dtype {source.info.dtype}, which is "
