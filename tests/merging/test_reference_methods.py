@@ -224,3 +224,117 @@ def test_regmean_is_the_least_squares_solution() -> None:
         merge("regmean", w, statistics=np.zeros((2, 4, 4)))
     with pytest.raises(ValueError, match="Gram matrices"):
         merge("regmean", w, statistics=gram[:, :3])
+
+
+def test_rescaling_starts_at_a_sum_of_1e_7() -> None:
+    delta = np.full(10, 1e-7)
+    half = np.where(np.arange(10) < 5, delta, 0)
+    np.testing.assert_allclose(reference.rescaled(half, delta), 2 * half)
+    np.testing.assert_array_equal(reference.rescaled(half / 20, delta), half / 20)
+    np.testing.assert_array_equal(reference.rescaled(half / 200, delta / 200), half / 200)
+
+
+def test_where_slerp_becomes_linear() -> None:
+    for cosine, linear in [(0.999, False), (0.9996, True), (-0.999, False), (-0.9996, True)]:
+        x = np.array([[1.0, 0.0], [cosine, np.sqrt(1 - cosine**2)]])
+        y = merge("slerp", x, parameters={"t": 0.5})
+        assert np.allclose(y, x.mean(axis=0), rtol=1e-12) == linear
+        assert np.isclose(np.linalg.norm(y), 1.0, rtol=1e-12) == (not linear)
+
+
+def test_nuslerp_of_weights_that_add_up_to_nothing_is_the_middle() -> None:
+    x = np.array([[1.0, 0.0], [0.0, 1.0]])
+    np.testing.assert_allclose(merge("nuslerp", x, weights=[0.5, -0.5]), [np.sqrt(0.5)] * 2)
+    beyond = merge("nuslerp", x, weights=[0.55, -0.5])  # t = −10: two and a half turns back
+    np.testing.assert_allclose(beyond, [np.cos(-5 * np.pi), 0.0], atol=1e-9)
+
+
+def test_short_sources_have_a_length_but_no_direction() -> None:
+    v, _ = family(18, 2, (5,))
+    with_zero = merge("karcher", np.stack([v[0], np.zeros(5), v[1]]))
+    np.testing.assert_allclose(with_zero, 2 / 3 * merge("karcher", v))
+    assert not merge("karcher", np.full((2, 5), 1e-7)).any()
+
+
+def test_equal_and_opposite_elements_elect_plus() -> None:
+    x, base = np.array([[1.0, -2.0], [-1.0, 2.0]]), np.array([5.0, 5.0])
+    np.testing.assert_array_equal(merge("ties", x + base, base), [6.0, 7.0])
+    np.testing.assert_array_equal(merge("sce", x + base, base), [6.0, 7.0])
+
+
+def test_ties_divides_by_small_weights() -> None:
+    x, base = np.array([[1.0, 0.0], [0.0, 1.0]]), np.zeros(2)
+    np.testing.assert_allclose(merge("ties", x, base, weights=[1.0, 1e-3]), [1.0, 1.0])
+    np.testing.assert_allclose(merge("ties", x, base, weights=[1.0, 1e-9]), [1.0, 1e-9])
+
+
+def test_sce_divides_by_small_weights() -> None:
+    x = np.array([[10.0, 0.0], [0.0, 0.1]])
+    np.testing.assert_allclose(merge("sce", x, np.zeros(2)), [10.0, 0.1])
+
+
+def test_nearswap_of_a_tiny_t() -> None:
+    x, base = np.array([[5e-4, 5e-7, 0.0]]), np.zeros(3)
+    y = merge("nearswap", x, base, parameters={"t": 1e-4})
+    np.testing.assert_allclose(y, [1e-4, 5e-7, 0.0])
+    y = merge("nearswap", x, base, parameters={"t": 1e-7})
+    np.testing.assert_allclose(y, [1e-7, 5e-8, 0.0])
+
+
+def test_defaults_are_the_same_by_name_and_by_function() -> None:
+    x, base = family(19, 3)
+    w, half = [1.0] * 3, {"density": 0.5}
+    for elect, method in ((True, "della"), (False, "della_linear")):
+        direct = reference.della(x, base, w, elect=elect, normalize=elect, densities=[0.5] * 3)
+        np.testing.assert_array_equal(merge(method, x, base, parameters=half), direct)
+    for elect, method in ((True, "breadcrumbs_ties"), (False, "breadcrumbs")):
+        wide, wide_base = family(20, 3, (20, 30))
+        direct = reference.breadcrumbs(wide, wide_base, w, elect=elect, densities=[0.5] * 3)
+        np.testing.assert_array_equal(merge(method, wide, wide_base, parameters=half), direct)
+
+
+def widen_by_loops(x: Any, base: Any, ratio: float, calibration: float) -> Any:
+    """The formula of `widen` for matrices, one number at a time."""
+    n_sources, n_rows, n_columns = x.shape
+    gains = np.zeros((n_sources, n_columns))
+    for aspect in ("length", "direction"):
+        ranks = np.zeros((n_sources, n_columns))
+        for s in range(n_sources):
+            changes = []
+            for c in range(n_columns):
+                a, b = x[s, :, c], base[:, c]
+                lengths = np.linalg.norm(a), np.linalg.norm(b)
+                if aspect == "length":
+                    changes.append(abs(lengths[0] - lengths[1]))
+                else:
+                    changes.append(0.5 * np.sum((a / lengths[0] - b / lengths[1]) ** 2))
+            for rank, c in enumerate(sorted(range(n_columns), key=changes.__getitem__)):
+                ranks[s, c] = rank / n_columns
+        for s in range(n_sources):
+            for c in range(n_columns):
+                score = np.exp(ranks[s, c]) / sum(np.exp(ranks[i, c]) for i in range(n_sources))
+                if ranks[s, c] > ratio * sum(ranks[s]) / n_columns:
+                    score = calibration
+                gains[s, c] += 0.5 * score
+    y = base.copy()
+    for s in range(n_sources):
+        for r in range(n_rows):
+            y[r] += gains[s] * (x[s, r] - base[r])
+    return y
+
+
+@pytest.mark.parametrize("spread", [0.3, 3.0])  # 3: columns that point the other way, too
+@pytest.mark.parametrize(("ratio", "calibration"), [(1.0, 1.0), (0.7, 0.4), (1.5, 2.0)])
+def test_widen_is_its_formula(spread: float, ratio: float, calibration: float) -> None:
+    x, base = family(21, 3, (4, 13))
+    x = base + spread / 0.3 * (x - base)
+    v = {"above_average_value_ratio": ratio, "score_calibration_value": calibration}
+    y = merge("widen", x, base, parameters=v)
+    np.testing.assert_allclose(y, widen_by_loops(x, base, ratio, calibration), rtol=1e-9)
+
+
+def test_widen_of_a_vector_scores_each_element() -> None:
+    x, base = np.array([[1.0, 0.0, 0.2], [0.1, 0.3, 0.2]]), np.zeros(3)
+    soft = np.exp(x) / np.exp(x).sum(axis=0)
+    gain = np.where(x > [[0.4], [0.2]], 1.0, soft)  # means 0.4 and 0.2; 0.2 is not above 0.2
+    np.testing.assert_allclose(merge("widen", x, base), (gain * x).sum(axis=0))
