@@ -282,15 +282,29 @@ def test_nearswap_of_a_tiny_t() -> None:
 
 
 def test_defaults_are_the_same_by_name_and_by_function() -> None:
-    x, base = family(19, 3)
+    x, base = family(19, 3, (40, 50))
     w, half = [1.0] * 3, {"density": 0.5}
     for elect, method in ((True, "della"), (False, "della_linear")):
         direct = reference.della(x, base, w, elect=elect, normalize=elect, densities=[0.5] * 3)
         np.testing.assert_array_equal(merge(method, x, base, parameters=half), direct)
     for elect, method in ((True, "breadcrumbs_ties"), (False, "breadcrumbs")):
-        wide, wide_base = family(20, 3, (20, 30))
-        direct = reference.breadcrumbs(wide, wide_base, w, elect=elect, densities=[0.5] * 3)
-        np.testing.assert_array_equal(merge(method, wide, wide_base, parameters=half), direct)
+        direct = reference.breadcrumbs(x, base, w, elect=elect, densities=[0.5] * 3)
+        np.testing.assert_array_equal(merge(method, x, base, parameters=half), direct)
+
+
+def test_weights_that_add_up_to_zero_are_not_divided_by() -> None:
+    x, base = family(22, 2)
+    plain = merge("task_arithmetic", x, base, weights=[1.0, -1.0])
+    np.testing.assert_allclose(plain, base + x[0] - x[1])
+    same = merge("task_arithmetic", x, base, weights=[1.0, -1.0], parameters={"normalize": 1})
+    np.testing.assert_array_equal(same, plain)
+
+
+def test_multislerp_of_almost_opposite_directions_is_linear() -> None:
+    x = np.array([[1.0, 0.0], [-1.0, 4e-8]])  # the mean direction would be 2e-8 long
+    np.testing.assert_allclose(merge("multislerp", x), [0.0, 2e-8], atol=1e-15)
+    x = np.array([[1.0, 0.0], [-1.0, 4e-6]])
+    assert merge("multislerp", x)[1] > 0.1
 
 
 def widen_by_loops(x: Any, base: Any, ratio: float, calibration: float) -> Any:
@@ -334,7 +348,8 @@ def test_widen_is_its_formula(spread: float, ratio: float, calibration: float) -
 
 
 def test_widen_of_a_vector_scores_each_element() -> None:
-    x, base = np.array([[1.0, 0.0, 0.2], [0.1, 0.3, 0.2]]), np.zeros(3)
+    x, base = np.array([[1.0, 0.0, 0.3, 0.1], [0.25, 0.5, 0.0, 0.25]]), np.zeros(4)
     soft = np.exp(x) / np.exp(x).sum(axis=0)
-    gain = np.where(x > [[0.4], [0.2]], 1.0, soft)  # means 0.4 and 0.2; 0.2 is not above 0.2
+    above = [[True, False, False, False], [False, True, False, False]]  # of 0.35 and 0.25
+    gain = np.where(above, 1.0, soft)
     np.testing.assert_allclose(merge("widen", x, base), (gain * x).sum(axis=0))
