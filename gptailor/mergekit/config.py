@@ -1,0 +1,106 @@
+"""A mergekit configuration as data: models, slices, settings; and what its methods take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from gptailor.mergekit.setting import Setting
+from gptailor.merging.registry import METHODS, Method
+
+PASSTHROUGH = "passthrough"
+MERGEKIT_METHODS = (
+    "passthrough", "linear", "slerp", "nuslerp", "multislerp", "karcher", "task_arithmetic",
+    "ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs",
+    "breadcrumbs_ties", "sce", "ram", "model_stock", "nearswap", "arcee_fusion",
+)  # fmt: skip
+"""The methods of mergekit that are taken; all but passthrough have the same name in the registry.
+
+An average and the like, which only gptailor has, are not: a YAML means the same in both programs.
+"""
+
+_OURS = ("seed", "task_vectors")  # parameters of the registry that no mergekit YAML has
+
+
+@dataclass(frozen=True)
+class SliceSource:
+    """One model in a slice, by the name it has in the recipe."""
+
+    model: str
+    parameters: Mapping[str, Setting]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Consecutive output layers, made of the same source layers of each model.
+
+    Attributes:
+        sources: at least one; the base stands where mergekit puts it.
+        layer_range: half-open range of source layers; None for all of them.
+        parameters: the slice's own settings.
+        where: its place in the file, for errors.
+    """
+
+    sources: tuple[SliceSource, ...]
+    layer_range: tuple[int, int] | None
+    parameters: Mapping[str, Setting]
+    where: str
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names of its models."""
+        return tuple(source.model for source in self.sources)
+
+
+@dataclass(frozen=True)
+class MergekitConfig:
+    """A mergekit configuration.
+
+    Attributes:
+        models: name → reference, in the order in which the file names them; the base comes last
+            if the file names it only as base.
+        base: the model that gives config and tokenizer: base_model, or else the first model.
+        has_base: True if the file names a base_model.
+        method: a name of `MERGEKIT_METHODS`.
+        slices: bottom to top; the `models:` form is one slice.
+        parameters: the global settings.
+        dtype: of the result; None for that of the models' tensors.
+        source: the file, for errors.
+        text: the file's text for a model card, absolute paths cut to their last part.
+    """
+
+    models: Mapping[str, str]
+    base: str
+    has_base: bool
+    method: str
+    slices: tuple[Slice, ...]
+    parameters: Mapping[str, Setting]
+    dtype: str | None
+    source: str
+    text: str
+
+
+def mergekit_parameters(method: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of a method's parameters: (of the whole merge, of each model)."""
+    if method == PASSTHROUGH:
+        return (), ("scale",)
+    declared = [p for p in METHODS[method].parameters if p.name not in _OURS]
+    of_all = tuple(p.name for p in declared if not p.per_source)
+    of_each = tuple(p.name for p in declared if p.per_source)
+    return of_all, (("weight", *of_each) if METHODS[method].weighted else of_each)
+
+
+def needs_base(method: Method) -> bool:
+    """True if mergekit gives the base_model, where there is one, a part of its own."""
+    return method.base != "never" or method.name == "slerp"
+
+
+def merged_models(method: Method, models: Iterable[str], base: str | None) -> tuple[str, ...]:
+    """The models that a method merges: the base is one of them only where no formula has it.
+
+    slerp goes from the base to the other model, so the base comes first.
+    """
+    if base is None or not needs_base(method):
+        return tuple(models)
+    others = tuple(model for model in models if model != base)
+    return (base, *others) if method.name == "slerp" else others
