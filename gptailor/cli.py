@@ -212,7 +212,9 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_stitch(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="a recipe.yaml, or a run folder with --point")
+    parser.add_argument(
+        "source", help="a recipe.yaml, a mergekit YAML, or a run folder with --point"
+    )
     parser.add_argument("out", help="the model folder to make")
     parser.add_argument("--point", help="id of a point of the run, or its beginning")
     parser.add_argument(
@@ -225,7 +227,7 @@ def _add_stitch(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a model folder, a hub id or a recipe.yaml")
+    parser.add_argument("model", help="a model folder, a hub id, a recipe.yaml or a mergekit YAML")
     parser.add_argument("--tasks", required=True, help="lm-eval's names, with commas")
     parser.add_argument("--include-path", help="a folder with own tasks")
     parser.add_argument("--num-fewshot", type=int, help="examples in the context")

@@ -11,6 +11,7 @@ import os
 import platform
 import socket
 import sys
+import textwrap
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -141,7 +142,7 @@ def stitch(
     """Writes the model that a recipe describes; returns its folder.
 
     Args:
-        source: a recipe file, or a run folder together with `point`.
+        source: a recipe file, a mergekit YAML, or a run folder together with `point`.
         out: the folder to make; it must not exist.
         point: the point's id in the run, or the beginning of it.
         verify: load the result, run it once and generate 20 tokens.
@@ -157,10 +158,10 @@ def stitch(
     if point is None:
         if Path(source).is_dir():
             raise UsageError(f"{source} is a folder: name a point of the run with --point ID.")
-        recipe = read_recipe(source)
+        recipe, family, notes = _described(Path(source))
     else:
         recipe, notes = _point(Path(source), point)
-    family = Family(recipe.used_models, recipe.base)
+        family = Family(recipe.used_models, recipe.base)
     write_model(recipe, family, out, notes=notes, sync=sync, threads=threads)
     if verify:
         from gptailor.evaluation.smoke import smoke_test
@@ -182,7 +183,7 @@ def evaluate(
     """Scores one model folder, hub id or recipe, the same way as a search does.
 
     Args:
-        source: a model or a recipe file.
+        source: a model, a recipe file or a mergekit YAML.
         tasks: lm-eval's names of tasks, groups or tags.
         include_path: a folder with own tasks.
         num_fewshot: examples in the context; None for each task's own number.
@@ -194,8 +195,7 @@ def evaluate(
 
     path = Path(source)
     if path.suffix in (".yaml", ".yml"):
-        recipe = read_recipe(path)
-        family = Family(recipe.used_models, recipe.base)
+        recipe, family, _ = _described(path)
     else:
         family = Family({"model": str(source)}, "model")
         found = family.base.tensors[family.architecture.embeddings[0]].dtype
@@ -279,6 +279,19 @@ def _front(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
         if not front or (evaluation.outcome.accuracy or 0) > (front[-1].outcome.accuracy or 0):
             front.append(evaluation)
     return front
+
+
+def _described(path: Path) -> tuple[Recipe, Family, str]:
+    """The recipe in a file, a recipe's or mergekit's; its opened models; Markdown for the card."""
+    from gptailor.mergekit import read_mergekit, to_recipe
+
+    config = read_mergekit(path)
+    if config is None:
+        recipe = read_recipe(path)
+        return recipe, Family(recipe.used_models, recipe.base), ""
+    family = Family(config.models, config.base)
+    text = textwrap.indent(config.text.strip(), "    ")
+    return to_recipe(config, family), family, f"Made from this mergekit configuration:\n\n{text}"
 
 
 def _point(run: Path, point: str) -> tuple[Recipe, str]:

@@ -32,7 +32,7 @@ from gptailor.mergekit.config import MERGEKIT_METHODS, mergekit_parameters
 from gptailor.merging.registry import METHODS
 from tests.mergekit_family import NUM_LAYERS, save_family
 
-FILTERS = ("self_attn", "mlp", "q_proj", "norm", "embed", "lm_head", "layers.1", "layers.3.mlp", "*")
+FILTERS = ("self_attn", "mlp", "q_proj", "norm", "embed", "lm_head", "layers.1", "layers.3", "*")
 RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 RANGES = {
     "weight": (0.1, 1.5), "density": (0.3, 1), "gamma": (0.13, 0.25), "lambda": (0.3, 1.5),
@@ -59,16 +59,16 @@ class Drawer:
         has_base = needs_base or one.random() < 0.4
         if has_base:
             data["base_model"] = f"{prefix}base"
-        names = self.models(method, has_base)
+        names = self._models(method, has_base)
         if method == "passthrough" or one.random() < 0.5:
-            data["slices"] = [self.slice(method, names, prefix) for _ in range(one.randint(1, 3))]
+            data["slices"] = [self._slice(method, names, prefix) for _ in range(one.randint(1, 3))]
         else:
-            data["models"] = [self.source(method, prefix + name) for name in names]
+            data["models"] = [self._source(method, prefix + name) for name in names]
         if one.random() < 0.8 or "models" in data:
-            data["parameters"] = self.parameters(method, of_all=True, share=0.9)
+            data["parameters"] = self._parameters(method, of_all=True, share=0.9)
         return data | {"dtype": "float32", "out_dtype": "bfloat16"}
 
-    def models(self, method: str, has_base: bool) -> list[str]:
+    def _models(self, method: str, has_base: bool) -> list[str]:
         one = self.random
         if method == "passthrough":
             return ["red", "green", "base"]
@@ -80,39 +80,39 @@ class Drawer:
         one.shuffle(names)
         return names
 
-    def slice(self, method: str, names: list[str], prefix: str) -> dict[str, Any]:
+    def _slice(self, method: str, names: list[str], prefix: str) -> dict[str, Any]:
         one = self.random
         first = one.randrange(NUM_LAYERS)
         layers = [first, one.randint(first + 1, NUM_LAYERS)]
         if method == "passthrough":
             names = [one.choice(names)]
-        sources = [self.source(method, prefix + name) | {"layer_range": layers} for name in names]
+        sources = [self._source(method, prefix + name) | {"layer_range": layers} for name in names]
         part: dict[str, Any] = {"sources": one.sample(sources, len(sources))}
         if one.random() < 0.4:
-            part["parameters"] = self.parameters(method, of_all=True, share=0.5)
+            part["parameters"] = self._parameters(method, of_all=True, share=0.5)
         return part
 
-    def source(self, method: str, model: str) -> dict[str, Any]:
+    def _source(self, method: str, model: str) -> dict[str, Any]:
         entry: dict[str, Any] = {"model": model}
-        parameters = self.parameters(method, of_all=False, share=0.6)
+        parameters = self._parameters(method, of_all=False, share=0.6)
         return entry | {"parameters": parameters} if parameters else entry
 
-    def parameters(self, method: str, *, of_all: bool, share: float) -> dict[str, Any]:
+    def _parameters(self, method: str, *, of_all: bool, share: float) -> dict[str, Any]:
         whole, each = mergekit_parameters(method)
         names = (*whole, *each) if of_all else each
-        return {name: self.setting(name) for name in names if self.random.random() < share}
+        return {name: self._setting(name) for name in names if self.random.random() < share}
 
-    def setting(self, name: str) -> Any:
+    def _setting(self, name: str) -> Any:
         kind = self.random.random()
         if kind < 0.6:
-            return self.values(name)
+            return self._values(name)
         cases = [
-            {"filter": self.random.choice(FILTERS), "value": self.values(name)}
+            {"filter": self.random.choice(FILTERS), "value": self._values(name)}
             for _ in range(self.random.randint(1, 2))
         ]
-        return [*cases, {"value": self.values(name)}] if kind < 0.9 else cases
+        return [*cases, {"value": self._values(name)}] if kind < 0.9 else cases
 
-    def values(self, name: str) -> Any:
+    def _values(self, name: str) -> Any:
         if name == "max_iter":
             return self.random.randint(1, 12)
         if name not in RANGES:
