@@ -44,6 +44,24 @@ struct PyTensor {
   Tensor tensor;
 };
 
+// On a GPU.
+struct PyDeviceTensor {
+  ForeignTensor foreign;
+
+  static PyDeviceTensor from(const py::object& object) {
+    if (py::isinstance<PyDeviceTensor>(object)) return object.cast<const PyDeviceTensor&>();
+    PyDeviceTensor t{from_dlpack(object)};
+    if (t.foreign.device_type != kDeviceCuda) throw py::buffer_error("the tensor is not on a CUDA device");
+    return t;
+  }
+
+  PyDeviceTensor part(int64_t offset, std::vector<int64_t> shape, const std::string& dtype) const {
+    const Tensor& t = foreign.tensor;
+    return {{view(t.owner, t.data, t.n_bytes, offset, std::move(shape), dtype_named(dtype)), foreign.device_type,
+             foreign.device_id}};
+  }
+};
+
 PyTensor tensor_of(const std::shared_ptr<Mapping>& m, int64_t offset, std::vector<int64_t> shape,
                    const std::string& dtype) {
   return {view(m, m->data(), m->size(), offset, std::move(shape), dtype_named(dtype))};
@@ -139,7 +157,8 @@ void py_merge_cuda(const std::string& method, const std::vector<py::object>& out
   std::vector<CudaTensor> tensors(outs.size());
   int device = -1;
   const auto take = [&](const py::object& object, const std::string& what) {
-    const ForeignTensor foreign = from_dlpack(object);
+    const bool known = py::isinstance<PyDeviceTensor>(object);
+    const ForeignTensor foreign = known ? object.cast<const PyDeviceTensor&>().foreign : from_dlpack(object);
     if (foreign.device_type != kDeviceCuda) throw std::invalid_argument(what + " is not on a CUDA device");
     if (device >= 0 && foreign.device_id != device) throw std::invalid_argument(what + " is on another device");
     device = foreign.device_id;
@@ -294,14 +313,22 @@ PYBIND11_MODULE(_C, m) {
       "merge_cuda",
       [](const std::string& method, const std::vector<py::object>& outs,
          const std::vector<std::vector<py::object>>& sources, const std::optional<std::vector<py::object>>& bases,
-         std::vector<double> weights, std::vector<double> densities, double lam, bool normalize, double t,
-         uintptr_t stream) {
+         std::vector<double> weights, std::vector<double> densities, double lam, double factor, bool normalize,
+         double t, uintptr_t stream) {
         py_merge_cuda(method, outs, sources, bases.value_or(std::vector<py::object>{}),
-                      MergeOptions{std::move(weights), std::move(densities), lam, 1.0, normalize, t, 0}, stream);
+                      MergeOptions{std::move(weights), std::move(densities), lam, factor, normalize, t, 0}, stream);
       },
       py::arg("method"), py::arg("outs"), py::arg("sources"), py::arg("bases") = py::none(), py::kw_only(),
       py::arg("weights") = py::tuple(), py::arg("densities") = py::tuple(), py::arg("lam") = 1.0,
-      py::arg("normalize") = false, py::arg("t") = 0.5, py::arg("stream") = 0);
+      py::arg("factor") = 1.0, py::arg("normalize") = false, py::arg("t") = 0.5, py::arg("stream") = 0);
+  py::class_<PyDeviceTensor>(m, "DeviceTensor")
+      .def_static("from_dlpack", &PyDeviceTensor::from, py::arg("tensor"))
+      .def_property_readonly("device", [](const PyDeviceTensor& t) { return t.foreign.device_id; })
+      .def_property_readonly("shape", [](const PyDeviceTensor& t) { return py::tuple(py::cast(t.foreign.tensor.shape)); })
+      .def_property_readonly("dtype", [](const PyDeviceTensor& t) { return info(t.foreign.tensor.dtype).name; })
+      .def_property_readonly("n_bytes", [](const PyDeviceTensor& t) { return t.foreign.tensor.n_bytes; })
+      .def("tensor", &PyDeviceTensor::part, py::arg("offset"), py::arg("shape"), py::arg("dtype"));
+
   py::class_<Loader>(m, "DeviceLoader")
       .def(py::init([](const std::optional<int>& device, const std::string& way, int threads, int64_t buffer_bytes,
                        int64_t pin_bytes) {

@@ -213,15 +213,49 @@ def copy_range(src_fd: int, src_offset: int, dst_fd: int, dst_offset: int, n_byt
             appends.
     """
 
+class DeviceTensor:
+    """A typed, shaped, contiguous view of GPU memory, for calls that see the same tensor often.
+
+    It keeps the foreign tensor alive.
+    """
+
+    @staticmethod
+    def from_dlpack(tensor: SupportsDLPack) -> DeviceTensor:
+        """View a contiguous tensor on a GPU without a copy, and without waiting for any stream.
+
+        Raises:
+            BufferError: the tensor is not contiguous, not on a CUDA device, or of an unknown dtype.
+        """
+    @property
+    def device(self) -> int:
+        """Index of the GPU."""
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Dimensions, outermost first."""
+    @property
+    def dtype(self) -> str:
+        """Name of the element type, as safetensors spells it."""
+    @property
+    def n_bytes(self) -> int:
+        """Size of the viewed bytes."""
+    def tensor(self, offset: int, shape: Sequence[int], dtype: str) -> DeviceTensor:
+        """View a byte range as a tensor.
+
+        Raises:
+            ValueError: unknown dtype, negative dimension, too many elements, or the range is not
+                within the tensor.
+        """
+
 def merge_cuda(
     method: str,
-    outs: Sequence[SupportsDLPack],
-    sources: Sequence[Sequence[SupportsDLPack]],
-    bases: Sequence[SupportsDLPack] | None = None,
+    outs: Sequence[SupportsDLPack | DeviceTensor],
+    sources: Sequence[Sequence[SupportsDLPack | DeviceTensor]],
+    bases: Sequence[SupportsDLPack | DeviceTensor] | None = None,
     *,
     weights: Sequence[float] = (),
     densities: Sequence[float] = (),
     lam: float = 1.0,
+    factor: float = 1.0,
     normalize: bool = False,
     t: float = 0.5,
     stream: int = 0,
@@ -234,7 +268,7 @@ def merge_cuda(
     from the CPU's in the last bit.
 
     Args:
-        method, weights, densities, lam, normalize, t: as for `Merge`.
+        method, weights, densities, lam, factor, normalize, t: as for `Merge`.
         outs: one contiguous CUDA tensor for each result, written; its dtype is the output's.
         sources: for each result its sources, 1 to 16, the same number everywhere.
         bases: one for each result, for task_arithmetic and ties.

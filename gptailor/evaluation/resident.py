@@ -1,16 +1,17 @@
 """The resident model: all candidates opened once, a recipe assembled by pointing at layers.
 
 The skeleton is a stock transformers model. A recipe's layers are modules of that skeleton whose
-parameters point into the candidates' mapped files; dropping a layer moves no byte, and only merged
-layers are computed (and kept for the next recipe that has them).
+parameters point into the candidates' weights: their mapped files, or their copy on the GPU.
+Dropping a layer moves no byte, and only merged layers are computed (where the weights are), and
+kept for the next recipe that has them.
 """
 
 from __future__ import annotations
 
-import copy
 import os
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -20,17 +21,32 @@ from torch import nn
 
 from gptailor import _C
 from gptailor.errors import ModelError, ResourceError, UsageError
+from gptailor.evaluation.device_merge import can_merge, merge_on_gpu
+from gptailor.evaluation.device_weights import (
+    Backend,
+    DeviceWeights,
+    Group,
+    GroupKey,
+    LoadingBackend,
+    MappedBackend,
+    default_budget,
+)
+from gptailor.evaluation.slots import Parameters, Slots, let_go, point
 from gptailor.models.architecture import cut_config, text_config
 from gptailor.models.family import Family, has_tokenizer
 from gptailor.recipe import Layer, Recipe, Take
 from gptailor.stitching.compute import ComputedTensor
-from gptailor.stitching.plan import OutTensor, Plan, make_plan, plan_layer, scale_factors
+from gptailor.stitching.plan import (
+    OutTensor,
+    Source,
+    check_recipe,
+    make_plan,
+    plan_layer,
+    scale_factors,
+)
 
-Parameters = dict[str, nn.Parameter]
-"""Suffix ("self_attn.q_proj.weight") → parameter."""
-
-_Key = tuple[Layer, float | str, str, str]
-"""Canonical entry, factor of a layer or name of an outside tensor, base, dtype."""
+_Key = tuple[Any, ...]
+"""What the tensors of a layer, or those outside the layers, follow from."""
 
 
 class ResidentModel:
@@ -44,10 +60,15 @@ class ResidentModel:
             worker's part of an eighth of the device's memory if that is less. Children share most
             merged layers with their parents: with room for a few hundred layers nine of ten are
             found again.
+        candidate_bytes: how much memory the candidates may have on the device. On a GPU the default
+            is what is free there, less headroom. On the CPU they are mapped and cost none, unless
+            this is given: then they are read into memory, which is for file systems where mapped
+            files are slow. If not all of them fit, the layers that are used most stay.
         workers: how many of these share the device.
 
     Raises:
         ModelError: transformers can't load the base, or stores its layers in another way.
+        ResourceError: the device has no memory for it.
         UsageError: the device does not exist.
     """
 
@@ -58,6 +79,7 @@ class ResidentModel:
         dtype: str = "auto",
         device: str = "auto",
         cache_bytes: int | None = None,
+        candidate_bytes: int | None = None,
         workers: int = 1,
     ) -> None:
         self.family = family
@@ -65,7 +87,6 @@ class ResidentModel:
         self._dtype = None if dtype == "auto" else dtype
         if not has_tokenizer(family.base.folder):
             raise ModelError(f"The base {family.base.folder} has no tokenizer.")
-        self._taken: dict[tuple[str, str, str], nn.Parameter] = {}
         self._merged: OrderedDict[_Key, Parameters] = OrderedDict()
         self._merged_bytes = 0
         if cache_bytes is None:
@@ -77,45 +98,69 @@ class ResidentModel:
         stack = self.model.get_submodule(self._stack_name)
         if not isinstance(stack, nn.ModuleList) or len(stack) != family.num_layers:
             raise ModelError(f"{family.base.folder}: transformers keeps its layers elsewhere.")
-        self._slots = list(stack)
         self._full_config = self.model.config.to_dict()
         self._check_names()
+        self._slots = Slots(list(stack), family.architecture.layers)
+        inside = {n for layer in family.architecture.layers for n in layer.values()}
+        self._outside = {n: self._module_name(n) for n in family.base.tensors if n not in inside}
+        for name in self._outside.values():
+            let_go(self.model, name)
+        self._tie()
+        self.model.to(self.device)  # what no file has: rotary frequencies and the like
+        self._outside_now: Parameters = {}
+        self._outside_plans: dict[_Key, list[OutTensor]] = {}
+        self._wrapped: dict[Group, Parameters] = {}
+        self._weights = self._open_weights(candidate_bytes, workers)
+        self._borrowed: dict[str, Group] = {}
 
     def assemble(self, recipe: Recipe) -> nn.Module:
         """Makes `model` the stitched model of a recipe; returns it.
 
+        On a GPU it is ready in the order of the current stream.
+
         Raises:
             ModelError: a tensor that is merged holds NaN.
+            ResourceError: the device's memory, or the candidates' part of it, is too small.
             UsageError: the recipe does not fit the family.
         """
         recipe = recipe.canonical()
-        plan = make_plan(recipe, self.family)  # checks all before anything is changed
-        layers = [
-            self._layer_parameters(layer, factor, recipe)
-            for layer, factor in zip(recipe.layers, scale_factors(recipe), strict=True)
-        ]
-        outside = self._outside_parameters(plan, recipe)
-        used: set[int] = set()
-        modules = []
-        for out_layer, (layer, parameters) in enumerate(zip(recipe.layers, layers, strict=True)):
-            slot = self._slots[layer.src_layer]
-            if layer.src_layer in used:
-                slot = copy.deepcopy(slot)  # the same source layer a second time
-            used.add(layer.src_layer)
-            for suffix, parameter in parameters.items():
-                _point(slot, suffix, parameter)
-            for module in slot.modules():
-                if isinstance(getattr(module, "layer_idx", None), int):
-                    module.layer_idx = out_layer  # type: ignore[assignment]
-            modules.append(slot)
+        check_recipe(recipe, self.family)  # before anything is changed
+        factors = scale_factors(recipe)
+        known = {id(parameters) for parameters in self._merged.values()}
+        self._slots.forget_all_but(known.union(map(id, self._wrapped.values())))
+        with self._current_device():
+            outside_plan = self._plan_outside(recipe)
+            taken_keys = [
+                self._weights.key(layer.model, layer.src_layer, self._casts(recipe))
+                if isinstance(layer, Take) and not layer.modules and factor == 1.0
+                else None
+                for layer, factor in zip(recipe.layers, factors, strict=True)
+            ]
+            outside_keys = [
+                self._weights.key(t.sources[0].model, None, self._casts(recipe))
+                if t.merge is None
+                else None
+                for t in outside_plan
+            ]
+            taken = self._take(list(filter(None, taken_keys + outside_keys)), recipe)
+            layers = [
+                self._merged_layer(layer, factor, recipe) if key is None else taken[key]
+                for key, layer, factor in zip(taken_keys, recipe.layers, factors, strict=True)
+            ]
+            outside = {
+                t.name: self._merged_outside(t, recipe) if key is None else taken[key][t.name]
+                for key, t in zip(outside_keys, outside_plan, strict=True)
+            }
+        src_layers = recipe.src_layers
+        stay = [key is not None for key in taken_keys]
+        modules = self._slots.arrange(list(zip(src_layers, layers, stay, strict=True)))
         parent, _, name = self._stack_name.rpartition(".")
         setattr(self.model.get_submodule(parent), name, nn.ModuleList(modules))
         for tensor_name, parameter in outside.items():
-            _point(self.model, self._module_name(tensor_name), parameter)
-        if self.family.base.is_tied:
-            embeddings = self.model.get_input_embeddings().weight
-            self.model.get_output_embeddings().weight = embeddings
-        self._cut_config(recipe.src_layers)
+            point(self.model, self._outside[tensor_name], parameter)
+        self._outside_now = outside
+        self._tie()
+        self._cut_config(src_layers)
         model: nn.Module = self.model
         return model
 
@@ -125,12 +170,15 @@ class ResidentModel:
 
     def check_pointers(self, recipe: Recipe) -> None:
         """Asserts that every taken layer of the assembled model is the candidate's own memory."""
-        for out_layer, layer in enumerate(recipe.canonical().layers):
-            if isinstance(layer, Take) and not layer.modules:
-                expected = self._layer_parameters(layer, 1.0, recipe)
+        recipe = recipe.canonical()
+        layers = zip(recipe.layers, scale_factors(recipe), strict=True)
+        for out_layer, (layer, factor) in enumerate(layers):
+            if isinstance(layer, Take) and not layer.modules and factor == 1.0:
+                key = self._weights.key(layer.model, layer.src_layer, self._casts(recipe))
+                expected = self._weights.get([key])[key].tensors
                 module = self.model.get_submodule(f"{self._stack_name}.{out_layer}")
-                for suffix, parameter in expected.items():
-                    assert module.get_parameter(suffix).data_ptr() == parameter.data_ptr(), suffix
+                for suffix, name in self.family.architecture.layers[layer.src_layer].items():
+                    assert module.get_parameter(suffix).data_ptr() == expected[name].data_ptr()
 
     def _load_skeleton(self) -> Any:
         from transformers import AutoModelForCausalLM
@@ -150,82 +198,146 @@ class ResidentModel:
         finally:
             if had_bars:
                 logging.enable_progress_bar()
-        try:
-            return model.to(self.device).eval().requires_grad_(False)
-        except torch.OutOfMemoryError as error:
-            raise ResourceError(f"{folder} does not fit on {self.device}.") from error
+        return model.eval().requires_grad_(False)
 
-    def _layer_parameters(self, layer: Layer, factor: float, recipe: Recipe) -> Parameters:
+    def _open_weights(self, candidate_bytes: int | None, workers: int) -> DeviceWeights:
+        backend: Backend
+        if self.device.type == "cpu" and candidate_bytes is None:
+            return DeviceWeights(self.family, MappedBackend())
+        if candidate_bytes is None:
+            candidate_bytes = default_budget(self.device, self._cache_bytes, workers)
+        tensors = [t for c in self.family.candidates.values() for t in c.tensors.values()]
+        streams = sum(t.n_bytes for t in tensors) > candidate_bytes
+        # To page-lock a file pays when it is read again and again.
+        pin_bytes = _memory_bytes(torch.device("cpu")) // (4 * workers) if streams else 0
+        backend = LoadingBackend(self.device, pin_bytes=pin_bytes)
+        return DeviceWeights(self.family, backend, candidate_bytes, self._evicted)
+
+    def _evicted(self, group: Group) -> None:
+        """Lets go of a group whose memory is needed."""
+        parameters = self._wrapped.pop(group, {})
+        self._slots.forget(parameters)
+        for name, parameter in self._outside_now.items():
+            if parameters.get(name) is parameter:
+                let_go(self.model, self._outside[name])
+
+    def _tie(self) -> None:
+        if self.family.base.is_tied:
+            embeddings = self.model.get_input_embeddings().weight
+            self.model.get_output_embeddings().weight = embeddings
+
+    def _current_device(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def _casts(self, recipe: Recipe) -> tuple[torch.dtype, torch.dtype]:
+        """What a taken tensor goes through: the recipe's type, then that of the forward pass."""
+        return getattr(torch, recipe.dtype), getattr(torch, self._dtype or recipe.dtype)
+
+    def _plan_outside(self, recipe: Recipe) -> list[OutTensor]:
+        """The tensors outside the layers."""
+        key = (recipe.embeddings, recipe.head, recipe.base, recipe.dtype)
+        if key not in self._outside_plans:
+            prefix = self.family.architecture.prefix
+            tensors = make_plan(recipe, self.family).tensors
+            self._outside_plans[key] = [t for t in tensors if not t.name.startswith(prefix)]
+        return self._outside_plans[key]
+
+    def _take(self, keys: list[GroupKey], recipe: Recipe) -> dict[GroupKey, Parameters]:
+        """The candidates' own tensors, which stay where they are until the next recipe."""
+        self._weights.hold(keys)
+        taken = {}
+        for key, group in self._weights.get(keys).items():
+            if group not in self._wrapped:
+                names = {name: name for name in group.tensors}
+                if key.src_layer is not None:
+                    names = dict(self.family.architecture.layers[key.src_layer])
+                    plan_layer(Take(key.model, key.src_layer), 0, recipe, self.family)  # checks
+                self._wrapped[group] = {
+                    suffix: nn.Parameter(group.tensors[name], requires_grad=False)
+                    for suffix, name in names.items()
+                }
+            taken[key] = self._wrapped[group]
+        return taken
+
+    def _merged_layer(self, layer: Layer, factor: float, recipe: Recipe) -> Parameters:
         # all that the tensors follow from: a layer's own scale is folded into those after it
         key = (replace(layer, scale=1.0), factor, recipe.base, recipe.dtype)
-        if key in self._merged:
-            self._merged.move_to_end(key)
-            return self._merged[key]
-        tensors = plan_layer(layer, 0, recipe, self.family, factor)
-        cut = len(self.family.architecture.name(0, ""))
-        parameters = {t.name[cut:]: self._parameter(t, recipe) for t in tensors}
-        if isinstance(layer, Take) and not layer.modules and factor == 1.0:
-            return parameters  # kept in `_taken`, tensor by tensor
-        self._keep(key, parameters)
-        return parameters
+        if key not in self._merged:
+            plan = plan_layer(layer, 0, recipe, self.family, factor)
+            cut = len(self.family.architecture.name(0, ""))
+            self._merge(key, layer.src_layer, {t.name[cut:]: t for t in plan}, recipe)
+        self._merged.move_to_end(key)
+        return self._merged[key]
 
-    def _outside_parameters(self, plan: Plan, recipe: Recipe) -> Parameters:
-        """Embeddings and head, by full name; the merged ones are kept like merged layers."""
-        prefix = self.family.architecture.prefix
-        result: Parameters = {}
-        for tensor in plan.tensors:
-            if tensor.name.startswith(prefix):
-                continue
-            if tensor.merge is None:
-                result[tensor.name] = self._parameter(tensor, recipe)
-                continue
-            key = (tensor.merge, tensor.name, recipe.base, recipe.dtype)
-            if key not in self._merged:
-                self._keep(key, {tensor.name: self._parameter(tensor, recipe)})
-            self._merged.move_to_end(key)
-            result |= self._merged[key]
-        return result
+    def _merged_outside(self, tensor: OutTensor, recipe: Recipe) -> nn.Parameter:
+        key = (tensor.merge, tensor.name, recipe.base, recipe.dtype)
+        if key not in self._merged:
+            self._merge(key, None, {tensor.name: tensor}, recipe)
+        self._merged.move_to_end(key)
+        return self._merged[key][tensor.name]
 
-    def _keep(self, key: _Key, parameters: Parameters) -> None:
-        """Keeps merged parameters, and lets go of those that were not used for longest."""
+    def _merge(
+        self, key: _Key, src_layer: int | None, tensors: dict[str, OutTensor], recipe: Recipe
+    ) -> None:
+        """Computes tensors that have one source layer, and keeps them for recipes to come."""
+        on_gpu = self.device.type == "cuda"
+        read = [t for t in tensors.values() if not on_gpu or t.is_copy or can_merge(t)]
+        models = {s.model for t in read for s in (*t.sources, t.base) if s is not None}
+        groups = self._weights.get([GroupKey(model, src_layer) for model in models])
+        self._borrowed = {group_key.model: group for group_key, group in groups.items()}
+        try:
+            data = self._compute_all(list(tensors.values()))
+        except torch.OutOfMemoryError as error:
+            first = next(iter(tensors.values()))
+            raise ResourceError(
+                f"Merged layers do not fit on {self.device}: {first.name} found no place."
+            ) from error
+        finally:
+            self._borrowed = {}
+        dtype = getattr(torch, self._dtype or recipe.dtype)
+        parameters = {
+            name: nn.Parameter(t.to(dtype) if t.is_floating_point() else t, requires_grad=False)
+            for name, t in zip(tensors, data, strict=True)
+        }
         self._merged[key] = parameters
         self._merged_bytes += _n_bytes(parameters.values())
         while self._merged_bytes > self._cache_bytes and len(self._merged) > 1:
             _, old = self._merged.popitem(last=False)
             self._merged_bytes -= _n_bytes(old.values())
 
-    def _parameter(self, tensor: OutTensor, recipe: Recipe) -> nn.Parameter:
-        """The parameter of one tensor: a view on the mapping wherever the types allow it."""
-        if tensor.merge is not None or tensor.factor != 1.0:
-            return self._to_parameter(self._compute(tensor), tensor, recipe)
-        source = tensor.sources[0]
-        key = (source.model, source.info.name, tensor.dtype)
-        if key not in self._taken:
+    def _compute_all(self, tensors: Sequence[OutTensor]) -> list[torch.Tensor]:
+        """On the device, in the types of the plan."""
+        result: dict[int, torch.Tensor] = {}
+        launched = []
+        for number, tensor in enumerate(tensors):
             if tensor.is_copy:
-                checkpoint = self.family.candidates[source.model].checkpoint
-                view = torch.utils.dlpack.from_dlpack(checkpoint.tensor(source.info.name))
+                source = tensor.sources[0]
+                data = self._borrowed[source.model].tensors[source.info.name]
+                # merged layers outlive the group
+                result[number] = data if self._weights.backend.is_mapped else data.clone()
+            elif self.device.type == "cuda" and can_merge(tensor):
+                launched.append(number)
             else:
-                view = self._compute(tensor)
-            self._taken[key] = self._to_parameter(view, tensor, recipe)
-        return self._taken[key]
+                result[number] = self._compute(tensor).to(self.device)
+        if launched:
+            merged = merge_on_gpu([tensors[n] for n in launched], self._handle, self.device)
+            result.update(zip(launched, merged, strict=True))
+        return [result[number] for number in range(len(tensors))]
 
     def _compute(self, tensor: OutTensor) -> torch.Tensor:
-        job = ComputedTensor(tensor, self.family, threads=torch.get_num_threads())
+        """In CPU memory."""
+        is_loaded = self.device.type == "cpu" and not self._weights.backend.is_mapped
+        opened = self._loaded if is_loaded else None
+        job = ComputedTensor(tensor, self.family, torch.get_num_threads(), opened)
         buffer = _C.Buffer(max(tensor.n_bytes, 1))
         job.run(0, job.n_elements, buffer)
         return torch.utils.dlpack.from_dlpack(buffer.tensor(0, tensor.shape, tensor.dtype))
 
-    def _to_parameter(self, data: torch.Tensor, tensor: OutTensor, recipe: Recipe) -> nn.Parameter:
-        dtype = getattr(torch, self._dtype or recipe.dtype)
-        if not data.is_floating_point():
-            dtype = data.dtype
-        try:
-            moved = data.to(device=self.device, dtype=dtype)
-        except torch.OutOfMemoryError as error:
-            raise ResourceError(
-                f"The candidates do not fit on {self.device}: {tensor.name} found no place."
-            ) from error
-        return nn.Parameter(moved, requires_grad=False)
+    def _loaded(self, source: Source) -> _C.Tensor:
+        return _C.Tensor.from_dlpack(self._borrowed[source.model].tensors[source.info.name])
+
+    def _handle(self, source: Source) -> _C.DeviceTensor:
+        return self._borrowed[source.model].handle(source.info.name)
 
     def _cut_config(self, src_layers: tuple[int, ...]) -> None:
         """Gives the model's config object the cut layer count and per-layer lists."""
@@ -272,16 +384,6 @@ def pick_device(device: str) -> torch.device:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"evaluation.device: {device!r} can't be used: {reason}") from error
     return picked
-
-
-def _point(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Makes the parameter (or buffer) `name` below `module` that tensor, without a copy."""
-    path, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(path)
-    if leaf in owner._buffers:
-        owner._buffers[leaf] = parameter.data
-    else:
-        setattr(owner, leaf, parameter)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -6,6 +6,7 @@ resident model as a whole, with the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from gptailor.errors import ModelError, UsageError
@@ -26,14 +27,22 @@ class ComputedTensor:
         tensor: what to compute.
         family: holds the sources.
         threads: 0 for as many as there are cores; their number changes no bit.
+        opened: gives the tensor of a source; default: a view on its mapped file.
 
     Raises:
         ModelError: a source of a merge holds NaN; the message names file and tensor.
     """
 
-    def __init__(self, tensor: OutTensor, family: Family, threads: int = 0) -> None:
+    def __init__(
+        self,
+        tensor: OutTensor,
+        family: Family,
+        threads: int = 0,
+        opened: Callable[[Source], _C.Tensor] | None = None,
+    ) -> None:
         from gptailor import _C
 
+        opened = opened or (lambda source: _open(source, family))
         self.tensor = tensor
         merge = tensor.merge or Merge("linear", NO_LAYER, (("", 1.0),), (("normalize", 0.0),))
         values = dict(merge.parameters)
@@ -43,11 +52,11 @@ class ComputedTensor:
                 f"merge method {merge.method}."
             )
         weights = [weight for _, weight in merge.weights]
-        base = None if tensor.base is None else _open(tensor.base, family)
+        base = None if tensor.base is None else opened(tensor.base)
         try:
             self._job = _C.Merge(
                 merge.method,
-                [_open(source, family) for source in tensor.sources],
+                [opened(source) for source in tensor.sources],
                 base,
                 out_dtype=tensor.dtype,
                 weights=weights,

@@ -97,8 +97,7 @@ def make_plan(recipe: Recipe, family: Family) -> Plan:
         ModelError: a tensor that is merged has a dtype that can't be.
     """
     recipe = recipe.canonical()
-    _check_layers(recipe, family)
-    _check_modules(recipe, family)
+    check_recipe(recipe, family)
     config = cut_config(family.base.config, recipe.src_layers)
     for key in ("dtype", "torch_dtype"):
         for part in (config, text_config(config)):
@@ -110,6 +109,16 @@ def make_plan(recipe: Recipe, family: Family) -> Plan:
         *plan_end(recipe.head, family.architecture.head, recipe, family),
     ]
     return Plan(recipe, config, tuple(tensors))
+
+
+def check_recipe(recipe: Recipe, family: Family) -> None:
+    """Checks that a canonical recipe names layers, models and modules that there are.
+
+    Raises:
+        UsageError: it does not.
+    """
+    _check_layers(recipe, family)
+    _check_modules(recipe, family)
 
 
 def plan_layer(
@@ -252,6 +261,9 @@ def _check_opened(models: Iterable[str], where: str, family: Family) -> None:
 
 def _check_modules(recipe: Recipe, family: Family) -> None:
     """Raises for a module whose text is in no tensor's name: it would be without effect."""
+    entries = (*recipe.layers, recipe.embeddings, recipe.head)
+    if not any(entry.modules for entry in entries if not isinstance(entry, str)):
+        return  # the resident model asks before each evaluation
     architecture = family.architecture
     in_layers = dict.fromkeys(suffix for layer in architecture.layers for suffix in layer)
     places = [(f"layers[{i}]", layer, tuple(in_layers)) for i, layer in enumerate(recipe.layers)]

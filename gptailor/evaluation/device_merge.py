@@ -1,0 +1,82 @@
+"""Merging on a GPU: the tensors of one layer that are merged alike go into one kernel launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from gptailor import _C
+from gptailor.evaluation.device_weights import ALIGNMENT, TORCH_DTYPES
+from gptailor.models.checkpoint import FLOAT_DTYPES
+from gptailor.stitching.plan import OutTensor, Source
+
+METHODS = frozenset({"linear", "task_arithmetic", "slerp", "ties"})
+"""Those with a GPU path; the others are merged by the CPU engine."""
+
+
+def can_merge(tensor: OutTensor) -> bool:
+    """Whether a tensor of a plan is computed on the GPU."""
+    method, values = "linear", {}
+    if tensor.merge is not None:
+        method, values = tensor.merge.method, dict(tensor.merge.parameters)
+    known = method in METHODS and not values.get("rescale")
+    return known and all(s.info.dtype in FLOAT_DTYPES for s in tensor.sources)
+
+
+def merge_on_gpu(
+    tensors: Sequence[OutTensor],
+    handle: Callable[[Source], _C.DeviceTensor],
+    device: torch.device,
+) -> list[torch.Tensor]:
+    """Computes tensors of a plan, in the order of the current stream.
+
+    Args:
+        tensors: each one with `can_merge`.
+        handle: the tensor of a source on the GPU.
+        device: that GPU; it is the current one.
+
+    Returns:
+        The results, in one block of memory.
+    """
+    offsets, size = [], 0
+    for tensor in tensors:
+        offsets.append(size)
+        size += -(-tensor.n_bytes // ALIGNMENT) * ALIGNMENT
+    block = torch.empty(size, dtype=torch.uint8, device=device)
+    whole = _C.DeviceTensor.from_dlpack(block)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    launches: dict[tuple[Any, ...], list[int]] = {}
+    for number, tensor in enumerate(tensors):
+        launches.setdefault((tensor.merge, tensor.factor, tensor.base is None), []).append(number)
+    for numbers in launches.values():
+        some = [tensors[number] for number in numbers]
+        method, options = _arguments(some[0])
+        _C.merge_cuda(
+            method,
+            [whole.tensor(offsets[n], tensors[n].shape, tensors[n].dtype) for n in numbers],
+            [[handle(source) for source in tensor.sources] for tensor in some],
+            None if some[0].base is None else [handle(t.base) for t in some if t.base is not None],
+            stream=stream,
+            **options,
+        )
+    return [
+        block[at : at + tensor.n_bytes].view(TORCH_DTYPES[tensor.dtype]).view(tensor.shape)
+        for at, tensor in zip(offsets, tensors, strict=True)
+    ]
+
+
+def _arguments(tensor: OutTensor) -> tuple[str, dict[str, Any]]:
+    merge = tensor.merge
+    if merge is None:
+        return "linear", {"weights": [1.0], "factor": tensor.factor}
+    values = dict(merge.parameters)
+    return merge.method, {
+        "weights": [weight for _, weight in merge.weights],
+        "densities": merge.for_each("density") if "density" in values else [],
+        "lam": merge.number("lambda") if "lambda" in values else 1.0,
+        "normalize": bool(values.get("normalize", 0.0)),
+        "t": merge.number("t") if "t" in values else 0.5,
+        "factor": tensor.factor,
+    }

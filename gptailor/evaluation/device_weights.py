@@ -1,0 +1,305 @@
+"""The candidates' tensors on the device: mapped, or loaded once and kept within a budget.
+
+The unit is a group: the tensors of one source layer of one candidate, or those outside its layers.
+When the candidates do not all fit, the groups that are used most stay (`hot_set`), and the others
+are read again each time they are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.utils.dlpack
+
+from gptailor import _C
+from gptailor.errors import ModelError, ResourceError
+from gptailor.evaluation.hot_set import HotSet
+from gptailor.models.checkpoint import FLOAT_DTYPES, TensorInfo
+from gptailor.models.family import Family
+
+ALIGNMENT = 256
+"""Where tensors begin within a block: whole tensors lie side by side, as they do in the file."""
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
+    "U16": torch.uint16, "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64,
+    "U64": torch.uint64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
+    "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+class GroupKey(NamedTuple):
+    """One group.
+
+    Attributes:
+        model: the candidate.
+        src_layer: None: what lies outside the layers.
+        casts: types that its floating point tensors go through, one after the other; empty: as
+            they are in the file.
+    """
+
+    model: str
+    src_layer: int | None
+    casts: tuple[torch.dtype, ...] = ()
+
+
+class Group:
+    """The tensors of a group, by name; identity tells whether it was loaded anew."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tensors = tensors
+        self._handles: dict[str, _C.DeviceTensor] = {}
+
+    def handle(self, name: str) -> _C.DeviceTensor:
+        """What `_C.merge_cuda` takes, made once."""
+        if name not in self._handles:
+            self._handles[name] = _C.DeviceTensor.from_dlpack(self.tensors[name])
+        return self._handles[name]
+
+
+class Backend(Protocol):
+    """How tensors of files get onto a device."""
+
+    device: torch.device
+    is_mapped: bool
+    """Tensors are views on files and cost no memory."""
+
+    def load(self, family: Family, model: str, infos: Sequence[TensorInfo]) -> list[torch.Tensor]:
+        """The tensors, in that order.
+
+        Raises:
+            ModelError: a file can't be read.
+        """
+
+
+class MappedBackend:
+    """CPU memory: the page cache is the cache."""
+
+    is_mapped = True
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+
+    def load(self, family: Family, model: str, infos: Sequence[TensorInfo]) -> list[torch.Tensor]:
+        """Views on the mapped files."""
+        checkpoint = family.candidates[model].checkpoint
+        return [torch.utils.dlpack.from_dlpack(checkpoint.tensor(info.name)) for info in infos]
+
+
+class LoadingBackend:
+    """A GPU, or CPU memory where mapped files are slow: `_C.DeviceLoader` reads into one block.
+
+    Args:
+        device: a CUDA device or the CPU.
+        options: of the loader.
+
+    Raises:
+        ResourceError: no memory for its buffers.
+    """
+
+    is_mapped = False
+
+    def __init__(self, device: torch.device, **options: Any) -> None:
+        self.device = device
+        index = None
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+        try:
+            self.loader = _C.DeviceLoader(index, **options)
+        except (RuntimeError, MemoryError) as error:
+            raise ResourceError(f"The weights can't be loaded to {device}: {error}.") from error
+
+    def load(self, family: Family, model: str, infos: Sequence[TensorInfo]) -> list[torch.Tensor]:
+        """Copies in one block; on a GPU they are there in the order of the current stream."""
+        offsets, size = [], 0
+        for info in infos:
+            offsets.append(size)
+            size += _padded(info.n_bytes)
+        block = torch.empty(size, dtype=torch.uint8, device=self.device)
+        parts = [block[at : at + info.n_bytes] for at, info in zip(offsets, infos, strict=True)]
+        stream = 0
+        if self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device).cuda_stream
+        requests = [(str(i.path), i.offset, part) for i, part in zip(infos, parts, strict=True)]
+        try:
+            self.loader.load(requests, stream=stream)
+        except OSError as error:
+            raise ModelError(f"{error.filename} can't be read: {error.strerror}.") from error
+        except ValueError as error:
+            raise ModelError(
+                f"{infos[0].path} became shorter after it was opened ({error}): start again."
+            ) from error
+        return [
+            part.view(TORCH_DTYPES[info.dtype]).view(info.shape)
+            for part, info in zip(parts, infos, strict=True)
+        ]
+
+
+class DeviceWeights:
+    """Groups of a family's tensors on one device.
+
+    Args:
+        family: the candidates.
+        backend: how their tensors get there.
+        budget_bytes: what all groups on the device may have together, those that are only read for
+            a merge included; None: no limit.
+        on_evict: called with a group that goes, before its memory is needed; what still points
+            into it must let go.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        backend: Backend,
+        budget_bytes: int | None = None,
+        on_evict: Callable[[Group], None] = lambda group: None,
+    ) -> None:
+        self.family = family
+        self.backend = backend
+        self._on_evict = on_evict
+        self._groups: dict[GroupKey, Group] = {}
+        self._names: dict[int | None, list[str]] = {
+            src: list(suffixes.values()) for src, suffixes in enumerate(_layers(family))
+        }
+        inside = {name for names in self._names.values() for name in names}
+        self._names[None] = [name for name in family.base.tensors if name not in inside]
+        self._held: frozenset[GroupKey] = frozenset()
+        keys = [GroupKey(m, src) for m in family.candidates for src in self._names]
+        total = sum(self.n_bytes(key) for key in keys)
+        unlimited = budget_bytes is None or backend.is_mapped
+        self.budget_bytes = 1 << 62 if unlimited else int(budget_bytes or 0)
+        self.streams = total > self.budget_bytes
+        """The candidates do not all fit."""
+        # Room for what is read for one merge and goes again.
+        self._reserve = 0
+        if self.streams:
+            layers = range(family.num_layers)
+            self._reserve = max(
+                sum(self.n_bytes(GroupKey(m, src)) for m in family.candidates) for src in layers
+            )
+        self._hot: HotSet[GroupKey] = HotSet(self.budget_bytes - self._reserve)
+        self._keys: dict[tuple[str, int | None, tuple[torch.dtype, ...]], GroupKey] = {}
+
+    def n_bytes(self, key: GroupKey) -> int:
+        """What a group takes on the device."""
+        size = torch.empty(0, dtype=key.casts[-1]).element_size() if key.casts else 0
+        return sum(
+            _padded(info.n_elements * size if size and info.dtype in FLOAT_DTYPES else info.n_bytes)
+            for info in self._infos(key)
+        )
+
+    def key(self, model: str, src_layer: int | None, casts: Sequence[torch.dtype]) -> GroupKey:
+        """The group with its tensors cast; one that needs no cast is the file's own."""
+        wanted = (model, src_layer, tuple(casts))
+        if wanted not in self._keys:
+            raw = GroupKey(model, src_layer)
+            kinds = {TORCH_DTYPES[i.dtype] for i in self._infos(raw) if i.dtype in FLOAT_DTYPES}
+            is_raw = len(kinds.union(casts)) == 1 or not kinds
+            self._keys[wanted] = raw if is_raw else raw._replace(casts=tuple(casts))
+        return self._keys[wanted]
+
+    def hold(self, keys: Iterable[GroupKey]) -> None:
+        """Begins the next recipe: these groups stay until the one after it."""
+        self._held = frozenset(keys)
+        self._hot.tick()
+
+    def get(self, keys: Collection[GroupKey]) -> dict[GroupKey, Group]:
+        """Groups on the device. Those that are neither held nor hot go when the caller lets go.
+
+        Raises:
+            ModelError: a file can't be read.
+            ResourceError: the budget, or the device's memory, is too small.
+        """
+        for key in keys:
+            self._hot.use(key)
+        missing = [key for key in dict.fromkeys(keys) if key not in self._groups]
+        protected = self._held.union(keys)
+        passing = 0
+        kept: list[GroupKey] = []
+        for key in missing:
+            size, must = self.n_bytes(key), key in self._held
+            gone = self._hot.admit(key, size, held=protected, must=must)
+            if gone is None and must:
+                raise self._too_small()
+            if gone is None:
+                passing += size
+            else:
+                kept.append(key)
+                self._evict(gone)
+        if self._hot.n_bytes + passing > self.budget_bytes:
+            gone = self._hot.shrink(self.budget_bytes - passing, protected)
+            if gone is None:
+                for key in kept:
+                    self._hot.remove(key)
+                raise self._too_small()
+            self._evict(gone)
+        found = {key: self._groups[key] for key in keys if key in self._groups}
+        for number, key in enumerate(missing):
+            try:
+                found[key] = self._load(key)
+            except BaseException:
+                for never in set(missing[number:]) & set(kept):
+                    self._hot.remove(never)
+                raise
+            if key in self._hot:
+                self._groups[key] = found[key]
+        return found
+
+    def __contains__(self, key: GroupKey) -> bool:
+        return key in self._groups
+
+    def _load(self, key: GroupKey) -> Group:
+        raw = key._replace(casts=())
+        infos = self._infos(key)
+        try:
+            if key.casts and raw in self._groups:
+                tensors = [self._groups[raw].tensors[info.name] for info in infos]
+            else:
+                tensors = self.backend.load(self.family, key.model, infos)
+            for dtype in key.casts:
+                tensors = [t.to(dtype) if t.is_floating_point() else t for t in tensors]
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise ResourceError(
+                f"Layers of {key.model} found no place on {self.backend.device}: use fewer workers "
+                "for each device."
+            ) from error
+        return Group({info.name: t for info, t in zip(infos, tensors, strict=True)})
+
+    def _infos(self, key: GroupKey) -> list[TensorInfo]:
+        tensors = self.family.candidates[key.model].tensors
+        return [tensors[name] for name in self._names[key.src_layer] if name in tensors]
+
+    def _evict(self, keys: Iterable[GroupKey]) -> None:
+        for key in keys:
+            self._on_evict(self._groups.pop(key))
+
+    def _too_small(self) -> ResourceError:
+        return ResourceError(
+            f"One recipe's layers need more than the {self.budget_bytes / 2**30:.1f} GiB that the "
+            f"candidates may have on {self.backend.device}: use fewer workers for each device."
+        )
+
+
+def default_budget(device: torch.device, kept_bytes: int, workers: int) -> int:
+    """What candidates may have on a GPU: this worker's share of what is free, less headroom.
+
+    Args:
+        device: a CUDA device.
+        kept_bytes: what merged layers may take beside them.
+        workers: how many share the device.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    share = min(free, total // workers)
+    headroom = max(share // 8, min(2 << 30, share // 4))  # activations, logits, the allocator
+    return max(0, share - headroom - kept_bytes)
+
+
+def _layers(family: Family) -> list[dict[str, str]]:
+    layers = family.architecture.layers
+    return [dict(layers[src]) for src in range(family.num_layers)]
+
+
+def _padded(n_bytes: int) -> int:
+    return -(-n_bytes // ALIGNMENT) * ALIGNMENT

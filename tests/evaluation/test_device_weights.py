@@ -1,0 +1,198 @@
+"""Candidates on the device: the same model as from mapped files, within the stated budget."""
+
+from __future__ import annotations
+
+import gc
+import random
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gptailor import _C
+from gptailor.errors import ModelError, ResourceError
+from gptailor.evaluation.device_weights import DeviceWeights, GroupKey, LoadingBackend
+from gptailor.evaluation.resident import ResidentModel
+from gptailor.models.checkpoint import TensorInfo
+from gptailor.models.family import Family
+from gptailor.recipe import Layer, Merge, Recipe, Take
+from tests.conftest import save_llama
+
+CPU = torch.device("cpu")
+TA = (("lambda", 1.0), ("normalize", 0.0))
+TIES = (("density", 0.5), ("lambda", 1.0), ("normalize", 1.0))
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(_C.cuda_device_count() == 0, reason="no CUDA device"),
+        ],
+    ),
+]
+
+
+class CountedBackend(LoadingBackend):
+    """Counts what is loaded, and the bytes that are alive whenever something is loaded."""
+
+    def __init__(self, device: torch.device = CPU) -> None:
+        super().__init__(device, threads=2, buffer_bytes=4096)
+        self.loads: list[tuple[str, str]] = []
+        self.most = 0
+        self._alive: dict[int, int] = {}
+
+    def load(self, family: Family, model: str, infos: Sequence[TensorInfo]) -> list[torch.Tensor]:
+        self.loads.append((model, infos[0].name))
+        tensors = super().load(family, model, infos)
+        storage = tensors[0].untyped_storage()
+        number = len(self.loads)
+        self._alive[number] = storage.nbytes()
+        weakref.finalize(storage, self._alive.pop, number)
+        gc.collect(0)
+        self.most = max(self.most, sum(self._alive.values()))
+        return tensors
+
+
+def recipe(models: dict[str, str], *layers: Layer, dtype: str = "bfloat16") -> Recipe:
+    return Recipe(models, "base", layers, "base", "base", dtype)
+
+
+def random_recipe(models: dict[str, str], rng: random.Random) -> Recipe:
+    names = list(models)
+    layers: list[Layer] = []
+    for src in sorted(rng.sample(range(6), rng.randint(2, 6))):
+        if rng.random() < 0.6:
+            layers.append(Take(rng.choice(names), src, scale=rng.choice([1.0, 1.0, 0.9])))
+        else:
+            weights = tuple((n, rng.choice([0.3, 0.5, 1.0])) for n in names if n != "base")
+            method, values = rng.choice([("task_arithmetic", TA), ("ties", TIES)])
+            layers.append(Merge(method, src, weights, values))
+    if rng.random() < 0.2:
+        layers.append(layers[0])  # one source layer twice
+    ends = rng.choice(names), rng.choice(names)
+    return Recipe(models, "base", tuple(layers), *ends, rng.choice(["bfloat16", "float32"]))
+
+
+def state(resident: ResidentModel) -> dict[str, torch.Tensor]:
+    return {name: t.cpu() for name, t in resident.model.state_dict().items()}
+
+
+def test_a_group_is_what_the_file_holds(models: dict[str, str]) -> None:
+    family = Family(models, "base")
+    weights = DeviceWeights(family, LoadingBackend(CPU))
+    for src in (None, 0, 5):
+        key = weights.key("red", src, (torch.bfloat16, torch.bfloat16))
+        assert key == GroupKey("red", src)
+        group = weights.get([key])[key]
+        file = load_file(Path(models["red"]) / "model.safetensors")
+        for name, tensor in group.tensors.items():
+            assert tensor.data_ptr() % 64 == 0
+            assert torch.equal(tensor, file[name])
+        assert weights.get([key])[key] is group
+        cast = weights.key("red", src, (torch.float16, torch.float32))
+        assert cast.casts == (torch.float16, torch.float32)
+        assert weights.n_bytes(cast) >= 1.9 * weights.n_bytes(key) - 256
+        for name, tensor in weights.get([cast])[cast].tensors.items():
+            assert torch.equal(tensor, file[name].to(torch.float16).to(torch.float32))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+@pytest.mark.parametrize("share", [None, 0.55])
+def test_recipes_are_those_of_mapped_files(
+    models: dict[str, str], device: str, dtype: str, share: float | None
+) -> None:
+    family = Family(models, "base")
+    total = sum(t.n_bytes for c in family.candidates.values() for t in c.tensors.values())
+    mapped = ResidentModel(family, device="cpu", dtype=dtype, cache_bytes=0)
+    budget = 1 << 30 if share is None else int(total * (2 if dtype == "float32" else 1) * share)
+    loaded = ResidentModel(
+        family, device=device, dtype=dtype, cache_bytes=100_000, candidate_bytes=budget
+    )
+    rng = random.Random(0)
+    for number in range(30):
+        chosen = random_recipe(models, rng)
+        mapped.assemble(chosen)
+        try:
+            loaded.assemble(chosen)
+        except ResourceError:
+            assert share is not None and dtype == "auto" and chosen.dtype == "float32"
+            continue
+        expected, found = state(mapped), state(loaded)
+        assert list(found) == list(expected), number
+        for name, tensor in found.items():
+            assert torch.equal(tensor, expected[name]), (number, name)
+        loaded.check_pointers(chosen)
+
+
+def test_the_budget_holds_and_hot_layers_stay(models: dict[str, str]) -> None:
+    family = Family(models, "base")
+    everything = DeviceWeights(family, CountedBackend())
+    layer = everything.n_bytes(GroupKey("base", 0))
+    outside = everything.n_bytes(GroupKey("base", None))
+    n_models = len(models)
+    budget = outside + (6 + n_models) * layer  # six layers stay, and one merge passes through
+    backend = CountedBackend()
+    evicted: list[int] = []
+    weights = DeviceWeights(family, backend, budget, lambda group: evicted.append(id(group)))
+    assert weights.streams
+    rng = random.Random(0)
+    for _ in range(40):
+        hot = [GroupKey("red", src) for src in range(4)]
+        cold = GroupKey(rng.choice(list(models)), rng.randrange(4, 6))
+        weights.hold([*hot, cold, GroupKey("base", None)])
+        weights.get([*hot, cold, GroupKey("base", None)])
+        src = rng.randrange(6)
+        borrowed = weights.get([GroupKey(name, src) for name in models])
+        assert len(borrowed) == n_models
+        del borrowed
+    assert evicted
+    assert backend.most <= budget
+    assert (
+        sum(load == ("red", "model.layers.2.input_layernorm.weight") for load in backend.loads) <= 1
+    )
+    assert len(backend.loads) > 40
+
+
+def test_too_small_a_budget_is_said(models: dict[str, str]) -> None:
+    family = Family(models, "base")
+    weights = DeviceWeights(family, LoadingBackend(CPU), 100_000)
+    keys = [GroupKey("red", src) for src in range(6)]
+    weights.hold(keys)
+    with pytest.raises(ResourceError, match="fewer workers"):
+        weights.get(keys)
+    weights.hold([])
+    small = DeviceWeights(family, LoadingBackend(CPU), 1000)
+    with pytest.raises(ResourceError, match="fewer workers"):
+        small.get([GroupKey("red", None)])
+
+
+def test_a_failed_load_leaves_nothing_behind(tmp_path: Path) -> None:
+    save_llama(tmp_path / "base", 0)
+    save_llama(tmp_path / "red", 1, like=tmp_path / "base")
+    models = {name: str(tmp_path / name) for name in ("base", "red")}
+    family = Family(models, "base")
+    weights = DeviceWeights(family, LoadingBackend(CPU))
+    path = tmp_path / "red" / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    keys = [GroupKey("red", src) for src in (None, *range(6))]
+    with pytest.raises(ModelError, match="became shorter"):
+        weights.get(keys)
+    path.unlink()
+    with pytest.raises(ModelError, match=r"red.*can't be read: No such file"):
+        weights.get(keys)
+    path.write_bytes(content)
+    assert len(weights.get(keys)) == 7
+    assert all(key in weights for key in keys)
+
+
+def test_the_base_is_not_in_memory_twice(models: dict[str, str]) -> None:
+    resident = ResidentModel(Family(models, "base"), device="cpu")
+    assert sum(p.numel() for p in resident.model.parameters()) == 0
+    resident.assemble(recipe(models, Take("red", 3)))
+    assert sum(p.numel() for p in resident.model.parameters()) > 0
