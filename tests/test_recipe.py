@@ -1,6 +1,6 @@
-"""Recipes: strict keys, canonical text, and one hash for all recipes that build one model.
+"""Recipes: strict keys, and one text for each recipe.
 
-The canonical text is compared with `tests/golden/recipe.yaml`. When it changes on purpose, look
+The canonical text is compared with `tests/golden/recipe*.yaml`. When it changes on purpose, look
 at the difference, then write the new one with `GPTAILOR_BLESS=1 pytest tests/test_recipe.py`:
 archives and published models hold this text, so that the schema's number may have to change too.
 """
@@ -18,28 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptailor.errors import UsageError
-from gptailor.merging.registry import METHODS, Value
 from gptailor.recipe import (
-    DTYPES,
     NO_LAYER,
     Layer,
     Merge,
     Recipe,
     Take,
     absolute_ref,
-    canonical_layer,
     load_yaml,
     read_recipe,
 )
+from tests.recipes import MODELS, TA, TIES, merge, recipe, recipes, weights
 
-GOLDEN = Path(__file__).parent / "golden" / "recipe.yaml"
-MODELS = {"base": "org/base", "red": "org/red", "green": "org/green", "blue": "org/blue"}
-TA = (("lambda", 1.0), ("normalize", 0.0))
-TIES = (("density", 1.0), ("lambda", 1.0), ("normalize", 1.0))
-
-
-def recipe(*layers: Layer, **changes: Any) -> Recipe:
-    return replace(Recipe(MODELS, "base", layers, "base", "base"), **changes, _cache={})
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def entry(**keys: Any) -> dict[str, Any]:
@@ -59,10 +50,6 @@ def refused(data: object) -> str:
     return text
 
 
-def weights(**values: float) -> tuple[tuple[str, float], ...]:
-    return tuple(values.items())
-
-
 FULL = recipe(
     Take("red", 0),
     Take("green", 3, 0.97),
@@ -76,19 +63,36 @@ FULL = recipe(
 )
 
 
+SPARSE = Merge(
+    "della", 2, weights(red=0.5, blue=1.0),
+    (("density", (0.4, 0.6)), ("epsilon", 0.1), ("lambda", 1.1), ("seed", 7.0)),
+)  # fmt: skip
+PARTS = recipe(
+    SPARSE,
+    replace(SPARSE, modules=(("self_attn", replace(SPARSE, weights=weights(red=1.0, blue=1.0))),)),
+    Take("red", 3, 0.9, modules=(("mlp", Take("green", 3)), ("norm", merge("karcher", "red")))),
+    Merge("nearswap", 4, weights(red=1.0), (("t", 0.001),)),
+    Merge("model_stock", 5, weights(blue=1.0, red=1.0), (("filter_wise", 1.0),)),
+    embeddings=Merge("average", NO_LAYER, weights(red=1.0, blue=1.0)),
+    head=Take("red", NO_LAYER, modules=(("norm", Take("blue", NO_LAYER)),)),
+)
+
+
 # Text
 
 
-def test_golden_text() -> None:
+@pytest.mark.parametrize(
+    ("name", "made", "point"),
+    [("recipe.yaml", FULL, "d166cca7"), ("recipe_parts.yaml", PARTS, "6d7d9b4a")],
+)
+def test_golden_text_and_hash(name: str, made: Recipe, point: str) -> None:
+    """The hash is the archive's key; it may change only together with the schema's number."""
     if os.environ.get("GPTAILOR_BLESS"):
-        GOLDEN.write_text(FULL.to_yaml())
-    assert FULL.to_yaml() == GOLDEN.read_text()
-
-
-def test_golden_hash() -> None:
-    """The archive's key; it may change only together with the schema's number."""
-    assert Recipe.from_yaml(GOLDEN.read_text()).hash == FULL.hash
-    assert FULL.point == FULL.hash[:8] == "d166cca7"
+        (GOLDEN / name).write_text(made.to_yaml())
+    assert made.to_yaml() == (GOLDEN / name).read_text()
+    read = Recipe.from_yaml((GOLDEN / name).read_text())
+    assert read == made
+    assert made.point == read.point == read.hash[:8] == point
 
 
 def test_the_example_of_the_documentation() -> None:
@@ -119,84 +123,6 @@ def test_defaults() -> None:
     assert (found.embeddings, found.head, found.dtype) == ("base", "base", "bfloat16")
 
 
-_names = st.text(min_size=1, max_size=6).filter(str.isprintable) | st.sampled_from(
-    ["yes", "null", "1", "1.5", "a: b", "#x", "- a", "{x}", "é", " a ", "'", '"', "~", "<<"]
-)
-_weight = st.sampled_from([0.0, 0.5, 1.0]) | st.floats(-1000, 1000)
-_MODULES = ["self_attn", "mlp", "self_attn.q_proj", "mlp.up", "é: ", "1"]
-_scale = st.just(1.0) | st.floats(0.1, 10)
-
-
-@st.composite
-def recipes(draw: st.DrawFn, names: st.SearchStrategy[str] = _names) -> Recipe:
-    known = draw(st.lists(names, min_size=2, max_size=4, unique=True))
-    models = {name: f"org/{i}" for i, name in enumerate(draw(st.permutations(known)))}
-    one = st.sampled_from(list(models))
-
-    def drawn_merge(src_layer: int, base: str) -> Merge:
-        method = draw(st.sampled_from(list(METHODS.values())))
-        known = list(models)
-        if method.base != "never" and not (method.weighted and method.uses_base):
-            known.remove(base)
-        most = min(method.max_sources, len(known) if method.weighted else 5)
-        least = method.min_sources
-        if most < least:
-            method, known, most, least = METHODS["karcher"], list(models), 5, 1
-        some = draw(
-            st.lists(st.sampled_from(known), min_size=least, max_size=most, unique=method.weighted)
-        )
-        if method.weighted:
-            some = [m for m in models if m in some]  # as a file is read
-        sources = tuple((m, draw(_weight) if method.weighted else 1.0) for m in some)
-        values: dict[str, Value] = {}
-        for p in method.parameters:
-            number = st.sampled_from([p.low, p.high, *p.search]) | st.floats(p.low, p.high)
-            if p.kind == "integer":
-                number = st.integers(int(p.low), int(p.high)).map(float)
-            if p.is_flag:
-                values[p.name] = float(draw(st.booleans()))
-            elif p.per_source and draw(st.booleans()):
-                values[p.name] = tuple(draw(number) for _ in some)
-            else:
-                values[p.name] = draw(number)
-        if method.name.startswith("della"):
-            values["density"] = draw(st.sampled_from([0.0, 0.4, 0.5, 1.0]))
-            values["epsilon"] = draw(st.sampled_from([0.0, 0.1, 0.15]))
-        if abs(sum(w for _, w in sources)) < 1e-8:
-            sources = tuple((m, 1.0) for m, _ in sources)
-        return Merge(method.name, src_layer, sources, tuple(values.items()))
-
-    def drawn_entry(src_layer: int, base: str) -> Layer:
-        if draw(st.booleans()):
-            return Take(draw(one), src_layer)
-        return drawn_merge(src_layer, base)
-
-    def with_modules(entry: Layer, base: str) -> Layer:
-        texts = draw(st.lists(st.sampled_from(_MODULES), max_size=3, unique=True))
-        parts = [(text, drawn_entry(0, base)) for text in texts]
-        if isinstance(entry, Merge) and draw(st.booleans()):  # as an override writes it
-            values = dict(drawn_merge(0, base).parameters)
-            shared = {k: v for k, v in entry.parameters if k not in values or draw(st.booleans())}
-            parts.append(("norm", replace(entry, parameters=tuple(shared.items()))))
-            if "t" in METHODS[entry.method].by_name:
-                parts[-1] = ("norm", replace(entry, parameters=(("t", draw(st.floats(0, 1))),)))
-        return replace(entry, modules=tuple(parts))
-
-    def drawn_layer(base: str) -> Layer:
-        entry = with_modules(drawn_entry(draw(st.integers(0, 40)), base), base)
-        return replace(entry, scale=draw(_scale))
-
-    def drawn_end(base: str) -> str | Layer:
-        if draw(st.booleans()):
-            return draw(one)
-        return with_modules(drawn_merge(NO_LAYER, base), base)
-
-    base = draw(one)
-    layers = tuple(drawn_layer(base) for _ in range(draw(st.integers(1, 3))))
-    dtype = draw(st.sampled_from(list(DTYPES)))
-    return Recipe(models, base, layers, drawn_end(base), drawn_end(base), dtype)
-
-
 @settings(max_examples=150, deadline=None)
 @given(recipes())
 def test_round_trip(made: Recipe) -> None:
@@ -205,186 +131,6 @@ def test_round_trip(made: Recipe) -> None:
     assert again == made
     assert again.to_yaml() == text
     assert Recipe.from_dict(yaml.safe_load(text)) == made
-
-
-@settings(max_examples=150, deadline=None)
-@given(recipes())
-def test_the_canonical_form_has_the_same_hash(made: Recipe) -> None:
-    canonical = made.canonical()
-    assert canonical.hash == made.hash
-    assert canonical.canonical() == canonical
-    assert canonical.src_layers == made.src_layers
-
-
-@settings(max_examples=150, deadline=None)
-@given(recipes(), st.data())
-def test_names_of_models_do_not_count(made: Recipe, data: st.DataObject) -> None:
-    names = list(made.models)
-    fresh = data.draw(st.permutations([f"m{i}" for i in range(len(names))]))
-    new = dict(zip(names, fresh, strict=True))
-    order = data.draw(st.permutations(names))
-
-    def renamed(old: Layer) -> Layer:
-        parts = tuple((text, renamed(part)) for text, part in old.modules)
-        if isinstance(old, Take):
-            return replace(old, model=new[old.model], modules=parts)
-        sources = tuple((new[m], w) for m, w in old.weights)
-        return replace(old, weights=sources, modules=parts)
-
-    def renamed_end(old: str | Layer) -> str | Layer:
-        return new[old] if isinstance(old, str) else renamed(old)
-
-    other = Recipe(
-        {new[name]: made.models[name] for name in order},
-        new[made.base],
-        tuple(renamed(old) for old in made.layers),
-        renamed_end(made.embeddings),
-        renamed_end(made.head),
-        made.dtype,
-    )
-    assert other.hash == made.hash
-
-
-@settings(max_examples=150, deadline=None)
-@given(recipes(), st.data())
-def test_the_order_of_sources_counts_only_where_it_has_a_meaning(
-    made: Recipe, data: st.DataObject
-) -> None:
-    def reordered(old: Layer) -> Layer:
-        parts = tuple((text, reordered(part)) for text, part in old.modules)
-        if isinstance(old, Take) or old.method == "slerp":
-            return replace(old, modules=parts)
-        order = data.draw(st.permutations(range(len(old.weights))))
-        values = tuple(
-            (name, tuple(value[i] for i in order) if isinstance(value, tuple) else value)
-            for name, value in old.parameters
-        )
-        sources = tuple(old.weights[i] for i in order)
-        return replace(old, weights=sources, parameters=values, modules=parts)
-
-    other = replace(made, layers=tuple(map(reordered, made.layers)), _cache={})
-    assert other.hash == made.hash
-
-
-# Whatever builds the same model has the same hash, and nothing else has
-
-EQUAL: list[tuple[Layer, Layer]] = [
-    # one source of which nothing is lost
-    (Merge("linear", 1, weights(red=0.3), (("normalize", 1.0),)), Take("red", 1)),
-    (Merge("linear", 1, weights(red=-2.0), (("normalize", 1.0),)), Take("red", 1)),
-    (Merge("linear", 1, weights(red=1.0), (("normalize", 0.0),)), Take("red", 1)),
-    (Merge("linear", 1, weights(red=1.0, blue=0.0), (("normalize", 0.0),)), Take("red", 1)),
-    (Merge("linear", 1, weights(red=0.7, blue=0.0), (("normalize", 1.0),)), Take("red", 1)),
-    (Merge("task_arithmetic", 1, weights(red=1.0), TA), Take("red", 1)),
-    (Merge("task_arithmetic", 1, weights(red=0.3), (("lambda", 1.0), ("normalize", 1.0))),
-     Take("red", 1)),
-    (Merge("task_arithmetic", 1, weights(red=0.5), (("lambda", 2.0), TA[1])), Take("red", 1)),
-    (Merge("task_arithmetic", 1, weights(red=1.0, base=0.4), TA), Take("red", 1)),
-    (Merge("ties", 1, weights(red=0.3), TIES), Take("red", 1)),
-    (Merge("ties", 1, weights(red=0.3, blue=0.0, base=2.0), TIES), Take("red", 1)),
-    # none
-    (Merge("task_arithmetic", 1, weights(red=0.0), TA), Take("base", 1)),
-    (Merge("task_arithmetic", 1, weights(base=0.7), TA), Take("base", 1)),
-    (Merge("task_arithmetic", 1, weights(red=1.0, blue=1.0), (("lambda", 0.0), TA[1])),
-     Take("base", 1)),
-    (Merge("ties", 1, weights(red=0.0, base=1.0), TIES), Take("base", 1)),
-    (Merge("ties", 1, weights(red=1.0), (TIES[0], ("lambda", 0.0), TIES[2])), Take("base", 1)),
-    # λ folded into the weights
-    (Merge("task_arithmetic", 1, weights(red=0.5, blue=1.0), (("lambda", 0.5), TA[1])),
-     Merge("task_arithmetic", 1, weights(red=0.25, blue=0.5), TA)),
-    (Merge("task_arithmetic", 1, weights(red=0.5, blue=1.5), (("lambda", 1.0), ("normalize", 1.0))),
-     Merge("task_arithmetic", 1, weights(red=0.25, blue=0.75), TA)),
-    (Merge("task_arithmetic", 1, weights(red=0.5, base=1.5), (("lambda", 1.0), ("normalize", 1.0))),
-     Merge("task_arithmetic", 1, weights(red=0.25), TA)),
-    (Merge("task_arithmetic", 1, weights(red=1.0, blue=-1.0), (TA[0], ("normalize", 1.0))),
-     Merge("task_arithmetic", 1, weights(red=1.0, blue=-1.0), TA)),
-    # one source makes the weight of ties meaningless
-    (Merge("ties", 1, weights(red=0.3), (("density", 0.5), *TIES[1:])),
-     Merge("ties", 1, weights(red=-1.7), (("density", 0.5), *TIES[1:]))),
-    (Merge("ties", 1, weights(red=0.3, blue=0.0), (("density", 0.5), *TIES[1:])),
-     Merge("ties", 1, weights(red=1.0), (("density", 0.5), *TIES[1:]))),
-    # a mean is a mean
-    (Merge("linear", 1, weights(red=1.0, blue=2.0), (("normalize", 1.0),)),
-     Merge("linear", 1, weights(red=0.5, blue=1.0), (("normalize", 1.0),))),
-    (Merge("linear", 1, weights(red=0.5, blue=1.5), (("normalize", 1.0),)),
-     Merge("linear", 1, weights(red=0.25, blue=0.75), (("normalize", 0.0),))),
-    # slerp from both ends
-    (Merge("slerp", 1, weights(red=1.0, blue=1.0), (("t", 0.0),)), Take("red", 1)),
-    (Merge("slerp", 1, weights(red=1.0, blue=1.0), (("t", 1.0),)), Take("blue", 1)),
-    (Merge("slerp", 1, weights(red=1.0, red2=1.0)[:1] * 2, (("t", 0.4),)), Take("red", 1)),
-    (Merge("slerp", 1, weights(red=1.0, blue=1.0), (("t", 0.3),)),
-     Merge("slerp", 1, weights(blue=1.0, red=1.0), (("t", 0.7),))),
-    # the order of the sources
-    (Merge("linear", 1, weights(red=0.5, blue=1.5), (("normalize", 1.0),)),
-     Merge("linear", 1, weights(blue=1.5, red=0.5), (("normalize", 1.0),))),
-    (Merge("ties", 1, weights(red=0.5, blue=1.5), TIES),
-     Merge("ties", 1, weights(blue=1.5, red=0.5), TIES)),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("one", "two"), EQUAL)
-def test_equal(one: Layer, two: Layer) -> None:
-    assert recipe(one).hash == recipe(two).hash
-    one, two = (replace(x, scale=0.5) for x in (one, two))
-    assert recipe(one, Take("red", 2)).hash == recipe(two, Take("red", 2)).hash
-    canonical = canonical_layer(one, "base", MODELS)
-    assert canonical == canonical_layer(two, "base", MODELS)
-    assert canonical.scale == 0.5
-
-
-def test_the_last_scale_is_without_effect() -> None:
-    assert (
-        recipe(Take("red", 0), Take("red", 1, 0.5)).hash
-        == recipe(Take("red", 0), Take("red", 1)).hash
-    )
-
-
-def test_unused_models_do_not_count() -> None:
-    fewer = {name: MODELS[name] for name in ("base", "red")}
-    assert recipe(Take("red", 1), models=fewer).hash == recipe(Take("red", 1)).hash
-
-
-def test_parameters_that_count() -> None:
-    merge = Merge("ties", 1, weights(red=0.5, blue=1.5), TIES)
-    plain = Merge("linear", 1, weights(red=0.5, blue=1.5), (("normalize", 0.0),))
-    last = Take("red", 5)
-    different = [
-        recipe(Take("red", 1), last),
-        recipe(Take("blue", 1), last),
-        recipe(Take("red", 2), last),
-        recipe(Take("red", 1), last, last),
-        recipe(last, Take("red", 1)),
-        recipe(Take("red", 1, 0.5), last),
-        recipe(Take("red", 1), last, base="red"),
-        recipe(Take("red", 1), last, embeddings="red"),
-        recipe(Take("red", 1), last, head="red"),
-        recipe(Take("red", 1), last, dtype="float32"),
-        recipe(Take("red", 1), last, models=MODELS | {"red": "org/other"}),
-        recipe(merge, last),
-        recipe(replace(merge, src_layer=2), last),
-        recipe(replace(merge, weights=weights(red=1.5, blue=0.5)), last),
-        recipe(replace(merge, weights=weights(red=0.5, green=1.5)), last),
-        recipe(replace(merge, weights=weights(red=0.5, blue=1.5, green=0.1)), last),
-        recipe(replace(merge, parameters=(("density", 0.5), *TIES[1:])), last),
-        recipe(replace(merge, parameters=(TIES[0], ("lambda", 0.5), TIES[2])), last),
-        recipe(replace(merge, parameters=(*TIES[:2], ("normalize", 0.0))), last),
-        recipe(
-            replace(merge, weights=weights(red=0.5), parameters=(("density", 0.5), *TIES[1:])), last
-        ),
-        recipe(replace(merge, method="task_arithmetic", parameters=TA), last),
-        recipe(plain, last),
-        recipe(replace(plain, parameters=(("normalize", 1.0),)), last),
-        recipe(replace(plain, weights=weights(red=0.5)), last),
-        recipe(Merge("slerp", 1, weights(red=1.0, blue=1.0), (("t", 0.3),)), last),
-        recipe(Merge("slerp", 1, weights(blue=1.0, red=1.0), (("t", 0.3),)), last),
-    ]
-    hashes = [r.hash for r in different]
-    assert len(set(hashes)) == len(hashes)
-
-
-def test_with_two_sources_the_base_of_a_mean_counts() -> None:
-    with_base = Merge("linear", 1, weights(red=0.5, base=0.5), (("normalize", 1.0),))
-    assert recipe(with_base).hash != recipe(Take("red", 1)).hash
 
 
 # What is refused
@@ -476,6 +222,35 @@ LAYERS: list[tuple[dict[str, Any], str]] = [
      "lambda is 101, outside its bounds -100 to 100"),
     ({"merge": "linear", "layer": 1, "weights": {"red": 1, "blue": -1}},
      "the weights of linear add up to zero"),
+    ({"merge": "multislerp", "layer": 1, "weights": {"red": 1, "blue": -1}},
+     "the weights of multislerp add up to zero"),
+    ({"merge": "nuslerp", "layer": 1, "weights": {"red": 1}}, "nuslerp takes exactly 2 models"),
+    ({"merge": "model_stock", "layer": 1, "models": ["red"]}, "takes 2 to 16 models, not 1"),
+    ({"merge": "nearswap", "layer": 1, "models": ["red", "blue"], "t": 1}, "exactly 1 model,"),
+    ({"merge": "nearswap", "layer": 1, "models": ["red"]}, "nearswap needs a value for t"),
+    ({"merge": "sce", "layer": 1, "models": ["red", "base"]}, "base is the base, which takes part"),
+    ({"merge": "nuslerp", "layer": 1, "weights": {"red": 1, "base": 1}, "task_vectors": True},
+     "base is the base, which takes part in nuslerp"),
+    ({"merge": "karcher", "layer": 1, "weights": {"red": 1}}, "the key 'models' is missing"),
+    ({"merge": "karcher", "layer": 1, "models": ["red"], "weights": {}}, "unknown key 'weights'"),
+    ({"merge": "ties", "layer": 1, "weights": {"red": 1}, "density": {"blue": 0.5}},
+     "unknown source 'blue' in r.yaml: layers[0]: density"),
+    ({"merge": "dare_ties", "layer": 1, "weights": {"red": 1}, "seed": 0.5}, "a whole number"),
+    ({"merge": "della", "layer": 1, "weights": {"red": 1}, "density": 0.9}, "do not go together"),
+    ({"take": "red", "layer": 1, "modules": []}, "modules must be a mapping"),
+    ({"take": "red", "layer": 1, "modules": {"mlp": "red"}}, "modules: mlp must be a mapping"),
+    ({"take": "red", "layer": 1, "modules": {1: {}}}, "1 is no part of a tensor's name"),
+    ({"take": "red", "layer": 1, "modules": {"": {}}}, "'' is no part of a tensor's name"),
+    ({"take": "red", "layer": 1, "modules": {"mlp": {"t": 1}}}, "modules: mlp"),
+    ({"take": "red", "layer": 1, "modules": {"mlp": {"take": "rde"}}}, "did you mean 'red'?"),
+    ({"take": "red", "layer": 1, "modules": {"mlp": {"take": "red", "layer": 2}}},
+     "unknown key 'layer' in r.yaml: layers[0]: modules: mlp"),
+    ({"take": "red", "layer": 1, "modules": {"mlp": {"merge": "karcher"}}}, "'models' is missing"),
+    ({"take": "red", "layer": 1, "modules": {"m": {"take": "red", "merge": "ties"}}}, "needs"),
+    ({"merge": "slerp", "layer": 1, "models": ["red", "blue"], "t": 0.5,
+      "modules": {"mlp": {"t": 2}}}, "modules: mlp: t is 2, outside its bounds 0 to 1"),
+    ({"merge": "slerp", "layer": 1, "models": ["red", "blue"], "t": 0.5,
+      "modules": {"mlp": {"scale": 2}}}, "unknown key 'scale' in r.yaml: layers[0]: modules: mlp"),
 ]  # fmt: skip
 
 
@@ -484,6 +259,57 @@ def test_layers(keys: dict[str, Any], message: str) -> None:
     text = refused(entry(**keys))
     assert message in text
     assert "layers[0]" in text
+
+
+def test_modules_are_written_on_top_of_their_layer() -> None:
+    found = layer(
+        merge="ties",
+        layer=1,
+        weights={"red": 0.5, "blue": 0.7},
+        density={"red": 0.2, "blue": 0.4},
+        scale=0.5,
+        modules={
+            "q_proj": {"lambda": 0.5},
+            "self_attn": {"weights": {"blue": 1.0, "green": 0.1}},
+            "up_proj": {"take": "green"},
+            "mlp": {"merge": "karcher", "models": ["red", "blue"]},
+        },
+    )
+    assert isinstance(found, Merge)
+    sparse, whole = (("density", (0.2, 0.4)), *TIES[1:]), weights(red=0.5, blue=0.7)
+    own = Merge("ties", 1, whole, sparse, 0.5)
+    assert found.at("input_layernorm.weight") == own
+    assert found.at("self_attn.q_proj.weight") == replace(
+        own, parameters=(sparse[0], ("lambda", 0.5), *TIES[2:])
+    )
+    assert found.at("self_attn.k_proj.weight") == replace(  # blue's density stays, green has none
+        own, weights=weights(green=0.1, blue=1.0), parameters=(("density", (1.0, 0.4)),)
+    )
+    assert found.at("mlp.up_proj.weight") == Take("green", 1, 0.5)
+    assert found.at("mlp.down_proj.weight") == replace(merge("karcher", "red", "blue"), scale=0.5)
+    assert found.used_models == ("red", "blue", "green")
+    assert found.models == ("red", "blue")
+
+
+@pytest.mark.parametrize("key", ["embeddings", "head"])
+def test_ends(key: str) -> None:
+    def read(end: object) -> Recipe:
+        return Recipe.from_dict(entry(take="red", layer=0) | {key: end}, "r.yaml")
+
+    made = read({"merge": "linear", "weights": {"red": 1, "blue": 2}, "modules": {"norm": {}}})
+    end = getattr(made, key)
+    assert end == Merge("linear", NO_LAYER, weights(red=1.0, blue=2.0), modules=end.modules)
+    line = f"{key}: {{merge: linear, weights: {{red: 1.0, blue: 2.0}}, modules: {{norm: {{}}}}}}\n"
+    assert line in made.to_yaml()
+    assert Recipe.from_yaml(made.to_yaml()) == made
+    assert getattr(read({"take": "blue"}), key) == "blue"
+    for wrong, message in [
+        ({"merge": "linear", "layer": 0, "weights": {"red": 1}}, f"r.yaml: {key}: unknown key"),
+        ({"merge": "linear", "weights": {"red": 1}, "scale": 0.5}, "unknown key 'scale'"),
+        ({"merge": "liner", "weights": {"red": 1}}, "did you mean 'linear'?"),
+    ]:
+        text = refused(entry(take="red", layer=0) | {key: wrong})
+        assert message.partition(": unknown")[0] in text and key in text
 
 
 def test_a_number_of_400_digits_is_refused() -> None:

@@ -222,6 +222,7 @@ _TABLE = (
         Parameter(
             "score_calibration_value", 1.0, -100.0, 100.0, (1.0,), "the score of important columns"
         ),
+        _flag("by_rows", False, "rows in the place of columns, as the paper does for embeddings"),
     ),
 )  # fmt: skip
 

@@ -80,7 +80,10 @@ def toggle_merge(genome: Genome, space: SearchSpace, rng: np.random.Generator) -
 
 
 def reweight(genome: Genome, space: SearchSpace, rng: np.random.Generator) -> None:
-    """Moves the weight of one model in a merged layer, or in all merged layers."""
+    """Moves the weight of one model in a merged layer, or in all merged layers.
+
+    Where sources have no weights the model is put in or left out.
+    """
     merged = np.flatnonzero((genome[:, KEEP] == 1) & (genome[:, METHOD] > 0))
     if not len(merged):
         toggle_merge(genome, space, rng)
@@ -88,7 +91,12 @@ def reweight(genome: Genome, space: SearchSpace, rng: np.random.Generator) -> No
     layers = merged if rng.random() < 0.3 else rng.choice(merged, 1)
     column = LEVELS + int(rng.integers(len(space.names)))
     step = int(rng.choice([-1, 1]))
-    genome[layers, column] = np.clip(genome[layers, column] + step, 0, len(space.weights))
+    highest = len(space.weights)
+    for layer in layers:
+        level = genome[layer, column]
+        in_or_out = 0 if level else highest
+        moved = level + step if space.has_weights(genome[layer]) else in_or_out
+        genome[layer, column] = np.clip(moved, 0, highest)
 
 
 MUTATIONS: tuple[Callable[[Genome, SearchSpace, np.random.Generator], None], ...] = (

@@ -6,8 +6,9 @@ A genome has a row for each source layer (L) and a column for each gene (G = 3 +
 
 `keep` is 0 or 1. `source` is the model whose layer is taken when nothing is merged. `method` 0
 takes, m > 0 merges with the m-th method of the space. A level is 0 for a model that is not part of
-the merge, or 1 + the index of its weight. Genes that have no effect (the source of a dropped
-layer) are kept, so that a layer comes back as it was.
+the merge, or 1 + the index of its weight; slerp makes its t of the two weights, and to a method
+that has no weights a level only says that the model is part of it. Genes that have no effect (the
+source of a dropped layer) are kept, so that a layer comes back as it was.
 """
 
 from __future__ import annotations
@@ -129,6 +130,11 @@ class SearchSpace:
         method = rng.integers(1, len(self.methods) + 1)
         return np.concatenate([[method], levels])
 
+    def has_weights(self, row: npt.NDArray[np.int64]) -> bool:
+        """True if the levels of a merged layer are more than in or out."""
+        method = self.methods[int(row[METHOD]) - 1]
+        return method.weighted or method.name == "slerp"
+
     def _layer(self, src_layer: int, row: npt.NDArray[np.int64]) -> Layer:
         take = Take(self.names[row[SOURCE]], src_layer)
         if row[METHOD] == 0:
@@ -140,15 +146,16 @@ class SearchSpace:
             if level > 0 and not (method.uses_base and name == self.base)
         ]
         values = {p.name: p.search[0] for p in method.parameters}
-        if not method.weighted:
+        if len(levels) > method.max_sources:
             levels = sorted(levels, key=lambda item: -item[1])[: method.max_sources]
             levels.sort(key=lambda item: self.names.index(item[0]))
         if len(levels) < method.min_sources:
             return take
         weights = tuple((name, self.weights[level - 1]) for name, level in levels)
-        if not method.weighted:
+        if method.name == "slerp":
             (_, first), (_, second) = weights
             values["t"] = round(second / (first + second), 6)
+        if not method.weighted:
             weights = tuple((name, 1.0) for name, _ in weights)
         return Merge(method.name, src_layer, weights, tuple(values.items()))
 
@@ -159,7 +166,7 @@ class SearchSpace:
         if layer.method not in methods:
             return
         row[METHOD] = 1 + methods.index(layer.method)
-        if get_method(layer.method).weighted:
+        if layer.method != "slerp":
             for model, weight in layer.weights:
                 row[LEVELS + self.names.index(model)] = 1 + self._nearest(weight)
             return

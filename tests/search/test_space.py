@@ -7,15 +7,16 @@ from hypothesis import strategies as st
 
 from gptailor.config import Space
 from gptailor.errors import UsageError
-from gptailor.recipe import Merge, Take
-from gptailor.search.operators import mutate
+from gptailor.merging.registry import METHODS
+from gptailor.recipe import Merge, Recipe, Take
+from gptailor.search.operators import mutate, reweight
 from gptailor.search.space import KEEP, LEVELS, METHOD, SearchSpace
 from tests.search.helpers import ALL, MODELS, make_space
 
 seeds = st.integers(0, 2**32 - 1)
 
 
-@given(seeds, st.sampled_from([ALL, ("task_arithmetic",), ("slerp",), ()]))
+@given(seeds, st.sampled_from([ALL, ("task_arithmetic",), ("slerp",), (), tuple(METHODS)]))
 def test_genome_and_recipe_round_trip(seed: int, methods: tuple[str, ...]) -> None:
     space = make_space(methods=methods)
     rng = np.random.default_rng(seed)
@@ -62,6 +63,41 @@ def test_slerp_takes_the_two_strongest() -> None:
     assert isinstance(layer, Merge)
     assert layer.models == ("red", "blue")
     assert layer.parameter("t") == pytest.approx(0.7 / 1.7, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_can_be_searched(name: str) -> None:
+    """Whatever the genome says: what is decoded is a recipe that reads back as itself."""
+    space, method = make_space(methods=(name,)), METHODS[name]
+    rng = np.random.default_rng(0)
+    merged = 0
+    for _ in range(40):
+        genome = space.blank()
+        for row in genome:
+            row[METHOD:] = space.random_merge(rng)
+        recipe = space.decode(genome)
+        assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+        assert space.decode(space.encode(recipe)).hash == recipe.hash
+        for layer in recipe.layers:
+            if isinstance(layer, Merge):
+                merged += 1
+                assert method.min_sources <= len(layer.models) <= method.max_sources
+                assert not (method.uses_base and "base" in layer.models)
+    assert merged > 100
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_reweighting_changes_what_is_merged(name: str) -> None:
+    space = make_space(num_layers=1, low=1, methods=(name,))
+    rng = np.random.default_rng(0)
+    genome = space.blank()
+    genome[0, METHOD:] = [1, 2, 2, 2, 2]
+    hashes = set()
+    for _ in range(60):
+        reweight(genome, space, rng)
+        assert 0 <= genome[0, LEVELS:].min() <= genome[0, LEVELS:].max() <= len(space.weights)
+        hashes.add(space.decode(genome).hash)
+    assert len(hashes) > 3
 
 
 def test_the_base_is_no_source_of_a_difference_to_the_base() -> None:
