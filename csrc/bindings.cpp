@@ -82,7 +82,7 @@ Input input_of(const Tensor& t, const std::string& what, int64_t n_elements) {
   if (t.n_elements != n_elements)
     throw std::invalid_argument(what + " has " + std::to_string(t.n_elements) + " elements, sources[0] has " +
                                 std::to_string(n_elements));
-  return {t.data, mergeable(t.dtype, what)};
+  return {t.data, t.reader.get(), t.reader_offset, mergeable(t.dtype, what)};
 }
 
 void check_source_count(size_t n) {
@@ -91,44 +91,78 @@ void check_source_count(size_t n) {
                                 std::to_string(n));
 }
 
+// name: number, or a sequence with one for each source.
+std::map<std::string, std::vector<double>> numbers_of(const py::dict& parameters) {
+  std::map<std::string, std::vector<double>> result;
+  for (const auto& [name, value] : parameters) {
+    const bool one = PyNumber_Check(value.ptr()) != 0;
+    result[py::cast<std::string>(name)] =
+        one ? std::vector<double>{py::cast<double>(value)} : py::cast<std::vector<double>>(value);
+  }
+  return result;
+}
+
+// A row runs along the last dimension; a column along the first, whatever number of dimensions comes after.
+int64_t row_length_of(const Tensor& t, int64_t asked, bool by_columns) {
+  if (asked < 0 || (asked > 0 && t.n_elements % asked != 0))
+    throw std::invalid_argument("row_length is " + std::to_string(asked) + ", which does not divide " +
+                                std::to_string(t.n_elements) + " elements");
+  if (asked > 0) return asked;
+  if (t.shape.empty() || t.n_elements == 0) return 1;
+  return by_columns && t.shape.size() > 1 ? t.n_elements / t.shape.front() : t.shape.back();
+}
+
 struct PyMerge {
   std::vector<Tensor> keep_alive;
   std::unique_ptr<const Merger> merger;
 
-  PyMerge(const std::string& method, const std::vector<PyTensor>& sources, const std::optional<PyTensor>& base,
-          const std::string& out_dtype, MergeOptions options, bool check_nan) {
+  PyMerge(const std::string& name, const std::vector<PyTensor>& sources, const std::optional<PyTensor>& base,
+          const std::string& out_dtype, const MergeOptions& options, int64_t row_length, bool check_nan) {
     check_source_count(sources.size());
     MergeJob job;
-    job.method = method_named(method);
     job.n_sources = static_cast<int>(sources.size());
     job.n_elements = sources[0].tensor.n_elements;
     for (size_t i = 0; i < sources.size(); ++i) {
       job.sources[i] = input_of(sources[i].tensor, "sources[" + std::to_string(i) + "]", job.n_elements);
       keep_alive.push_back(sources[i].tensor);
     }
+    job.has_base = base.has_value();
     if (base) {
       job.base = input_of(base->tensor, "base", job.n_elements);
       keep_alive.push_back(base->tensor);
     }
     job.out_dtype = mergeable(dtype_named(out_dtype), "out_dtype");
     job.check_nan = check_nan;
+    const Method method = method_named(name, job.n_sources, job.has_base, options);
+    job.row_length = row_length_of(sources[0].tensor, row_length, method.sphere_by == Weights::columns);
     const py::gil_scoped_release nogil;
-    merger = std::make_unique<const Merger>(job, base.has_value(), options);
+    merger = std::make_unique<const Merger>(job, method, options.n_threads);
+  }
+
+  void check_elements(int64_t begin, int64_t count) const {
+    const int64_t n = merger->job().n_elements;
+    if (begin < 0 || count < 0 || begin > n || count > n - begin)
+      throw std::invalid_argument("elements [" + std::to_string(begin) + ", +" + std::to_string(count) +
+                                  ") do not lie within " + std::to_string(n));
   }
 
   void run(int64_t begin, int64_t count, const Buffer& out, int64_t out_offset) const {
-    const MergeJob& job = merger->job();
-    if (begin < 0 || count < 0 || begin > job.n_elements || count > job.n_elements - begin)
-      throw std::invalid_argument("elements [" + std::to_string(begin) + ", +" + std::to_string(count) +
-                                  ") do not lie within " + std::to_string(job.n_elements));
-    const int64_t n_bytes = count * mergeable_bytes(job.out_dtype);
+    check_elements(begin, count);
+    const int64_t n_bytes = count * mergeable_bytes(merger->job().out_dtype);
     check_range(out_offset, n_bytes, out.size());
     std::byte* to = out.data() + out_offset;
     for (const Tensor& t : keep_alive)
-      if (n_bytes > 0 && t.data < to + n_bytes && to < t.data + t.n_bytes)
+      if (n_bytes > 0 && t.data != nullptr && t.data < to + n_bytes && to < t.data + t.n_bytes)
         throw std::invalid_argument("the output overlaps an input");
     const py::gil_scoped_release nogil;
     merger->run(begin, count, to);
+  }
+
+  void write(int64_t begin, int64_t count, int fd, int64_t offset) const {
+    check_elements(begin, count);
+    if (offset < 0) throw std::invalid_argument("offset is negative");
+    const py::gil_scoped_release nogil;
+    merger->write(begin, count, fd, offset);
   }
 };
 
@@ -140,18 +174,16 @@ std::string py_copy_range(int src_fd, int64_t src_offset, int dst_fd, int64_t ds
   });
 }
 
-void py_merge_cuda(const std::string& method, const std::vector<py::object>& outs,
+void py_merge_cuda(const std::string& name, const std::vector<py::object>& outs,
                    const std::vector<std::vector<py::object>>& sources, const std::vector<py::object>& bases,
-                   MergeOptions options, uintptr_t stream) {
+                   const MergeOptions& options, uintptr_t stream) {
   require_cuda();
-  MergeJob job;
-  job.method = method_named(method);
   if (sources.size() != outs.size() || (!bases.empty() && bases.size() != outs.size()))
     throw std::invalid_argument("outs, sources and bases must have one entry for each tensor");
   if (outs.empty()) return;
   check_source_count(sources[0].size());
-  job.n_sources = static_cast<int>(sources[0].size());
-  prepare(job, !bases.empty(), options);
+  const int n_sources = static_cast<int>(sources[0].size());
+  const Method method = method_named(name, n_sources, !bases.empty(), options);
 
   std::vector<Tensor> keep_alive;  // for as long as the call lasts; the stream is the caller's business
   std::vector<CudaTensor> tensors(outs.size());
@@ -172,7 +204,7 @@ void py_merge_cuda(const std::string& method, const std::vector<py::object>& out
     c.n_elements = out.n_elements;
     c.out = const_cast<std::byte*>(out.data);
     c.out_dtype = mergeable(out.dtype, "outs" + at);
-    if (sources[k].size() != static_cast<size_t>(job.n_sources))
+    if (sources[k].size() != static_cast<size_t>(n_sources))
       throw std::invalid_argument("sources" + at + " has another number of sources than sources[0]");
     for (size_t i = 0; i < sources[k].size(); ++i) {
       const std::string what = "sources" + at + "[" + std::to_string(i) + "]";
@@ -181,7 +213,7 @@ void py_merge_cuda(const std::string& method, const std::vector<py::object>& out
     if (!bases.empty()) c.base = input_of(take(bases[k], "bases" + at), "bases" + at, c.n_elements);
   }
   const py::gil_scoped_release nogil;
-  merge_cuda(job, options, tensors, device, stream);
+  merge_cuda(method, n_sources, tensors, device, stream);
 }
 
 void py_load(Loader& loader, const std::vector<std::tuple<std::filesystem::path, int64_t, py::object>>& requests,
@@ -295,17 +327,18 @@ PYBIND11_MODULE(_C, m) {
   py::class_<PyMerge>(m, "Merge")
       .def(py::init([](const std::string& method, const std::vector<PyTensor>& sources,
                        const std::optional<PyTensor>& base, const std::string& out_dtype, std::vector<double> weights,
-                       std::vector<double> densities, double lam, double factor, bool normalize, double t, bool check_nan,
+                       const py::dict& parameters, double factor, int64_t row_length, uint64_t key, bool check_nan,
                        int threads) {
              return std::make_unique<PyMerge>(
                  method, sources, base, out_dtype,
-                 MergeOptions{std::move(weights), std::move(densities), lam, factor, normalize, t, threads}, check_nan);
+                 MergeOptions{std::move(weights), numbers_of(parameters), factor, key, threads}, row_length, check_nan);
            }),
            py::arg("method"), py::arg("sources"), py::arg("base") = py::none(), py::kw_only(), py::arg("out_dtype"),
-           py::arg("weights") = py::tuple(), py::arg("densities") = py::tuple(), py::arg("lam") = 1.0, py::arg("factor") = 1.0,
-           py::arg("normalize") = false, py::arg("t") = 0.5, py::arg("check_nan") = true, py::arg("threads") = 0)
+           py::arg("weights") = py::tuple(), py::arg("parameters") = py::dict(), py::arg("factor") = 1.0,
+           py::arg("row_length") = 0, py::arg("key") = 0, py::arg("check_nan") = true, py::arg("threads") = 0)
       .def_property_readonly("n_elements", [](const PyMerge& p) { return p.merger->job().n_elements; })
-      .def("run", &PyMerge::run, py::arg("begin"), py::arg("count"), py::arg("out"), py::arg("out_offset") = 0);
+      .def("run", &PyMerge::run, py::arg("begin"), py::arg("count"), py::arg("out"), py::arg("out_offset") = 0)
+      .def("write", &PyMerge::write, py::arg("begin"), py::arg("count"), py::arg("fd"), py::arg("offset"));
 
   m.def("copy_range", &py_copy_range, py::arg("src_fd"), py::arg("src_offset"), py::arg("dst_fd"),
         py::arg("dst_offset"), py::arg("n_bytes"));
@@ -313,14 +346,14 @@ PYBIND11_MODULE(_C, m) {
       "merge_cuda",
       [](const std::string& method, const std::vector<py::object>& outs,
          const std::vector<std::vector<py::object>>& sources, const std::optional<std::vector<py::object>>& bases,
-         std::vector<double> weights, std::vector<double> densities, double lam, double factor, bool normalize,
-         double t, uintptr_t stream) {
+         std::vector<double> weights, const py::dict& parameters, double factor, uint64_t key,
+         uintptr_t stream) {
         py_merge_cuda(method, outs, sources, bases.value_or(std::vector<py::object>{}),
-                      MergeOptions{std::move(weights), std::move(densities), lam, factor, normalize, t, 0}, stream);
+                      MergeOptions{std::move(weights), numbers_of(parameters), factor, key, 0}, stream);
       },
       py::arg("method"), py::arg("outs"), py::arg("sources"), py::arg("bases") = py::none(), py::kw_only(),
-      py::arg("weights") = py::tuple(), py::arg("densities") = py::tuple(), py::arg("lam") = 1.0,
-      py::arg("factor") = 1.0, py::arg("normalize") = false, py::arg("t") = 0.5, py::arg("stream") = 0);
+      py::arg("weights") = py::tuple(), py::arg("parameters") = py::dict(), py::arg("factor") = 1.0,
+      py::arg("key") = 0, py::arg("stream") = 0);
   py::class_<PyDeviceTensor>(m, "DeviceTensor")
       .def_static("from_dlpack", &PyDeviceTensor::from, py::arg("tensor"))
       .def_property_readonly("device", [](const PyDeviceTensor& t) { return t.foreign.device_id; })

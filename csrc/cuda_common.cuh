@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "coefficients.h"
 #include "formulas.h"
 
 namespace gptailor {
@@ -26,7 +27,7 @@ struct DeviceTensor {
 
 // What the reductions found out about a tensor.
 struct Reduced {
-  float weights[kMaxSources];        // slerp
+  float weights[kMaxSources];        // methods on a sphere
   uint32_t thresholds[kMaxSources];  // ties
 };
 
@@ -131,8 +132,8 @@ __device__ __forceinline__ void store(const float (&x)[W], void* data, DType dty
 
 // Queue the reductions of slerp and ties; they fill in `reduced`, a row for each tensor.
 // partials: 3 * n_blocks doubles.
-void queue_slerp(const DeviceTensor* rows, int n_rows, int64_t n_blocks, double t, double* partials, Reduced* reduced,
-                 cudaStream_t stream);
+void queue_slerp(const DeviceTensor* rows, int n_rows, int64_t n_blocks, const SphereParams& sphere, double* partials,
+                 Reduced* reduced, cudaStream_t stream);
 // states: n_rows * n_sources, with `remaining` set; counts: kRadixBuckets for each of them, zeroed.
 void queue_thresholds(const DeviceTensor* rows, int n_rows, int64_t n_tiles, int n_sources, int n_processors,
                       RadixState* states, unsigned long long* counts, Reduced* reduced, cudaStream_t stream);

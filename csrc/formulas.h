@@ -2,63 +2,77 @@
 // A formula has a state of a few floats, a step for each source in order, and an end. float32 throughout, compiled
 // without contraction into fused multiply-adds, so that both give the same bits. Every formula passes a NaN in any
 // input on to its result; the NaN check relies on that.
+//
+// A step takes the source's element, or its difference from the base after the keep stage (see Keep) if kTakesDelta.
 #pragma once
 
 #include <cmath>
 
 #include "dtype.h"
+#include "philox.h"
 
 namespace gptailor {
 
 inline constexpr int kMaxSources = 16;
 
-enum class Method : uint8_t { linear, task_arithmetic, slerp, ties };
+enum class Formula : uint8_t { linear, task_arithmetic, ties, sce, ram, nearswap };
+
+// Which differences from the base take part; the others count as zero.
+enum class Keep : uint8_t {
+  all,
+  magnitude,   // low <= |d| <= high
+  random,      // a random word is below the source's chance
+  ranked,      // random, the larger the likelier: decided beforehand, a bit for each element
+  variance,    // the variance over the sources is >= low
+  importance,  // |d| times a number of its row is >= low
+};
 
 // What the formulas need besides the elements. Plain data: it is passed to kernels by value.
 struct Params {
   float weights[kMaxSources] = {};
-  uint32_t thresholds[kMaxSources] = {};  // ties: magnitude bits of the smallest delta that is kept
-  float divisor = 1.0f;                   // linear, task_arithmetic: what the sum is divided by
+  uint32_t low[kMaxSources] = {};    // bits of the smallest that is kept
+  uint32_t high[kMaxSources] = {};   // bits of the largest
+  float scales[kMaxSources] = {};    // what is kept is multiplied by it
+  uint64_t chances[kMaxSources] = {};
+  PhiloxKey key;
+  float divisor = 1.0f;  // linear, task_arithmetic: what the sum is divided by
   float lambda = 1.0f;
-  float factor = 1.0f;                    // the whole result is multiplied by it, before it is rounded
+  float factor = 1.0f;  // the whole result is multiplied by it, before it is rounded
+  float epsilon = 0.0f;  // ram: differences up to this are none
+  float t = 0.0f;        // nearswap
   bool normalize = false;
 };
 
 // Sums start here, not at 0: -0 + x is x for every x, a zero's sign included.
 inline constexpr float kEmptySum = -0.0f;
 
-// sum_i w_i x_i, divided by sum_i w_i if normalize. Also slerp, once its two weights are known.
+// sum_i w_i x_i, divided by sum_i w_i if normalize.
 struct Linear {
-  static constexpr bool kUsesBase = false;
+  static constexpr bool kUsesBase = false, kTakesDelta = false;
   static constexpr int kState = 1;
-  GPTAILOR_HD static void step(float (&sum)[kState], float x, float /*base*/, float weight, uint32_t /*threshold*/) {
-    sum[0] += weight * x;
-  }
+  GPTAILOR_HD static void step(float (&sum)[kState], float x, float weight, const Params&) { sum[0] += weight * x; }
   GPTAILOR_HD static float end(const float (&sum)[kState], float /*base*/, const Params& p) {
     return p.factor * (p.normalize ? sum[0] / p.divisor : sum[0]);
   }
 };
 
-// base + lambda * sum_i w_i (x_i - base), the sum divided by sum_i w_i if normalize.
+// base + lambda * sum_i w_i d_i, the sum divided by sum_i w_i if normalize.
 struct TaskArithmetic {
-  static constexpr bool kUsesBase = true;
+  static constexpr bool kUsesBase = true, kTakesDelta = true;
   static constexpr int kState = 1;
-  GPTAILOR_HD static void step(float (&sum)[kState], float x, float base, float weight, uint32_t /*threshold*/) {
-    sum[0] += weight * (x - base);
-  }
+  GPTAILOR_HD static void step(float (&sum)[kState], float d, float weight, const Params&) { sum[0] += weight * d; }
   GPTAILOR_HD static float end(const float (&sum)[kState], float base, const Params& p) {
     return p.factor * (base + p.lambda * (p.normalize ? sum[0] / p.divisor : sum[0]));
   }
 };
 
-// Trims each delta to its largest magnitudes, elects the sign of their weighted sum, and adds up what agrees with it.
+// Elects the sign of the weighted sum of differences, and adds up what agrees with it.
 // The sign is known at the end only, so both candidates are added up on the way.
 struct Ties {
-  static constexpr bool kUsesBase = true;
+  static constexpr bool kUsesBase = true, kTakesDelta = true;
   static constexpr int kState = 5;  // sum of all; sums of the positive and negative ones; and of their weights
-  GPTAILOR_HD static void step(float (&s)[kState], float x, float base, float weight, uint32_t threshold) {
-    const float delta = x - base;
-    const float d = weight * (magnitude_bits(delta) >= threshold ? delta : 0.0f);
+  GPTAILOR_HD static void step(float (&s)[kState], float delta, float weight, const Params&) {
+    const float d = weight * delta;
     s[0] += d;
     s[1] += d > 0.0f ? d : 0.0f;
     s[2] += d < 0.0f ? d : 0.0f;
@@ -77,30 +91,67 @@ struct Ties {
   static constexpr uint32_t kTinyBits = 0x322bcc77u;  // of 1e-8f
 };
 
-inline constexpr bool uses_base(Method m) { return m == Method::task_arithmetic || m == Method::ties; }
-
-// slerp: the two weights, from the squared norms and the dot product of the whole tensors.
-// Nearly parallel tensors (|cos| > 0.9995) are interpolated linearly: sin(theta) would be close to zero.
-GPTAILOR_HD void slerp_weights(double norm0_sq, double norm1_sq, double dot, double t, float (&weights)[kMaxSources]) {
-  const double eps = 1e-8;
-  const double norm0 = sqrt(norm0_sq), norm1 = sqrt(norm1_sq);
-  const double cosine = dot / ((norm0 > eps ? norm0 : 1.0) * (norm1 > eps ? norm1 : 1.0));
-  if (cosine > 0.9995 || cosine < -0.9995) {
-    weights[0] = static_cast<float>(1.0 - t);
-    weights[1] = static_cast<float>(t);
-  } else {
-    const double theta = acos(cosine);
-    weights[0] = static_cast<float>(sin((1.0 - t) * theta) / sin(theta));
-    weights[1] = static_cast<float>(sin(t * theta) / sin(theta));
+// Like Ties, but the sign is that of the plain sum, and the weights are never negative.
+struct Sce {
+  static constexpr bool kUsesBase = true, kTakesDelta = true;
+  static constexpr int kState = 5;
+  GPTAILOR_HD static void step(float (&s)[kState], float d, float weight, const Params&) {
+    s[0] += d;
+    s[1] += d > 0.0f ? weight * d : 0.0f;
+    s[2] += d < 0.0f ? weight * d : 0.0f;
+    s[3] += d > 0.0f ? weight : 0.0f;
+    s[4] += d < 0.0f ? weight : 0.0f;
   }
+  GPTAILOR_HD static float end(const float (&s)[kState], float base, const Params& p) {
+    const bool positive = s[0] >= 0.0f;
+    const float weights = positive ? s[3] : s[4];
+    const float sum = (positive ? s[1] : s[2]) / (weights < 1e-6f ? 1e-6f : weights);
+    return p.factor * (base + (is_nan(s[0]) ? s[0] : sum));
+  }
+};
+
+// The mean of the differences that are not close to zero.
+struct Ram {
+  static constexpr bool kUsesBase = true, kTakesDelta = true;
+  static constexpr int kState = 2;
+  GPTAILOR_HD static void step(float (&s)[kState], float d, float, const Params& p) {
+    const bool none = d <= p.epsilon && -d <= p.epsilon;  // false for NaN
+    s[0] += none ? 0.0f : d;
+    s[1] += none ? 0.0f : 1.0f;
+  }
+  GPTAILOR_HD static float end(const float (&s)[kState], float base, const Params& p) {
+    return p.factor * (base + s[0] / (s[1] > 1.0f ? s[1] : 1.0f));
+  }
+};
+
+// w x + (1 - w) base with w = t / |x - base|, within 0 and 1: elements near each other are swapped.
+struct NearSwap {
+  static constexpr bool kUsesBase = true, kTakesDelta = false;
+  static constexpr int kState = 1;
+  GPTAILOR_HD static void step(float (&s)[kState], float x, float, const Params&) { s[0] = x; }
+  GPTAILOR_HD static float end(const float (&s)[kState], float base, const Params& p) {
+    const float distance = float_from_bits(magnitude_bits(base - s[0]));
+    const float ratio = p.t / (distance < 1e-6f ? 1e-6f : distance);
+    const float w = ratio > 1.0f ? 1.0f : ratio;
+    return p.factor * (w * s[0] + (1.0f - w) * base);
+  }
+};
+
+// Whether Keep::magnitude keeps a difference. NaN is kept, so that it is seen.
+GPTAILOR_HD bool keeps_magnitude(float d, uint32_t low, uint32_t high) {
+  const uint32_t bits = magnitude_bits(d);
+  return bits >= low && (bits <= high || bits > kInfBits);
 }
+
+inline constexpr bool uses_base(Formula f) { return f != Formula::linear; }
+inline constexpr bool takes_delta(Formula f) { return f != Formula::linear && f != Formula::nearswap; }
 
 // How reductions over a whole tensor are ordered, on the CPU and on the GPU: blocks of kReduceBlock elements; within a
 // block, lane j adds up the elements j, j + kLanes, ...; lanes are folded in halves; blocks are added in their order.
 inline constexpr int64_t kReduceBlock = 4096;
 inline constexpr int kLanes = 32;
 
-// How the k-th magnitude is found, on both: histograms of 11, then 10, then 10 of its 31 bits.
+// How the k-th magnitude is found on the GPU: histograms of 11, then 10, then 10 of its 31 bits.
 inline constexpr int kRadixPasses = 3;
 inline constexpr int kRadixBuckets = 2048;
 GPTAILOR_HD constexpr int radix_shift(int pass) { return pass == 0 ? 20 : pass == 1 ? 10 : 0; }

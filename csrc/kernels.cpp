@@ -3,6 +3,10 @@
 // would be compiled for this file's instruction set and might be linked into code that runs on any machine.
 #include "kernels.h"
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #ifndef GPTAILOR_SIMD
 #define GPTAILOR_SIMD portable
 #endif
@@ -20,13 +24,13 @@ constexpr int64_t kBlock = 512;
 typedef uint16_t Unaligned16 __attribute__((aligned(1), may_alias));
 typedef float UnalignedF32 __attribute__((aligned(1), may_alias));
 
-void load(const Input& in, int64_t begin, int64_t n, float* __restrict out) {
-  if (in.dtype == DType::F32) {
-    memcpy(out, in.data + begin * 4, static_cast<size_t>(n) * 4);
+void load(const std::byte* in, DType dtype, int64_t n, float* __restrict out) {
+  if (dtype == DType::F32) {
+    memcpy(out, in, static_cast<size_t>(n) * 4);
     return;
   }
-  const Unaligned16* x = reinterpret_cast<const Unaligned16*>(in.data + begin * 2);
-  if (in.dtype == DType::BF16) {
+  const Unaligned16* x = reinterpret_cast<const Unaligned16*>(in);
+  if (dtype == DType::BF16) {
     for (int64_t i = 0; i < n; ++i) out[i] = bf16_to_f32(x[i]);
   } else {
     for (int64_t i = 0; i < n; ++i) out[i] = f16_to_f32(x[i]);
@@ -54,14 +58,146 @@ bool any_nan(const float* x, int64_t n) {
 
 using Block = float[kBlock];
 
-template <class F>
-void step(const float* __restrict x, const float* __restrict base, float weight, uint32_t threshold, int64_t n,
+void load_source(const MergeJob& job, const Slice& slice, int s, int64_t i, int64_t n, float* out) {
+  const DType dtype = job.sources[s].dtype;
+  load(slice.sources[s] + i * mergeable_bytes(dtype), dtype, n, out);
+}
+
+void load_base(const MergeJob& job, const Slice& slice, int64_t i, int64_t n, float* out) {
+  load(slice.base + i * mergeable_bytes(job.base.dtype), job.base.dtype, n, out);
+}
+
+void subtract(float* __restrict x, const float* __restrict base, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) x[j] -= base[j];
+}
+
+void random(PhiloxKey key, int source, int64_t begin, int64_t n, uint32_t* out) {
+  constexpr int64_t kGroups = kBlock / kPhiloxWords + 1;
+  uint32_t words[kPhiloxWords][kGroups];
+  for (int64_t i = 0; i < n;) {
+    const int64_t first = begin + i, skipped = first % kPhiloxWords;
+    const int64_t m = n - i < kBlock ? n - i : kBlock;
+    const uint64_t position = static_cast<uint64_t>(first / kPhiloxWords);
+    const int64_t groups = (skipped + m + kPhiloxWords - 1) / kPhiloxWords;
+    for (int64_t g = 0; g < groups; ++g) {
+      uint32_t w[kPhiloxWords];
+      philox(key, position + static_cast<uint64_t>(g), static_cast<uint32_t>(source), w);
+      for (int k = 0; k < kPhiloxWords; ++k) words[k][g] = w[k];
+    }
+    for (int64_t j = 0; j < m; ++j) out[i + j] = words[(skipped + j) % kPhiloxWords][(skipped + j) / kPhiloxWords];
+    i += m;
+  }
+}
+
+// The variance of each element's differences over the sources. `base` holds the base. Seen from the first source's
+// difference, so that equal sources give zero.
+void variances(const MergeJob& job, const Slice& slice, int64_t i, int64_t n, const float* __restrict base,
+               float* __restrict out) {
+  alignas(64) Block x;
+  alignas(64) Block first;
+  alignas(64) Block mean;
+  const auto count = static_cast<float>(job.n_sources);
+  load_source(job, slice, 0, i, n, first);
+  subtract(first, base, n);
+  for (int64_t j = 0; j < n; ++j) mean[j] = out[j] = first[j] - first[j];  // 0, or NaN
+  for (int s = 1; s < job.n_sources; ++s) {
+    load_source(job, slice, s, i, n, x);
+    for (int64_t j = 0; j < n; ++j) mean[j] += (x[j] - base[j]) - first[j];
+  }
+  for (int64_t j = 0; j < n; ++j) mean[j] /= count;
+  for (int s = 0; s < job.n_sources; ++s) {
+    load_source(job, slice, s, i, n, x);
+    for (int64_t j = 0; j < n; ++j) {
+      const float off = ((x[j] - base[j]) - first[j]) - mean[j];
+      out[j] += off * off;
+    }
+  }
+  for (int64_t j = 0; j < n; ++j) out[j] /= count;
+}
+
+// |d| times the number of its row; `first` is the index of the first element in the tensor.
+void importances(const MergeJob& job, int64_t first, int64_t n, const float* __restrict d, float* __restrict out) {
+  for (int64_t j = 0; j < n;) {
+    const int64_t row = (first + j) / job.row_length;
+    const int64_t end = (row + 1) * job.row_length - first;
+    const double scale = job.row_scales[row];
+    for (const int64_t stop = end < n ? end : n; j < stop; ++j)
+      out[j] = static_cast<float>(static_cast<double>(float_from_bits(magnitude_bits(d[j]))) * scale);
+  }
+}
+
+// Sets differences that do not take part to zero. By multiplication where a mask decides, so that NaN stays NaN.
+// `varied` holds the variances, for Keep::variance.
+void apply_keep(const MergeJob& job, int s, int64_t first, int64_t n, const float* __restrict varied,
+                float* __restrict d) {
+  const Params& p = job.params;
+  if (job.keep == Keep::magnitude) {
+    const uint32_t low = p.low[s], high = p.high[s];
+    for (int64_t j = 0; j < n; ++j) d[j] = keeps_magnitude(d[j], low, high) ? d[j] : 0.0f;
+  } else if (job.keep == Keep::random) {
+    if (p.chances[s] >= kAlways) return;
+    uint32_t words[kBlock];
+    random(p.key, s, first, n, words);
+    const auto below = static_cast<uint32_t>(p.chances[s]);
+    for (int64_t j = 0; j < n; ++j) d[j] *= words[j] < below ? 1.0f : 0.0f;
+  } else if (job.keep == Keep::ranked) {
+    const uint64_t* bits = job.ranked[s];
+    if (bits == nullptr) return;
+    for (int64_t j = 0; j < n; ++j) {
+      const int64_t e = first + j;
+      d[j] *= static_cast<float>((bits[e >> 6] >> (e & 63)) & 1);
+    }
+  } else if (job.keep == Keep::variance) {
+    const uint32_t low = p.low[0];
+    for (int64_t j = 0; j < n; ++j) d[j] *= bits_of(varied[j]) >= low ? 1.0f : 0.0f;
+  } else if (job.keep == Keep::importance) {
+    alignas(64) Block important;
+    const uint32_t low = p.low[0];
+    importances(job, first, n, d, important);
+    for (int64_t j = 0; j < n; ++j) d[j] *= bits_of(important[j]) >= low ? 1.0f : 0.0f;
+  }
+}
+
+void scale(float factor, int64_t n, float* d) {
+  for (int64_t j = 0; j < n; ++j) d[j] *= factor;
+}
+
+template <class F, bool kSubtract>
+void step(const float* __restrict x, const float* __restrict base, float weight, const Params& params, int64_t n,
           Block* __restrict state) {
+  const Params p = params;
   for (int64_t j = 0; j < n; ++j) {
     float s[F::kState];
     for (int k = 0; k < F::kState; ++k) s[k] = state[k][j];
-    F::step(s, x[j], F::kUsesBase ? base[j] : 0.0f, weight, threshold);
+    F::step(s, kSubtract ? x[j] - base[j] : x[j], weight, p);
     for (int k = 0; k < F::kState; ++k) state[k][j] = s[k];
+  }
+}
+
+template <class F>
+void step_varying(const float* __restrict x, const float* __restrict weights, const Params& params, int64_t n,
+                  Block* __restrict state) {
+  const Params p = params;
+  for (int64_t j = 0; j < n; ++j) {
+    float s[F::kState];
+    for (int k = 0; k < F::kState; ++k) s[k] = state[k][j];
+    F::step(s, x[j], weights[j], p);
+    for (int k = 0; k < F::kState; ++k) state[k][j] = s[k];
+  }
+}
+
+// The weight of source s at each of n elements from `first` on.
+void spread_weights(const MergeJob& job, int s, int64_t first, int64_t n, float* __restrict out) {
+  for (int64_t j = 0; j < n;) {
+    const int64_t row = (first + j) / job.row_length, column = (first + j) % job.row_length;
+    const int64_t left = job.row_length - column, m = left < n - j ? left : n - j;
+    if (job.weights_by == Weights::rows) {
+      const float weight = job.weights[row * job.n_sources + s];
+      for (int64_t k = 0; k < m; ++k) out[j + k] = weight;
+    } else {
+      memcpy(out + j, job.weights + s * job.row_length + column, static_cast<size_t>(m) * sizeof(float));
+    }
+    j += m;
   }
 }
 
@@ -76,51 +212,74 @@ void finish(const Block* __restrict state, const float* __restrict base, const P
   }
 }
 
-bool copy(const MergeJob& job, int64_t begin, int64_t end, std::byte* out) {
-  const Input& in = job.sources[0];
+bool copy(const MergeJob& job, const Slice& slice, std::byte* out) {
   const int64_t out_bytes = mergeable_bytes(job.out_dtype);
-  const bool same = in.dtype == job.out_dtype;
-  if (same) memcpy(out, in.data + begin * out_bytes, static_cast<size_t>((end - begin) * out_bytes));
+  const bool same = job.sources[0].dtype == job.out_dtype;
+  if (same) memcpy(out, slice.sources[0], static_cast<size_t>(slice.n * out_bytes));
   if (same && !job.check_nan) return false;
   alignas(64) Block x;
   bool nan = false;
-  for (int64_t i = begin; i < end; i += kBlock) {
-    const int64_t n = end - i < kBlock ? end - i : kBlock;
-    load(in, i, n, x);
+  for (int64_t i = 0; i < slice.n; i += kBlock) {
+    const int64_t n = slice.n - i < kBlock ? slice.n - i : kBlock;
+    load_source(job, slice, 0, i, n, x);
     if (job.check_nan) nan |= any_nan(x, n);
-    if (!same) store(x, n, job.out_dtype, out + (i - begin) * out_bytes);
+    if (!same) store(x, n, job.out_dtype, out + i * out_bytes);
   }
   return nan;
 }
 
 template <class F>
-bool merge_as(const MergeJob& job, int64_t begin, int64_t end, std::byte* out) {
+bool merge_as(const MergeJob& job, const Slice& slice, std::byte* out) {
   alignas(64) Block state[F::kState];
   alignas(64) Block x;
   alignas(64) Block base;
+  alignas(64) Block spread;
+  alignas(64) Block varied;
   const int64_t out_bytes = mergeable_bytes(job.out_dtype);
+  const Params& p = job.params;
   bool nan = false;
-  for (int64_t i = begin; i < end; i += kBlock) {
-    const int64_t n = end - i < kBlock ? end - i : kBlock;
+  for (int64_t i = 0; i < slice.n; i += kBlock) {
+    const int64_t n = slice.n - i < kBlock ? slice.n - i : kBlock;
     for (int k = 0; k < F::kState; ++k)
       for (int64_t j = 0; j < kBlock; ++j) state[k][j] = kEmptySum;
-    if (F::kUsesBase) load(job.base, i, n, base);
+    if (F::kUsesBase) load_base(job, slice, i, n, base);
+    if (job.keep == Keep::variance) variances(job, slice, i, n, base, varied);
     for (int s = 0; s < job.n_sources; ++s) {
-      load(job.sources[s], i, n, x);
-      step<F>(x, base, job.params.weights[s], job.params.thresholds[s], n, state);
+      load_source(job, slice, s, i, n, x);
+      if (job.keep == Keep::all && job.weights_by == Weights::whole) {
+        step<F, F::kTakesDelta>(x, base, p.weights[s], p, n, state);
+        continue;
+      }
+      if (F::kTakesDelta) {
+        subtract(x, base, n);
+        apply_keep(job, s, slice.begin + i, n, varied, x);
+        if (p.scales[s] != 1.0f) scale(p.scales[s], n, x);
+      }
+      if (job.weights_by == Weights::whole) {
+        step<F, false>(x, base, p.weights[s], p, n, state);
+      } else {
+        spread_weights(job, s, slice.begin + i, n, spread);
+        step_varying<F>(x, spread, p, n, state);
+      }
     }
-    finish<F>(state, base, job.params, n, x);
+    finish<F>(state, base, p, n, x);
     if (job.check_nan) nan |= any_nan(x, n);
-    store(x, n, job.out_dtype, out + (i - begin) * out_bytes);
+    store(x, n, job.out_dtype, out + i * out_bytes);
   }
   return nan;
 }
 
-bool merge(const MergeJob& job, int64_t begin, int64_t end, std::byte* out) {
-  if (job.is_copy) return copy(job, begin, end, out);
-  if (job.method == Method::task_arithmetic) return merge_as<TaskArithmetic>(job, begin, end, out);
-  if (job.method == Method::ties) return merge_as<Ties>(job, begin, end, out);
-  return merge_as<Linear>(job, begin, end, out);
+bool merge(const MergeJob& job, const Slice& slice, std::byte* out) {
+  if (job.is_copy) return copy(job, slice, out);
+  switch (job.formula) {
+    case Formula::linear: return merge_as<Linear>(job, slice, out);
+    case Formula::task_arithmetic: return merge_as<TaskArithmetic>(job, slice, out);
+    case Formula::ties: return merge_as<Ties>(job, slice, out);
+    case Formula::sce: return merge_as<Sce>(job, slice, out);
+    case Formula::ram: return merge_as<Ram>(job, slice, out);
+    case Formula::nearswap: return merge_as<NearSwap>(job, slice, out);
+  }
+  return false;
 }
 
 double fold(double (&lanes)[kLanes]) {
@@ -129,81 +288,175 @@ double fold(double (&lanes)[kLanes]) {
   return lanes[0];
 }
 
-DotSums dot(const Input& in0, const Input& in1, int64_t begin, int64_t end) {
-  alignas(64) Block x;
-  alignas(64) Block y;
-  alignas(64) double xx[kLanes] = {}, yy[kLanes] = {}, xy[kLanes] = {};
-  for (int64_t i = begin; i < end; i += kBlock) {
-    const int64_t n = end - i < kBlock ? end - i : kBlock;
-    load(in0, i, n, x);
-    load(in1, i, n, y);
-    for (int64_t j = n; j < kBlock && j % kLanes != 0; ++j) x[j] = y[j] = 0.0f;  // adds +0 to sums that start at +0
-    for (int64_t j = 0; j < n; j += kLanes) {
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const double a = x[j + lane], b = y[j + lane];
-        xx[lane] += a * a;
-        yy[lane] += b * b;
-        xy[lane] += a * b;
-      }
-    }
-  }
-  return {fold(xx), fold(yy), fold(xy)};
+// Lanes of a last, short group read zeros, which add +0 to sums that start at +0.
+void pad(float* x, int64_t n) {
+  for (int64_t j = n; j < kBlock && j % kLanes != 0; ++j) x[j] = 0.0f;
 }
 
-// Moves those with the prefix to the front, without branches that would be mispredicted; returns how many.
-int64_t keep_matching(uint32_t* bits, int64_t n, int above, uint32_t prefix) {
-  constexpr int64_t kGroup = 64;
+void load_vectors(const MergeJob& job, bool deltas, const Slice& slice, int64_t i, int64_t n, Block* x) {
+  alignas(64) Block base;
+  if (deltas) load_base(job, slice, i, n, base);
+  for (int s = 0; s < job.n_sources; ++s) {
+    load_source(job, slice, s, i, n, x[s]);
+    if (deltas) subtract(x[s], base, n);
+    pad(x[s], n);
+  }
+}
+
+void add_products(const float* __restrict x, const float* __restrict y, int64_t n, double* __restrict lanes) {
+  double sums[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) sums[lane] = lanes[lane];
+  for (int64_t j = 0; j < n; j += kLanes)
+    for (int lane = 0; lane < kLanes; ++lane)
+      sums[lane] += static_cast<double>(x[j + lane]) * static_cast<double>(y[j + lane]);
+  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = sums[lane];
+}
+
+void gram(const MergeJob& job, bool deltas, const Slice& slice, double* sums) {
+  alignas(64) Block x[kMaxSources];
+  alignas(64) double lanes[kMaxPairs][kLanes];
+  const int pairs = n_pairs(job.n_sources);
+  for (int pair = 0; pair < pairs; ++pair)
+    for (int lane = 0; lane < kLanes; ++lane) lanes[pair][lane] = 0.0;
+  for (int64_t i = 0; i < slice.n; i += kBlock) {
+    const int64_t n = slice.n - i < kBlock ? slice.n - i : kBlock;
+    load_vectors(job, deltas, slice, i, n, x);
+    for (int a = 0, pair = 0; a < job.n_sources; ++a)
+      for (int b = a; b < job.n_sources; ++b, ++pair) add_products(x[a], x[b], n, lanes[pair]);
+  }
+  for (int pair = 0; pair < pairs; ++pair) sums[pair] = fold(lanes[pair]);
+}
+
+void gram_columns(const MergeJob& job, bool deltas, const Slice& slice, double* sums, int64_t stride) {
+  alignas(64) Block x[kMaxSources];
+  for (int64_t i = 0; i < slice.n; i += kBlock) {
+    const int64_t n = slice.n - i < kBlock ? slice.n - i : kBlock;
+    load_vectors(job, deltas, slice, i, n, x);
+    double* __restrict to = sums + i;
+    for (int a = 0; a < job.n_sources; ++a)
+      for (int b = a; b < job.n_sources; ++b, to += stride)
+        for (int64_t j = 0; j < n; ++j) to[j] += static_cast<double>(x[a][j]) * static_cast<double>(x[b][j]);
+  }
+}
+
+void block_keys(const MergeJob& job, const Slice& slice, Key key, int source, int64_t i, int64_t n,
+                uint32_t* __restrict bits) {
+  alignas(64) Block x;
+  alignas(64) Block base;
+  load_base(job, slice, i, n, base);
+  if (key == Key::variance) {
+    variances(job, slice, i, n, base, x);
+  } else {
+    load_source(job, slice, source, i, n, x);
+    if (key == Key::magnitude) {
+      for (int64_t j = 0; j < n; ++j) bits[j] = magnitude_bits(x[j] - base[j]);
+      return;
+    }
+    subtract(x, base, n);
+    importances(job, slice.begin + i, n, x, base);
+    for (int64_t j = 0; j < n; ++j) bits[j] = magnitude_bits(base[j]);
+    return;
+  }
+  for (int64_t j = 0; j < n; ++j) bits[j] = magnitude_bits(x[j]);
+}
+
+void keys(const MergeJob& job, const Slice& slice, Key key, int source, uint32_t* bits) {
+  for (int64_t i = 0; i < slice.n; i += kBlock)
+    block_keys(job, slice, key, source, i, slice.n - i < kBlock ? slice.n - i : kBlock, bits + i);
+}
+
+// Moves what lies in [low, low + width] to the front of `found`, which has room for all; returns how many.
+int64_t keep_within(const uint32_t* __restrict bits, int64_t n, uint32_t low, uint32_t width,
+                    uint32_t* __restrict found) {
   int64_t m = 0;
+#ifdef __AVX512F__
+  const __m512i lows = _mm512_set1_epi32(static_cast<int>(low)), widths = _mm512_set1_epi32(static_cast<int>(width));
+  for (int64_t j = 0; j < n; j += 16) {
+    const __mmask16 valid = n - j >= 16 ? static_cast<__mmask16>(0xffff) : static_cast<__mmask16>((1u << (n - j)) - 1);
+    const __m512i b = _mm512_sub_epi32(_mm512_maskz_loadu_epi32(valid, bits + j), lows);
+    const __mmask16 within = _mm512_mask_cmple_epu32_mask(valid, b, widths);
+    if (within == 0) continue;
+    _mm512_storeu_si512(found + m, _mm512_maskz_compress_epi32(within, b));
+    m += __builtin_popcount(within);
+  }
+#else
+  constexpr int64_t kGroup = 32;
   for (int64_t g = 0; g < n; g += kGroup) {
     const int64_t end = g + kGroup < n ? g + kGroup : n;
     uint32_t any = 0;
-    for (int64_t j = g; j < end; ++j) any |= (bits[j] >> above) == prefix ? 1u : 0u;
-    if (any == 0) continue;  // the rule, in the last pass
+    for (int64_t j = g; j < end; ++j) any |= bits[j] - low <= width ? 1u : 0u;
+    if (any == 0) continue;
     for (int64_t j = g; j < end; ++j) {
-      const uint32_t b = bits[j];
-      bits[m] = b;
-      m += (b >> above) == prefix;
+      found[m] = bits[j] - low;
+      m += bits[j] - low <= width;
     }
   }
+#endif
   return m;
 }
 
-bool radix_count(const Input& source, const Input& base, int64_t begin, int64_t end, int pass, uint32_t prefix,
-                 uint32_t* histogram) {
-  alignas(64) Block x;
-  alignas(64) Block y;
-  uint32_t bits[kBlock];
-  const int shift = radix_shift(pass);
-  const uint32_t mask = static_cast<uint32_t>(radix_buckets(pass)) - 1;
-  const int above = pass == 0 ? 31 : radix_shift(pass - 1);
-  uint32_t largest = 0;
+int64_t count(const MergeJob& job, const Slice& slice, Key key, int source, const Bracket& bracket, int64_t* buckets,
+              bool* nan) {
+  alignas(64) uint32_t bits[kBlock];
+  alignas(64) uint32_t found[kBlock + 16];  // whole vectors are stored
   // Neighbours often fall into one bucket; two histograms keep the additions from waiting for each other.
-  uint32_t odd[kRadixBuckets] = {};
-  for (int64_t i = begin; i < end; i += kBlock) {
-    const int64_t n = end - i < kBlock ? end - i : kBlock;
-    load(source, i, n, x);
-    load(base, i, n, y);
-    for (int64_t j = 0; j < n; ++j) bits[j] = magnitude_bits(x[j] - y[j]);
-    int64_t m = n;
-    if (pass == 0) {
-      for (int64_t j = 0; j < n; ++j) largest = bits[j] > largest ? bits[j] : largest;
-    } else {
-      m = keep_matching(bits, n, above, prefix);
+  uint32_t even[kBracketBuckets] = {}, odd[kBracketBuckets] = {};
+  const uint32_t low = bracket.low, high = bracket.high;
+  const int shift = bracket.shift;
+  int64_t above = 0;
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < slice.n; i += kBlock) {
+    const int64_t n = slice.n - i < kBlock ? slice.n - i : kBlock;
+    block_keys(job, slice, key, source, i, n, bits);
+    uint32_t more = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      more += bits[j] > high ? 1u : 0u;
+      largest = bits[j] > largest ? bits[j] : largest;
     }
+    above += more;
+    const int64_t m = keep_within(bits, n, low, high - low, found);
     int64_t j = 0;
     for (; j + 1 < m; j += 2) {
-      ++histogram[(bits[j] >> shift) & mask];
-      ++odd[(bits[j + 1] >> shift) & mask];
+      ++even[found[j] >> shift];
+      ++odd[found[j + 1] >> shift];
     }
-    if (j < m) ++histogram[(bits[j] >> shift) & mask];
+    if (j < m) ++even[found[j] >> shift];
   }
-  for (int b = 0; b < kRadixBuckets; ++b) histogram[b] += odd[b];
-  return largest > kInfBits;
+  for (int b = 0; b < kBracketBuckets; ++b) buckets[b] += static_cast<int64_t>(even[b]) + odd[b];
+  if (largest > kInfBits) *nan = true;
+  return above;
+}
+
+Moments moments(const MergeJob& job, const Slice& slice, int source) {
+  alignas(64) Block x;
+  alignas(64) Block base;
+  alignas(64) Block varied;
+  alignas(64) double all[kLanes] = {}, kept[kLanes] = {}, kept_sq[kLanes] = {};
+  for (int64_t i = 0; i < slice.n; i += kBlock) {
+    const int64_t n = slice.n - i < kBlock ? slice.n - i : kBlock;
+    load_base(job, slice, i, n, base);
+    if (job.keep == Keep::variance) variances(job, slice, i, n, base, varied);
+    load_source(job, slice, source, i, n, x);
+    subtract(x, base, n);
+    pad(x, n);
+    for (int64_t j = 0; j < n; j += kLanes)
+      for (int lane = 0; lane < kLanes; ++lane)
+        all[lane] += static_cast<double>(float_from_bits(magnitude_bits(x[j + lane])));
+    apply_keep(job, source, slice.begin + i, n, varied, x);
+    for (int64_t j = 0; j < n; j += kLanes)
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const auto d = static_cast<double>(float_from_bits(magnitude_bits(x[j + lane])));
+        kept[lane] += d;
+        kept_sq[lane] += d * d;
+      }
+  }
+  return {fold(all), fold(kept), fold(kept_sq)};
 }
 
 }  // namespace
 
 extern const Kernels GPTAILOR_CAT(kernels_, GPTAILOR_SIMD);
-const Kernels GPTAILOR_CAT(kernels_, GPTAILOR_SIMD) = {GPTAILOR_STR(GPTAILOR_SIMD), merge, dot, radix_count};
+const Kernels GPTAILOR_CAT(kernels_, GPTAILOR_SIMD) = {
+    GPTAILOR_STR(GPTAILOR_SIMD), merge, gram, gram_columns, count, keys, moments, random, load};
 
 }  // namespace gptailor

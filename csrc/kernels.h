@@ -4,43 +4,84 @@
 
 #include <cstddef>
 
+#include "coefficients.h"
 #include "formulas.h"
 
 namespace gptailor {
 
+struct ByteReader;
+
+// One input tensor: mapped (data), or read piece by piece (reader). Pointers are borrowed.
 struct Input {
   const std::byte* data = nullptr;  // need not be aligned
+  const ByteReader* reader = nullptr;
+  int64_t reader_offset = 0;
   DType dtype = DType::F32;
 };
 
-// One merge, as plain data. Pointers are borrowed.
+// Where the weights of the weighted sums come from.
+enum class Weights : uint8_t { whole, rows, columns };
+
+// One merge, as plain data.
 struct MergeJob {
-  Method method = Method::linear;
+  Formula formula = Formula::linear;
+  Keep keep = Keep::all;
+  Weights weights_by = Weights::whole;
   int n_sources = 0;
   int64_t n_elements = 0;
+  int64_t row_length = 1;  // of the last dimension
   Input sources[kMaxSources];
   Input base;
+  bool has_base = false;
   DType out_dtype = DType::F32;
   bool is_copy = false;  // one source, taken as it is: no arithmetic, at most a cast
   bool check_nan = true;
   Params params;
+  const float* weights = nullptr;              // rows: [row][source]; columns: [source][column]
+  const uint64_t* ranked[kMaxSources] = {};    // Keep::ranked: a bit for each element
+  const double* row_scales = nullptr;           // Keep::importance: [row]
 };
 
-struct DotSums {
-  double norm0_sq, norm1_sq, dot;
+// Elements [begin, begin + n) of a job's inputs, in memory.
+struct Slice {
+  int64_t begin = 0;
+  int64_t n = 0;
+  const std::byte* sources[kMaxSources] = {};  // each at element `begin`
+  const std::byte* base = nullptr;
+};
+
+// What can be ranked: |difference| of one source, the variance over the sources, or the importance of source 0.
+enum class Key : uint8_t { magnitude, variance, importance };
+
+struct Bracket {
+  uint32_t low, high;  // inclusive
+  int shift;           // (high - low) >> shift < kBracketBuckets
+};
+inline constexpr int kBracketBuckets = 2048;
+
+struct Moments {
+  double all, kept, kept_sq;  // sums of |d|, of |d| that is kept, of its square
 };
 
 struct Kernels {
   const char* name;
-  // Merges elements [begin, end) and writes them to `out`, which is where element `begin` goes.
-  // Returns whether a result is NaN (always false unless check_nan).
-  bool (*merge)(const MergeJob&, int64_t begin, int64_t end, std::byte* out);
-  // The sums of one reduction block, at most kReduceBlock elements.
-  DotSums (*dot)(const Input&, const Input&, int64_t begin, int64_t end);
-  // One radix pass over |source - base| for elements [begin, end), at most 2^31: adds to histogram[kRadixBuckets] those
-  // whose bits above the pass's are `prefix`. Returns whether a difference is NaN.
-  bool (*radix_count)(const Input& source, const Input& base, int64_t begin, int64_t end, int pass, uint32_t prefix,
-                      uint32_t* histogram);
+  // Merges the slice and writes it to `out`. Returns whether a result is NaN (always false unless check_nan).
+  bool (*merge)(const MergeJob&, const Slice&, std::byte* out);
+  // Inner products of the sources, or of their differences from the base, over at most kReduceBlock elements:
+  // n_pairs(n_sources) sums, overwritten.
+  void (*gram)(const MergeJob&, bool deltas, const Slice&, double* sums);
+  // Within one row: adds the product of each pair at each column to sums[pair * stride + column].
+  void (*gram_columns)(const MergeJob&, bool deltas, const Slice&, double* sums, int64_t stride);
+  // Counts the keys above the bracket, and those within it by bucket (added to `buckets`). Sets nan if a key is NaN.
+  int64_t (*count)(const MergeJob&, const Slice&, Key, int source, const Bracket&, int64_t* buckets, bool* nan);
+  // The keys' bits; NaN is above kInfBits.
+  void (*keys)(const MergeJob&, const Slice&, Key, int source, uint32_t* bits);
+  // Over at most kReduceBlock elements, before Params::scales.
+  Moments (*moments)(const MergeJob&, const Slice&, int source);
+  // The random words of elements [begin, begin + n).
+  void (*random)(PhiloxKey, int source, int64_t begin, int64_t n, uint32_t* words);
+  // Elements as float32.
+  void (*load)(const std::byte*, DType, int64_t n, float*);
 };
 
 const Kernels& kernels();

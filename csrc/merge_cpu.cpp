@@ -1,164 +1,143 @@
 #include "merge_cpu.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <cmath>
-#include <limits>
+#include <memory>
 #include <string>
 
+#include "byte_reader.h"
 #include "errors.h"
+#include "inputs.h"
 #include "parallel.h"
-#include "threshold.h"
 
 namespace gptailor {
 
 namespace {
 
-constexpr int64_t kChunk = int64_t{1} << 16;  // elements per task; a multiple of kReduceBlock
+constexpr int64_t kWriteTask = int64_t{1} << 19;
 
-float element(const Input& in, int64_t i) {
-  if (in.dtype == DType::F32) {
-    float value;
-    memcpy(&value, in.data + i * 4, sizeof value);
-    return value;
+void write_all(int fd, const std::byte* data, int64_t n_bytes, int64_t offset) {
+  while (n_bytes > 0) {
+    const ssize_t written = pwrite(fd, data, static_cast<size_t>(n_bytes), offset);
+    if (written < 0 && errno == EINTR) continue;
+    if (written <= 0) throw OsError(written < 0 ? errno : EIO, "writing failed");
+    data += written, offset += written, n_bytes -= written;
   }
-  uint16_t bits;
-  memcpy(&bits, in.data + i * 2, sizeof bits);
-  return in.dtype == DType::BF16 ? bf16_to_f32(bits) : f16_to_f32(bits);
-}
-
-void check_list(const char* name, const std::vector<double>& values, int n_sources, double min, double max) {
-  if (!values.empty() && values.size() != static_cast<size_t>(n_sources))
-    throw std::invalid_argument(std::string(name) + ": " + std::to_string(values.size()) + " values for " +
-                                std::to_string(n_sources) + " sources");
-  for (size_t i = 0; i < values.size(); ++i)
-    if (!(values[i] >= min && values[i] <= max))
-      throw std::invalid_argument(std::string(name) + "[" + std::to_string(i) + "] is " + std::to_string(values[i]));
 }
 
 }  // namespace
 
-Method method_named(const std::string& name) {
-  if (name == "linear") return Method::linear;
-  if (name == "task_arithmetic") return Method::task_arithmetic;
-  if (name == "slerp") return Method::slerp;
-  if (name == "ties") return Method::ties;
-  throw std::invalid_argument("unknown merge method '" + name + "': known are linear, task_arithmetic, slerp, ties");
-}
-
-void prepare(MergeJob& job, bool has_base, const MergeOptions& o) {
-  constexpr double big = std::numeric_limits<float>::max();
-  const int n = job.n_sources;
-  if (n < 1 || n > kMaxSources)
-    throw std::invalid_argument("1 to " + std::to_string(kMaxSources) + " sources can be merged, not " +
-                                std::to_string(n));
-  if (job.method == Method::slerp && n != 2)
-    throw std::invalid_argument("slerp takes exactly 2 sources, not " + std::to_string(n));
-  if (uses_base(job.method) && !has_base) throw std::invalid_argument("this method needs a base");
-  if (!uses_base(job.method) && has_base) throw std::invalid_argument("linear and slerp take no base");
-  check_list("weights", o.weights, n, -big, big);
-  check_list("densities", o.densities, n, 0.0, 1.0);
-  if (!(std::abs(o.lambda) <= big)) throw std::invalid_argument("lam is " + std::to_string(o.lambda));
-  if (!(std::abs(o.factor) <= big)) throw std::invalid_argument("factor is " + std::to_string(o.factor));
-  if (!(std::abs(o.t) <= big)) throw std::invalid_argument("t is " + std::to_string(o.t));
-
-  Params& p = job.params;
-  p.lambda = static_cast<float>(o.lambda);
-  p.factor = static_cast<float>(o.factor);
-  p.normalize = o.normalize && job.method != Method::slerp;
-  float sum = 0.0f;
-  for (int i = 0; i < n; ++i) {
-    p.weights[i] = o.weights.empty() ? 1.0f : static_cast<float>(o.weights[static_cast<size_t>(i)]);
-    sum += p.weights[i];
-  }
-  const bool zero_sum = std::abs(sum) < 1e-8f;
-  if (job.method == Method::linear && p.normalize && zero_sum)
-    throw std::invalid_argument("the weights add up to zero, so they cannot be normalised");
-  p.divisor = zero_sum ? 1.0f : sum;
-  job.is_copy = job.method == Method::linear && n == 1 && p.weights[0] == 1.0f && !p.normalize && p.factor == 1.0f;
-}
-
-int64_t kept_elements(double density, int64_t n) {
-  return std::clamp<int64_t>(static_cast<int64_t>(density * static_cast<double>(n)), 1, n);
-}
-
-Merger::Merger(MergeJob job, bool has_base, const MergeOptions& options)
-    : job_(job), n_threads_(options.n_threads > 0 ? options.n_threads : available_cores()) {
-  if (options.n_threads < 0) throw std::invalid_argument("threads is negative");
-  prepare(job_, has_base, options);
+Merger::Merger(MergeJob job, const Method& method, int n_threads)
+    : job_(job), n_threads_(n_threads > 0 ? n_threads : available_cores()) {
+  if (n_threads < 0) throw std::invalid_argument("threads is negative");
+  job_.formula = method.formula;
+  job_.keep = method.keep;
+  job_.params = method.params;
+  job_.is_copy = method.is_copy;
   if (job_.n_elements == 0) return;
-  if (job_.method == Method::slerp) find_slerp_weights(options.t);
-  if (job_.method == Method::ties) {
-    int64_t keep[kMaxSources] = {};
-    for (int i = 0; i < job_.n_sources; ++i)
-      keep[i] = options.densities.empty() ? job_.n_elements
-                                          : kept_elements(options.densities[static_cast<size_t>(i)], job_.n_elements);
-    if (!find_thresholds(job_, keep, threads_for(job_.n_elements)) && job_.check_nan) raise_nan(0, job_.n_elements);
-  }
+  const bool ok = analyse(job_, method, n_threads_, analysed_);
+  check_intact();
+  if (!ok) raise_nan(0, job_.n_elements, false);
 }
 
-// Starting a thread costs about as much as merging a few ten thousand elements.
-int Merger::threads_for(int64_t n_elements) const {
-  return static_cast<int>(std::clamp<int64_t>(n_elements / kChunk, 1, n_threads_));
+void Merger::check_intact() const {
+  for (int s = 0; s < job_.n_sources; ++s)
+    if (job_.sources[s].reader != nullptr) job_.sources[s].reader->check_intact();
+  if (job_.base.reader != nullptr) job_.base.reader->check_intact();
 }
 
-void Merger::find_slerp_weights(double t) {
-  const int64_t n_blocks = (job_.n_elements + kReduceBlock - 1) / kReduceBlock;
-  constexpr int64_t kBlocksPerTask = kChunk / kReduceBlock;
-  std::vector<DotSums> blocks(static_cast<size_t>(n_blocks));
-  parallel_for((n_blocks + kBlocksPerTask - 1) / kBlocksPerTask, threads_for(job_.n_elements), [&](int64_t task, int) {
-    for (int64_t b = task * kBlocksPerTask; b < std::min(n_blocks, (task + 1) * kBlocksPerTask); ++b)
-      blocks[static_cast<size_t>(b)] = kernels().dot(job_.sources[0], job_.sources[1], b * kReduceBlock,
-                                                     std::min(job_.n_elements, (b + 1) * kReduceBlock));
+void Merger::merge_tasks(int64_t begin, int64_t count, int64_t per_task,
+                         const std::function<std::byte*(int64_t, int64_t, int)>& room,
+                         const std::function<void(int64_t, int64_t, int)>& done) const {
+  const int64_t n_tasks = (count + per_task - 1) / per_task, piece = task_elements(job_);
+  const int64_t out_bytes = mergeable_bytes(job_.out_dtype);
+  std::atomic<int64_t> first_nan{n_tasks};
+  std::vector<Scratch> scratch(static_cast<size_t>(n_threads_));
+  parallel_for(n_tasks, threads_for(count, n_threads_), [&](int64_t task, int thread) {
+    if (task > first_nan) return;  // never skips a task before the first one with a NaN
+    const int64_t first = task * per_task, n = std::min(per_task, count - first);
+    std::byte* out = room(first, n, thread);
+    bool nan = false;
+    for (int64_t i = 0; i < n; i += piece) {
+      const Slice slice =
+          scratch[static_cast<size_t>(thread)].slice(job_, begin + first + i, std::min(piece, n - i));
+      nan = kernels().merge(job_, slice, out + i * out_bytes) || nan;
+    }
+    if (nan)
+      for (int64_t known = first_nan; task < known && !first_nan.compare_exchange_weak(known, task);) {
+      }
+    else
+      done(first, n, thread);
   });
-  DotSums total{0.0, 0.0, 0.0};
-  for (const DotSums& block : blocks) {
-    total.norm0_sq += block.norm0_sq;
-    total.norm1_sq += block.norm1_sq;
-    total.dot += block.dot;
-  }
-  slerp_weights(total.norm0_sq, total.norm1_sq, total.dot, t, job_.params.weights);
-  // Squares of float32 cannot overflow a double: only an infinity or a NaN among the inputs gets here.
-  if (job_.check_nan && !std::isfinite(total.norm0_sq + total.norm1_sq)) {
-    for (int64_t i = 0; i < job_.n_elements; ++i)
-      for (int s = 0; s < 2; ++s)
-        if (!std::isfinite(element(job_.sources[s], i)))
-          throw NanError("input " + std::to_string(s) +
-                             (is_nan(element(job_.sources[s], i)) ? " is NaN" : " is infinite") + " at element " +
-                             std::to_string(i) + ", so that the angle of slerp is not a number",
-                         s, i);
-  }
+  check_intact();
+  if (first_nan < n_tasks)
+    raise_nan(begin + first_nan * per_task, begin + std::min(count, (first_nan + 1) * per_task), true);
 }
 
 void Merger::run(int64_t begin, int64_t count, std::byte* out) const {
   const int64_t out_bytes = mergeable_bytes(job_.out_dtype);
-  const int64_t n_chunks = (count + kChunk - 1) / kChunk;
-  std::atomic<int64_t> first_nan{n_chunks};
-  parallel_for(n_chunks, threads_for(count), [&](int64_t chunk, int) {
-    if (chunk > first_nan) return;  // never skips a chunk before the first one with a NaN
-    const int64_t offset = chunk * kChunk;
-    const int64_t end = std::min(offset + kChunk, count);
-    if (!kernels().merge(job_, begin + offset, begin + end, out + offset * out_bytes)) return;
-    for (int64_t known = first_nan; chunk < known && !first_nan.compare_exchange_weak(known, chunk);) {
-    }
-  });
-  if (first_nan < n_chunks) raise_nan(begin + first_nan * kChunk, begin + std::min(count, (first_nan + 1) * kChunk));
+  merge_tasks(
+      begin, count, task_elements(job_), [&](int64_t first, int64_t, int) { return out + first * out_bytes; },
+      [](int64_t, int64_t, int) {});
 }
 
-void Merger::raise_nan(int64_t begin, int64_t end) const {
+void Merger::write(int64_t begin, int64_t count, int fd, int64_t offset) const {
+  const int64_t out_bytes = mergeable_bytes(job_.out_dtype);
+  std::vector<std::unique_ptr<std::byte[]>> buffers(static_cast<size_t>(n_threads_));
+  merge_tasks(
+      begin, count, kWriteTask,
+      [&](int64_t, int64_t, int thread) {
+        auto& buffer = buffers[static_cast<size_t>(thread)];
+        if (!buffer) buffer.reset(new std::byte[static_cast<size_t>(std::min(count, kWriteTask) * out_bytes)]);
+        return buffer.get();
+      },
+      [&](int64_t first, int64_t n, int thread) {
+        write_all(fd, buffers[static_cast<size_t>(thread)].get(), n * out_bytes, offset + first * out_bytes);
+      });
+}
+
+void Merger::raise_nan(int64_t begin, int64_t end, bool analysed) const {
+  const int64_t piece = task_elements(job_);
+  Scratch scratch;
+  std::vector<float> x(static_cast<size_t>(std::min(piece, end - begin)));
+  struct Place {
+    int64_t element = -1;
+    int source = 0;
+    void offer(int64_t at, int of) {
+      if (element < 0 || at < element) element = at, source = of;
+    }
+  } nan, infinite, result;
+  const auto look = [&](const std::byte* data, DType dtype, int source, int64_t first, int64_t n) {
+    kernels().load(data, dtype, n, x.data());
+    for (int64_t i = 0; i < n; ++i) {
+      const float value = x[static_cast<size_t>(i)];
+      if (!std::isfinite(value)) (std::isnan(value) ? nan : infinite).offer(first + i, source);
+    }
+  };
   MergeJob one = job_;
   one.out_dtype = DType::F32;
-  float results[1];
-  for (int64_t i = begin; i < end; ++i) {
-    const std::string where = " at element " + std::to_string(i);
-    for (int s = 0; s < job_.n_sources; ++s)
-      if (is_nan(element(job_.sources[s], i)))
-        throw NanError("input " + std::to_string(s) + " is NaN" + where, s, i);
-    if (uses_base(job_.method) && is_nan(element(job_.base, i)))
-      throw NanError("base is NaN" + where, NanError::kBase, i);
-    if (kernels().merge(one, i, i + 1, reinterpret_cast<std::byte*>(results)))
-      throw NanError("infinite inputs make the result not a number (NaN)" + where, NanError::kResult, i);
+  for (int64_t i = begin; i < end && nan.element < 0; i += piece) {
+    const Slice slice = scratch.slice(job_, i, std::min(piece, end - i));
+    for (int s = 0; s < job_.n_sources; ++s) look(slice.sources[s], job_.sources[s].dtype, s, i, slice.n);
+    if (job_.has_base) look(slice.base, job_.base.dtype, NanError::kBase, i, slice.n);
+    if (!analysed || result.element >= 0 || !kernels().merge(one, slice, reinterpret_cast<std::byte*>(x.data())))
+      continue;
+    for (int64_t j = 0; j < slice.n && result.element < 0; ++j)
+      if (std::isnan(x[static_cast<size_t>(j)])) result.offer(i + j, NanError::kResult);
   }
+  const auto fail = [](const Place& place, const std::string& what) {
+    const std::string name = place.source == NanError::kBase     ? "base is "
+                             : place.source == NanError::kResult ? "infinite inputs make the result "
+                                                                 : "input " + std::to_string(place.source) + " is ";
+    throw NanError(name + what + " at element " + std::to_string(place.element), place.source, place.element);
+  };
+  if (nan.element >= 0) fail(nan, "NaN");
+  if (result.element >= 0) fail(result, "not a number (NaN)");
+  if (infinite.element >= 0) fail(infinite, "infinite, which leaves no number (NaN) to merge with,");
   throw NanError("the result is not a number (NaN)", NanError::kResult, begin);
 }
 

@@ -15,7 +15,8 @@ namespace {
 struct Copy {
   static constexpr bool kUsesBase = false;
   static constexpr int kState = 1;
-  __device__ static void step(float (&s)[kState], float x, float, float, uint32_t) { s[0] = x; }
+  static constexpr bool kTakesDelta = false;
+  __device__ static void step(float (&s)[kState], float x, float, const Params&) { s[0] = x; }
   __device__ static float end(const float (&s)[kState], float, const Params&) { return s[0]; }
 };
 
@@ -35,7 +36,10 @@ __device__ __forceinline__ void merge_at(const DeviceTensor& row, int64_t i, int
     const float weight = weights[s];
     const uint32_t threshold = thresholds[s];
 #pragma unroll
-    for (int e = 0; e < W; ++e) F::step(state[e], x[e], base[e], weight, threshold);
+    for (int e = 0; e < W; ++e) {
+      const float d = F::kTakesDelta ? x[e] - base[e] : x[e];
+      F::step(state[e], F::kTakesDelta && !keeps_magnitude(d, threshold, ~0u) ? 0.0f : d, weight, p);
+    }
   }
   float out[W];
 #pragma unroll
@@ -88,7 +92,7 @@ struct Layout {
   }
 };
 
-DeviceTensor row_of(const CudaTensor& tensor, const MergeJob& job) {
+DeviceTensor row_of(const CudaTensor& tensor, const Method& method, int n_sources) {
   DeviceTensor row{};
   row.n_elements = tensor.n_elements;
   row.aligned = true;
@@ -98,12 +102,12 @@ DeviceTensor row_of(const CudaTensor& tensor, const MergeJob& job) {
       throw std::invalid_argument("a CUDA tensor is not aligned to its element type");
     row.aligned = row.aligned && address % 16 == 0;
   };
-  for (int s = 0; s < job.n_sources; ++s) {
+  for (int s = 0; s < n_sources; ++s) {
     row.sources[s] = tensor.sources[s].data;
     row.source_dtypes[s] = tensor.sources[s].dtype;
     take(row.sources[s], row.source_dtypes[s]);
   }
-  if (uses_base(job.method)) {
+  if (uses_base(method.formula)) {
     row.base = tensor.base.data;
     row.base_dtype = tensor.base.dtype;
     take(row.base, row.base_dtype);
@@ -114,27 +118,36 @@ DeviceTensor row_of(const CudaTensor& tensor, const MergeJob& job) {
   return row;
 }
 
-bool trims(const MergeJob& job, const MergeOptions& options) {
-  return job.method == Method::ties &&
-         std::any_of(options.densities.begin(), options.densities.end(), [](double d) { return d < 1.0; });
+// What the GPU has a path for; the rest is merged on the CPU.
+void check_supported(const Method& m) {
+  const bool slerp = m.analysis == Analysis::sphere && m.sphere.kind == Sphere::slerp;
+  const bool plain = m.analysis == Analysis::none && (m.name == "linear" || m.name == "task_arithmetic");
+  if (!(slerp || plain || (m.analysis == Analysis::trim && !m.rescale)))
+    throw std::invalid_argument(m.name + " has no GPU path yet: merge it on the CPU");
+}
+
+bool trims(const Method& m, int n_sources) {
+  return m.analysis == Analysis::trim && std::any_of(m.densities, m.densities + n_sources, [](double d) { return d < 1.0; });
 }
 
 }  // namespace
 
-void merge_cuda(const MergeJob& job, const MergeOptions& options, const std::vector<CudaTensor>& tensors, int device,
+void merge_cuda(const Method& method, int n_sources, const std::vector<CudaTensor>& tensors, int device,
                 uintptr_t stream_handle) {
+  check_supported(method);
+  const bool on_sphere = method.analysis == Analysis::sphere;
   std::vector<DeviceTensor> rows;
   std::vector<RadixState> states;
   int64_t n_tiles = 0, n_blocks = 0;
   for (const CudaTensor& tensor : tensors) {
     if (tensor.n_elements == 0) continue;
-    rows.push_back(row_of(tensor, job));
+    rows.push_back(row_of(tensor, method, n_sources));
     rows.back().first_tile = n_tiles;
     rows.back().first_block = n_blocks;
     n_tiles += (tensor.n_elements + kTile - 1) / kTile;
     n_blocks += (tensor.n_elements + kReduceBlock - 1) / kReduceBlock;
-    for (int s = 0; trims(job, options) && s < job.n_sources; ++s) {
-      const int64_t kept = kept_elements(options.densities[static_cast<size_t>(s)], tensor.n_elements);
+    for (int s = 0; trims(method, n_sources) && s < n_sources; ++s) {
+      const int64_t kept = kept_elements(method.densities[s], tensor.n_elements);
       states.push_back({kept < tensor.n_elements ? kept : 0, 0});
     }
   }
@@ -154,7 +167,7 @@ void merge_cuda(const MergeJob& job, const MergeOptions& options, const std::vec
   const size_t counts_bytes = states.size() * kRadixBuckets * sizeof(unsigned long long);
   const size_t counts_at = layout.add(counts_bytes);
   const size_t partials_at =
-      layout.add(job.method == Method::slerp ? static_cast<size_t>(n_blocks) * 3 * sizeof(double) : 0);
+      layout.add(on_sphere ? static_cast<size_t>(n_blocks) * 3 * sizeof(double) : 0);
 
   const Workspace workspace(layout.size, stream);
   const auto* device_rows = reinterpret_cast<const DeviceTensor*>(workspace.data() + rows_at);
@@ -167,23 +180,22 @@ void merge_cuda(const MergeJob& job, const MergeOptions& options, const std::vec
   check_cuda(cudaMemcpyAsync(workspace.data(), upload.data(), upload_bytes, cudaMemcpyHostToDevice, stream),
              "sending the table of tensors");
 
-  if (job.method == Method::slerp)
-    queue_slerp(device_rows, n_rows, n_blocks, options.t, reinterpret_cast<double*>(workspace.data() + partials_at),
+  if (on_sphere)
+    queue_slerp(device_rows, n_rows, n_blocks, method.sphere, reinterpret_cast<double*>(workspace.data() + partials_at),
                 reduced, stream);
   if (!states.empty()) {
     auto* counts = reinterpret_cast<unsigned long long*>(workspace.data() + counts_at);
     check_cuda(cudaMemsetAsync(counts, 0, counts_bytes, stream), "clearing the histograms of ties");
-    queue_thresholds(device_rows, n_rows, n_tiles, job.n_sources, n_processors,
+    queue_thresholds(device_rows, n_rows, n_tiles, n_sources, n_processors,
                      reinterpret_cast<RadixState*>(workspace.data() + states_at), counts, reduced, stream);
   }
 
-  const auto kernel = job.is_copy                             ? merge_list<Copy>
-                      : job.method == Method::task_arithmetic ? merge_list<TaskArithmetic>
-                      : job.method == Method::ties            ? merge_list<Ties>
-                                                              : merge_list<Linear>;
+  const auto kernel = method.is_copy                                ? merge_list<Copy>
+                      : method.formula == Formula::task_arithmetic ? merge_list<TaskArithmetic>
+                      : method.formula == Formula::ties            ? merge_list<Ties>
+                                                                   : merge_list<Linear>;
   const auto grid = static_cast<unsigned>(std::min<int64_t>(n_tiles, n_processors * 8));
-  kernel<<<grid, kThreads, 0, stream>>>(device_rows, n_rows, n_tiles, job.n_sources, reduced,
-                                        job.method == Method::slerp, job.params);
+  kernel<<<grid, kThreads, 0, stream>>>(device_rows, n_rows, n_tiles, n_sources, reduced, on_sphere, method.params);
   check_cuda(cudaGetLastError(), "launching the merge");
 }
 

@@ -15,10 +15,10 @@ struct CudaTensor {
   Input base;
 };
 
-// All pointers are device memory of `device`. `job` carries the method, the number of sources and the parameters for
-// every tensor of the list. Work is queued on `stream` (a cudaStream_t as an integer) and not waited for.
-// Throws std::runtime_error with CUDA's message.
-void merge_cuda(const MergeJob& job, const MergeOptions& options, const std::vector<CudaTensor>& tensors, int device,
+// All pointers are device memory of `device`; the method is that of every tensor of the list. Work is queued on `stream`
+// (a cudaStream_t as an integer) and not waited for. Throws std::runtime_error with CUDA's message, and
+// std::invalid_argument for a method without a GPU path.
+void merge_cuda(const Method& method, int n_sources, const std::vector<CudaTensor>& tensors, int device,
                 uintptr_t stream);
 
 // Throws std::runtime_error, saying how to get CUDA, if the build has none.

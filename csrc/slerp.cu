@@ -37,13 +37,13 @@ __global__ void __launch_bounds__(kThreads) dot_blocks(const DeviceTensor* rows,
       xy += a * c;
     }
     xx = fold(xx), yy = fold(yy), xy = fold(xy);
-    if (lane == 0) partials[3 * b] = xx, partials[3 * b + 1] = yy, partials[3 * b + 2] = xy;
+    if (lane == 0) partials[3 * b] = xx, partials[3 * b + 1] = xy, partials[3 * b + 2] = yy;
   }
 }
 
 // One thread block for each tensor. All threads fetch, three add up: the order must not change.
-__global__ void __launch_bounds__(kThreads) add_blocks(const DeviceTensor* rows, const double* partials, double t,
-                                                       Reduced* reduced) {
+__global__ void __launch_bounds__(kThreads) add_blocks(const DeviceTensor* rows, const double* partials,
+                                                       SphereParams sphere, Reduced* reduced) {
   __shared__ double fetched[3 * kThreads];
   __shared__ double sums[3];
   const DeviceTensor& row = rows[blockIdx.x];
@@ -60,17 +60,17 @@ __global__ void __launch_bounds__(kThreads) add_blocks(const DeviceTensor* rows,
   }
   if (threadIdx.x < 3) sums[threadIdx.x] = sum;
   __syncthreads();
-  if (threadIdx.x == 0) slerp_weights(sums[0], sums[1], sums[2], t, reduced[blockIdx.x].weights);
+  if (threadIdx.x == 0) sphere_coefficients(sphere, sums, 2, reduced[blockIdx.x].weights);
 }
 
 }  // namespace
 
-void queue_slerp(const DeviceTensor* rows, int n_rows, int64_t n_blocks, double t, double* partials, Reduced* reduced,
-                 cudaStream_t stream) {
+void queue_slerp(const DeviceTensor* rows, int n_rows, int64_t n_blocks, const SphereParams& sphere, double* partials,
+                 Reduced* reduced, cudaStream_t stream) {
   const int64_t blocks = std::min<int64_t>((n_blocks + kThreads / kWarp - 1) / (kThreads / kWarp), 1 << 16);
   dot_blocks<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(rows, n_rows, n_blocks, partials);
   check_cuda(cudaGetLastError(), "launching the dot products of slerp");
-  add_blocks<<<static_cast<unsigned>(n_rows), kThreads, 0, stream>>>(rows, partials, t, reduced);
+  add_blocks<<<static_cast<unsigned>(n_rows), kThreads, 0, stream>>>(rows, partials, sphere, reduced);
   check_cuda(cudaGetLastError(), "launching the sums of slerp");
 }
 

@@ -6,7 +6,7 @@ No function here knows of models or layers. Offsets and sizes are in bytes unles
 sub-byte `F4`, `F6_E2M3`, `F6_E3M2`. Importing the module starts no thread and touches no GPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal, Protocol, TypedDict
 
@@ -127,40 +127,43 @@ class Buffer:
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 class Merge:
-    """One merged tensor: what needs the whole inputs is computed at once, slices on demand.
+    """One merged tensor: what needs the whole inputs is found out at once, slices on demand.
 
-    The formulas are in `gptailor.merging.reference`. They are computed in float32, in the order
-    of the sources, without fused multiply-adds, and rounded once to `out_dtype` (to nearest,
-    ties to even; beyond its range to infinity). The result depends neither on the number of
-    threads nor on the slices in which it is asked for, nor on the CPU.
+    The methods, their parameters and their formulas are those of `gptailor.merging`. They are
+    computed in float32, in the order of the sources, without fused multiply-adds (sums over whole
+    tensors in float64, in a fixed order), and rounded once to `out_dtype` (to nearest, ties to
+    even; beyond its range to infinity). The result depends neither on the number of threads nor on
+    the slices in which it is asked for, nor on the CPU.
 
     `linear` with one source of weight 1 and without `normalize` computes nothing: it copies the
     bytes, or only casts them.
 
+    Where magnitudes are ranked (`ties`, `breadcrumbs`, `sce`), everything as large as the smallest
+    that is kept stays, too, so that the choice depends on values only. Random masks depend on
+    seed, key, source and element only.
+
     Args:
-        method: `linear`, `task_arithmetic`, `slerp` or `ties`.
-        sources: 1 to 16 tensors (slerp: exactly 2) with one number of elements, each `F32`, `F16`
-            or `BF16`; shapes are not compared. Kept alive.
-        base: the same kind of tensor; needed by task_arithmetic and ties, refused by the others.
+        method: a name; the message about an unknown one lists them.
+        sources: 1 to 16 tensors with one number of elements, each `F32`, `F16` or `BF16`; shapes
+            are not compared. Kept alive.
+        base: the same kind of tensor, for the methods that take one.
         out_dtype: `F32`, `F16` or `BF16`.
         weights: one for each source; empty means 1 for each.
-        densities: ties only: the part of each delta that is kept, 0 to 1, one for each source;
-            empty means 1. The `max(1, int(density * n_elements))` largest magnitudes are kept, and
-            everything as large as the smallest of them, so that the choice depends on values only.
-        lam: factor on the merged delta (task_arithmetic, ties).
-        factor: factor on the whole result, before it is rounded.
-        normalize: divide by the sum of the weights: linear, task_arithmetic; in ties, of those
-            that agree with the elected sign. Where that sum is below 1e-8, linear raises and the
-            others divide by 1. slerp ignores it.
-        t: slerp only: 0 is the first source, 1 the second.
+        parameters: by name; a number, or a sequence with one for each source. Flags are 0 or 1.
+        factor: on the whole result, before it is rounded.
+        row_length: of the rows of methods that work by row, in elements; 0 means the last
+            dimension of the first source.
+        key: 64 bits that stand for the tensor in random masks.
         check_nan: raise where the result would be NaN. Without it NaN and infinity pass through.
         threads: at most that many; 0 means one for each core that the process may use. Small
             tensors are merged in the calling thread.
 
     Raises:
-        NanError: slerp, or ties with a density below 1, found a NaN in the inputs, or an infinity
+        NanError: a method that looks at the whole inputs first found a NaN in them, or an infinity
             that makes one.
-        ValueError: an argument is out of its range; sizes or numbers of values differ.
+        OSError: an input that is read, not mapped, can't be; ESTALE if its file has changed.
+        ValueError: an argument is out of its range; sizes or numbers of values differ; the
+            directions that multislerp is to average cancel each other.
     """
 
     def __init__(
@@ -171,11 +174,10 @@ class Merge:
         *,
         out_dtype: str,
         weights: Sequence[float] = (),
-        densities: Sequence[float] = (),
-        lam: float = 1.0,
+        parameters: Mapping[str, float | Sequence[float]] = {},
         factor: float = 1.0,
-        normalize: bool = False,
-        t: float = 0.5,
+        row_length: int = 0,
+        key: int = 0,
         check_nan: bool = True,
         threads: int = 0,
     ) -> None: ...
@@ -189,8 +191,18 @@ class Merge:
 
         Raises:
             NanError: an element of the slice is NaN; what `out` then holds there is undefined.
+            OSError: as above.
             ValueError: the elements are not within the tensor, or the bytes not within `out`, or
                 they overlap an input.
+        """
+    def write(self, begin: int, count: int, fd: int, offset: int) -> None:
+        """Write elements [begin, begin + count) of the result to a file, from byte `offset`.
+
+        Each thread writes what it has computed while the others compute: 1 MiB at a time for two
+        bytes per element. Otherwise like `run`.
+
+        Raises:
+            OSError: with the errno of the write that failed; part of the range may be written.
         """
 
 def copy_range(src_fd: int, src_offset: int, dst_fd: int, dst_offset: int, n_bytes: int) -> str:
@@ -253,11 +265,9 @@ def merge_cuda(
     bases: Sequence[SupportsDLPack | DeviceTensor] | None = None,
     *,
     weights: Sequence[float] = (),
-    densities: Sequence[float] = (),
-    lam: float = 1.0,
+    parameters: Mapping[str, float | Sequence[float]] = {},
     factor: float = 1.0,
-    normalize: bool = False,
-    t: float = 0.5,
+    key: int = 0,
     stream: int = 0,
 ) -> None:
     """Merge a whole list of tensors on one GPU with one set of parameters.
@@ -268,7 +278,7 @@ def merge_cuda(
     from the CPU's in the last bit.
 
     Args:
-        method, weights, densities, lam, factor, normalize, t: as for `Merge`.
+        method, weights, parameters, factor, key: as for `Merge`.
         outs: one contiguous CUDA tensor for each result, written; its dtype is the output's.
         sources: for each result its sources, 1 to 16, the same number everywhere.
         bases: one for each result, for task_arithmetic and ties.
@@ -278,7 +288,8 @@ def merge_cuda(
     Raises:
         RuntimeError: CUDA's message and the operation that failed; or the extension was built
             without CUDA.
-        ValueError: as for `Merge`; a tensor is not on the same CUDA device as the others.
+        ValueError: as for `Merge`; a method without a GPU path (known are linear, slerp,
+            task_arithmetic, ties); a tensor is not on the same CUDA device as the others.
         BufferError: a tensor is not contiguous.
     """
 

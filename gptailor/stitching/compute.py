@@ -17,8 +17,6 @@ from gptailor.stitching.plan import OutTensor, Source
 if TYPE_CHECKING:
     from gptailor import _C
 
-_BUILT = ("linear", "task_arithmetic", "slerp", "ties")
-
 
 class ComputedTensor:
     """One tensor of a plan that is not a plain copy.
@@ -45,12 +43,6 @@ class ComputedTensor:
         opened = opened or (lambda source: _open(source, family))
         self.tensor = tensor
         merge = tensor.merge or Merge("linear", NO_LAYER, (("", 1.0),), (("normalize", 0.0),))
-        values = dict(merge.parameters)
-        if merge.method not in _BUILT or values.get("rescale"):
-            raise UsageError(
-                f"{tensor.name} can't be built: this build of gptailor's engine does not have the "
-                f"merge method {merge.method}."
-            )
         weights = [weight for _, weight in merge.weights]
         base = None if tensor.base is None else opened(tensor.base)
         try:
@@ -60,10 +52,11 @@ class ComputedTensor:
                 base,
                 out_dtype=tensor.dtype,
                 weights=weights,
-                densities=merge.for_each("density") if "density" in values else [],
-                lam=merge.number("lambda") if "lambda" in values else 1.0,
-                normalize=bool(values.get("normalize", 0.0)),
-                t=merge.number("t") if "t" in values else 0.5,
+                parameters={
+                    name: value if isinstance(value, float | int) else merge.for_each(name)
+                    for name, value in merge.parameters
+                },
+                key=tensor.key,
                 factor=tensor.factor,
                 check_nan=tensor.merge is not None,
                 threads=threads,

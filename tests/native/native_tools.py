@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,10 +42,34 @@ def run(
     out_dtype: str = "F32",
     step: int | None = None,
     shift: int = 0,
-    **options: Any,
+    weights: Sequence[float] = (),
+    factor: float = 1.0,
+    row_length: int = 0,
+    key: int = 0,
+    check_nan: bool = True,
+    threads: int = 0,
+    parameters: Mapping[str, Any] | None = None,
+    **named: Any,
 ) -> np.ndarray:
-    """The whole result as bytes, asked for in slices of `step` elements."""
-    merge = _C.Merge(method, sources, base, out_dtype=out_dtype, **options)
+    """The whole result as bytes, asked for in slices of `step` elements.
+
+    Parameters of the method come by name, or in `parameters`. The sum that `linear` makes is not
+    divided unless `normalize` is given.
+    """
+    defaults = {"normalize": 0} if method == "linear" else {}
+    merge = _C.Merge(
+        method,
+        sources,
+        base,
+        out_dtype=out_dtype,
+        weights=weights,
+        parameters={**defaults, **(parameters or {}), **named},
+        factor=factor,
+        row_length=row_length,
+        key=key,
+        check_nan=check_nan,
+        threads=threads,
+    )
     n, width = merge.n_elements, N_BYTES[out_dtype]
     out = _C.Buffer(n * width + shift)
     step = step or max(n, 1)

@@ -45,7 +45,8 @@ def options_for(method: str, **o: Any) -> dict[str, Any]:
         "slerp": ("t",),
         "ties": ("weights", "normalize", "lam", "densities"),
     }
-    return {key: o[key] for key in names[method]}
+    native = {"lam": "lambda", "densities": "density"}
+    return {native.get(key, key): o[key] for key in names[method]}
 
 
 def sample(rng: np.random.Generator, n_sources: int, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -164,7 +165,7 @@ def test_threads_of_python_may_share_a_merge() -> None:
     rng = np.random.default_rng(6)
     x, base = sample(rng, 3, THREADED)
     sources, base_t = [tensor(row, "BF16") for row in x], tensor(base, "BF16")
-    merge = _C.Merge("ties", sources, base_t, out_dtype="BF16", densities=[0.5] * 3, normalize=True)
+    merge = _C.Merge("ties", sources, base_t, out_dtype="BF16", parameters={"density": 0.5})
     out = _C.Buffer(THREADED * 2)
     cuts = np.linspace(0, THREADED, 5).astype(int)
     workers = [
@@ -175,7 +176,7 @@ def test_threads_of_python_may_share_a_merge() -> None:
         worker.start()
     for worker in workers:
         worker.join()
-    whole = run("ties", sources, base_t, out_dtype="BF16", densities=[0.5] * 3, normalize=True)
+    whole = run("ties", sources, base_t, out_dtype="BF16", density=0.5)
     assert np.array_equal(np.frombuffer(out, np.uint8), whole)
 
 
@@ -184,7 +185,7 @@ DIGEST = """
 import hashlib
 import numpy as np
 from gptailor import _C
-n, rng, h = 70001, np.random.default_rng(1), hashlib.sha256()
+n, rng, h = 70000, np.random.default_rng(1), hashlib.sha256()
 out = _C.Buffer(n * 4)
 for d in ("F32", "F16", "BF16"):
     inputs = []
@@ -195,10 +196,16 @@ for d in ("F32", "F16", "BF16"):
         buffer = _C.Buffer(bits.nbytes)
         memoryview(buffer)[:] = bits.tobytes()
         inputs.append(buffer.tensor(0, (n,), d))
-    for method in ("linear", "task_arithmetic", "slerp", "ties"):
-        base = None if method in ("linear", "slerp") else inputs[2]
-        _C.Merge(method, inputs[:2], base, out_dtype=d, weights=[.3, .9], normalize=True, lam=.7,
-                 densities=[.4, .5], t=.6).run(0, n, out)
+    for method, with_base, parameters in (
+        ("linear", False, {}), ("task_arithmetic", True, {"lambda": .7}),
+        ("slerp", False, {"t": .6}),
+        ("ties", True, {"density": [.4, .5]}), ("dare_ties", True, {"density": .4}),
+        ("della", True, {"density": .5}), ("sce", True, {"select_topk": .4}),
+        ("karcher", False, {}), ("arcee_fusion", True, {}),
+    ):
+        sources = inputs[:1] if method == "arcee_fusion" else inputs[:2]
+        _C.Merge(method, sources, inputs[2] if with_base else None, out_dtype=d, row_length=7,
+                 weights=[.3, .9][:len(sources)], parameters=parameters).run(0, n, out)
         h.update(memoryview(out))
 print(_C.build_info()["simd"], h.hexdigest())
 """
@@ -250,7 +257,7 @@ def test_merging_a_model_with_itself_changes_nothing() -> None:
     assert np.array_equal(run("slerp", [source, source], out_dtype="BF16", t=0.5), same)
     halves = run("linear", [source, source], out_dtype="BF16", weights=[0.5, 0.5])
     assert np.array_equal(halves, same)
-    untouched = run("task_arithmetic", [source], base_t, out_dtype="BF16", lam=0.0)
+    untouched = run("task_arithmetic", [source], base_t, out_dtype="BF16", parameters={"lambda": 0})
     assert np.array_equal(as_float(untouched, "BF16"), values(base_t))
 
 
@@ -277,7 +284,7 @@ def test_ties_keeps_exactly_the_largest(n: int, density: float, kind: int, seed:
         3: lambda: np.full(n, -1.5),
     }[kind]().astype(np.float32)
     zero = tensor(np.zeros(n, np.float32), "F32")
-    got = as_float(run("ties", [tensor(delta, "F32")], zero, densities=[density]), "F32")
+    got = as_float(run("ties", [tensor(delta, "F32")], zero, density=density), "F32")
     np.testing.assert_array_equal(got, reference.trim(delta, density))
 
 
@@ -293,7 +300,7 @@ def test_a_nan_is_found_where_it_is(method: str, bad: int | str, at: int) -> Non
     victim[at] = np.nan
     victim[-1] = np.nan
     used = None if method in ("linear", "slerp") else tensor(base, "F16")
-    densities = {"densities": [0.5, 1.0]} if method == "ties" else {}
+    densities = {"density": [0.5, 1.0]} if method == "ties" else {}
     sources = [tensor(row, "BF16") for row in x]
     with pytest.raises(_C.NanError, match=r"NaN.*element") as error:
         run(method, sources, used, out_dtype="BF16", threads=3, **densities)
@@ -312,10 +319,10 @@ def test_infinities() -> None:
     with pytest.raises(_C.NanError, match="not a number") as error:
         run("linear", [x, y])
     assert (error.value.source, error.value.element) == ("result", 1)
-    for base, densities in ((x, [1.0]), (x, [0.5])):
+    for density, source in ((1.0, "result"), (0.5, 0)):
         with pytest.raises(_C.NanError) as error:
-            run("ties", [x], base, densities=densities)
-        assert (error.value.source, error.value.element) == ("result", 1)
+            run("ties", [x], x, density=density)
+        assert (error.value.source, error.value.element) == (source, 1)
     with pytest.raises(_C.NanError, match="infinite") as error:
         run("slerp", [zero, y])
     assert (error.value.source, error.value.element) == (1, 1)
@@ -337,9 +344,10 @@ ONE = np.ones(4, np.float32)
 @pytest.mark.parametrize(
     ("method", "n_sources", "with_base", "options", "message"),
     [
-        ("lineer", 1, False, {}, "lineer.*linear, task_arithmetic"),
+        ("lineer", 1, False, {}, "lineer.*linear, slerp"),
         ("linear", 0, False, {}, "1 to 16 sources"),
         ("linear", 17, False, {}, "1 to 16 sources"),
+        ("linear", 1, False, {"density": 0.5}, "linear has no parameter 'density'"),
         ("linear", 1, True, {}, "no base"),
         ("slerp", 2, True, {}, "no base"),
         ("slerp", 3, False, {}, "exactly 2"),
@@ -349,9 +357,9 @@ ONE = np.ones(4, np.float32)
         ("linear", 2, False, {"weights": [1.0, float("nan")]}, r"weights\[1\]"),
         ("linear", 2, False, {"weights": [1.0, 1e300]}, r"weights\[1\]"),
         ("linear", 2, False, {"weights": [1.0, -1.0], "normalize": True}, "add up to zero"),
-        ("ties", 1, True, {"densities": [1.5]}, r"densities\[0\]"),
-        ("ties", 1, True, {"densities": [0.5, 0.5]}, "densities: 2 values for 1"),
-        ("ties", 1, True, {"lam": float("inf")}, "lam"),
+        ("ties", 1, True, {"density": [1.5]}, r"density\[0\]"),
+        ("ties", 1, True, {"density": [0.5, 0.5]}, "density: 2 values for 1"),
+        ("ties", 1, True, {"parameters": {"lambda": float("inf")}}, "lambda is inf"),
         ("slerp", 2, False, {"t": float("nan")}, "t is"),
         ("linear", 1, False, {"threads": -1}, "threads"),
         ("linear", 1, False, {"out_dtype": "I32"}, "out_dtype is I32"),
@@ -384,7 +392,7 @@ def test_wrong_tensors_and_ranges() -> None:
             merge.run(0, count, out, offset)
     merge.run(4, 0, out, 9)
     merge.run(0, 4, out, 1)
-    assert as_float(np.frombuffer(out, np.uint8)[1:].copy(), "BF16").tolist() == [2.0] * 4
+    assert as_float(np.frombuffer(out, np.uint8)[1:].copy(), "BF16").tolist() == [1.0] * 4
 
 
 def test_the_output_may_not_be_an_input() -> None:

@@ -18,8 +18,8 @@ pytestmark = [
 SIZES = [0, 1, 7, 8, 1023, 8192, 8193, 70_001, 1_000_003]
 OPTIONS = {
     "linear": {"normalize": True},
-    "task_arithmetic": {"lam": 0.7},
-    "ties": {"lam": 0.7, "normalize": True},
+    "task_arithmetic": {"lambda": 0.7},
+    "ties": {"lambda": 0.7, "normalize": True},
     "slerp": {"t": 0.3},
 }
 
@@ -51,16 +51,25 @@ def test_a_list_of_tensors(method: str, out_dtype: str, shift: int) -> None:
         sources, bases = inputs(n_sources, shift)
         name = "linear" if method == "copy" else method
         o = dict(OPTIONS.get(method, {}))
-        if method != "copy":
-            o["weights"] = np.linspace(0.2, 0.9, n_sources).tolist()
+        weights = [1.0] * n_sources
+        if method == "copy":
+            o["normalize"] = False
+        elif method != "slerp":
+            weights = np.linspace(0.2, 0.9, n_sources).tolist()
         if method == "ties":
-            o["densities"] = np.linspace(0.3, 1.0, n_sources).tolist()
+            o["density"] = np.linspace(0.3, 1.0, n_sources).tolist()
         needs_base = method in ("task_arithmetic", "ties")
         outs = [torch.empty(n + 1, dtype=TORCH[out_dtype]).cuda()[shift : n + shift] for n in SIZES]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         _C.merge_cuda(
-            name, outs, sources, bases if needs_base else None, stream=stream.cuda_stream, **o
+            name,
+            outs,
+            sources,
+            bases if needs_base else None,
+            weights=weights,
+            parameters=o,
+            stream=stream.cuda_stream,
         )
         stream.synchronize()
         for i, out in enumerate(outs):
@@ -69,7 +78,8 @@ def test_a_list_of_tensors(method: str, out_dtype: str, shift: int) -> None:
                 [_C.Tensor.from_dlpack(t.cpu()) for t in sources[i]],
                 _C.Tensor.from_dlpack(bases[i].cpu()) if needs_base else None,
                 out_dtype=out_dtype,
-                **o,
+                weights=weights,
+                parameters=o,
             )
             got, want = out.cpu().float().numpy(), as_float(raw, out_dtype)
             if method == "slerp":

@@ -1,0 +1,28 @@
+// What a method has to know about the whole inputs before it merges any element: coefficients, thresholds, masks.
+#pragma once
+
+#include <vector>
+
+#include "methods.h"
+
+namespace gptailor {
+
+// Owns what a job points to.
+struct Analysed {
+  std::vector<float> weights;
+  std::vector<std::vector<uint64_t>> ranked;
+  std::vector<double> row_scales;
+};
+
+// Completes a job whose inputs, sizes and method are set. Returns false if an input is NaN, or an infinity leaves no
+// answer, and the job checks for it: then the job must not be run. Throws std::invalid_argument where the inputs leave
+// no answer.
+bool analyse(MergeJob& job, const Method& method, int n_threads, Analysed& out);
+
+// della: a bit for each element whether it stays, the larger its magnitude within its row the likelier.
+std::vector<uint64_t> ranked_mask(const MergeJob& job, int source, double density, double epsilon, int n_threads);
+
+// arcee_fusion: the divergence of each row's softmax from the base's, as factors on the differences.
+std::vector<double> row_divergences(const MergeJob& job, int n_threads);
+
+}  // namespace gptailor

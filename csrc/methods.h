@@ -1,0 +1,53 @@
+// The merge methods by name: what each computes with, and the checks of its options.
+#pragma once
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace gptailor {
+
+struct MergeOptions {
+  std::vector<double> weights;                         // empty: all 1
+  std::map<std::string, std::vector<double>> values;   // by name: one value, or one for each source
+  double factor = 1.0;                                 // on the whole result
+  uint64_t key = 0;                                    // of the tensor, for random masks
+  int n_threads = 0;                                   // 0: as many as there are cores
+};
+
+// What has to be found out about the whole inputs before any element is merged.
+enum class Analysis : uint8_t { none, sphere, trim, outliers, random, ranked, sce, fusion };
+
+// A method with its options, checked.
+struct Method {
+  std::string name;
+  Formula formula = Formula::linear;
+  Keep keep = Keep::all;
+  Analysis analysis = Analysis::none;
+  bool rescale = false;          // what is kept is scaled to the sum of magnitudes before
+  Weights sphere_by = Weights::whole;  // one sphere for the tensor, each row, or each column
+  SphereParams sphere;
+  double densities[kMaxSources];
+  double gammas[kMaxSources];
+  double epsilons[kMaxSources];
+  double select_topk = 1.0;
+  Params params;                 // all that does not depend on the elements
+  bool is_copy = false;          // one source, taken as it is
+};
+
+// Throws std::invalid_argument: unknown name or option, a value out of range, a wrong number of sources, a base that
+// is missing or not wanted.
+Method method_named(const std::string& name, int n_sources, bool has_base, const MergeOptions& options);
+
+// How many elements of n a density keeps: int(density * n), at least 1.
+int64_t kept_elements(double density, int64_t n_elements);
+
+// breadcrumbs: the ranks (1 is the largest) of the largest and of the smallest magnitude that stay.
+struct Ranks {
+  int64_t first, last;
+};
+Ranks ranks_without_outliers(double density, double gamma, int64_t n_elements);
+
+}  // namespace gptailor
