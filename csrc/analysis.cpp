@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cmath>
 #include <stdexcept>
+#include <utility>
 
 #include "inputs.h"
 #include "parallel.h"
@@ -66,45 +67,30 @@ void gram_whole(const MergeJob& job, bool deltas, int n_threads, double* sums) {
 }
 
 bool spheres_by_row(MergeJob& job, const Method& method, bool deltas, int n_threads, Analysed& out) {
-  out.weights.resize(static_cast<size_t>(job.n_elements / job.row_length * job.n_sources));
-  std::vector<Scratch> scratch(static_cast<size_t>(n_threads));
-  std::atomic<bool> bad{false}, cancelled{false};
-  for_rows(job, n_threads, [&](int64_t first, int64_t n_rows, int thread) {
-    for (int64_t row = first; row < first + n_rows; ++row) {
-      double gram[kMaxPairs];
-      gram_of(job, deltas,
-              scratch[static_cast<size_t>(thread)].slice(job, row * job.row_length, job.row_length), gram);
-      if (!finite(gram, job.n_sources)) bad = true;
-      if (!sphere_coefficients(method.sphere, gram, job.n_sources, out.weights.data() + row * job.n_sources))
-        cancelled = true;
-    }
-  });
-  if (cancelled && !bad) no_mean_direction();
-  return !bad;
+  const int n = job.n_sources;
+  const std::vector<double> grams = gram_by_row(job, deltas, n_threads);
+  const int64_t n_rows = job.n_elements / job.row_length;
+  out.weights.resize(static_cast<size_t>(n_rows * n));
+  bool ok = true, cancelled = false;
+  for (int64_t row = 0; row < n_rows; ++row) {
+    const double* gram = grams.data() + row * n_pairs(n);
+    ok = ok && finite(gram, n);
+    cancelled = cancelled || !sphere_coefficients(method.sphere, gram, n, out.weights.data() + row * n);
+  }
+  if (cancelled && ok) no_mean_direction();
+  return ok;
 }
 
 bool spheres_by_column(MergeJob& job, const Method& method, bool deltas, int n_threads, Analysed& out) {
   const int n = job.n_sources, pairs = n_pairs(n);
-  const int64_t n_rows = job.n_elements / job.row_length, columns = job.row_length;
-  // A fixed number of partial sums, whatever the number of threads, so that their order is fixed, too.
-  const int64_t per_task = std::max<int64_t>(16, divide_up(n_rows, 64)), n_tasks = divide_up(n_rows, per_task);
-  std::vector<std::vector<double>> partial(static_cast<size_t>(n_tasks));
-  std::vector<Scratch> scratch(static_cast<size_t>(n_threads));
-  parallel_for(n_tasks, threads_for(job.n_elements, n_threads), [&](int64_t task, int thread) {
-    std::vector<double>& sums = partial[static_cast<size_t>(task)];
-    sums.resize(static_cast<size_t>(pairs * columns));
-    for (int64_t row = task * per_task; row < std::min(n_rows, (task + 1) * per_task); ++row)
-      kernels().gram_columns(job, deltas, scratch[static_cast<size_t>(thread)].slice(job, row * columns, columns),
-                             sums.data(), columns);
-  });
-  for (size_t task = 1; task < partial.size(); ++task)
-    for (size_t i = 0; i < partial[0].size(); ++i) partial[0][i] += partial[task][i];
+  const int64_t columns = job.row_length;
+  const std::vector<double> grams = gram_by_column(job, deltas, n_threads);
   out.weights.resize(static_cast<size_t>(n * columns));
   bool ok = true, cancelled = false;
   for (int64_t column = 0; column < columns; ++column) {
     double gram[kMaxPairs];
     float weights[kMaxSources];
-    for (int p = 0; p < pairs; ++p) gram[p] = partial[0][static_cast<size_t>(p * columns + column)];
+    for (int p = 0; p < pairs; ++p) gram[p] = grams[static_cast<size_t>(p * columns + column)];
     ok = ok && finite(gram, n);
     cancelled = cancelled || !sphere_coefficients(method.sphere, gram, n, weights);
     for (int s = 0; s < n; ++s) out.weights[static_cast<size_t>(s * columns + column)] = weights[s];
@@ -240,6 +226,37 @@ bool find_fusion(MergeJob& job, int n_threads, Analysed& out) {
 
 }  // namespace
 
+std::vector<double> gram_by_row(const MergeJob& job, bool deltas, int n_threads) {
+  const int pairs = n_pairs(job.n_sources);
+  std::vector<double> result(static_cast<size_t>(job.n_elements / job.row_length * pairs));
+  std::vector<Scratch> scratch(static_cast<size_t>(n_threads));
+  for_rows(job, n_threads, [&](int64_t first, int64_t n_rows, int thread) {
+    for (int64_t row = first; row < first + n_rows; ++row)
+      gram_of(job, deltas, scratch[static_cast<size_t>(thread)].slice(job, row * job.row_length, job.row_length),
+              result.data() + row * pairs);
+  });
+  return result;
+}
+
+std::vector<double> gram_by_column(const MergeJob& job, bool deltas, int n_threads) {
+  const int pairs = n_pairs(job.n_sources);
+  const int64_t n_rows = job.n_elements / job.row_length, columns = job.row_length;
+  // A fixed number of partial sums, whatever the number of threads, so that their order is fixed, too.
+  const int64_t per_task = std::max<int64_t>(16, divide_up(n_rows, 64)), n_tasks = divide_up(n_rows, per_task);
+  std::vector<std::vector<double>> partial(static_cast<size_t>(n_tasks));
+  std::vector<Scratch> scratch(static_cast<size_t>(n_threads));
+  parallel_for(n_tasks, threads_for(job.n_elements, n_threads), [&](int64_t task, int thread) {
+    std::vector<double>& sums = partial[static_cast<size_t>(task)];
+    sums.resize(static_cast<size_t>(pairs * columns));
+    for (int64_t row = task * per_task; row < std::min(n_rows, (task + 1) * per_task); ++row)
+      kernels().gram_columns(job, deltas, scratch[static_cast<size_t>(thread)].slice(job, row * columns, columns),
+                             sums.data(), columns);
+  });
+  for (size_t task = 1; task < partial.size(); ++task)
+    for (size_t i = 0; i < partial[0].size(); ++i) partial[0][i] += partial[task][i];
+  return std::move(partial[0]);
+}
+
 std::vector<double> row_divergences(const MergeJob& job, int n_threads) {
   std::vector<double> result(static_cast<size_t>(job.n_elements / job.row_length));
   std::vector<Scratch> scratch(static_cast<size_t>(n_threads));
@@ -292,6 +309,7 @@ bool analyse(MergeJob& job, const Method& method, int n_threads, Analysed& out) 
       return !method.rescale || find_scales(job, method, n_threads);
     case Analysis::sce: return find_sce(job, method, n_threads);
     case Analysis::fusion: return find_fusion(job, n_threads, out);
+    case Analysis::widen: return find_widen_weights(job, method, n_threads, out.weights) || !job.check_nan;
   }
   return true;
 }

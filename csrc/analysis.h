@@ -22,6 +22,14 @@ bool analyse(MergeJob& job, const Method& method, int n_threads, Analysed& out);
 // della: a bit for each element whether it stays, the larger its magnitude within its row the likelier.
 std::vector<uint64_t> ranked_mask(const MergeJob& job, int source, double density, double epsilon, int n_threads);
 
+// widen: weights by the change of each column's (or row's) length and direction, or of each element of a vector.
+// Returns false if an input is not finite.
+bool find_widen_weights(MergeJob& job, const Method& method, int n_threads, std::vector<float>& weights);
+
+// The inner products of all pairs of sources, by column: [pair][column]; or by row: [row][pair].
+std::vector<double> gram_by_column(const MergeJob& job, bool deltas, int n_threads);
+std::vector<double> gram_by_row(const MergeJob& job, bool deltas, int n_threads);
+
 // arcee_fusion: the divergence of each row's softmax from the base's, as factors on the differences.
 std::vector<double> row_divergences(const MergeJob& job, int n_threads);
 

@@ -38,6 +38,9 @@ const std::vector<Entry>& entries() {
       {"karcher", F::linear, K::all, A::sphere, S::karcher, Base::never, 1, kMaxSources, {"max_iter", "tol"}},
       {"model_stock", F::task_arithmetic, K::all, A::sphere, S::model_stock, Base::always, 2, kMaxSources,
        {"filter_wise"}},
+      {"stock", F::task_arithmetic, K::all, A::sphere, S::model_stock, Base::always, 2, kMaxSources, {}},
+      {"widen", F::task_arithmetic, K::all, A::widen, S::none, Base::always, 1, kMaxSources - 1,
+       {"above_average_value_ratio", "score_calibration_value", "by_rows"}},
       {"task_arithmetic", F::task_arithmetic, K::all, A::none, S::none, Base::always, 1, kMaxSources,
        {"lambda", "normalize"}},
       {"ties", F::ties, K::magnitude, A::trim, S::none, Base::always, 1, kMaxSources,
@@ -210,6 +213,11 @@ Method method_named(const std::string& name, int n, bool has_base, const MergeOp
   p.t = static_cast<float>(name == "nearswap" ? values.number("t", 0.0, 0.0, kBig) : 0.0);
   p.epsilon = static_cast<float>(name == "ram" ? values.number("epsilon", 1e-5, 0.0, kBig) : 0.0);
   p.key = philox_key(static_cast<uint64_t>(values.number("seed", 0.0, 0.0, 9007199254740992.0)), o.key);
+  if (e.analysis == Analysis::widen) {
+    m.widen_ratio = values.number("above_average_value_ratio", 1.0, -kBig, kBig);
+    m.widen_calibration = values.number("score_calibration_value", 1.0, -kBig, kBig);
+    m.by_rows = values.flag("by_rows", false);
+  }
   m.select_topk = values.number("select_topk", 1.0, 0.0, 1.0);
   m.rescale = values.flag("rescale", e.analysis == Analysis::random || e.analysis == Analysis::ranked);
   values.numbers("density", 1.0, 0.0, 1.0, m.densities);

@@ -18,7 +18,7 @@ struct MergeOptions {
 };
 
 // What has to be found out about the whole inputs before any element is merged.
-enum class Analysis : uint8_t { none, sphere, trim, outliers, random, ranked, sce, fusion };
+enum class Analysis : uint8_t { none, sphere, trim, outliers, random, ranked, sce, fusion, widen };
 
 // A method with its options, checked.
 struct Method {
@@ -33,6 +33,8 @@ struct Method {
   double gammas[kMaxSources];
   double epsilons[kMaxSources];
   double select_topk = 1.0;
+  double widen_ratio = 1.0, widen_calibration = 1.0;
+  bool by_rows = false;          // widen: scores for rows, not columns
   Params params;                 // all that does not depend on the elements
   bool is_copy = false;          // one source, taken as it is
 };
