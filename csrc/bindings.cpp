@@ -94,10 +94,15 @@ void check_source_count(size_t n) {
 // name: number, or a sequence with one for each source.
 std::map<std::string, std::vector<double>> numbers_of(const py::dict& parameters) {
   std::map<std::string, std::vector<double>> result;
-  for (const auto& [name, value] : parameters) {
-    const bool one = PyNumber_Check(value.ptr()) != 0;
-    result[py::cast<std::string>(name)] =
-        one ? std::vector<double>{py::cast<double>(value)} : py::cast<std::vector<double>>(value);
+  for (const auto& [key, value] : parameters) {
+    if (!py::isinstance<py::str>(key)) throw py::type_error("parameters: a name is no string");
+    const auto name = py::cast<std::string>(key);
+    try {
+      result[name] = PyNumber_Check(value.ptr()) != 0 ? std::vector<double>{py::cast<double>(value)}
+                                                       : py::cast<std::vector<double>>(value);
+    } catch (const py::cast_error&) {
+      throw py::type_error("parameters: " + name + " is neither a number nor a sequence of numbers");
+    }
   }
   return result;
 }

@@ -33,6 +33,8 @@ GPTAILOR_HD double at(const double* gram, int n, int i, int j) { return gram[pai
 
 GPTAILOR_HD double clamped(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
 
+inline constexpr double kPi = 3.14159265358979323846;
+
 // <a, b> for vectors given by their coefficients.
 GPTAILOR_HD double inner(const double* gram, int n, const double* a, const double* b) {
   double sum = 0.0;
@@ -78,10 +80,18 @@ GPTAILOR_HD bool multislerp(const double* gram, int n, const SphereParams& p, do
     norms[i] = sqrt(at(gram, n, i, i));
     mean[i] = p.weights[i] / (norms[i] + p.eps);
   }
+  if (n == 1) {
+    c[0] = 1.0;
+    return true;
+  }
   const double mean_norm = length(gram, n, mean);
-  if (mean_norm < p.eps) {
-    for (int i = 0; i < n; ++i) c[i] = p.weights[i];
-    return n == 2;
+  if (mean_norm < (p.eps > 1e-7 ? p.eps : 1e-7)) {  // lengths from inner products are good to about 1e-8
+    bool all_zero = true;
+    for (int i = 0; i < n; ++i) {
+      c[i] = p.weights[i];
+      all_zero = all_zero && norms[i] == 0.0;
+    }
+    return n == 2 || all_zero;
   }
   double average = 0.0, along = 0.0, tangent[kMaxSources];
   for (int i = 0; i < n; ++i) mean[i] /= mean_norm;
@@ -99,6 +109,10 @@ GPTAILOR_HD bool multislerp(const double* gram, int n, const SphereParams& p, do
 
 // The Karcher mean of the directions, all sources weighing the same; its length is the mean length.
 GPTAILOR_HD void karcher(const double* gram, int n, const SphereParams& p, double* c) {
+  if (n == 1) {
+    c[0] = 1.0;
+    return;
+  }
   double norms[kMaxSources], u[kMaxSources] = {};
   double scale = 0.0;
   int n_valid = 0, first = -1;
@@ -123,7 +137,7 @@ GPTAILOR_HD void karcher(const double* gram, int n, const SphereParams& p, doubl
       unit[i] = 1.0 / norms[i];
       const double cosine = clamped(inner(gram, n, u, unit), -1.0, 1.0);
       const double theta = acos(cosine);
-      if (theta < p.tol || !(sin(theta) > 1e-12)) continue;
+      if (theta < p.tol || theta > kPi - p.tol) continue;  // the way to an antipode has no direction
       const double weight = theta / sin(theta) / n_valid;
       tangent[i] += weight * unit[i];
       for (int j = 0; j < n; ++j) tangent[j] -= weight * cosine * u[j];
@@ -146,7 +160,8 @@ GPTAILOR_HD void model_stock(const double* gram, int n, double* c) {
       cosine += clamped(at(gram, n, i, j) / (norms > 1e-6 ? norms : 1e-6), -1.0, 1.0);
     }
   cosine /= n * (n - 1) / 2;
-  const double t = n * cosine / (1.0 + (n - 1) * cosine);
+  const double divisor = 1.0 + (n - 1) * cosine;
+  const double t = divisor < 1e-6 && divisor > -1e-6 ? 0.0 : n * cosine / divisor;  // the base, where there is no answer
   for (int i = 0; i < n; ++i) c[i] = t / n;
 }
 

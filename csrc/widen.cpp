@@ -13,13 +13,10 @@ namespace {
 
 using Table = std::vector<std::vector<double>>;  // [source][column]
 
-// Softmax over the sources, or the calibration value where a column stands out within its source.
-Table scores(const Table& significance, double ratio, double calibration) {
+// Softmax over the sources, or the calibration value where a column stands out from the mean of its source.
+Table scores(const Table& significance, const std::vector<double>& means, double ratio, double calibration) {
   const size_t n = significance[0].size();
   Table result = significance;
-  std::vector<double> means;
-  for (const auto& row : significance)
-    means.push_back(std::accumulate(row.begin(), row.end(), 0.0) / static_cast<double>(n));
   for (size_t c = 0; c < n; ++c) {
     double most = significance[0][c], sum = 0.0;
     for (const auto& row : significance) most = std::max(most, row[c]);
@@ -28,6 +25,13 @@ Table scores(const Table& significance, double ratio, double calibration) {
       result[s][c] = significance[s][c] > ratio * means[s] ? calibration : std::exp(significance[s][c] - most) / sum;
   }
   return result;
+}
+
+std::vector<double> means_of(const Table& significance) {
+  std::vector<double> means;
+  for (const auto& row : significance)
+    means.push_back(std::accumulate(row.begin(), row.end(), 0.0) / static_cast<double>(row.size()));
+  return means;
 }
 
 // The rank of each value within its source, over their number; equal ones by index.
@@ -68,7 +72,7 @@ bool find_widen_weights(MergeJob& job, const Method& method, int n_threads, std:
         }
       }
     }
-    sum = scores(change, method.widen_ratio, method.widen_calibration);
+    sum = scores(change, means_of(change), method.widen_ratio, method.widen_calibration);
     for (auto& row : sum)
       for (double& value : row) value *= 2.0;
   } else {
@@ -95,8 +99,11 @@ bool find_widen_weights(MergeJob& job, const Method& method, int n_threads, std:
             xx == 0.0 && bb == 0.0 ? 0.0 : 1.0 - xb / (norms > 0.0 ? norms : 1.0);
       }
     if (!ok) return false;  // NaN has no rank
-    sum = scores(rank_shares(length), method.widen_ratio, method.widen_calibration);
-    const Table other = scores(rank_shares(direction), method.widen_ratio, method.widen_calibration);
+    // Exact, since the middle one of an odd number of columns lies on it.
+    const auto columns = static_cast<double>(count);
+    const std::vector<double> means(n_sources, (columns - 1.0) / 2.0 / columns);
+    sum = scores(rank_shares(length), means, method.widen_ratio, method.widen_calibration);
+    const Table other = scores(rank_shares(direction), means, method.widen_ratio, method.widen_calibration);
     for (size_t s = 0; s < sum.size(); ++s)
       for (size_t c = 0; c < sum[s].size(); ++c) sum[s][c] += other[s][c];
   }

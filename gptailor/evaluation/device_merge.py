@@ -10,6 +10,7 @@ import torch
 from gptailor import _C
 from gptailor.evaluation.device_weights import ALIGNMENT, TORCH_DTYPES
 from gptailor.models.checkpoint import FLOAT_DTYPES
+from gptailor.stitching.compute import merge_arguments
 from gptailor.stitching.plan import OutTensor, Source
 
 METHODS = frozenset({"linear", "task_arithmetic", "slerp", "ties"})
@@ -52,7 +53,7 @@ def merge_on_gpu(
         launches.setdefault((tensor.merge, tensor.factor, tensor.base is None), []).append(number)
     for numbers in launches.values():
         some = [tensors[number] for number in numbers]
-        method, options = _arguments(some[0])
+        method, options = merge_arguments(some[0])
         _C.merge_cuda(
             method,
             [whole.tensor(offsets[n], tensors[n].shape, tensors[n].dtype) for n in numbers],
@@ -65,18 +66,3 @@ def merge_on_gpu(
         block[at : at + tensor.n_bytes].view(TORCH_DTYPES[tensor.dtype]).view(tensor.shape)
         for at, tensor in zip(offsets, tensors, strict=True)
     ]
-
-
-def _arguments(tensor: OutTensor) -> tuple[str, dict[str, Any]]:
-    merge = tensor.merge
-    if merge is None:
-        return "linear", {"weights": [1.0], "factor": tensor.factor}
-    values = dict(merge.parameters)
-    return merge.method, {
-        "weights": [weight for _, weight in merge.weights],
-        "densities": merge.for_each("density") if "density" in values else [],
-        "lam": merge.number("lambda") if "lambda" in values else 1.0,
-        "normalize": bool(values.get("normalize", 0.0)),
-        "t": merge.number("t") if "t" in values else 0.5,
-        "factor": tensor.factor,
-    }

@@ -7,7 +7,7 @@ resident model as a whole, with the same bits.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gptailor.errors import ModelError, UsageError
 from gptailor.models.family import Family
@@ -42,24 +42,18 @@ class ComputedTensor:
 
         opened = opened or (lambda source: _open(source, family))
         self.tensor = tensor
-        merge = tensor.merge or Merge("linear", NO_LAYER, (("", 1.0),), (("normalize", 0.0),))
-        weights = [weight for _, weight in merge.weights]
+        method, arguments = merge_arguments(tensor)
         base = None if tensor.base is None else opened(tensor.base)
         try:
             self._job = _C.Merge(
-                merge.method,
-                [opened(source) for source in tensor.sources],
+                method,
+                [_open(source, family) for source in tensor.sources],
                 base,
                 out_dtype=tensor.dtype,
-                weights=weights,
-                parameters={
-                    name: value if isinstance(value, float | int) else merge.for_each(name)
-                    for name, value in merge.parameters
-                },
                 key=tensor.key,
-                factor=tensor.factor,
                 check_nan=tensor.merge is not None,
                 threads=threads,
+                **arguments,
             )
         except ValueError as error:
             raise self._explained(error) from error
@@ -91,6 +85,19 @@ class ComputedTensor:
             source = self.tensor.sources[index]
         info = (source or self.tensor.sources[0]).info
         return ModelError(f"{info.path}: {info.name} can't be merged: {error}.")
+
+
+def merge_arguments(tensor: OutTensor) -> tuple[str, dict[str, Any]]:
+    """The engine's method for a tensor, and its arguments `weights`, `parameters` and `factor`."""
+    merge = tensor.merge or Merge("linear", NO_LAYER, (("", 1.0),), (("normalize", 0.0),))
+    return merge.method, {
+        "weights": [weight for _, weight in merge.weights],
+        "parameters": {
+            name: value if isinstance(value, float | int) else merge.for_each(name)
+            for name, value in merge.parameters
+        },
+        "factor": tensor.factor,
+    }
 
 
 def _open(source: Source, family: Family) -> _C.Tensor:

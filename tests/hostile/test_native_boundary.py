@@ -267,9 +267,8 @@ def run_slices(chooser: Chooser, merge: Any, n: int, out_dtype: str) -> int:
 def test_merges_to_files(tmp_path: Path) -> None:
     for chooser in calls("write"):
         n = chooser.random.choice([0, 1, 512, 5000])
-        merge = _C.Merge(
-            "linear", [chooser.tensor(n, "F32")], out_dtype="BF16", weights=[1.0], check_nan=False
-        )
+        source = _C.Buffer(4 * n).tensor(0, [n], "F32")
+        merge = _C.Merge("linear", [source], out_dtype="BF16", weights=[1.0], check_nan=False)
         fd = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         try:
             begin, count = chooser.integer(n), chooser.integer(n)

@@ -9,14 +9,17 @@ import numpy as np
 from .averages import Array
 
 
-def importance(significance_SC: Array, ratio: float, calibration: float) -> Array:
+def importance(
+    significance_SC: Array, ratio: float, calibration: float, mean: float | None = None
+) -> Array:
     """The scores of S sources for C columns: softmax over the sources, or the calibration value.
 
-    A source's columns whose significance is above `ratio` times its mean get `calibration`.
+    A source's columns whose significance is above `ratio` times its mean get `calibration`; `mean`
+    is that of all sources where it is known exactly.
     """
     e_SC = np.exp(significance_SC - np.max(significance_SC, axis=0))
     soft_SC = e_SC / np.sum(e_SC, axis=0)
-    mean_S1 = np.mean(significance_SC, axis=1, keepdims=True)
+    mean_S1 = np.mean(significance_SC, axis=1, keepdims=True) if mean is None else mean
     score_SC: Array = np.where(significance_SC > ratio * mean_S1, calibration, soft_SC)
     return score_SC
 
@@ -81,8 +84,10 @@ def widen(
     if by_rows:
         x_SRC, base_RC = x_SRC.swapaxes(1, 2), base_RC.T
     changes = [column_changes(x_RC, base_RC) for x_RC in x_SRC]
+    columns = x_SRC.shape[-1]
+    mean = (columns - 1) / 2 / columns  # the middle one of an odd number of columns lies on it
     length_SC, direction_SC = (
-        importance(rank_shares(np.stack(change)), ratio, calibration)
+        importance(rank_shares(np.stack(change)), ratio, calibration, mean)
         for change in zip(*changes, strict=True)
     )
     weight_SC = 0.5 * (length_SC + direction_SC)
