@@ -122,7 +122,8 @@ struct PyMerge {
   std::unique_ptr<const Merger> merger;
 
   PyMerge(const std::string& name, const std::vector<PyTensor>& sources, const std::optional<PyTensor>& base,
-          const std::string& out_dtype, const MergeOptions& options, int64_t row_length, bool check_nan) {
+          const std::vector<PyTensor>& statistics, const std::string& out_dtype, const MergeOptions& options,
+          int64_t row_length, bool check_nan) {
     check_source_count(sources.size());
     MergeJob job;
     job.n_sources = static_cast<int>(sources.size());
@@ -135,6 +136,13 @@ struct PyMerge {
     if (base) {
       job.base = input_of(base->tensor, "base", job.n_elements);
       keep_alive.push_back(base->tensor);
+    }
+    if (statistics.size() != (name == "fisher" ? sources.size() : 0))
+      throw std::invalid_argument(name == "fisher" ? "fisher needs the statistics of each source"
+                                                   : name + " takes no statistics");
+    for (size_t i = 0; i < statistics.size(); ++i) {
+      job.statistics[i] = input_of(statistics[i].tensor, "statistics[" + std::to_string(i) + "]", job.n_elements);
+      keep_alive.push_back(statistics[i].tensor);
     }
     job.out_dtype = mergeable(dtype_named(out_dtype), "out_dtype");
     job.check_nan = check_nan;
@@ -331,15 +339,15 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<PyMerge>(m, "Merge")
       .def(py::init([](const std::string& method, const std::vector<PyTensor>& sources,
-                       const std::optional<PyTensor>& base, const std::string& out_dtype, std::vector<double> weights,
-                       const py::dict& parameters, double factor, int64_t row_length, uint64_t key, bool check_nan,
+                       const std::optional<PyTensor>& base, const std::vector<PyTensor>& statistics,
+                       const std::string& out_dtype, std::vector<double> weights, const py::dict& parameters, double factor, int64_t row_length, uint64_t key, bool check_nan,
                        int threads) {
              return std::make_unique<PyMerge>(
-                 method, sources, base, out_dtype,
+                 method, sources, base, statistics, out_dtype,
                  MergeOptions{std::move(weights), numbers_of(parameters), factor, key, threads}, row_length, check_nan);
            }),
-           py::arg("method"), py::arg("sources"), py::arg("base") = py::none(), py::kw_only(), py::arg("out_dtype"),
-           py::arg("weights") = py::tuple(), py::arg("parameters") = py::dict(), py::arg("factor") = 1.0,
+           py::arg("method"), py::arg("sources"), py::arg("base") = py::none(), py::kw_only(),
+           py::arg("statistics") = py::tuple(), py::arg("out_dtype"), py::arg("weights") = py::tuple(), py::arg("parameters") = py::dict(), py::arg("factor") = 1.0,
            py::arg("row_length") = 0, py::arg("key") = 0, py::arg("check_nan") = true, py::arg("threads") = 0)
       .def_property_readonly("n_elements", [](const PyMerge& p) { return p.merger->job().n_elements; })
       .def("run", &PyMerge::run, py::arg("begin"), py::arg("count"), py::arg("out"), py::arg("out_offset") = 0)

@@ -15,7 +15,7 @@ namespace gptailor {
 
 inline constexpr int kMaxSources = 16;
 
-enum class Formula : uint8_t { linear, task_arithmetic, ties, sce, ram, nearswap };
+enum class Formula : uint8_t { linear, task_arithmetic, ties, sce, ram, nearswap, fisher };
 
 // Which differences from the base take part; the others count as zero.
 enum class Keep : uint8_t {
@@ -38,7 +38,7 @@ struct Params {
   float divisor = 1.0f;  // linear, task_arithmetic: what the sum is divided by
   float lambda = 1.0f;
   float factor = 1.0f;  // the whole result is multiplied by it, before it is rounded
-  float epsilon = 0.0f;  // ram: differences up to this are none
+  float epsilon = 0.0f;  // ram: differences up to this are none; fisher: no information is less than this
   float t = 0.0f;        // nearswap
   bool normalize = false;
 };
@@ -137,14 +137,27 @@ struct NearSwap {
   }
 };
 
+// sum_i w_i F_i x_i / sum_i w_i F_i; a step takes w_i F_i as the weight.
+struct Fisher {
+  static constexpr bool kUsesBase = false, kTakesDelta = false;
+  static constexpr int kState = 2;
+  GPTAILOR_HD static void step(float (&s)[kState], float x, float weight, const Params&) {
+    s[0] += weight * x;
+    s[1] += weight;
+  }
+  GPTAILOR_HD static float end(const float (&s)[kState], float /*base*/, const Params& p) {
+    return p.factor * (s[0] / s[1]);
+  }
+};
+
 // Whether Keep::magnitude keeps a difference. NaN is kept, so that it is seen.
 GPTAILOR_HD bool keeps_magnitude(float d, uint32_t low, uint32_t high) {
   const uint32_t bits = magnitude_bits(d);
   return bits >= low && (bits <= high || bits > kInfBits);
 }
 
-inline constexpr bool uses_base(Formula f) { return f != Formula::linear; }
-inline constexpr bool takes_delta(Formula f) { return f != Formula::linear && f != Formula::nearswap; }
+inline constexpr bool uses_base(Formula f) { return f != Formula::linear && f != Formula::fisher; }
+inline constexpr bool takes_delta(Formula f) { return uses_base(f) && f != Formula::nearswap; }
 
 // How reductions over a whole tensor are ordered, on the CPU and on the GPU: blocks of kReduceBlock elements; within a
 // block, lane j adds up the elements j, j + kLanes, ...; lanes are folded in halves; blocks are added in their order.

@@ -38,13 +38,15 @@ Slice Scratch::slice(const MergeJob& job, int64_t begin, int64_t n) {
   slice.n = n;
   for (int s = 0; s < job.n_sources; ++s)
     slice.sources[s] = piece(job.sources[s], begin, n, static_cast<size_t>(s));
+  for (int s = 0; s < job.n_sources && job.weights_by == Weights::elements; ++s)
+    slice.statistics[s] = piece(job.statistics[s], begin, n, static_cast<size_t>(kMaxSources + 1 + s));
   if (job.has_base) slice.base = piece(job.base, begin, n, kMaxSources);
   return slice;
 }
 
 int64_t task_elements(const MergeJob& job) {
   bool read = is_read(job.base);
-  for (int s = 0; s < job.n_sources; ++s) read = read || is_read(job.sources[s]);
+  for (int s = 0; s < job.n_sources; ++s) read = read || is_read(job.sources[s]) || is_read(job.statistics[s]);
   return read ? kReadTask : kMappedTask;
 }
 

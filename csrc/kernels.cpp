@@ -201,6 +201,14 @@ void spread_weights(const MergeJob& job, int s, int64_t first, int64_t n, float*
   }
 }
 
+// The weight of source s at each element, from its statistics. NaN stays.
+void load_statistics(const MergeJob& job, const Slice& slice, int s, int64_t i, int64_t n, float* __restrict out) {
+  const DType dtype = job.statistics[s].dtype;
+  load(slice.statistics[s] + i * mergeable_bytes(dtype), dtype, n, out);
+  const float least = job.params.epsilon, weight = job.params.weights[s];
+  for (int64_t j = 0; j < n; ++j) out[j] = weight * (out[j] < least ? least : out[j]);
+}
+
 template <class F>
 void finish(const Block* __restrict state, const float* __restrict base, const Params& params, int64_t n,
             float* __restrict out) {
@@ -258,7 +266,8 @@ bool merge_as(const MergeJob& job, const Slice& slice, std::byte* out) {
       if (job.weights_by == Weights::whole) {
         step<F, false>(x, base, p.weights[s], p, n, state);
       } else {
-        spread_weights(job, s, slice.begin + i, n, spread);
+        if (job.weights_by == Weights::elements) load_statistics(job, slice, s, i, n, spread);
+        else spread_weights(job, s, slice.begin + i, n, spread);
         step_varying<F>(x, spread, p, n, state);
       }
     }
@@ -278,6 +287,7 @@ bool merge(const MergeJob& job, const Slice& slice, std::byte* out) {
     case Formula::sce: return merge_as<Sce>(job, slice, out);
     case Formula::ram: return merge_as<Ram>(job, slice, out);
     case Formula::nearswap: return merge_as<NearSwap>(job, slice, out);
+    case Formula::fisher: return merge_as<Fisher>(job, slice, out);
   }
   return false;
 }

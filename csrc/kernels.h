@@ -20,7 +20,7 @@ struct Input {
 };
 
 // Where the weights of the weighted sums come from.
-enum class Weights : uint8_t { whole, rows, columns };
+enum class Weights : uint8_t { whole, rows, columns, elements };
 
 // One merge, as plain data.
 struct MergeJob {
@@ -32,6 +32,7 @@ struct MergeJob {
   int64_t row_length = 1;  // of the last dimension
   Input sources[kMaxSources];
   Input base;
+  Input statistics[kMaxSources];  // fisher: the weight of each element of a source
   bool has_base = false;
   DType out_dtype = DType::F32;
   bool is_copy = false;  // one source, taken as it is: no arithmetic, at most a cast
@@ -48,6 +49,7 @@ struct Slice {
   int64_t n = 0;
   const std::byte* sources[kMaxSources] = {};  // each at element `begin`
   const std::byte* base = nullptr;
+  const std::byte* statistics[kMaxSources] = {};
 };
 
 // What can be ranked: |difference| of one source, the variance over the sources, or the importance of source 0.

@@ -38,6 +38,7 @@ Merger::Merger(MergeJob job, const Method& method, int n_threads)
   job_.keep = method.keep;
   job_.params = method.params;
   job_.is_copy = method.is_copy;
+  if (job_.formula == Formula::fisher) job_.weights_by = Weights::elements;
   if (job_.n_elements == 0) return;
   const bool ok = analyse(job_, method, n_threads_, analysed_);
   check_intact();
@@ -47,6 +48,8 @@ Merger::Merger(MergeJob job, const Method& method, int n_threads)
 void Merger::check_intact() const {
   for (int s = 0; s < job_.n_sources; ++s)
     if (job_.sources[s].reader != nullptr) job_.sources[s].reader->check_intact();
+  for (int s = 0; s < job_.n_sources; ++s)
+    if (job_.statistics[s].reader != nullptr) job_.statistics[s].reader->check_intact();
   if (job_.base.reader != nullptr) job_.base.reader->check_intact();
 }
 

@@ -38,6 +38,7 @@ const std::vector<Entry>& entries() {
       {"karcher", F::linear, K::all, A::sphere, S::karcher, Base::never, 1, kMaxSources, {"max_iter", "tol"}},
       {"model_stock", F::task_arithmetic, K::all, A::sphere, S::model_stock, Base::always, 2, kMaxSources,
        {"filter_wise"}},
+      {"fisher", F::fisher, K::all, A::none, S::none, Base::never, 1, kMaxSources, {"floor"}},
       {"stock", F::task_arithmetic, K::all, A::sphere, S::model_stock, Base::always, 2, kMaxSources, {}},
       {"widen", F::task_arithmetic, K::all, A::widen, S::none, Base::always, 1, kMaxSources - 1,
        {"above_average_value_ratio", "score_calibration_value", "by_rows"}},
@@ -212,6 +213,7 @@ Method method_named(const std::string& name, int n, bool has_base, const MergeOp
   p.divisor = zero_sum ? 1.0f : sum;
   p.t = static_cast<float>(name == "nearswap" ? values.number("t", 0.0, 0.0, kBig) : 0.0);
   p.epsilon = static_cast<float>(name == "ram" ? values.number("epsilon", 1e-5, 0.0, kBig) : 0.0);
+  if (m.formula == Formula::fisher) p.epsilon = static_cast<float>(values.number("floor", 1e-6, 0.0, kBig));
   p.key = philox_key(static_cast<uint64_t>(values.number("seed", 0.0, 0.0, 9007199254740992.0)), o.key);
   if (e.analysis == Analysis::widen) {
     m.widen_ratio = values.number("above_average_value_ratio", 1.0, -kBig, kBig);

@@ -147,6 +147,7 @@ class Merge:
         sources: 1 to 16 tensors with one number of elements, each `F32`, `F16` or `BF16`; shapes
             are not compared. Kept alive.
         base: the same kind of tensor, for the methods that take one.
+        statistics: fisher only: one of the same kind for each source, its Fisher information.
         out_dtype: `F32`, `F16` or `BF16`.
         weights: one for each source; empty means 1 for each.
         parameters: by name; a number, or a sequence with one for each source. Flags are 0 or 1.
@@ -172,6 +173,7 @@ class Merge:
         sources: Sequence[Tensor],
         base: Tensor | None = None,
         *,
+        statistics: Sequence[Tensor] = (),
         out_dtype: str,
         weights: Sequence[float] = (),
         parameters: Mapping[str, float | Sequence[float]] = {},

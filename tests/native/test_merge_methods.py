@@ -216,3 +216,20 @@ def test_random_masks_depend_on_seed_key_and_source() -> None:
 
     masks = {mask(s, k, w) for s in (0, 1) for k in (0, 1, 2**64 - 1) for w in ([1, 0], [0, 1])}
     assert len(masks) == 12
+
+
+@pytest.mark.parametrize("n_sources", [1, 3])
+def test_fisher_weighs_each_element(n_sources: int) -> None:
+    rng = np.random.default_rng(n_sources)
+    sources, _ = sample(rng, n_sources, (130, 513), ["BF16", "F32", "F16", "F32"][: n_sources + 1])
+    information = rng.standard_normal((n_sources, 130, 513)).astype(np.float32) ** 2
+    information[:, rng.integers(0, 2, (130, 513)) == 0] = 0
+    o = {"weights": rng.uniform(0.5, 1, n_sources).tolist(), "parameters": {"floor": 1e-3}}
+    raw = run("fisher", sources, statistics=[tensor(f, "F32") for f in information], **o)
+    x = [values(s) for s in sources]
+    expected = reference.merge("fisher", x, statistics=information, dtype=np.float32, **o)
+    np.testing.assert_array_equal(as_float(raw, "F32"), expected.ravel())
+    with pytest.raises(ValueError, match="fisher needs the statistics"):
+        run("fisher", sources)
+    with pytest.raises(ValueError, match="linear takes no statistics"):
+        run("linear", sources, statistics=sources)
