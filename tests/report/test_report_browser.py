@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from report_browser import Browser
-from report_runs import make_run
+from report_runs import add, make_run, recipe_of
 from test_report_page import HOSTILE, runs_without_a_front
 
+from gptailor.archive import Archive, Cost, Outcome, Score
+from gptailor.recipe import NO_LAYER, Merge, Take
 from gptailor.report import Report, load_report, write_report
 
 pytestmark = pytest.mark.system
+SCORED = Outcome("ok", 0.5, (Score("piqa", "acc", 0.5, 0.02, 100),), "", Cost())
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +91,26 @@ def test_a_link_chooses_a_point(browser: Browser, page: tuple[str, Report]) -> N
             assert what == "cut" if not found else point.recipe.layers[found[0]].models[0] in what
     show(browser, f"{url}#point=no-such-point")
     assert chosen(browser)
+
+
+def test_merges_of_every_kind_are_shown(browser: Browser, tmp_path: Path) -> None:
+    ties = Merge(
+        "ties", 1, (("math", 0.5), ("code", 1.0)), (("density", (0.25, 0.75)), ("rescale", 1.0))
+    )
+    recipe = recipe_of([Take("math", 0, modules=(("mlp", Take("code", 0)),)), ties])
+    end = Merge("karcher", NO_LAYER, (("math", 1.0), ("chat", 1.0)))
+    with Archive(tmp_path) as archive:
+        add(archive, replace(recipe, embeddings=end, head="chat", _cache={}), "search", SCORED)
+    show(browser, write_report(tmp_path).as_uri())
+    rows = browser.evaluate(
+        "[...document.querySelectorAll('.map .what')].map((cell) => cell.textContent)"
+    )
+    assert [row.replace("\xa0", " ") for row in rows if row != "cut"] == [
+        "chat · final norm and head",
+        "ties: math 0.5 + code 1, density math 0.25/code 0.75, λ 1, normalised, rescale",
+        "math; mlp from code",
+        "karcher: math + chat, max_iter 10, tol 0.00001 · embeddings",
+    ]
 
 
 def test_mouse_and_keyboard(browser: Browser, page: tuple[str, Report]) -> None:

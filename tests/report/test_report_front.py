@@ -6,6 +6,7 @@ import csv
 import json
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,9 @@ from report_runs import CRASH, LAYERS, NAMES, add, dense, make_run, recipe_of, s
 
 from gptailor.archive import Archive, Cost, Outcome, Score
 from gptailor.errors import ResourceError, UsageError
-from gptailor.recipe import Merge, Recipe, Take
+from gptailor.recipe import NO_LAYER, Merge, Recipe, Take
 from gptailor.report import load_report, write_report
-from gptailor.report.export import layer_map, write_atomically
+from gptailor.report.export import ends, layer_map, write_atomically
 from gptailor.report.front import Measured, Point, pareto_front
 from gptailor.report.headline import headline
 from gptailor.report.volume import hypervolume_history
@@ -201,6 +202,23 @@ def test_layer_map_shows_what_is_built() -> None:
     assert first["sources"] == [{"model": "math", "part": 1.0}]
     assert (second["out_layer"], second["src_layer"], second["scale"]) == (1, 7, 0.9)
     assert [(s["model"], s["part"]) for s in second["sources"]] == [("math", 0.75), ("code", 0.25)]
+
+
+def test_layer_map_has_modules_and_each_source_s_values() -> None:
+    part = Merge("karcher", 0, (("math", 1.0), ("code", 1.0)))
+    sparse = Merge("ties", 3, (("math", 1.0), ("code", 3.0)), (("density", (0.5, 0.25)),))
+    (entry,) = layer_map(recipe_of([replace(sparse, modules=(("mlp", part),))]))
+    assert entry["parameters"]["density"] == {"math": 0.5, "code": 0.25}
+    assert [source["part"] for source in entry["sources"]] == [0.25, 0.75]
+    (module,) = entry["modules"]
+    assert (module["module"], module["method"]) == ("mlp", "karcher")
+    assert module["sources"] == [
+        {"model": name, "weight": None, "part": 0.5} for name in ("math", "code")
+    ]
+    end = Merge("linear", NO_LAYER, (("math", 3.0),))
+    found = ends(replace(recipe_of([sparse]), embeddings=end, _cache={}))
+    assert found["embeddings"]["sources"] == [{"model": "math", "part": 1.0}]
+    assert found["head"]["sources"] == [{"model": "base", "part": 1.0}]
 
 
 def test_a_number_that_is_none_is_a_problem_and_no_score(tmp_path: Path) -> None:

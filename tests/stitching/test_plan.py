@@ -6,6 +6,8 @@ layer and not from the place that the layer has in the result.
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 
 from gptailor.errors import ModelError, UsageError
 from gptailor.models.family import Family
-from gptailor.recipe import Layer, Merge, Recipe, Take
+from gptailor.recipe import NO_LAYER, Layer, Merge, Recipe, Take
 from gptailor.stitching.plan import make_plan, scale_factors
 from gptailor.stitching.write import coalesced, write_model
 from tests.models.tiny import (
@@ -216,6 +218,134 @@ def test_integer_buffers_are_taken_from_the_first_source(tmp_path: Path) -> None
     found = load_model(tmp_path / "o")[name.format(1)]
     assert found[0] == "I64"
     assert np.frombuffer(found[2], "<i8").tolist() in ([10, 11, 12, 13], [20, 21, 22, 23])
+
+
+# Modules, embeddings and head
+
+
+def by_name(plan: Any) -> dict[str, Any]:
+    return {t.name: t for t in plan.tensors}
+
+
+def test_modules_of_a_layer(numbered_models: dict[str, str], tmp_path: Path) -> None:
+    """Attention is merged, one projection taken elsewhere, and the rest is red's, byte for byte."""
+    merge = Merge("task_arithmetic", 4, (("red", 0.5), ("green", 0.25)), TA)
+    parts = (("k_proj", Take("green", 4)), ("self_attn", merge), ("mlp", Take("red", 4)))
+    made = recipe(numbered_models, Take("red", 0), Take("red", 4, modules=parts))
+    family = Family(numbered_models, "base")
+    tensors = by_name(make_plan(made, family))
+    merged = tensors["model.layers.1.self_attn.q_proj.weight"]
+    assert merged.merge == replace(merge, weights=tuple(sorted(merge.weights)))  # by reference
+    assert merged.base is not None
+    assert merged.base.info.name == "model.layers.4.self_attn.q_proj.weight"
+    assert tensors["model.layers.1.self_attn.k_proj.weight"].is_copy
+    assert tensors["model.layers.1.mlp.up_proj.weight"].is_copy
+    write_model(made, family, tmp_path / "out", sync=False)
+    found = load_model(tmp_path / "out")
+    expected = BASE + 0.5 * (RED - BASE) + 0.25 * (GREEN - BASE) + 4 / 16
+    for suffix in LAYER_SHAPES:
+        value = GREEN + 4 / 16 if "k_proj" in suffix else RED + 4 / 16
+        value = expected if "self_attn" in suffix and "k_proj" not in suffix else value
+        assert np.all(floats(found[f"model.layers.1.{suffix}"]) == value), suffix
+
+
+def test_a_module_that_is_no_merge_in_effect_is_a_copy(numbered_models: dict[str, str]) -> None:
+    slerp = Merge("slerp", 2, (("red", 1.0), ("green", 1.0)), (("t", 0.5),))
+    whole = replace(slerp, parameters=(("t", 1.0),))
+    plan = make_plan(
+        recipe(numbered_models, replace(slerp, modules=(("mlp", whole),))),
+        Family(numbered_models, "base"),
+    )
+    tensors = by_name(plan)
+    down = tensors["model.layers.0.mlp.down_proj.weight"]
+    assert down.is_copy
+    assert [source.model for source in down.sources] == ["green"]
+    query = tensors["model.layers.0.self_attn.q_proj.weight"]
+    assert query.merge is not None and not query.merge.modules
+
+
+def test_a_module_that_names_no_tensor(numbered_models: dict[str, str]) -> None:
+    family = Family(numbered_models, "base")
+    made = recipe(numbered_models, Take("red", 0, modules=(("self_atn", Take("green", 0)),)))
+    with pytest.raises(UsageError, match=r"unknown module 'self_atn' in layers\[0\]"):
+        make_plan(made, family)
+    head = Take("red", NO_LAYER, modules=(("lm_heed", Take("green", NO_LAYER)),))
+    with pytest.raises(UsageError, match="unknown module 'lm_heed' in head"):
+        make_plan(recipe(numbered_models, Take("red", 0), head=head), family)
+    other = Take("red", 0, modules=(("mlp", Take("blue", 0)),))
+    few = Family({name: numbered_models[name] for name in ("base", "red")}, "base")
+    with pytest.raises(UsageError, match=r"layers\[0\] names the model blue, which is not opened"):
+        make_plan(recipe(numbered_models, other), few)
+
+
+def test_merged_embeddings_and_head(numbered_models: dict[str, str], tmp_path: Path) -> None:
+    made = recipe(
+        numbered_models,
+        Take("red", 0),
+        embeddings=Merge("linear", NO_LAYER, (("red", 1.0), ("green", 1.0))),
+        head=Merge("task_arithmetic", NO_LAYER, (("green", 0.5),), TA),
+    )
+    family = Family(numbered_models, "base")
+    tensors = by_name(make_plan(made, family))
+    assert tensors["model.embed_tokens.weight"].base is None
+    assert tensors["model.norm.weight"].base.model == "base"
+    write_model(made, family, tmp_path / "out", sync=False)
+    found = load_model(tmp_path / "out")
+    assert np.all(floats(found["model.embed_tokens.weight"]) == (RED + GREEN) / 2 + 15 / 16)
+    assert np.all(floats(found["model.norm.weight"]) == (BASE + GREEN) / 2 + 15 / 16)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Embeddings: linear(red 1, green 1; normalize 1)." in card
+    assert "| green | `green` (local) | 0 |" in card
+
+
+def test_merged_embeddings_of_another_size(tmp_path: Path) -> None:
+    models = save_family(tmp_path, ["base", "red"])
+    models["padded"] = str(save_model(tmp_path / "padded", vocab=VOCAB + 12))
+    family = Family(models, "base")
+    for method in ("linear", "task_arithmetic"):
+        merge = Merge(method, NO_LAYER, (("red", 0.5), ("padded", 0.5)))
+        with pytest.raises(UsageError, match="take embeddings and head from the base"):
+            make_plan(recipe(models, Take("base", 0), embeddings=merge), family)
+
+
+def test_the_key_of_a_tensor_is_its_source(numbered_models: dict[str, str]) -> None:
+    merge = Merge("dare_linear", 4, (("red", 0.5), ("green", 0.25)), (("density", 0.5),))
+    plan = make_plan(
+        recipe(numbered_models, Take("red", 0), merge, merge), Family(numbered_models, "base")
+    )
+    tensors = by_name(plan)
+    name = "mlp.up_proj.weight"
+    digest = hashlib.sha256(f"model.layers.4.{name}".encode()).digest()
+    expected = int.from_bytes(digest[:8], "little")
+    assert tensors[f"model.layers.1.{name}"].key == expected
+    assert tensors[f"model.layers.2.{name}"].key == expected
+    keys = [t.key for t in plan.tensors if t.name.startswith("model.layers.1.")]
+    assert len(set(keys)) == len(keys)
+    assert max(keys) < 2**64
+
+
+@pytest.mark.parametrize("task_vectors", [0.0, 1.0])
+def test_an_optional_base_is_given_where_it_takes_part(
+    task_vectors: float, numbered_models: dict[str, str]
+) -> None:
+    values = (("task_vectors", task_vectors),)
+    merge = Merge("nuslerp", 4, (("red", 0.5), ("green", 0.25)), values)
+    plan = make_plan(recipe(numbered_models, merge), Family(numbered_models, "base"))
+    bases = {t.base.info.name if t.base else "" for t in plan.tensors if ".layers." in t.name}
+    assert (bases == {""}) == (task_vectors == 0.0)
+
+
+def test_integer_buffers_of_a_module(tmp_path: Path) -> None:
+    name = "model.layers.{}.self_attn.table"
+    models = {}
+    for value, model in enumerate(("base", "red", "green")):
+        table = encoded(np.arange(4) + 10 * value, "I64")
+        tensors = {name.format(i): ("I64", (4,), table) for i in range(4)}
+        models[model] = str(save_model(tmp_path / model, tensors=tensors))
+    merge = Merge("task_arithmetic", 2, (("green", 0.5),), TA)
+    made = recipe(models, Take("red", 2, modules=(("self_attn", merge),)))
+    found = by_name(make_plan(made, Family(models, "base")))[name.format(0)]
+    assert (found.merge, found.base, found.sources[0].model) == (None, None, "green")
 
 
 def test_scale_factors() -> None:
