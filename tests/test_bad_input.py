@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import yaml
 
+from gptailor.merging.registry import METHODS, Method
 from tests.models.tiny import (
     LAYER_SHAPES,
     encoded,
@@ -156,11 +157,12 @@ def test_a_model_that_is_not_there(place: Path) -> None:
     fails(place, 3, f"The model folder {place}/rde does not exist")
 
 
-@pytest.mark.parametrize("method", ["linear", "slerp", "ties", "task_arithmetic"])
-def test_nan_in_a_merged_tensor(place: Path, method: str) -> None:
-    entry: dict[str, Any] = LINEAR | {"merge": method}
-    if method == "slerp":
-        entry = {"merge": "slerp", "layer": 1, "models": ["red", "green"], "t": 0.5}
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_nan_in_a_merged_tensor(place: Path, method: Method) -> None:
+    names = ["green", "red"][: method.max_sources]
+    sources = {"weights": dict.fromkeys(names, 0.5)} if method.weighted else {"models": names}
+    options = {p.name: p.shown(p.search[0]) for p in method.parameters}
+    entry: dict[str, Any] = {"merge": method.name, "layer": 1} | sources | options
     write_recipe(place, entry)
     name = "model.layers.1.mlp.up_proj.weight"
     values = np.full(LAYER_SHAPES["mlp.up_proj.weight"], np.nan)

@@ -47,7 +47,7 @@ class ComputedTensor:
         try:
             self._job = _C.Merge(
                 method,
-                [_open(source, family) for source in tensor.sources],
+                [opened(source) for source in tensor.sources],
                 base,
                 out_dtype=tensor.dtype,
                 key=tensor.key,
@@ -88,14 +88,14 @@ class ComputedTensor:
 
 
 def merge_arguments(tensor: OutTensor) -> tuple[str, dict[str, Any]]:
-    """The engine's method for a tensor, and its arguments `weights`, `parameters` and `factor`."""
+    """The engine's method for a tensor, and its arguments `weights`, `parameters` and `factor`.
+
+    Rows of methods that work by row are the last dimension of the sources, as the engine has it.
+    """
     merge = tensor.merge or Merge("linear", NO_LAYER, (("", 1.0),), (("normalize", 0.0),))
     return merge.method, {
         "weights": [weight for _, weight in merge.weights],
-        "parameters": {
-            name: value if isinstance(value, float | int) else merge.for_each(name)
-            for name, value in merge.parameters
-        },
+        "parameters": dict(merge.parameters),
         "factor": tensor.factor,
     }
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,12 @@ from gptailor.errors import ModelError, ResourceError, UsageError
 from gptailor.evaluation.evaluator import Evaluator
 from gptailor.evaluation.resident import ResidentModel, pick_device
 from gptailor.models.family import Family
-from gptailor.recipe import Layer, Merge, Recipe, Take
+from gptailor.recipe import NO_LAYER, Layer, Merge, Recipe, Take
 from gptailor.stitching.write import write_model
 from tests.conftest import save_llama
 
 TA = (("lambda", 1.0), ("normalize", 0.0))
+_T = (("t", 0.01),)
 
 
 def recipe(models: dict[str, str], *layers: Layer, dtype: str = "bfloat16") -> Recipe:
@@ -63,12 +66,16 @@ def test_logits_are_those_of_the_written_folder(tmp_path: Path, tied: bool) -> N
     resident = ResidentModel(family, device="cpu")
     ids = torch.arange(4, 30)[None]
     weights = (("red", 0.7),)
+    average = Merge("average", NO_LAYER, (("red", 1.0), ("base", 1.0)))
+    parts = (("q_proj", Take("base", 2)), ("self_attn", Merge("nearswap", 2, weights, _T)))
+    sparse = Merge("dare_ties", 3, weights, (("density", 0.5),))
     for number, chosen in enumerate(
         [
             recipe(models, *(Take("base", i) for i in range(6))),
             recipe(models, Take("red", 1), Merge("task_arithmetic", 4, weights, TA)),
             recipe(models, Take("red", 2), Take("base", 2), Take("red", 2)),  # one layer thrice
             Recipe(models, "base", (Take("red", 5), Take("base", 0)), "red", "red"),
+            Recipe(models, "base", (Take("red", 2, modules=parts), sparse), average, "red"),
         ]
     ):
         with torch.inference_mode():
@@ -91,6 +98,43 @@ def test_a_merged_layer_is_computed_once(
     assert len(computed) == 9
     resident.assemble(recipe(models, Take("blue", 0), layer))
     assert len(computed) == 9
+
+
+def test_what_is_kept_is_known_by_all_that_it_is_made_of(
+    resident: ResidentModel, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers that differ in a module, a seed or one source's density are not each other."""
+    computed: list[str] = []
+    real = resident._compute
+    monkeypatch.setattr(resident, "_compute", lambda t: computed.append(t.name) or real(t))
+    merge = Merge("dare_ties", 1, (("blue", 0.41), ("red", 0.37)), (("density", 0.5),))
+    values = dict(merge.parameters)
+    averages = [
+        Merge("linear", NO_LAYER, (("blue", weight), ("red", 1.0))) for weight in (1.0, 2.0)
+    ]
+    different = [
+        recipe(models, merge),
+        recipe(models, replace(merge, parameters=tuple((values | {"seed": 1.0}).items()))),
+        recipe(models, replace(merge, parameters=(("density", (0.5, 0.6)),))),
+        recipe(models, replace(merge, modules=(("mlp", Take("red", 1)),))),
+        recipe(models, Take("red", 1, modules=(("mlp", merge),))),
+        *(replace(recipe(models, Take("red", 0)), embeddings=end, _cache={}) for end in averages),
+    ]
+    counts, weights = [], []
+    for chosen in (*different, *different):
+        before = len(computed)
+        weights.append(_digest(resident.assemble(chosen)))
+        counts.append(len(computed) - before)
+    assert counts == [9, 9, 9, 6, 3, 1, 1] + [0] * len(different)
+    assert len(set(weights[: len(different)])) == len(different)
+    assert weights[len(different) :] == weights[: len(different)]
+
+
+def _digest(model: torch.nn.Module) -> bytes:
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.view(torch.uint8).numpy().tobytes())
+    return digest.digest()
 
 
 def test_the_cache_of_merged_layers_is_bounded(models: dict[str, str]) -> None:

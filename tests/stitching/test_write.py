@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import pytest
 
 from gptailor.errors import ModelError, ResourceError, UsageError
 from gptailor.merging import reference
+from gptailor.merging.registry import METHODS
 from gptailor.models.family import Family
 from gptailor.recipe import DTYPES, Layer, Merge, Recipe, Take, read_recipe
 from gptailor.stitching import write
@@ -86,22 +88,68 @@ MERGES = {
     "ties-one": Merge(
         "ties", 2, (("red", 0.4),), (("density", 0.3), ("lambda", 1.0), ("normalize", 1.0))
     ),
+    "ties-each": Merge(
+        "ties", 2, (("red", 0.4), ("green", 0.5)), (("density", (0.3, 0.8)), ("rescale", 1.0))
+    ),
+    "average": Merge("average", 2, (("red", 1.0), ("green", 1.0), ("red", 1.0))),
+    "nuslerp": Merge("nuslerp", 2, (("red", 0.4), ("green", 0.5))),
+    "nuslerp-rows": Merge(
+        "nuslerp", 2, (("red", 0.4), ("green", 0.5)),
+        (("nuslerp_flatten", 0.0), ("task_vectors", 1.0)),
+    ),
+    "nuslerp-columns": Merge(
+        "nuslerp", 2, (("red", 0.4), ("green", 0.5)),
+        (("nuslerp_flatten", 0.0), ("nuslerp_row_wise", 1.0)),
+    ),
+    "multislerp": Merge("multislerp", 2, (("red", 0.4), ("green", 0.5), ("blue", 0.1))),
+    "multislerp-base": Merge(
+        "multislerp", 2, (("red", 0.4), ("green", 0.5)), (("task_vectors", 1.0),)
+    ),
+    "karcher": Merge("karcher", 2, (("red", 1.0), ("green", 1.0), ("blue", 1.0))),
+    # sources of random masks in the order of their folders, which is the canonical one
+    "dare_linear": Merge(
+        "dare_linear", 2, (("blue", 0.4), ("red", 0.5)), (("density", 0.6), ("seed", 3.0))
+    ),
+    "dare_ties": Merge(
+        "dare_ties", 2, (("blue", 0.4), ("green", 0.3), ("red", 0.5)), (("density", (0.6, 1, 0.2)),)
+    ),
+    "della": Merge(
+        "della", 2, (("blue", 0.4), ("red", 0.5)), (("density", 0.6), ("epsilon", (0.1, 0.2)))
+    ),
+    "della_linear": Merge("della_linear", 2, (("blue", 0.4), ("red", 0.5)), (("density", 0.6),)),
+    "breadcrumbs": Merge(
+        "breadcrumbs", 2, (("red", 0.4), ("green", 0.5)), (("density", 0.6), ("gamma", 0.1))
+    ),
+    "breadcrumbs_ties": Merge(
+        "breadcrumbs_ties", 2, (("red", 0.4), ("green", 0.5)), (("density", 0.6), ("lambda", 0.5))
+    ),
+    "sce": Merge("sce", 2, (("red", 1.0), ("green", 1.0), ("blue", 1.0)), (("select_topk", 0.4),)),
+    "ram": Merge("ram", 2, (("red", 1.0), ("green", 1.0)), (("epsilon", 0.05),)),
+    "model_stock": Merge("model_stock", 2, (("red", 1.0), ("green", 1.0), ("blue", 1.0))),
+    "model_stock-rows": Merge(
+        "model_stock", 2, (("red", 1.0), ("green", 1.0)), (("filter_wise", 1.0),)
+    ),
+    "stock": Merge("stock", 2, (("red", 1.0), ("green", 1.0))),
+    "nearswap": Merge("nearswap", 2, (("red", 1.0),), (("t", 0.02),)),
+    "arcee_fusion": Merge("arcee_fusion", 2, (("red", 1.0),)),
+    "widen": Merge("widen", 2, (("red", 1.0), ("green", 1.0))),
 }  # fmt: skip
 
 
-def expected(merge: Merge, sources: list[Array], base: Array) -> Array:
+def expected(merge: Merge, sources: list[Array], base: Array, name: str) -> Array:
     """The float64 oracle, fed with what the recipe says, not with its canonical form."""
-    x, w, values = np.stack(sources), [w for _, w in merge.weights], dict(merge.parameters)
-    normalize = bool(values.get("normalize"))
-    if merge.method == "linear":
-        return reference.linear(x, w, normalize=normalize)
-    if merge.method == "slerp":
-        return reference.slerp(x, t=values["t"])
-    lam = values["lambda"]
-    if merge.method == "task_arithmetic":
-        return reference.task_arithmetic(x, base, w, lam=lam, normalize=normalize)
-    densities = [values["density"]] * len(w)
-    return reference.ties(x, base, w, densities=densities, lam=lam, normalize=normalize)
+    return reference.merge(
+        merge.method,
+        sources,
+        base if merge.takes_base else None,
+        weights=[w for _, w in merge.weights] if METHODS[merge.method].weighted else None,
+        parameters=dict(merge.parameters),
+        key=int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"),
+    )
+
+
+def test_every_method_is_among_them() -> None:
+    assert {merge.method for merge in MERGES.values()} == set(METHODS)
 
 
 def one_rounding(value: Array, dtype: str) -> Array:
@@ -127,7 +175,7 @@ def test_merges_equal_the_float64_reference(
             assert found[:2] == (out_dtype, LAYER_SHAPES[suffix])
             wanted = expected(
                 merge, [floats(inputs[m][source]) for m in merge.models],
-                floats(inputs["base"][source]),
+                floats(inputs["base"][source]), source,
             )  # fmt: skip
             assert np.all(np.abs(floats(found) - wanted) <= one_rounding(wanted, out_dtype)), suffix
 
@@ -210,7 +258,8 @@ def test_threads_and_slices_change_no_byte(tmp_path: Path, monkeypatch: pytest.M
         )
         for m in MODELS
     }  # fmt: skip
-    layers = [replace(MERGES[name], src_layer=1) for name in ("linear", "slerp", "ties")]
+    names = ("linear", "slerp", "ties", "dare_ties", "della", "sce", "nuslerp-rows", "widen")
+    layers = [replace(MERGES[name], src_layer=1) for name in names]
     made = recipe(models, *layers, replace(MERGES["task_arithmetic"], src_layer=1, scale=0.5))
     files = []
     for i, (threads, size) in enumerate([(1, 8 << 20), (2, 8 << 20), (7, 8 << 20), (2, 12_345)]):
