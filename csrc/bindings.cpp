@@ -8,6 +8,7 @@
 #include "assemble.h"
 #include "dlpack.h"
 #include "errors.h"
+#include "file_reader.h"
 #include "load.h"
 #include "mapped_file.h"
 #include "merge_cpu.h"
@@ -67,9 +68,35 @@ PyTensor tensor_of(const std::shared_ptr<Mapping>& m, int64_t offset, std::vecto
   return {view(m, m->data(), m->size(), offset, std::move(shape), dtype_named(dtype))};
 }
 
-py::bytes read_bytes(const MappedFile& file, int64_t offset, int64_t n_bytes) {
+PyTensor tensor_of_file(const std::shared_ptr<InputFile>& file, int64_t offset, std::vector<int64_t> shape,
+                        const std::string& dtype) {
+  const std::byte* mapped = file->mapped();
+  PyTensor t{view(file, mapped, file->size(), mapped == nullptr ? 0 : offset, std::move(shape), dtype_named(dtype))};
+  check_range(offset, t.tensor.n_bytes, file->size());
+  t.tensor.reader = file;
+  t.tensor.reader_offset = offset;
+  return t;
+}
+
+py::bytes read_bytes(const InputFile& file, int64_t offset, int64_t n_bytes) {
   check_range(offset, n_bytes, file.size());
-  return py::bytes(reinterpret_cast<const char*>(file.data() + offset), static_cast<size_t>(n_bytes));
+  auto bytes = py::reinterpret_steal<py::bytes>(PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(n_bytes)));
+  if (!bytes) throw py::error_already_set();
+  auto* to = reinterpret_cast<std::byte*>(PyBytes_AS_STRING(bytes.ptr()));
+  const py::gil_scoped_release nogil;
+  file.read(offset, n_bytes, to);
+  return bytes;
+}
+
+const char* name_of(Io io) { return io == Io::mmap ? "mmap" : io == Io::pread ? "pread" : "direct"; }
+
+std::shared_ptr<InputFile> open_input(const std::filesystem::path& path, const std::string& io) {
+  const py::gil_scoped_release nogil;
+  const std::string& p = path.native();
+  if (io != "auto" && io != "mmap" && io != "pread" && io != "direct")
+    throw std::invalid_argument("unknown io '" + io + "': known are auto, mmap, pread, direct");
+  if (io == "mmap" || (io == "auto" && io_of_path(p) == Io::mmap)) return std::make_shared<MappedFile>(p);
+  return std::make_shared<FileReader>(p, io == "direct");
 }
 
 DType mergeable(DType dtype, const std::string& what) {
@@ -299,26 +326,49 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("dtype", [](const PyTensor& t) { return info(t.tensor.dtype).name; })
       .def_property_readonly("n_bytes", [](const PyTensor& t) { return t.tensor.n_bytes; })
       .def_property_readonly("n_elements", [](const PyTensor& t) { return t.tensor.n_elements; })
-      .def("__dlpack__", [](const PyTensor& t, const py::kwargs&) { return to_dlpack(t.tensor); })
+      .def("__dlpack__",
+           [](const PyTensor& t, const py::kwargs&) {
+             const auto there = [&] {
+               const py::gil_scoped_release nogil;
+               return in_memory(t.tensor);
+             };
+             return to_dlpack(there());
+           })
+      .def("check_intact",
+           [](const PyTensor& t) {
+             const py::gil_scoped_release nogil;
+             if (t.tensor.reader) t.tensor.reader->check_intact();
+           })
       .def("__dlpack_device__", [](const PyTensor&) { return py::make_tuple(kDeviceCpu, 0); })
       .def("__repr__", [](const PyTensor& t) {
         return py::str("<gptailor._C.Tensor {} {}>").format(info(t.tensor.dtype).name, py::tuple(py::cast(t.tensor.shape)));
       });
 
-  py::class_<MappedFile, std::shared_ptr<MappedFile>>(m, "MappedFile")
+  py::class_<InputFile, std::shared_ptr<InputFile>>(m, "InputFile")
+      .def_property_readonly("path", [](const InputFile& f) { return decode_path(f.path()); })
+      .def_property_readonly("size", &InputFile::size)
+      .def_property_readonly("io", [](const InputFile& f) { return name_of(f.io()); })
+      .def("fileno", &InputFile::fd)
+      .def("read", &read_bytes, py::arg("offset"), py::arg("n_bytes"))
+      .def("tensor", &tensor_of_file, py::arg("offset"), py::arg("shape"), py::arg("dtype"))
+      .def("check_intact", [](const InputFile& f) {
+        const py::gil_scoped_release nogil;
+        f.check_intact();
+      });
+  py::class_<MappedFile, InputFile, std::shared_ptr<MappedFile>>(m, "MappedFile")
       .def(py::init([](const std::filesystem::path& path) {
              const py::gil_scoped_release nogil;
              return std::make_shared<MappedFile>(path.native());
            }),
-           py::arg("path"))
-      .def_property_readonly("path", [](const MappedFile& f) { return decode_path(f.path()); })
-      .def_property_readonly("size", &MappedFile::size)
-      .def("read", &read_bytes, py::arg("offset"), py::arg("n_bytes"))
-      .def(
-          "tensor",
-          [](const std::shared_ptr<MappedFile>& f, int64_t offset, std::vector<int64_t> shape,
-             const std::string& dtype) { return tensor_of(f, offset, std::move(shape), dtype); },
-          py::arg("offset"), py::arg("shape"), py::arg("dtype"));
+           py::arg("path"));
+  py::class_<FileReader, InputFile, std::shared_ptr<FileReader>>(m, "FileReader")
+      .def(py::init([](const std::filesystem::path& path, bool direct) {
+             const py::gil_scoped_release nogil;
+             return std::make_shared<FileReader>(path.native(), direct);
+           }),
+           py::arg("path"), py::kw_only(), py::arg("direct") = false);
+  m.def("open_input", &open_input, py::arg("path"), py::arg("io") = "auto");
+  m.def("io_of_file_system", [](uint32_t type) { return name_of(io_of_file_system(type)); }, py::arg("type"));
 
   py::class_<Buffer, std::shared_ptr<Buffer>>(m, "Buffer", py::buffer_protocol())
       .def(py::init([](int64_t n_bytes) {

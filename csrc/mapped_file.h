@@ -5,6 +5,9 @@
 #include <cstdint>
 #include <string>
 
+#include "fault_guard.h"
+#include "file_reader.h"
+
 namespace gptailor {
 
 // An mmap that is unmapped when it goes.
@@ -23,15 +26,20 @@ class Mapping {
   int64_t size_ = 0;
 };
 
-// PROT_READ, MAP_SHARED: no copy, nothing to write back. If somebody truncates the file meanwhile, reading past its new
-// end is a SIGBUS: inputs must stay as they are while they are in use.
-class MappedFile : public Mapping {
+// PROT_READ, MAP_SHARED: no copy, nothing to write back. If somebody truncates the file meanwhile, the bytes beyond its
+// new end are zeros, and check_intact() tells.
+class MappedFile : public Mapping, public InputFile {
  public:
   explicit MappedFile(const std::string& path);  // throws OsError
-  const std::string& path() const { return path_; }
+
+  int64_t size() const { return InputFile::size(); }
+  Io io() const override { return Io::mmap; }
+  const std::byte* mapped() const override { return data_; }
+  void read(int64_t offset, int64_t n_bytes, std::byte* to) const override;
+  void check_intact() const override;
 
  private:
-  std::string path_;
+  FaultGuard guard_;
 };
 
 // Zeroed, page-aligned, writable. Pages cost memory once they are touched.

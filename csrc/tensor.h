@@ -13,7 +13,8 @@ namespace gptailor {
 
 // Where the bytes are:
 // - `data`: in memory, or in a mapped file. If `reader` is set too, it is the mapped file's: whoever has read through
-//   `data` calls reader->check_intact() before the result counts, because a file that was truncated reads as zeros.
+//   `data` calls reader->check_intact() before the result counts, because a file that was truncated reads as zeros; and
+//   before another error is reported, because the kernel answers EFAULT to a write from there.
 // - `data` is nullptr and `reader` is set: not mapped. The bytes are [reader_offset, reader_offset + n_bytes) of
 //   reader->read(), to be staged chunk by chunk; check_intact() as above.
 // - both nullptr: there are no bytes.
