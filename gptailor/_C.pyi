@@ -1,4 +1,4 @@
-"""The compiled extension: mapped files, byte ranges copied between files, and merges of tensors.
+"""The compiled extension: input files, byte ranges copied between files, and merges of tensors.
 
 No function here knows of models or layers. Offsets and sizes are in bytes unless a name says
 `element`. A dtype is a name as safetensors spells it: `BOOL`, `U8`, `I8`, `F8_E4M3`, `F8_E5M2`,
@@ -31,10 +31,10 @@ class SupportsDLPack(Protocol):
 class Tensor:
     """A typed, shaped, contiguous view of bytes in CPU memory.
 
-    It owns no bytes, but keeps their owner (mapping, buffer or foreign tensor) alive. It may start
-    at any byte: alignment is not needed. `torch.from_dlpack(t)` views the same bytes and keeps the
+    It owns no bytes, but keeps their owner (file, buffer or foreign tensor) alive. It may start at
+    any byte: alignment is not needed. `torch.from_dlpack(t)` views the same bytes and keeps the
     owner alive in turn; writing through it is right for a `Buffer` and a crash (SIGSEGV) for a
-    `MappedFile`, whose pages are read-only.
+    `MappedFile`, whose pages are read-only. Of a `FileReader`'s tensor it gets a copy.
     """
 
     @property
@@ -68,40 +68,94 @@ class Tensor:
 
         Raises:
             BufferError: DLPack has no such dtype (`F4`, `F6_E2M3`, `F6_E3M2`).
+            OSError: the bytes of a `FileReader` can't be read.
         """
     def __dlpack_device__(self) -> tuple[int, int]:
         """Return (1, 0): CPU memory."""
+    def check_intact(self) -> None:
+        """Raise `OSError` if its file changed, see `InputFile`; nothing for other owners."""
 
-class MappedFile:
-    """A read-only memory map of a whole file.
+class InputFile:
+    """A regular file that is open for reading, until the object and all tensors from it are gone.
 
-    The map lives until the object and all tensors from it are gone; the file is closed at once. The
-    file must keep its size for that long: reading past a new end is a SIGBUS, not an exception.
-
-    Raises:
-        OSError: with errno and path; it is missing, unreadable or no regular file.
+    It must stay as it is for that long. What is read of a file that became shorter, or of a disk
+    that fails, is an `OSError` (`ESTALE`) from `read`, from merges and from `check_intact`; never a
+    SIGBUS, and zeros only for those who look through views and ask nobody.
     """
 
-    def __init__(self, path: str | PathLike[str]) -> None: ...
     @property
     def path(self) -> str:
         """The path as it was given."""
     @property
     def size(self) -> int:
         """Size of the file in bytes when it was opened."""
+    @property
+    def io(self) -> str:
+        """`mmap`, `pread` or `direct`: what is really used."""
+    def fileno(self) -> int:
+        """The file descriptor, borrowed."""
     def read(self, offset: int, n_bytes: int) -> bytes:
         """Copy a byte range.
 
         Raises:
             ValueError: the range is not within the file.
+            OSError: it can't be read; `ESTALE` if the file became shorter.
         """
     def tensor(self, offset: int, shape: Sequence[int], dtype: str) -> Tensor:
-        """View a byte range as a tensor, without a copy. Nothing is read yet.
+        """A byte range as a tensor. Nothing is read yet.
 
         Raises:
             ValueError: unknown dtype, negative dimension, too many elements, or the range is not
                 within the file.
         """
+    def check_intact(self) -> None:
+        """Raise `OSError` (`ESTALE`) unless the file has the size and time of change of its open.
+
+        To be called after views of a mapping were read (by torch, say), before the result counts.
+        """
+
+class MappedFile(InputFile):
+    """A read-only memory map of a whole file: its tensors are views, without a copy.
+
+    With the first one the process gets a handler for SIGBUS. A fault inside a mapping replaces the
+    rest of it by zeros and marks it; all others go to the handler that was there before, once:
+    a library that handles SIGBUS itself should do so before the first file is mapped, and is put
+    below ours again by the next.
+
+    Raises:
+        OSError: with errno and path; it is missing, unreadable or no regular file.
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None: ...
+
+class FileReader(InputFile):
+    """A file that is read in large pieces, with hints to read ahead, and not mapped.
+
+    Merges read its tensors piece by piece; `torch.from_dlpack` gets a copy in memory.
+
+    Args:
+        path: the file.
+        direct: read around the page cache (`O_DIRECT`); `io` is `pread` where that is not possible.
+
+    Raises:
+        OSError: as for `MappedFile`.
+    """
+
+    def __init__(self, path: str | PathLike[str], *, direct: bool = False) -> None: ...
+
+def open_input(path: str | PathLike[str], io: str = "auto") -> InputFile:
+    """Open a file for `mmap`, `pread` or `direct` reading.
+
+    `auto` is pread on network file systems (NFS, Lustre, GPFS, BeeGFS, Ceph, SMB, FUSE, …), where
+    each page fault is a round trip, and mmap on all others.
+
+    Raises:
+        OSError: as for `MappedFile`.
+        ValueError: there is no such `io`.
+    """
+
+def io_of_file_system(type: int) -> str:
+    """What `auto` means for the `f_type` that statfs(2) tells."""
 
 class Buffer:
     """Anonymous writable memory, zeroed and page-aligned; supports the buffer protocol (`uint8`).

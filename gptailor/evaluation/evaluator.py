@@ -85,6 +85,7 @@ class Evaluator:
 
         Raises:
             ResourceError: memory or disk is exhausted, which is not the recipe's fault.
+            ModelError: a candidate's file changed: nothing that was read since counts.
         """
         began, forward_s, num_tokens = time.perf_counter(), self.lm.forward_s, self.lm.num_tokens
         workload = self.workloads[documents]
@@ -109,6 +110,7 @@ class Evaluator:
             status, reason = "infeasible", str(error)
         except Exception:
             status, reason = "failed", traceback.format_exc()
+        self.resident.family.check_intact()  # a file that changed is not what the recipe builds
         cost = Cost(
             seconds=time.perf_counter() - began,
             assemble_s=assembled - began,

@@ -1,20 +1,23 @@
-"""A checkpoint: the safetensors files of one model folder, checked once at open, then mapped.
+"""A checkpoint: the safetensors files of one model folder, checked once at open, then read.
 
 A file from the internet is untrusted: sizes, bounds, overlaps, holes, dtypes, duplicate keys and
 the length of the header are checked before anything else is read, so that whatever comes after
-needs no checks of its own. Opening reads headers only; weights are mapped when first asked for.
+needs no checks of its own. Opening reads headers only; a file is opened for its weights when first
+asked for, and must stay as it was when its header was read.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gptailor.errors import ModelError
+from gptailor.errors import ModelError, unknown
 
 if TYPE_CHECKING:
     from gptailor import _C
@@ -30,6 +33,10 @@ DTYPE_BITS: dict[str, int] = {
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 """What can be merged and cast."""
 
+IO_MODES = ("auto", "mmap", "pread", "direct")
+"""How weights are read: mapped, with large reads, or around the page cache; see `_C.open_input`."""
+
+_IO_VARIABLE = "GPTAILOR_IO"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
@@ -66,23 +73,31 @@ class Checkpoint:
 
     Args:
         folder: a Hugging Face folder with `model.safetensors`, or shards with an index.
+        io: one of `IO_MODES`; None for what the environment variable GPTAILOR_IO says, or auto.
 
     Raises:
         ModelError: files are missing, truncated or corrupt; the message names file and tensor.
+        UsageError: there is no such `io`.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, io: str | None = None) -> None:
         self.folder = Path(folder)
         self.tensors: dict[str, TensorInfo] = {}
-        self._mapped: dict[Path, _C.MappedFile] = {}
+        self._io = checked_io(io)
+        self._found: dict[Path, _Identity] = {}
+        self._opened: dict[Path, _C.InputFile] = {}
         index = self.folder / _INDEX
         if (self.folder / _SINGLE).is_file():  # before the index, as transformers does
-            self.tensors = read_header(self.folder / _SINGLE)
+            self.tensors = self._header(self.folder / _SINGLE)
         elif index.is_file():
             self._open_shards(index)
         else:
             raise _no_weights(self.folder)
         self.files: tuple[Path, ...] = tuple(sorted({t.path for t in self.tensors.values()}))
+
+    def _header(self, path: Path) -> dict[str, TensorInfo]:
+        tensors, self._found[path] = _read_header(path)
+        return tensors
 
     def _open_shards(self, index: Path) -> None:
         weight_map = _read_index(index)
@@ -95,7 +110,7 @@ class Checkpoint:
                         f"{index} names the shard {shard} (for {name}), but {path} does not exist: "
                         "download the model again."
                     )
-                shards[shard] = read_header(path)
+                shards[shard] = self._header(path)
             if name not in shards[shard]:
                 raise ModelError(f"{index} puts {name} into {shard}, but that file lacks it.")
             self.tensors[name] = shards[shard][name]
@@ -105,25 +120,89 @@ class Checkpoint:
                     raise ModelError(f"{self.folder / shard} holds {name}, which {index} lacks.")
 
     def tensor(self, name: str) -> _C.Tensor:
-        """A zero-copy view of a tensor on its mapped file; it keeps the mapping alive."""
+        """One tensor: a zero-copy view where its file is mapped; it keeps the file open.
+
+        Raises:
+            ModelError: the file can't be opened, or is no longer the one whose header was read.
+        """
+        info = self.tensors[name]
+        return self.file(info.path).tensor(info.offset, info.shape, info.dtype)
+
+    def file(self, path: Path) -> _C.InputFile:
+        """One of `files`, opened once; raises as `tensor` does."""
+        if path in self._opened:
+            return self._opened[path]
         from gptailor import _C
 
-        info = self.tensors[name]
-        if info.path not in self._mapped:
+        try:
+            file = _C.open_input(str(path), self._io)
+            found = _identity(os.fstat(file.fileno()))
+        except OSError as error:
+            raise ModelError(f"{path} can't be read: {error.strerror}.") from error
+        if found != self._found[path]:
+            raise _changed(path, shorter=found.n_bytes < self._found[path].n_bytes)
+        self._opened[path] = file
+        return file
+
+    def check_intact(self) -> None:
+        """Raises a `ModelError` if a file that weights were read from is not what it was.
+
+        Bytes of a mapped file that was truncated read as zeros: whoever has read through views of
+        tensors calls this before the result counts.
+        """
+        for path, file in self._opened.items():
             try:
-                mapped = _C.MappedFile(str(info.path))
+                file.check_intact()
+                if _identity(path.stat()) != self._found[path]:
+                    raise _changed(path)
             except OSError as error:
-                raise ModelError(f"{info.path} can't be mapped: {error.strerror}.") from error
-            self._mapped[info.path] = mapped
-        mapped = self._mapped[info.path]
-        if info.offset + info.n_bytes > mapped.size:
-            raise ModelError(f"{info.path} became shorter after it was opened: start again.")
-        return mapped.tensor(info.offset, info.shape, info.dtype)
+                raise read_error(error, path) from error
 
     def fingerprint(self) -> list[list[Any]]:
         """[name, size in bytes, time of change in ns] of every file: changes when weights do."""
         stats = [(path.name, path.stat()) for path in self.files]
         return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+def checked_io(io: str | None) -> str:
+    """One of `IO_MODES`: the given one, the environment's, or auto.
+
+    Raises:
+        UsageError: there is no such mode.
+    """
+    place = "--io" if io is not None else _IO_VARIABLE
+    mode = io if io is not None else os.environ.get(_IO_VARIABLE) or "auto"
+    if mode not in IO_MODES:
+        raise unknown("way to read", mode, IO_MODES, place)
+    return mode
+
+
+def read_error(error: OSError, path: Path | None = None) -> ModelError:
+    """What the failure of reading weights means; `path` if the error names no file."""
+    named = path if error.filename is None else Path(os.fsdecode(error.filename))
+    if error.errno in (errno.ESTALE, errno.ENOENT) and named is not None:
+        return _changed(named)
+    return ModelError(f"{named} can't be read: {error.strerror}.")
+
+
+def _changed(path: Path, shorter: bool = False) -> ModelError:
+    what = "became shorter" if shorter else "changed"
+    return ModelError(
+        f"{path} {what} after it was opened: start again, and leave it as it is until the end."
+    )
+
+
+class _Identity(NamedTuple):
+    """What stays the same as long as nobody writes to a file or puts another in its place."""
+
+    device: int
+    inode: int
+    n_bytes: int
+    changed_ns: int
+
+
+def _identity(stat: os.stat_result) -> _Identity:
+    return _Identity(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -132,9 +211,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises:
         ModelError: the file breaks the format in any way.
     """
+    return _read_header(path)[0]
+
+
+def _read_header(path: Path) -> tuple[dict[str, TensorInfo], _Identity]:
     try:
-        file_size = path.stat().st_size
         with path.open("rb") as file:
+            identity = _identity(os.fstat(file.fileno()))
+            file_size = identity.n_bytes
             prefix = file.read(8)
             n_header = int.from_bytes(prefix, "little")
             if len(prefix) < 8:
@@ -159,7 +243,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     tensors = [_tensor_info(name, entry, path, 8 + n_header) for name, entry in header.items()]
     tensors.sort(key=lambda t: (t.offset, t.offset + t.n_bytes))
     _check_layout(tensors, path, 8 + n_header, file_size)
-    return {t.name: t for t in tensors}
+    return {t.name: t for t in tensors}, identity
 
 
 def _check_layout(tensors: Iterable[TensorInfo], path: Path, begin: int, file_size: int) -> None:

@@ -36,15 +36,16 @@ class Candidate:
     Args:
         name: its name in the configuration.
         folder: its Hugging Face folder.
+        io: how weights are read, see `Checkpoint`.
 
     Raises:
         ModelError: config or weights are missing or corrupt.
     """
 
-    def __init__(self, name: str, folder: str | Path) -> None:
+    def __init__(self, name: str, folder: str | Path, io: str | None = None) -> None:
         self.name = name
         self.folder = Path(folder)
-        self.checkpoint = Checkpoint(self.folder)
+        self.checkpoint = Checkpoint(self.folder, io)
         self.config = _read_json(self.folder / "config.json")
         self.architecture: Architecture = find_architecture(self.checkpoint.tensors, self.folder)
         declared = layer_count(text_config(self.config))
@@ -76,18 +77,19 @@ class Family:
     Args:
         models: name → local folder or hub id.
         base: the name of the base.
+        io: how weights are read, see `Checkpoint`.
 
     Raises:
         ModelError: a candidate is unusable, or does not fit the base.
-        UsageError: the base is not among the models.
+        UsageError: the base is not among the models, or there is no such `io`.
     """
 
-    def __init__(self, models: Mapping[str, str], base: str) -> None:
+    def __init__(self, models: Mapping[str, str], base: str, io: str | None = None) -> None:
         if base not in models:
             raise unknown("model", base, models, "base")
         self.refs = dict(models)
         self.base_name = base
-        self.candidates = {name: Candidate(name, resolve(ref)) for name, ref in models.items()}
+        self.candidates = {n: Candidate(n, resolve(ref), io) for n, ref in models.items()}
         for candidate in self.candidates.values():
             if candidate is not self.base:
                 _check_fits(candidate, self.base)
@@ -118,6 +120,11 @@ class Family:
         ends = (*self.architecture.embeddings, *self.architecture.head)
         outside = sum(self.base.tensors[name].n_elements for name in ends)
         return outside + sum(self.layer_parameters(src) for src in chosen)
+
+    def check_intact(self) -> None:
+        """Raises a `ModelError` if a file that weights were read from changed meanwhile."""
+        for candidate in self.candidates.values():
+            candidate.checkpoint.check_intact()
 
     def fingerprint(self) -> dict[str, Any]:
         """Names, sizes and times of all weight files: what a resumed search compares."""

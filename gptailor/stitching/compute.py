@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from gptailor.errors import ModelError, UsageError
+from gptailor.models.checkpoint import read_error
 from gptailor.models.family import Family
 from gptailor.recipe import NO_LAYER, Merge
 from gptailor.stitching.plan import OutTensor, Source
@@ -28,7 +29,8 @@ class ComputedTensor:
         opened: gives the tensor of a source; default: a view on its mapped file.
 
     Raises:
-        ModelError: a source of a merge holds NaN; the message names file and tensor.
+        ModelError: a source of a merge holds NaN (the message names file and tensor), or a file
+            changed or can't be read.
     """
 
     def __init__(
@@ -57,6 +59,8 @@ class ComputedTensor:
             )
         except ValueError as error:
             raise self._explained(error) from error
+        except OSError as error:
+            raise read_error(error) from error
 
     @property
     def n_elements(self) -> int:
@@ -67,12 +71,14 @@ class ComputedTensor:
         """Computes elements [begin, begin + count) into the start of `out`.
 
         Raises:
-            ModelError: a source of a merge holds NaN.
+            ModelError: a source of a merge holds NaN, or a file changed or can't be read.
         """
         try:
             self._job.run(begin, count, out, 0)
         except ValueError as error:
             raise self._explained(error) from error
+        except OSError as error:
+            raise read_error(error) from error
 
     def _explained(self, error: ValueError) -> Exception:
         from gptailor import _C

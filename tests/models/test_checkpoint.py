@@ -325,7 +325,7 @@ def test_views_are_not_copies_and_outlive_the_checkpoint(tmp_path: Path) -> None
 def _as_bytes(checkpoint: Checkpoint, name: str) -> Any:
     info = checkpoint.tensors[name]
     checkpoint.tensor(name)
-    return checkpoint._mapped[info.path].tensor(info.offset, (info.n_bytes,), "U8")
+    return checkpoint.file(info.path).tensor(info.offset, (info.n_bytes,), "U8")
 
 
 def test_a_file_that_became_shorter(tmp_path: Path) -> None:
