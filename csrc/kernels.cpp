@@ -71,21 +71,38 @@ void subtract(float* __restrict x, const float* __restrict base, int64_t n) {
   for (int64_t j = 0; j < n; ++j) x[j] -= base[j];
 }
 
+// Whole groups of words from an element whose index divides by kPhiloxWords on. Round by round over all groups: each
+// round is one loop that is vectorised.
+void random_groups(PhiloxKey key, uint32_t source, uint64_t position, int64_t n_groups, uint32_t* __restrict out) {
+  constexpr int64_t kGroups = kBlock / kPhiloxWords;
+  alignas(64) uint32_t c0[kGroups], c1[kGroups], c2[kGroups], c3[kGroups];
+  for (int64_t g = 0; g < n_groups; ++g) {
+    c0[g] = static_cast<uint32_t>(position + static_cast<uint64_t>(g));
+    c1[g] = static_cast<uint32_t>((position + static_cast<uint64_t>(g)) >> 32);
+    c2[g] = source, c3[g] = 0;
+  }
+  for (int round = 0; round < kPhiloxRounds; ++round, key = next_key(key))
+    for (int64_t g = 0; g < n_groups; ++g) philox_round(key, c0[g], c1[g], c2[g], c3[g]);
+  for (int64_t g = 0; g < n_groups; ++g) {
+    out[kPhiloxWords * g] = c0[g], out[kPhiloxWords * g + 1] = c1[g];
+    out[kPhiloxWords * g + 2] = c2[g], out[kPhiloxWords * g + 3] = c3[g];
+  }
+}
+
 void random(PhiloxKey key, int source, int64_t begin, int64_t n, uint32_t* out) {
-  constexpr int64_t kGroups = kBlock / kPhiloxWords + 1;
-  uint32_t words[kPhiloxWords][kGroups];
+  const auto s = static_cast<uint32_t>(source);
   for (int64_t i = 0; i < n;) {
     const int64_t first = begin + i, skipped = first % kPhiloxWords;
-    const int64_t m = n - i < kBlock ? n - i : kBlock;
-    const uint64_t position = static_cast<uint64_t>(first / kPhiloxWords);
-    const int64_t groups = (skipped + m + kPhiloxWords - 1) / kPhiloxWords;
-    for (int64_t g = 0; g < groups; ++g) {
-      uint32_t w[kPhiloxWords];
-      philox(key, position + static_cast<uint64_t>(g), static_cast<uint32_t>(source), w);
-      for (int k = 0; k < kPhiloxWords; ++k) words[k][g] = w[k];
+    const auto position = static_cast<uint64_t>(first / kPhiloxWords);
+    if (skipped == 0 && n - i >= kPhiloxWords) {
+      const int64_t m = n - i < kBlock ? n - i : kBlock, groups = m / kPhiloxWords;
+      random_groups(key, s, position, groups, out + i);
+      i += groups * kPhiloxWords;
+    } else {
+      uint32_t words[kPhiloxWords];
+      philox(key, position, s, words);
+      for (int64_t k = skipped; k < kPhiloxWords && i < n; ++k, ++i) out[i] = words[k];
     }
-    for (int64_t j = 0; j < m; ++j) out[i + j] = words[(skipped + j) % kPhiloxWords][(skipped + j) / kPhiloxWords];
-    i += m;
   }
 }
 
@@ -463,10 +480,35 @@ Moments moments(const MergeJob& job, const Slice& slice, int source) {
   return {fold(all), fold(kept), fold(kept_sq)};
 }
 
+uint32_t largest(const uint32_t* bits, int64_t n) {
+  uint32_t most = 0;
+  for (int64_t j = 0; j < n; ++j) most = bits[j] > most ? bits[j] : most;
+  return most;
+}
+
+void places(const uint32_t* __restrict bits, int64_t n, float largest, int n_buckets, uint16_t* __restrict out) {
+  const int32_t top = n_buckets - 2;
+  const float scale = static_cast<float>(top) / largest;
+  for (int64_t j = 0; j < n; ++j) {
+    const auto at = static_cast<int32_t>(float_from_bits(bits[j]) * scale);
+    const int32_t place = 1 + (at < top ? at : top);
+    out[j] = static_cast<uint16_t>(bits[j] == 0 ? 0 : place);
+  }
+}
+
+int64_t rank_at_place(const uint32_t* __restrict bits, const uint16_t* __restrict at, int64_t n, int64_t element) {
+  const uint16_t place = at[element];
+  const uint32_t own = bits[element];
+  uint32_t below = 0;
+  for (int64_t j = 0; j < element; ++j) below += (at[j] == place) & (bits[j] <= own) ? 1u : 0u;
+  for (int64_t j = element + 1; j < n; ++j) below += (at[j] == place) & (bits[j] < own) ? 1u : 0u;
+  return below;
+}
+
 }  // namespace
 
 extern const Kernels GPTAILOR_CAT(kernels_, GPTAILOR_SIMD);
 const Kernels GPTAILOR_CAT(kernels_, GPTAILOR_SIMD) = {
-    GPTAILOR_STR(GPTAILOR_SIMD), merge, gram, gram_columns, count, keys, moments, random, load};
+    GPTAILOR_STR(GPTAILOR_SIMD), merge, gram, gram_columns, count, keys, moments, random, largest, places, rank_at_place, load};
 
 }  // namespace gptailor

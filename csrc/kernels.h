@@ -82,6 +82,11 @@ struct Kernels {
   Moments (*moments)(const MergeJob&, const Slice&, int source);
   // The random words of elements [begin, begin + n).
   void (*random)(PhiloxKey, int source, int64_t begin, int64_t n, uint32_t* words);
+  // The largest of n magnitudes; where each lies among `n_buckets` (at least 3) of equal width up to it, zeros in 0.
+  uint32_t (*largest)(const uint32_t* bits, int64_t n);
+  void (*places)(const uint32_t* bits, int64_t n, float largest, int n_buckets, uint16_t* places);
+  // How many magnitudes are smaller than that of `element`, or equal and before it, of those at its place.
+  int64_t (*rank_at_place)(const uint32_t* bits, const uint16_t* places, int64_t n, int64_t element);
   // Elements as float32.
   void (*load)(const std::byte*, DType, int64_t n, float*);
 };

@@ -21,18 +21,24 @@ inline PhiloxKey philox_key(uint64_t seed, uint64_t tensor_key) {
 }
 
 inline constexpr int kPhiloxWords = 4;
+inline constexpr int kPhiloxRounds = 10;
+
+GPTAILOR_HD void philox_round(PhiloxKey key, uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3) {
+  const uint64_t p0 = static_cast<uint64_t>(0xD2511F53u) * c0, p1 = static_cast<uint64_t>(0xCD9E8D57u) * c2;
+  c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ key.low;
+  c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ key.high;
+  c1 = static_cast<uint32_t>(p1);
+  c3 = static_cast<uint32_t>(p0);
+}
+
+GPTAILOR_HD PhiloxKey next_key(PhiloxKey key) { return {key.low + 0x9E3779B9u, key.high + 0xBB67AE85u}; }
 
 // The four words of one counter. Element e of source s uses word e % 4 of the counter (e / 4, s, 0).
 GPTAILOR_HD void philox(PhiloxKey key, uint64_t position, uint32_t source, uint32_t (&words)[kPhiloxWords]) {
-  uint32_t c0 = static_cast<uint32_t>(position), c1 = static_cast<uint32_t>(position >> 32), c2 = source, c3 = 0;
-  uint32_t k0 = key.low, k1 = key.high;
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = static_cast<uint64_t>(0xD2511F53u) * c0, p1 = static_cast<uint64_t>(0xCD9E8D57u) * c2;
-    const uint32_t n0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0, n2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
-    c1 = static_cast<uint32_t>(p1), c3 = static_cast<uint32_t>(p0), c0 = n0, c2 = n2;
-    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-  }
-  words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
+  words[0] = static_cast<uint32_t>(position), words[1] = static_cast<uint32_t>(position >> 32);
+  words[2] = source, words[3] = 0;
+  for (int round = 0; round < kPhiloxRounds; ++round, key = next_key(key))
+    philox_round(key, words[0], words[1], words[2], words[3]);
 }
 
 // A word passes with this probability if it is below the chance: ceil(p * 2^32), 2^32 for "always".

@@ -1,10 +1,12 @@
 // The masks of della: every element of a row draws, and its chance grows with the rank of its magnitude in the row.
 //
-// Sorting every row would take most of the time of a merge, and most draws do not need a rank: a row's magnitudes are
-// spread over buckets, and the bucket's ranks bound the chance from both sides. Only where the draw falls between the
-// two is the rank counted out.
+// Sorting every row would take most of the time of a merge. Instead a row's magnitudes are spread over buckets. In a
+// bucket of equal magnitudes, of which differences of bfloat16 numbers have many, ranks follow from the order; in others
+// the ranks of the bucket bound the chance from both sides, and only where the draw falls between the two is the rank
+// counted out.
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "analysis.h"
 #include "inputs.h"
@@ -14,85 +16,116 @@ namespace gptailor {
 namespace {
 
 constexpr int64_t kSortFrom = int64_t{1} << 16;  // longer rows are sorted
-constexpr int64_t kBuckets = 4096;
+constexpr int64_t kBuckets = 2048;
 
+// An element of rank r stays if its random word is below lowest + r * step. (A word is below a number exactly if it is
+// below the number rounded up, so this is chance() without rounding.)
 struct Chances {
-  double lowest, step;  // chance of rank r is lowest + r * step, in parts of 1
-  uint64_t of(int64_t rank) const { return chance(lowest + static_cast<double>(rank) * step); }
+  double lowest, step;
+  bool keeps(uint32_t word, int64_t rank) const {
+    return static_cast<double>(word) < lowest + static_cast<double>(rank) * step;
+  }
 };
 
 Chances chances_for(double density, double epsilon, int64_t n) {
+  constexpr double words = 4294967296.0;
   if (density <= 0.0) return {0.0, 0.0};
-  if (n == 1) return {density, 0.0};
-  return {density - epsilon, 2.0 * epsilon / static_cast<double>(n - 1)};
+  if (n == 1) return {density * words, 0.0};
+  return {(density - epsilon) * words, 2.0 * epsilon * words / static_cast<double>(n - 1)};
 }
 
 class Row {
  public:
-  Row(int64_t length) : bits(static_cast<size_t>(length)), words(static_cast<size_t>(length)) {}
+  explicit Row(int64_t length)
+      : bits(static_cast<size_t>(length)), words(static_cast<size_t>(length)), kept(static_cast<size_t>(length + 7)) {}
 
-  // Calls keep(j) for each element that stays.
-  template <class Keep>
-  void decide(const Chances& chances, Keep keep) {
+  void decide(const Chances& chances) {
     const auto n = static_cast<int64_t>(bits.size());
-    const uint32_t largest = *std::max_element(bits.begin(), bits.end());
-    const float most = float_from_bits(largest);
-    if (n > kSortFrom || largest >= kInfBits || most < 1e-30f) {
-      decide_sorted(chances, keep);
+    const uint32_t largest = kernels().largest(bits.data(), n);
+    if (n > kSortFrom || largest >= kInfBits || float_from_bits(largest) < 1e-30f) {
+      decide_sorted(chances);
       return;
     }
-    const int64_t n_buckets = std::clamp<int64_t>(n, 16, kBuckets);
-    const float scale = static_cast<float>(n_buckets - 2) / most;
-    buckets_.resize(bits.size());
+    fill_buckets(float_from_bits(largest));
+    const uint16_t* places = places_.data();
+    Bucket* buckets = buckets_.data();
     for (int64_t j = 0; j < n; ++j) {
-      const auto b = static_cast<int32_t>(float_from_bits(bits[j]) * scale);
-      const int32_t bucket = 1 + std::min(b, static_cast<int32_t>(n_buckets - 2));
-      buckets_[j] = static_cast<uint16_t>(bits[j] == 0 ? 0 : bucket);
-    }
-    first_.assign(static_cast<size_t>(n_buckets) + 1, 0);
-    for (int64_t j = 0; j < n; ++j) ++first_[buckets_[j] + 1u];
-    for (size_t b = 1; b < first_.size(); ++b) first_[b] += first_[b - 1];
-
-    const uint64_t least = chances.of(0), best = chances.of(n - 1);
-    int32_t zeros = 0;
-    for (int64_t j = 0; j < n; ++j) {
-      const uint32_t b = buckets_[j];
-      const int64_t low = b == 0 ? zeros++ : first_[b];  // zeros are in order already
-      if (words[j] >= best) continue;
-      if (words[j] >= least && words[j] >= chances.of(low)) {
-        const int64_t high = b == 0 ? low : first_[b + 1] - 1;
-        if (low == high || words[j] >= chances.of(high) || words[j] >= chances.of(rank_of(j))) continue;
-      }
-      keep(j);
+      Bucket& b = buckets[places[j]];
+      const uint32_t word = words[static_cast<size_t>(j)];
+      const int32_t rank = b.next;
+      b.next = rank + b.equal;
+      bool stays = chances.keeps(word, rank);
+      if (b.equal == 0 && !stays && chances.keeps(word, b.last))
+        stays = chances.keeps(word, rank + kernels().rank_at_place(bits.data(), places, n, j));
+      kept[static_cast<size_t>(j)] = stays ? 1 : 0;
     }
   }
 
   std::vector<uint32_t> bits, words;  // of the magnitudes; random
+  std::vector<uint8_t> kept;          // 0 or 1; seven more than there are elements
 
  private:
-  int64_t rank_of(int64_t element) const {
-    const uint16_t bucket = buckets_[element];
-    const uint32_t own = bits[element];
+  struct Bucket {
+    int32_t next, last;  // ranks
+    int32_t equal;       // 1 if all magnitudes are equal, so that the next one has the next rank
+    uint32_t value;
+  };
+
+  void fill_buckets(float largest) {
     const auto n = static_cast<int64_t>(bits.size());
-    int64_t below = first_[bucket];
+    const auto n_buckets = static_cast<int>(std::clamp<int64_t>(n, 16, kBuckets));
+    places_.resize(bits.size());
+    kernels().places(bits.data(), n, largest, n_buckets, places_.data());
+    buckets_.assign(static_cast<size_t>(n_buckets), Bucket{0, 0, 1, 0});
+    const uint16_t* places = places_.data();
+    const uint32_t* values = bits.data();
+    Bucket* buckets = buckets_.data();
+    for (int64_t j = 0; j < n; ++j) {
+      ++buckets[places[j]].next;
+      buckets[places[j]].value = values[j];
+    }
     for (int64_t j = 0; j < n; ++j)
-      below += buckets_[j] == bucket && (bits[j] < own || (bits[j] == own && j < element)) ? 1 : 0;
-    return below;
+      if (values[j] != buckets[places[j]].value) buckets[places[j]].equal = 0;
+    int32_t first = 0;
+    for (Bucket& b : buckets_) {
+      const int32_t count = b.next;
+      b.next = first;
+      b.last = first + count - 1;
+      first += count;
+    }
   }
 
-  template <class Keep>
-  void decide_sorted(const Chances& chances, Keep keep) {
+  void decide_sorted(const Chances& chances) {
     order_.resize(bits.size());
-    for (size_t j = 0; j < order_.size(); ++j) order_[j] = static_cast<int64_t>(j);
-    std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return bits[a] < bits[b]; });
+    std::iota(order_.begin(), order_.end(), size_t{0});
+    std::stable_sort(order_.begin(), order_.end(), [&](size_t a, size_t b) { return bits[a] < bits[b]; });
     for (size_t rank = 0; rank < order_.size(); ++rank)
-      if (words[order_[rank]] < chances.of(static_cast<int64_t>(rank))) keep(order_[rank]);
+      kept[order_[rank]] = chances.keeps(words[order_[rank]], static_cast<int64_t>(rank)) ? 1 : 0;
   }
 
-  std::vector<uint16_t> buckets_;
-  std::vector<int32_t> first_;
-  std::vector<int64_t> order_;
+  std::vector<uint16_t> places_;
+  std::vector<Bucket> buckets_;
+  std::vector<size_t> order_;
 };
+
+// Sets the bits from `begin` on. Rows of other threads may share the words at both ends.
+void set_bits(const std::vector<uint8_t>& kept, int64_t n, int64_t begin, std::vector<uint64_t>& mask) {
+  for (int64_t j = 0; j < n; j += 8) {
+    uint64_t bytes;
+    memcpy(&bytes, kept.data() + j, sizeof bytes);
+    if (n - j < 8) bytes &= (uint64_t{1} << (8 * (n - j))) - 1;
+    const uint64_t eight = (bytes * 0x0102040810204080u) >> 56;  // byte k to bit k
+    const int64_t at = begin + j;
+    uint64_t* word = mask.data() + (at >> 6);
+    const int shift = static_cast<int>(at & 63);
+    const auto put = [&](uint64_t* to, uint64_t value) {
+      if (j < 64 || n - j <= 64) __atomic_fetch_or(to, value, __ATOMIC_RELAXED);
+      else *to |= value;
+    };
+    put(word, eight << shift);
+    if (shift > 56 && (eight >> (64 - shift)) != 0) put(word + 1, eight >> (64 - shift));
+  }
+}
 
 }  // namespace
 
@@ -107,21 +140,8 @@ std::vector<uint64_t> ranked_mask(const MergeJob& job, int source, double densit
       const Slice slice = scratch[static_cast<size_t>(thread)].slice(job, begin, job.row_length);
       kernels().keys(job, slice, Key::magnitude, source, row.bits.data());
       kernels().random(job.params.key, source, begin, job.row_length, row.words.data());
-      int64_t word = begin >> 6;
-      uint64_t gathered = 0;
-      const auto flush = [&] {  // rows of other threads may end in the same word
-        if (gathered != 0) __atomic_fetch_or(&mask[static_cast<size_t>(word)], gathered, __ATOMIC_RELAXED);
-        gathered = 0;
-      };
-      row.decide(chances, [&](int64_t j) {
-        const int64_t e = begin + j;
-        if (e >> 6 != word) {
-          flush();
-          word = e >> 6;
-        }
-        gathered |= uint64_t{1} << (e & 63);
-      });
-      flush();
+      row.decide(chances);
+      set_bits(row.kept, job.row_length, begin, mask);
     }
   });
   return mask;
