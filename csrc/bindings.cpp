@@ -216,10 +216,12 @@ std::string py_copy_range(int src_fd, int64_t src_offset, int dst_fd, int64_t ds
 
 void py_merge_cuda(const std::string& name, const std::vector<py::object>& outs,
                    const std::vector<std::vector<py::object>>& sources, const std::vector<py::object>& bases,
-                   const MergeOptions& options, uintptr_t stream) {
+                   const std::vector<uint64_t>& keys, const std::optional<py::object>& nan, const MergeOptions& options,
+                   uintptr_t stream) {
   require_cuda();
-  if (sources.size() != outs.size() || (!bases.empty() && bases.size() != outs.size()))
-    throw std::invalid_argument("outs, sources and bases must have one entry for each tensor");
+  if (sources.size() != outs.size() || (!bases.empty() && bases.size() != outs.size()) ||
+      (!keys.empty() && keys.size() != outs.size()))
+    throw std::invalid_argument("outs, sources, bases and keys must have one entry for each tensor");
   if (outs.empty()) return;
   check_source_count(sources[0].size());
   const int n_sources = static_cast<int>(sources[0].size());
@@ -251,9 +253,17 @@ void py_merge_cuda(const std::string& name, const std::vector<py::object>& outs,
       c.sources[i] = input_of(take(sources[k][i], what), what, c.n_elements);
     }
     if (!bases.empty()) c.base = input_of(take(bases[k], "bases" + at), "bases" + at, c.n_elements);
+    c.key = keys.empty() ? 0 : keys[k];
+  }
+  int* nan_flags = nullptr;
+  if (nan) {
+    const Tensor flags = take(*nan, "nan");
+    if (flags.dtype != DType::I32 || flags.n_elements != static_cast<int64_t>(outs.size()))
+      throw std::invalid_argument("nan must hold one I32 for each tensor");
+    nan_flags = reinterpret_cast<int*>(const_cast<std::byte*>(flags.data));
   }
   const py::gil_scoped_release nogil;
-  merge_cuda(method, n_sources, tensors, device, stream);
+  merge_cuda(method, n_sources, tensors, nan_flags, device, stream);
 }
 
 void py_load(Loader& loader, const std::vector<std::tuple<std::filesystem::path, int64_t, py::object>>& requests,
@@ -409,14 +419,14 @@ PYBIND11_MODULE(_C, m) {
       "merge_cuda",
       [](const std::string& method, const std::vector<py::object>& outs,
          const std::vector<std::vector<py::object>>& sources, const std::optional<std::vector<py::object>>& bases,
-         std::vector<double> weights, const py::dict& parameters, double factor, uint64_t key,
-         uintptr_t stream) {
-        py_merge_cuda(method, outs, sources, bases.value_or(std::vector<py::object>{}),
-                      MergeOptions{std::move(weights), numbers_of(parameters), factor, key, 0}, stream);
+         std::vector<double> weights, const py::dict& parameters, double factor, const std::vector<uint64_t>& keys,
+         const std::optional<py::object>& nan, uintptr_t stream) {
+        py_merge_cuda(method, outs, sources, bases.value_or(std::vector<py::object>{}), keys, nan,
+                      MergeOptions{std::move(weights), numbers_of(parameters), factor, 0, 0}, stream);
       },
       py::arg("method"), py::arg("outs"), py::arg("sources"), py::arg("bases") = py::none(), py::kw_only(),
       py::arg("weights") = py::tuple(), py::arg("parameters") = py::dict(), py::arg("factor") = 1.0,
-      py::arg("key") = 0, py::arg("stream") = 0);
+      py::arg("keys") = py::tuple(), py::arg("nan") = py::none(), py::arg("stream") = 0);
   py::class_<PyDeviceTensor>(m, "DeviceTensor")
       .def_static("from_dlpack", &PyDeviceTensor::from, py::arg("tensor"))
       .def_property_readonly("device", [](const PyDeviceTensor& t) { return t.foreign.device_id; })

@@ -19,22 +19,20 @@ struct DeviceTensor {
   int64_t n_elements;
   int64_t first_tile;   // number of tiles before this tensor
   int64_t first_block;  // number of reduction blocks before this tensor
+  PhiloxKey key;
+  int index;            // in the caller's list
   DType source_dtypes[kMaxSources];
   DType base_dtype;
   DType out_dtype;
   bool aligned;  // every pointer to 16 bytes
 };
 
-// What the reductions found out about a tensor.
+// What depends on the tensor: as the method says, until a reduction over the inputs has found something else.
 struct Reduced {
-  float weights[kMaxSources];        // methods on a sphere
-  uint32_t thresholds[kMaxSources];  // ties
-};
-
-// One radix select under way. remaining: rank of the wanted magnitude among those with the prefix; 0: nothing to find.
-struct RadixState {
-  int64_t remaining;
-  uint32_t prefix;
+  float weights[kMaxSources];
+  uint32_t low[kMaxSources];
+  uint32_t high[kMaxSources];
+  float scales[kMaxSources];
 };
 
 inline constexpr int kThreads = 256;
@@ -68,6 +66,18 @@ class DeviceGuard {
   int previous_ = 0;
   bool changed_ = false;
 };
+
+// Queues a kernel with kThreads threads in each block. Arguments are converted to what the kernel takes.
+template <class... P, class... A>
+void launch(const char* operation, cudaStream_t stream, int64_t n_blocks, void (*kernel)(P...), const A&... arguments) {
+#ifdef GPTAILOR_EMULATED_CUDA
+  static_cast<void>(stream);
+  emulated::launch(dim3(static_cast<unsigned>(n_blocks)), kThreads, [&] { kernel(static_cast<P>(arguments)...); });
+#else
+  kernel<<<static_cast<unsigned>(n_blocks), kThreads, 0, stream>>>(static_cast<P>(arguments)...);
+#endif
+  check_cuda(cudaGetLastError(), operation);
+}
 
 // The row whose tiles (or blocks, by the member given) contain `index`. No row is empty.
 __device__ inline int find_row(const DeviceTensor* rows, int n_rows, int64_t DeviceTensor::*first, int64_t index) {
@@ -130,12 +140,74 @@ __device__ __forceinline__ void store(const float (&x)[W], void* data, DType dty
   }
 }
 
-// Queue the reductions of slerp and ties; they fill in `reduced`, a row for each tensor.
-// partials: 3 * n_blocks doubles.
-void queue_slerp(const DeviceTensor* rows, int n_rows, int64_t n_blocks, const SphereParams& sphere, double* partials,
-                 Reduced* reduced, cudaStream_t stream);
-// states: n_rows * n_sources, with `remaining` set; counts: kRadixBuckets for each of them, zeroed.
-void queue_thresholds(const DeviceTensor* rows, int n_rows, int64_t n_tiles, int n_sources, int n_processors,
-                      RadixState* states, unsigned long long* counts, Reduced* reduced, cudaStream_t stream);
+// Which differences stay, as Params and what is known of the tensor say; then their scale. `i`: of the first element,
+// a multiple of W. CPU: apply_keep() and scale() in kernels.cpp.
+template <Keep K, int W>
+__device__ __forceinline__ void keep(const Reduced& reduced, const Params& p, PhiloxKey key, int s, int64_t i,
+                                     float (&d)[W]) {
+  if constexpr (K == Keep::magnitude) {
+    const uint32_t low = reduced.low[s], high = reduced.high[s];
+#pragma unroll
+    for (int e = 0; e < W; ++e) d[e] = keeps_magnitude(d[e], low, high) ? d[e] : 0.0f;
+  }
+  if constexpr (K == Keep::random) {
+    if (p.chances[s] >= kAlways) return;
+    const uint32_t below = static_cast<uint32_t>(p.chances[s]);
+    uint32_t words[kPhiloxWords];
+#pragma unroll
+    for (int e = 0; e < W; ++e) {
+      const int64_t at = i + e;
+      if (e % kPhiloxWords == 0)
+        philox(key, static_cast<uint64_t>(at / kPhiloxWords), static_cast<uint32_t>(s), words);
+      const int word = W == 1 ? static_cast<int>(at % kPhiloxWords) : e % kPhiloxWords;
+      d[e] *= words[word] < below ? 1.0f : 0.0f;
+    }
+  }
+}
+
+inline constexpr int kWarp = 32;
+
+// CPU: fold() in kernels.cpp.
+__device__ __forceinline__ double fold(double value) {
+  static_assert(kLanes == kWarp, "a lane of the reduction is a lane of a warp");
+  for (int half = kLanes / 2; half > 0; half /= 2) value += __shfl_down_sync(0xffffffffu, value, half);
+  return value;
+}
+
+// sums.cu. What a reduction over the tensors of a list works on.
+struct Reduction {
+  const DeviceTensor* rows;
+  int n_rows;
+  int64_t n_blocks;
+  int n_sources;
+  Reduced* reduced;
+  cudaStream_t stream;
+};
+
+// Inner products, then the weights of methods on a sphere. partials: n_pairs(n_sources) doubles for each block.
+void queue_sphere(const Reduction& on, const SphereParams& sphere, bool deltas, double* partials);
+
+// Sums of magnitudes before and after the keep stage, then the scales of the sources whose bit is set in `sparse`.
+// partials: 2 * n_sources doubles for each block.
+void queue_scales(const Reduction& on, Keep keep, const Params& params, unsigned sparse, double* partials);
+
+// threshold.cu. One k-th magnitude of source - base that is looked for. Right whatever the bracket, which only says
+// where to look first.
+struct Search {
+  int64_t rank;  // 1 is the largest; 0: nothing to find
+  uint32_t low, high;  // it lies in between, both included
+  int shift;           // (high - low) >> shift < kBuckets
+};
+inline constexpr int kBuckets = 2048;
+struct Histogram {
+  unsigned long long above;
+  unsigned long long counts[kBuckets];
+  uint32_t smallest[kBuckets], largest[kBuckets];
+};
+
+// searches: for each row and source one (trimming), or one for `low` and one for `high` (n_which 2); unresolved: how
+// many have a rank. Both are changed. histograms: one for each search, need not be cleared.
+void queue_thresholds(const Reduction& on, int64_t n_tiles, int n_which, int n_processors, Search* searches,
+                      Histogram* histograms, int* unresolved);
 
 }  // namespace gptailor

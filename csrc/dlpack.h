@@ -8,7 +8,12 @@
 namespace gptailor {
 
 // DLPack's device types that matter here.
-inline constexpr int kDeviceCpu = 1, kDeviceCuda = 2;
+inline constexpr int kDeviceCpu = 1;
+#ifdef GPTAILOR_EMULATED_CUDA
+inline constexpr int kDeviceCuda = kDeviceCpu;
+#else
+inline constexpr int kDeviceCuda = 2;
+#endif
 
 // A "dltensor" capsule that keeps tensor.owner alive. Raises BufferError for a dtype that DLPack lacks.
 pybind11::capsule to_dlpack(const Tensor& tensor);

@@ -1,11 +1,12 @@
-// Merging a list of tensors on a GPU: a table of pointers goes over, the reductions of slerp and ties follow, and one
-// launch of a persistent grid does the elementwise work for the whole list.
+// Merging a list of tensors on a GPU: a table of pointers goes over, then come the reductions that the method needs, and
+// one launch of a persistent grid does the elementwise work for the whole list.
 #include "merge_cuda.h"
 
 #include <algorithm>
 #include <cstring>
 
 #include "cuda_common.cuh"
+#include "cuda_workspace.h"
 
 namespace gptailor {
 
@@ -13,16 +14,16 @@ namespace {
 
 // A cast, or nothing at all. CPU: copy() in kernels.cpp.
 struct Copy {
-  static constexpr bool kUsesBase = false;
+  static constexpr bool kUsesBase = false, kTakesDelta = false;
   static constexpr int kState = 1;
-  static constexpr bool kTakesDelta = false;
   __device__ static void step(float (&s)[kState], float x, float, const Params&) { s[0] = x; }
   __device__ static float end(const float (&s)[kState], float, const Params&) { return s[0]; }
 };
 
-template <class F, int W>
-__device__ __forceinline__ void merge_at(const DeviceTensor& row, int64_t i, int n_sources, const float* weights,
-                                         const uint32_t* thresholds, const Params& p) {
+// W elements from i on. Returns whether a result is NaN.
+template <class F, Keep K, int W>
+__device__ __forceinline__ bool merge_at(const DeviceTensor& row, const Reduced& reduced, int64_t i, int n_sources,
+                                         const Params& p) {
   float base[W] = {};
   if constexpr (F::kUsesBase) load(row.base, row.base_dtype, i, base);
   float state[W][F::kState];
@@ -30,67 +31,79 @@ __device__ __forceinline__ void merge_at(const DeviceTensor& row, int64_t i, int
   for (int e = 0; e < W; ++e)
 #pragma unroll
     for (int k = 0; k < F::kState; ++k) state[e][k] = kEmptySum;
+#pragma unroll 4
   for (int s = 0; s < n_sources; ++s) {
     float x[W];
     load(row.sources[s], row.source_dtypes[s], i, x);
-    const float weight = weights[s];
-    const uint32_t threshold = thresholds[s];
+    const float weight = reduced.weights[s];
+    if constexpr (F::kTakesDelta) {
 #pragma unroll
-    for (int e = 0; e < W; ++e) {
-      const float d = F::kTakesDelta ? x[e] - base[e] : x[e];
-      F::step(state[e], F::kTakesDelta && !keeps_magnitude(d, threshold, ~0u) ? 0.0f : d, weight, p);
+      for (int e = 0; e < W; ++e) x[e] -= base[e];
+      if constexpr (K != Keep::all) {
+        keep<K>(reduced, p, row.key, s, i, x);
+        const float scale = reduced.scales[s];
+        if (scale != 1.0f) {
+#pragma unroll
+          for (int e = 0; e < W; ++e) x[e] *= scale;
+        }
+      }
     }
+#pragma unroll
+    for (int e = 0; e < W; ++e) F::step(state[e], x[e], weight, p);
   }
   float out[W];
+  bool nan = false;
 #pragma unroll
-  for (int e = 0; e < W; ++e) out[e] = F::end(state[e], base[e], p);
+  for (int e = 0; e < W; ++e) {
+    out[e] = F::end(state[e], base[e], p);
+    nan = nan || is_nan(out[e]);
+  }
   store(out, row.out, row.out_dtype, i);
+  return nan;
 }
 
-template <class F>
-__global__ void __launch_bounds__(kThreads) merge_list(const DeviceTensor* rows, int n_rows, int64_t n_tiles,
-                                                       int n_sources, const Reduced* reduced, bool weights_reduced,
+template <class F, Keep K>
+__global__ void __launch_bounds__(kThreads) merge_list(const DeviceTensor* __restrict__ rows, int n_rows,
+                                                       int64_t n_tiles, int n_sources,
+                                                       const Reduced* __restrict__ reduced, int* nan_flags,
                                                        const __grid_constant__ Params p) {
   for (int64_t tile = blockIdx.x; tile < n_tiles; tile += gridDim.x) {
     const int r = find_row(rows, n_rows, &DeviceTensor::first_tile, tile);
     const DeviceTensor& row = rows[r];
-    const float* weights = weights_reduced ? reduced[r].weights : p.weights;
-    const uint32_t* thresholds = reduced[r].thresholds;
     const int64_t begin = (tile - row.first_tile) * kTile;
     const int64_t end = min(begin + kTile, row.n_elements);
     const int64_t vector_end = row.aligned ? end - (end - begin) % kVector : begin;
+    bool nan = false;
     for (int64_t i = begin + threadIdx.x * kVector; i < vector_end; i += kThreads * kVector)
-      merge_at<F, kVector>(row, i, n_sources, weights, thresholds, p);
+      nan = merge_at<F, K, kVector>(row, reduced[r], i, n_sources, p) || nan;
     for (int64_t i = vector_end + threadIdx.x; i < end; i += kThreads)
-      merge_at<F, 1>(row, i, n_sources, weights, thresholds, p);
+      nan = merge_at<F, K, 1>(row, reduced[r], i, n_sources, p) || nan;
+    if (nan && nan_flags != nullptr) nan_flags[row.index] = 1;  // whoever writes, writes the same
   }
 }
 
-// Device memory in stream order: freed when the work queued before has been done.
-class Workspace {
- public:
-  Workspace(size_t n_bytes, cudaStream_t stream) : stream_(stream) {
-    check_cuda(cudaMallocAsync(&data_, n_bytes, stream), "allocating the workspace");
-  }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  ~Workspace() { cudaFreeAsync(data_, stream_); }
-  std::byte* data() const { return static_cast<std::byte*>(data_); }
+using Kernel = void (*)(const DeviceTensor*, int, int64_t, int, const Reduced*, int*, Params);
 
- private:
-  void* data_ = nullptr;
-  cudaStream_t stream_;
-};
+template <class F>
+Kernel kernel_keeping(Keep keep) {
+  if (keep == Keep::magnitude) return merge_list<F, Keep::magnitude>;
+  if (keep == Keep::random) return merge_list<F, Keep::random>;
+  return merge_list<F, Keep::all>;
+}
 
-// Offsets of the arrays in the workspace.
-struct Layout {
-  size_t size = 0;
-  size_t add(size_t n_bytes) {
-    const size_t offset = size;
-    size += (n_bytes + 255) / 256 * 256;
-    return offset;
+Kernel kernel_of(const Method& m, Keep keep) {
+  if (m.is_copy) return merge_list<Copy, Keep::all>;
+  switch (m.formula) {
+    case Formula::linear: return merge_list<Linear, Keep::all>;
+    case Formula::task_arithmetic: return kernel_keeping<TaskArithmetic>(keep);
+    case Formula::ties: return kernel_keeping<Ties>(keep);
+    case Formula::ram: return merge_list<Ram, Keep::all>;
+    case Formula::nearswap: return merge_list<NearSwap, Keep::all>;
+    case Formula::sce:
+    case Formula::fisher: break;
   }
-};
+  throw std::invalid_argument(m.name + " has no GPU path: merge it on the CPU");
+}
 
 DeviceTensor row_of(const CudaTensor& tensor, const Method& method, int n_sources) {
   DeviceTensor row{};
@@ -115,88 +128,112 @@ DeviceTensor row_of(const CudaTensor& tensor, const Method& method, int n_source
   row.out = tensor.out;
   row.out_dtype = tensor.out_dtype;
   take(row.out, row.out_dtype);
+  row.key = philox_key(method.seed, tensor.key);
   return row;
 }
 
-// What the GPU has a path for; the rest is merged on the CPU.
 void check_supported(const Method& m) {
-  const bool slerp = m.analysis == Analysis::sphere && m.sphere.kind == Sphere::slerp;
-  const bool plain = m.analysis == Analysis::none && (m.name == "linear" || m.name == "task_arithmetic");
-  if (!(slerp || plain || (m.analysis == Analysis::trim && !m.rescale)))
-    throw std::invalid_argument(m.name + " has no GPU path yet: merge it on the CPU");
+  const bool whole = m.analysis != Analysis::sphere || m.sphere_by == Weights::whole;
+  const bool known = m.analysis == Analysis::none || m.analysis == Analysis::sphere || m.analysis == Analysis::trim ||
+                     m.analysis == Analysis::outliers || m.analysis == Analysis::random;
+  if (!whole) throw std::invalid_argument(m.name + " by rows or columns has no GPU path: merge it on the CPU");
+  if (!known) throw std::invalid_argument(m.name + " has no GPU path: merge it on the CPU");
 }
 
-bool trims(const Method& m, int n_sources) {
-  return m.analysis == Analysis::trim && std::any_of(m.densities, m.densities + n_sources, [](double d) { return d < 1.0; });
+// What the method says about a tensor by itself, and the k-th magnitudes (`searches`: n_which for each source) that have
+// to be found. CPU: find_thresholds() in analysis.cpp.
+Reduced start(const Method& m, int n_sources, int64_t n_elements, int n_which, std::vector<Search>& searches) {
+  Reduced reduced{};
+  for (int s = 0; s < n_sources; ++s) {
+    reduced.weights[s] = m.params.weights[s];
+    reduced.low[s] = m.params.low[s];
+    reduced.high[s] = m.params.high[s];
+    reduced.scales[s] = m.params.scales[s];
+    if (n_which == 0) continue;
+    int64_t low = 0, high = 0;
+    if (m.densities[s] < 1.0 && m.analysis == Analysis::trim) {
+      const int64_t kept = kept_elements(m.densities[s], n_elements);
+      if (kept < n_elements) low = kept;
+    } else if (m.densities[s] < 1.0) {
+      const Ranks ranks = ranks_without_outliers(m.densities[s], m.gammas[s], n_elements);
+      if (ranks.first > ranks.last) {
+        reduced.low[s] = ~uint32_t{0}, reduced.high[s] = 0;  // nothing stays
+      } else {
+        low = ranks.last < n_elements ? ranks.last : 0;
+        high = ranks.first > 1 ? ranks.first : 0;
+      }
+    }
+    searches.push_back({low, 0, 0, 0});
+    if (n_which == 2) searches.push_back({high, 0, 0, 0});
+  }
+  return reduced;
 }
 
 }  // namespace
 
-void merge_cuda(const Method& method, int n_sources, const std::vector<CudaTensor>& tensors, int device,
+void merge_cuda(const Method& method, int n_sources, const std::vector<CudaTensor>& tensors, int* nan_flags, int device,
                 uintptr_t stream_handle) {
   check_supported(method);
-  const bool on_sphere = method.analysis == Analysis::sphere;
+  unsigned sparse = 0;
+  for (int s = 0; s < n_sources; ++s)
+    if (method.keep != Keep::all && method.densities[s] < 1.0) sparse |= 1u << s;
+  const Keep keep = sparse == 0 ? Keep::all : method.keep;
+  const Kernel kernel = kernel_of(method, keep);
+  const int n_which = sparse == 0                            ? 0
+                      : method.analysis == Analysis::trim     ? 1
+                      : method.analysis == Analysis::outliers ? 2
+                                                              : 0;
   std::vector<DeviceTensor> rows;
-  std::vector<RadixState> states;
+  std::vector<Reduced> starts;
+  std::vector<Search> searches;
   int64_t n_tiles = 0, n_blocks = 0;
-  for (const CudaTensor& tensor : tensors) {
+  for (size_t k = 0; k < tensors.size(); ++k) {
+    const CudaTensor& tensor = tensors[k];
     if (tensor.n_elements == 0) continue;
     rows.push_back(row_of(tensor, method, n_sources));
+    rows.back().index = static_cast<int>(k);
     rows.back().first_tile = n_tiles;
     rows.back().first_block = n_blocks;
     n_tiles += (tensor.n_elements + kTile - 1) / kTile;
     n_blocks += (tensor.n_elements + kReduceBlock - 1) / kReduceBlock;
-    for (int s = 0; trims(method, n_sources) && s < n_sources; ++s) {
-      const int64_t kept = kept_elements(method.densities[s], tensor.n_elements);
-      states.push_back({kept < tensor.n_elements ? kept : 0, 0});
-    }
+    starts.push_back(start(method, n_sources, tensor.n_elements, n_which, searches));
   }
   if (rows.empty()) return;
-  const int n_rows = static_cast<int>(rows.size());
-
-  const DeviceGuard guard(device);
-  int n_processors = 0;
-  check_cuda(cudaDeviceGetAttribute(&n_processors, cudaDevAttrMultiProcessorCount, device), "asking for the GPU's size");
-  const auto stream = reinterpret_cast<cudaStream_t>(stream_handle);
+  const auto wanted = std::count_if(searches.begin(), searches.end(), [](const Search& s) { return s.rank > 0; });
+  const bool on_sphere = method.analysis == Analysis::sphere, scales = method.rescale && keep != Keep::all;
+  const int n_sums = on_sphere ? n_pairs(n_sources) : scales ? 2 * n_sources : 0;
 
   Layout layout;
-  const size_t rows_at = layout.add(rows.size() * sizeof(DeviceTensor));
-  const size_t reduced_at = layout.add(rows.size() * sizeof(Reduced));
-  const size_t states_at = layout.add(states.size() * sizeof(RadixState));
+  const size_t rows_at = layout.add<DeviceTensor>(rows.size());
+  const size_t reduced_at = layout.add<Reduced>(starts.size());
+  const size_t searches_at = layout.add<Search>(searches.size());
+  const size_t unresolved_at = layout.add<int>(1);
   const size_t upload_bytes = layout.size;
-  const size_t counts_bytes = states.size() * kRadixBuckets * sizeof(unsigned long long);
-  const size_t counts_at = layout.add(counts_bytes);
-  const size_t partials_at =
-      layout.add(on_sphere ? static_cast<size_t>(n_blocks) * 3 * sizeof(double) : 0);
+  const size_t histograms_at = layout.add<Histogram>(wanted > 0 ? searches.size() : 0);
+  const size_t partials_at = layout.add<double>(static_cast<size_t>(n_blocks) * static_cast<size_t>(n_sums));
 
-  const Workspace workspace(layout.size, stream);
-  const auto* device_rows = reinterpret_cast<const DeviceTensor*>(workspace.data() + rows_at);
-  auto* reduced = reinterpret_cast<Reduced*>(workspace.data() + reduced_at);
+  std::vector<std::byte> upload(upload_bytes);
+  memcpy(upload.data() + rows_at, rows.data(), rows.size() * sizeof(DeviceTensor));
+  memcpy(upload.data() + reduced_at, starts.data(), starts.size() * sizeof(Reduced));
+  if (!searches.empty()) memcpy(upload.data() + searches_at, searches.data(), searches.size() * sizeof(Search));
+  const int unresolved = static_cast<int>(wanted);
+  memcpy(upload.data() + unresolved_at, &unresolved, sizeof unresolved);
 
-  std::vector<std::byte> upload(upload_bytes);  // Reduced starts as zeros: thresholds that keep everything
-  std::memcpy(upload.data() + rows_at, rows.data(), rows.size() * sizeof(DeviceTensor));
-  if (!states.empty()) std::memcpy(upload.data() + states_at, states.data(), states.size() * sizeof(RadixState));
-  // From pageable memory: CUDA has taken its copy when this returns.
-  check_cuda(cudaMemcpyAsync(workspace.data(), upload.data(), upload_bytes, cudaMemcpyHostToDevice, stream),
-             "sending the table of tensors");
+  const DeviceGuard guard(device);
+  const auto stream = reinterpret_cast<cudaStream_t>(stream_handle);
+  DeviceMemory& memory = DeviceMemory::of(device);
+  const Workspace workspace(memory, layout.size, stream);
+  memory.upload(workspace.at<void>(0), upload.data(), upload_bytes, stream);
 
-  if (on_sphere)
-    queue_slerp(device_rows, n_rows, n_blocks, method.sphere, reinterpret_cast<double*>(workspace.data() + partials_at),
-                reduced, stream);
-  if (!states.empty()) {
-    auto* counts = reinterpret_cast<unsigned long long*>(workspace.data() + counts_at);
-    check_cuda(cudaMemsetAsync(counts, 0, counts_bytes, stream), "clearing the histograms of ties");
-    queue_thresholds(device_rows, n_rows, n_tiles, n_sources, n_processors,
-                     reinterpret_cast<RadixState*>(workspace.data() + states_at), counts, reduced, stream);
-  }
-
-  const auto kernel = method.is_copy                                ? merge_list<Copy>
-                      : method.formula == Formula::task_arithmetic ? merge_list<TaskArithmetic>
-                      : method.formula == Formula::ties            ? merge_list<Ties>
-                                                                   : merge_list<Linear>;
-  const auto grid = static_cast<unsigned>(std::min<int64_t>(n_tiles, n_processors * 8));
-  kernel<<<grid, kThreads, 0, stream>>>(device_rows, n_rows, n_tiles, n_sources, reduced, on_sphere, method.params);
-  check_cuda(cudaGetLastError(), "launching the merge");
+  const Reduction on{workspace.at<DeviceTensor>(rows_at), static_cast<int>(rows.size()), n_blocks, n_sources,
+                     workspace.at<Reduced>(reduced_at), stream};
+  if (on_sphere) queue_sphere(on, method.sphere, takes_delta(method.formula), workspace.at<double>(partials_at));
+  if (wanted > 0)
+    queue_thresholds(on, n_tiles, n_which, memory.n_processors(), workspace.at<Search>(searches_at),
+                     workspace.at<Histogram>(histograms_at), workspace.at<int>(unresolved_at));
+  if (scales) queue_scales(on, keep, method.params, sparse, workspace.at<double>(partials_at));
+  launch("launching the merge", stream, std::min<int64_t>(n_tiles, memory.n_processors() * 8), kernel, on.rows,
+         on.n_rows, n_tiles, n_sources, on.reduced, nan_flags, method.params);
 }
 
 void require_cuda() {}

@@ -13,12 +13,14 @@ struct CudaTensor {
   DType out_dtype = DType::F32;
   Input sources[kMaxSources];
   Input base;
+  uint64_t key = 0;  // for random masks
 };
 
-// All pointers are device memory of `device`; the method is that of every tensor of the list. Work is queued on `stream`
-// (a cudaStream_t as an integer) and not waited for. Throws std::runtime_error with CUDA's message, and
-// std::invalid_argument for a method without a GPU path.
-void merge_cuda(const Method& method, int n_sources, const std::vector<CudaTensor>& tensors, int device,
+// All pointers are device memory of `device`; the method is that of every tensor of the list. Where the result of
+// tensors[k] holds a NaN, nan_flags[k] becomes 1 (nullptr: not looked for). Work is queued on `stream` (a cudaStream_t as
+// an integer) and not waited for. Throws std::runtime_error with CUDA's message, and std::invalid_argument for a method
+// without a GPU path.
+void merge_cuda(const Method& method, int n_sources, const std::vector<CudaTensor>& tensors, int* nan_flags, int device,
                 uintptr_t stream);
 
 // Throws std::runtime_error, saying how to get CUDA, if the build has none.

@@ -12,7 +12,7 @@ void require_cuda() {
       "with GPTAILOR_CUDA=1");
 }
 
-void merge_cuda(const Method&, int, const std::vector<CudaTensor>&, int, uintptr_t) { require_cuda(); }
+void merge_cuda(const Method&, int, const std::vector<CudaTensor>&, int*, int, uintptr_t) { require_cuda(); }
 
 std::unique_ptr<Staging> make_cuda_staging(int, int, int64_t) {
   require_cuda();

@@ -214,7 +214,8 @@ Method method_named(const std::string& name, int n, bool has_base, const MergeOp
   p.t = static_cast<float>(name == "nearswap" ? values.number("t", 0.0, 0.0, kBig) : 0.0);
   p.epsilon = static_cast<float>(name == "ram" ? values.number("epsilon", 1e-5, 0.0, kBig) : 0.0);
   if (m.formula == Formula::fisher) p.epsilon = static_cast<float>(values.number("floor", 1e-6, 0.0, kBig));
-  p.key = philox_key(static_cast<uint64_t>(values.number("seed", 0.0, 0.0, 9007199254740992.0)), o.key);
+  m.seed = static_cast<uint64_t>(values.number("seed", 0.0, 0.0, 9007199254740992.0));
+  p.key = philox_key(m.seed, o.key);
   if (e.analysis == Analysis::widen) {
     m.widen_ratio = values.number("above_average_value_ratio", 1.0, -kBig, kBig);
     m.widen_calibration = values.number("score_calibration_value", 1.0, -kBig, kBig);

@@ -35,6 +35,7 @@ struct Method {
   double select_topk = 1.0;
   double widen_ratio = 1.0, widen_calibration = 1.0;
   bool by_rows = false;          // widen: scores for rows, not columns
+  uint64_t seed = 0;             // of random masks
   Params params;                 // all that does not depend on the elements
   bool is_copy = false;          // one source, taken as it is
 };

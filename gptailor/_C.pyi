@@ -323,29 +323,38 @@ def merge_cuda(
     weights: Sequence[float] = (),
     parameters: Mapping[str, float | Sequence[float]] = {},
     factor: float = 1.0,
-    key: int = 0,
+    keys: Sequence[int] = (),
+    nan: SupportsDLPack | DeviceTensor | None = None,
     stream: int = 0,
 ) -> None:
-    """Merge a whole list of tensors on one GPU with one set of parameters.
+    """Merge a whole list of tensors on one GPU with one method and one set of parameters.
 
-    The elementwise part is one kernel launch for the list; slerp and ties run their reductions
-    before it. Only queues work on `stream` and returns. NaN is not looked for: it passes through.
-    linear, task_arithmetic and ties give the same bits as `Merge`; slerp's two weights may differ
-    from the CPU's in the last bit.
+    The elementwise part is one kernel launch for the list; methods that look at whole tensors run
+    their reductions before it. Only queues work on `stream` and returns; page-locked and device
+    memory that it needs is kept from call to call.
+
+    The bits are those of `Merge` for linear, task_arithmetic, ties, dare_linear, dare_ties,
+    breadcrumbs, breadcrumbs_ties, ram and nearswap. slerp, nuslerp, multislerp, karcher,
+    model_stock and stock add up the same sums, but the coefficients that follow from them use the
+    GPU's sine and cosine, so that they may differ in the last bit. The other methods, and those
+    that work by rows or columns, have no GPU path.
 
     Args:
-        method, weights, parameters, factor, key: as for `Merge`.
+        method, weights, parameters, factor: as for `Merge`.
         outs: one contiguous CUDA tensor for each result, written; its dtype is the output's.
         sources: for each result its sources, 1 to 16, the same number everywhere.
-        bases: one for each result, for task_arithmetic and ties.
+        bases: one for each result, for the methods that take one.
+        keys: 64 bits for each result, for random masks; empty means 0 for each.
+        nan: an I32 tensor of one element for each result, which becomes 1 where the result holds a
+            NaN and else stays; without it NaN is not looked for.
         stream: a CUDA stream handle (`torch.cuda.current_stream().cuda_stream`). All tensors must
             be ready in that stream's order, and stay alive until it has done the work.
 
     Raises:
         RuntimeError: CUDA's message and the operation that failed; or the extension was built
             without CUDA.
-        ValueError: as for `Merge`; a method without a GPU path (known are linear, slerp,
-            task_arithmetic, ties); a tensor is not on the same CUDA device as the others.
+        ValueError: as for `Merge`; a method without a GPU path; a tensor is not on the same CUDA
+            device as the others.
         BufferError: a tensor is not contiguous.
     """
 

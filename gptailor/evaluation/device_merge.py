@@ -13,24 +13,30 @@ from gptailor.models.checkpoint import FLOAT_DTYPES
 from gptailor.stitching.compute import merge_arguments
 from gptailor.stitching.plan import OutTensor, Source
 
-METHODS = frozenset({"linear", "task_arithmetic", "slerp", "ties"})
+METHODS = frozenset(
+    {
+        "linear", "slerp", "nuslerp", "multislerp", "karcher", "model_stock", "stock",
+        "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties",
+        "ram", "nearswap",
+    }
+)  # fmt: skip
 """Those with a GPU path; the others are merged by the CPU engine."""
 
 
 def can_merge(tensor: OutTensor) -> bool:
     """Whether a tensor of a plan is computed on the GPU."""
-    method, values = "linear", {}
-    if tensor.merge is not None:
-        method, values = tensor.merge.method, dict(tensor.merge.parameters)
-    known = method in METHODS and not values.get("rescale")
-    return known and all(s.info.dtype in FLOAT_DTYPES for s in tensor.sources)
+    method, arguments = merge_arguments(tensor)
+    values = arguments["parameters"]
+    by_row = values.get("filter_wise", 0) or not values.get("nuslerp_flatten", 1)
+    floats = all(s.info.dtype in FLOAT_DTYPES for s in tensor.sources)
+    return method in METHODS and not by_row and floats
 
 
 def merge_on_gpu(
     tensors: Sequence[OutTensor],
     handle: Callable[[Source], _C.DeviceTensor],
     device: torch.device,
-) -> list[torch.Tensor]:
+) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Computes tensors of a plan, in the order of the current stream.
 
     Args:
@@ -39,30 +45,40 @@ def merge_on_gpu(
         device: that GPU; it is the current one.
 
     Returns:
-        The results, in one block of memory.
+        The results, in one block of memory; and for each an int32, which is 1 if a merge has made
+        a NaN.
     """
     offsets, size = [], 0
     for tensor in tensors:
         offsets.append(size)
         size += -(-tensor.n_bytes // ALIGNMENT) * ALIGNMENT
     block = torch.empty(size, dtype=torch.uint8, device=device)
+    flags = torch.zeros(len(tensors), dtype=torch.int32, device=device)
     whole = _C.DeviceTensor.from_dlpack(block)
-    stream = torch.cuda.current_stream(device).cuda_stream
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     launches: dict[tuple[Any, ...], list[int]] = {}
     for number, tensor in enumerate(tensors):
-        launches.setdefault((tensor.merge, tensor.factor, tensor.base is None), []).append(number)
+        alike = (tensor.merge, tensor.factor, tensor.base is None)
+        launches.setdefault(alike, []).append(number)
+    order, launched = [n for numbers in launches.values() for n in numbers], 0
     for numbers in launches.values():
         some = [tensors[number] for number in numbers]
-        method, options = merge_arguments(some[0])
+        method, arguments = merge_arguments(some[0])
         _C.merge_cuda(
             method,
             [whole.tensor(offsets[n], tensors[n].shape, tensors[n].dtype) for n in numbers],
             [[handle(source) for source in tensor.sources] for tensor in some],
             None if some[0].base is None else [handle(t.base) for t in some if t.base is not None],
+            keys=[tensor.key for tensor in some],
+            nan=None if some[0].merge is None else flags[launched : launched + len(numbers)],
             stream=stream,
-            **options,
+            **arguments,
         )
-    return [
+        launched += len(numbers)
+    results = [
         block[at : at + tensor.n_bytes].view(TORCH_DTYPES[tensor.dtype]).view(tensor.shape)
         for at, tensor in zip(offsets, tensors, strict=True)
     ]
+    if order != sorted(order):
+        flags = flags[torch.tensor(order, device=device).argsort()]
+    return results, flags

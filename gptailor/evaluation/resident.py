@@ -112,6 +112,7 @@ class ResidentModel:
         self._wrapped: dict[Group, Parameters] = {}
         self._weights = self._open_weights(candidate_bytes, workers)
         self._borrowed: dict[str, Group] = {}
+        self._unchecked: list[tuple[_Key, list[OutTensor], torch.Tensor]] = []
 
     def assemble(self, recipe: Recipe) -> nn.Module:
         """Makes `model` the stitched model of a recipe; returns it.
@@ -143,14 +144,18 @@ class ResidentModel:
                 for t in outside_plan
             ]
             taken = self._take(list(filter(None, taken_keys + outside_keys)), recipe)
-            layers = [
-                self._merged_layer(layer, factor, recipe) if key is None else taken[key]
-                for key, layer, factor in zip(taken_keys, recipe.layers, factors, strict=True)
-            ]
-            outside = {
-                t.name: self._merged_outside(t, recipe) if key is None else taken[key][t.name]
-                for key, t in zip(outside_keys, outside_plan, strict=True)
-            }
+            try:
+                layers = [
+                    self._merged_layer(layer, factor, recipe) if key is None else taken[key]
+                    for key, layer, factor in zip(taken_keys, recipe.layers, factors, strict=True)
+                ]
+                outside = {
+                    t.name: self._merged_outside(t, recipe) if key is None else taken[key][t.name]
+                    for key, t in zip(outside_keys, outside_plan, strict=True)
+                }
+                self._check_nan()
+            finally:
+                self._forget_unchecked()
         src_layers = recipe.src_layers
         stay = [key is not None for key in taken_keys]
         modules = self._slots.arrange(list(zip(src_layers, layers, stay, strict=True)))
@@ -286,7 +291,7 @@ class ResidentModel:
         groups = self._weights.get([GroupKey(model, src_layer) for model in models])
         self._borrowed = {group_key.model: group for group_key, group in groups.items()}
         try:
-            data = self._compute_all(list(tensors.values()))
+            data = self._compute_all(key, list(tensors.values()))
         except torch.OutOfMemoryError as error:
             first = next(iter(tensors.values()))
             raise ResourceError(
@@ -305,7 +310,7 @@ class ResidentModel:
             _, old = self._merged.popitem(last=False)
             self._merged_bytes -= _n_bytes(old.values())
 
-    def _compute_all(self, tensors: Sequence[OutTensor]) -> list[torch.Tensor]:
+    def _compute_all(self, key: _Key, tensors: Sequence[OutTensor]) -> list[torch.Tensor]:
         """On the device, in the types of the plan."""
         result: dict[int, torch.Tensor] = {}
         launched = []
@@ -320,9 +325,32 @@ class ResidentModel:
             else:
                 result[number] = self._compute(tensor).to(self.device)
         if launched:
-            merged = merge_on_gpu([tensors[n] for n in launched], self._handle, self.device)
+            some = [tensors[n] for n in launched]
+            merged, nan = merge_on_gpu(some, self._handle, self.device)
+            self._unchecked.append((key, some, nan))
             result.update(zip(launched, merged, strict=True))
         return [result[number] for number in range(len(tensors))]
+
+    def _check_nan(self) -> None:
+        """Looks at what the GPU has found, once for a recipe: it waits for the merges.
+
+        Raises:
+            ModelError: a merged tensor holds NaN.
+        """
+        if not self._unchecked:
+            return
+        found = torch.cat([nan for _, _, nan in self._unchecked]).tolist()
+        tensors = [tensor for _, some, _ in self._unchecked for tensor in some]
+        for tensor, nan in zip(tensors, found, strict=True):
+            if nan:
+                self._compute(tensor)  # says in which file, and where
+                raise ModelError(f"{tensor.name}: the merged tensor is not a number.")
+        self._unchecked.clear()
+
+    def _forget_unchecked(self) -> None:
+        for key, _, _ in self._unchecked:
+            self._merged_bytes -= _n_bytes(self._merged.pop(key, {}).values())
+        self._unchecked.clear()
 
     def _compute(self, tensor: OutTensor) -> torch.Tensor:
         """In CPU memory."""

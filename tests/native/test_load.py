@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from gptailor import _C
 
+EMULATED = _C.build_info()["cuda_version"] == "emulated"
 DEVICES = [
     None,
     pytest.param(
@@ -36,12 +37,12 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
 
 
 def empty(n: int, device: int | None) -> torch.Tensor:
-    where = "cpu" if device is None else f"cuda:{device}"
+    where = "cpu" if device is None or EMULATED else f"cuda:{device}"
     return torch.full((n,), 7, dtype=torch.uint8, device=where)
 
 
 def stream(device: int | None) -> int:
-    return 0 if device is None else torch.cuda.current_stream(device).cuda_stream
+    return 0 if device is None or EMULATED else torch.cuda.current_stream(device).cuda_stream
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,6 +1,11 @@
-"""The GPU against the CPU: the same bits, but for slerp, whose angle each computes itself."""
+"""The GPU against the CPU, method by method: the same bits, but for methods that need sines.
+
+Also run with the kernels on the CPU, by test_emulated_cuda.py.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,19 +14,56 @@ from native_tools import TORCH, as_float, run
 
 from gptailor import _C
 
+EMULATED = _C.build_info()["cuda_version"] == "emulated"
+DEVICE = "cpu" if EMULATED else "cuda"
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(_C.cuda_device_count() == 0, reason="no CUDA device"),
 ]
 
-# One list: empty, smaller than a vector, with a tail, several tiles, several reduction blocks.
-SIZES = [0, 1, 7, 8, 1023, 8192, 8193, 70_001, 1_000_003]
-OPTIONS = {
-    "linear": {"normalize": True},
-    "task_arithmetic": {"lambda": 0.7},
-    "ties": {"lambda": 0.7, "normalize": True},
-    "slerp": {"t": 0.3},
-}
+# One list: empty, smaller than a vector, with a tail, several tiles, several reduction blocks, more
+# than a sample.
+SIZES = [0, 1, 7, 8, 1023, 8192, 8193, 30_001] + ([] if EMULATED else [70_001, 1_000_003])
+# method, sources, base?, parameters
+CASES: list[tuple[str, int, bool, dict[str, Any]]] = [
+    ("linear", 1, False, {"normalize": 0}),
+    ("linear", 3, False, {"normalize": 1}),
+    ("linear", 16, False, {"normalize": 0}),
+    ("slerp", 2, False, {"t": 0.3}),
+    ("nuslerp", 2, False, {}),
+    ("nuslerp", 2, True, {"task_vectors": 1}),
+    ("multislerp", 3, False, {}),
+    ("multislerp", 6, True, {"task_vectors": 1, "normalize_weights": 0}),
+    ("karcher", 4, False, {}),
+    ("model_stock", 3, True, {}),
+    ("stock", 2, True, {}),
+    ("task_arithmetic", 3, True, {"lambda": 0.6, "normalize": 1}),
+    ("task_arithmetic", 1, True, {}),
+    ("ties", 3, True, {"density": [0.3, 0.5, 1.0], "lambda": 0.9}),
+    ("ties", 2, True, {"density": 0.4, "rescale": 1, "normalize": 0}),
+    ("ties", 2, True, {}),
+    ("ties", 16, True, {"density": 0.01}),
+    ("dare_linear", 3, True, {"density": 0.5, "seed": 7}),
+    ("dare_linear", 2, True, {"density": [0.25, 1.0], "rescale": 0, "normalize": 1}),
+    ("dare_linear", 2, True, {"density": [0.0, 0.3]}),
+    ("dare_ties", 3, True, {"density": 0.7, "seed": 123456789}),
+    ("breadcrumbs", 3, True, {"density": 0.8, "gamma": 0.1}),
+    ("breadcrumbs", 1, True, {"density": 0.95, "gamma": 0.2, "rescale": 1}),
+    ("breadcrumbs", 2, True, {"density": [0.0, 1.0], "gamma": 0.0}),
+    ("breadcrumbs_ties", 3, True, {"density": [0.5, 0.7, 0.9], "gamma": 0.02}),
+    ("ram", 3, True, {"epsilon": 0.05}),
+    ("nearswap", 1, True, {"t": 0.08}),
+]  # fmt: skip
+SPHERES = {"slerp", "nuslerp", "multislerp", "karcher", "model_stock", "stock"}
+ON_THE_CPU: list[tuple[str, int, bool, dict[str, Any]]] = [
+    ("nuslerp", 2, False, {"nuslerp_flatten": 0}),
+    ("model_stock", 2, True, {"filter_wise": 1}),
+    ("della", 2, True, {"density": 0.5}),
+    ("sce", 2, True, {}),
+    ("arcee_fusion", 1, True, {}),
+    ("widen", 2, True, {}),
+]
 
 
 def inputs(n_sources: int, shift: int) -> tuple[list[list[torch.Tensor]], list[torch.Tensor]]:
@@ -33,7 +75,9 @@ def inputs(n_sources: int, shift: int) -> tuple[list[list[torch.Tensor]], list[t
         t = torch.randn(n, generator=g)
         if like is not None:
             t = like.cpu().float() + 0.1 * t * (torch.rand(n, generator=g) > 0.1)
-        return torch.cat([torch.zeros(shift), t]).to(kind).cuda()[shift:]
+        padded = torch.zeros(n + shift, dtype=kind, device=DEVICE)
+        padded[shift:] = t.to(kind)
+        return padded[shift:]
 
     bases = [one(n, kinds[i % 3]) for i, n in enumerate(SIZES)]
     sources = [
@@ -43,60 +87,127 @@ def inputs(n_sources: int, shift: int) -> tuple[list[list[torch.Tensor]], list[t
     return sources, bases
 
 
-@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "slerp", "copy"])
-@pytest.mark.parametrize("out_dtype", list(TORCH))
+def stream() -> int:
+    return 0 if EMULATED else torch.cuda.current_stream().cuda_stream
+
+
 @pytest.mark.parametrize("shift", [0, 1])
-def test_a_list_of_tensors(method: str, out_dtype: str, shift: int) -> None:
-    for n_sources in {"slerp": (2,), "copy": (1,)}.get(method, (1, 3, 16)):
-        sources, bases = inputs(n_sources, shift)
-        name = "linear" if method == "copy" else method
-        o = dict(OPTIONS.get(method, {}))
-        weights = [1.0] * n_sources
-        if method == "copy":
-            o["normalize"] = False
-        elif method != "slerp":
-            weights = np.linspace(0.2, 0.9, n_sources).tolist()
-        if method == "ties":
-            o["density"] = np.linspace(0.3, 1.0, n_sources).tolist()
-        needs_base = method in ("task_arithmetic", "ties")
-        outs = [torch.empty(n + 1, dtype=TORCH[out_dtype]).cuda()[shift : n + shift] for n in SIZES]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        _C.merge_cuda(
-            name,
-            outs,
-            sources,
-            bases if needs_base else None,
-            weights=weights,
-            parameters=o,
-            stream=stream.cuda_stream,
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[1]}")
+def test_a_list_of_tensors(case: tuple[str, int, bool, dict[str, Any]], shift: int) -> None:
+    method, n_sources, with_base, parameters = case
+    sources, bases = inputs(n_sources, shift)
+    weights = [1.0] if n_sources == 1 else np.linspace(0.2, 0.9, n_sources).tolist()
+    out_dtype = list(TORCH)[(len(method) + shift) % 3]
+    keys = [99 + i for i in range(len(SIZES))]
+    outs = [
+        torch.full((n + 1,), 7, dtype=TORCH[out_dtype], device=DEVICE)[shift : n + shift]
+        for n in SIZES
+    ]
+    nan = torch.zeros(len(SIZES), dtype=torch.int32, device=DEVICE)
+    options = {"weights": weights, "parameters": parameters, "factor": 1.25 if shift else 1.0}
+    _C.merge_cuda(
+        method,
+        outs,
+        sources,
+        bases if with_base else None,
+        keys=keys,
+        nan=nan,
+        stream=stream(),
+        **options,
+    )
+    assert not nan.any()
+    for i, out in enumerate(outs):
+        if method == "multislerp" and SIZES[i] == 1:
+            continue  # directions in one dimension may cancel
+        raw = run(
+            method,
+            [_C.Tensor.from_dlpack(t.cpu()) for t in sources[i]],
+            _C.Tensor.from_dlpack(bases[i].cpu()) if with_base else None,
+            out_dtype=out_dtype,
+            key=keys[i],
+            **options,
         )
-        stream.synchronize()
-        for i, out in enumerate(outs):
-            raw = run(
-                name,
-                [_C.Tensor.from_dlpack(t.cpu()) for t in sources[i]],
-                _C.Tensor.from_dlpack(bases[i].cpu()) if needs_base else None,
-                out_dtype=out_dtype,
-                weights=weights,
-                parameters=o,
-            )
-            got, want = out.cpu().float().numpy(), as_float(raw, out_dtype)
-            if method == "slerp":
-                np.testing.assert_allclose(got, want, rtol=2**-7, atol=1e-6)
-            else:
-                np.testing.assert_array_equal(got.view(np.uint32), want.view(np.uint32))
+        got, want = out.cpu().float().numpy(), as_float(raw, out_dtype)
+        if method in SPHERES and not EMULATED:
+            np.testing.assert_allclose(got, want, rtol=2**-7, atol=1e-6)
+        else:
+            np.testing.assert_array_equal(got.view(np.uint32), want.view(np.uint32), str(SIZES[i]))
+
+
+@pytest.mark.parametrize("values", ["equal", "two", "narrow", "aliased"])
+@pytest.mark.parametrize("density", [0.001, 0.3, 0.5, 0.9999])
+def test_thresholds_whatever_the_sample_says(values: str, density: float) -> None:
+    """Where the sample misleads, or many are equal."""
+    n = 40_000 if EMULATED else 3_000_000
+    g = torch.Generator().manual_seed(1)
+    x = torch.rand(n, generator=g) + 1
+    if values == "equal":
+        x[:] = 0.25
+    if values == "two":
+        x = (x > 1.5).float()
+    if values == "narrow":  # neighbours among the float32 numbers
+        x = (x.view(torch.int32) & 1023 | 0x3F800000).view(torch.float32)
+    if values == "aliased":  # large where few runs of the sample are
+        x = torch.arange(n, dtype=torch.float32) ** 2
+        x[n // 2 :] = 0
+    base = torch.zeros(n)
+    out = torch.empty(n, device=DEVICE)
+    options = {"weights": [1.0], "parameters": {"density": density}}
+    _C.merge_cuda("ties", [out], [[x.to(DEVICE)]], [base.to(DEVICE)], stream=stream(), **options)
+    want = run("ties", [_C.Tensor.from_dlpack(x)], _C.Tensor.from_dlpack(base), **options)
+    np.testing.assert_array_equal(out.cpu().numpy(), as_float(want, "F32"))
+
+
+def test_nan_is_flagged() -> None:
+    tensors = [torch.ones(n, device=DEVICE) for n in (5, 0, 20_000, 9)]
+    bases = [torch.zeros_like(t) for t in tensors]
+    tensors[2][19_999] = float("nan")
+    tensors[3][0] = float("inf")
+    bases[3][0] = float("inf")
+    for method, parameters in [
+        ("task_arithmetic", {}),
+        ("ties", {"density": 0.5}),
+        ("dare_ties", {"density": 0.5}),
+        ("breadcrumbs", {"density": 0.9}),
+        ("ram", {}),
+        ("model_stock", {}),
+    ]:
+        n_sources = 2 if method == "model_stock" else 1
+        nan = torch.zeros(4, dtype=torch.int32, device=DEVICE)
+        outs = [torch.empty_like(t) for t in tensors]
+        sources = [[t] * n_sources for t in tensors]
+        _C.merge_cuda(method, outs, sources, bases, parameters=parameters, nan=nan, stream=stream())
+        assert nan.tolist() == [0, 0, 1, 1], method
+    with pytest.raises(ValueError, match="one I32 for each"):
+        _C.merge_cuda("ram", [outs[0]], [[tensors[0]]], [bases[0]], nan=nan)
+
+
+@pytest.mark.parametrize("case", ON_THE_CPU, ids=lambda c: c[0])
+def test_methods_without_a_gpu_path(case: tuple[str, int, bool, dict[str, Any]]) -> None:
+    method, n_sources, with_base, parameters = case
+    a = torch.zeros(8, device=DEVICE)
+    with pytest.raises(ValueError, match=rf"{method}.* has no GPU path"):
+        _C.merge_cuda(
+            method, [a], [[a] * n_sources], [a] if with_base else None, parameters=parameters
+        )
 
 
 def test_wrong_tensors() -> None:
-    a = torch.zeros(4).cuda()
-    with pytest.raises(ValueError, match=r"sources\[0\]\[0\] is not on a CUDA device"):
-        _C.merge_cuda("linear", [a], [[a.cpu()]])
+    a = torch.zeros(4, device=DEVICE)
+    if not EMULATED:
+        with pytest.raises(ValueError, match=r"sources\[0\]\[0\] is not on a CUDA device"):
+            _C.merge_cuda("linear", [a], [[a.cpu()]])
     with pytest.raises(ValueError, match="has 3 elements"):
         _C.merge_cuda("linear", [a], [[a[:3]]])
     with pytest.raises(ValueError, match="one entry for each tensor"):
         _C.merge_cuda("linear", [a, a], [[a]])
+    with pytest.raises(ValueError, match="one entry for each tensor"):
+        _C.merge_cuda("linear", [a], [[a]], keys=[1, 2])
     with pytest.raises(ValueError, match="needs a base"):
         _C.merge_cuda("ties", [a], [[a]])
     with pytest.raises(BufferError, match="contiguous"):
-        _C.merge_cuda("linear", [torch.zeros(4, 4).cuda().t()], [[torch.zeros(4, 4).cuda()]])
+        _C.merge_cuda(
+            "linear",
+            [torch.zeros(4, 4, device=DEVICE).t()],
+            [[torch.zeros(4, 4, device=DEVICE)]],
+        )
