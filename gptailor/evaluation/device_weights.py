@@ -16,7 +16,7 @@ import torch.utils.dlpack
 from gptailor import _C
 from gptailor.errors import ModelError, ResourceError
 from gptailor.evaluation.hot_set import HotSet
-from gptailor.models.checkpoint import FLOAT_DTYPES, TensorInfo
+from gptailor.models.checkpoint import FLOAT_DTYPES, TensorInfo, read_error
 from gptailor.models.family import Family
 
 ALIGNMENT = 256
@@ -123,14 +123,16 @@ class LoadingBackend:
         if self.device.type == "cuda":
             stream = torch.cuda.current_stream(self.device).cuda_stream
         requests = [(str(i.path), i.offset, part) for i, part in zip(infos, parts, strict=True)]
+        checkpoint = family.candidates[model].checkpoint
         try:
+            for path in {info.path for info in infos}:
+                checkpoint.file(path)  # is it the one whose header was read?
             self.loader.load(requests, stream=stream)
         except OSError as error:
-            raise ModelError(f"{error.filename} can't be read: {error.strerror}.") from error
+            raise read_error(error) from error
         except ValueError as error:
-            raise ModelError(
-                f"{infos[0].path} became shorter after it was opened ({error}): start again."
-            ) from error
+            raise ModelError(f"{infos[0].path} can't be read: {error}.") from error
+        checkpoint.check_intact()
         return [
             part.view(TORCH_DTYPES[info.dtype]).view(info.shape)
             for part, info in zip(parts, infos, strict=True)
