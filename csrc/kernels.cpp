@@ -392,6 +392,12 @@ void keys(const MergeJob& job, const Slice& slice, Key key, int source, uint32_t
     block_keys(job, slice, key, source, i, slice.n - i < kBlock ? slice.n - i : kBlock, bits + i);
 }
 
+uint32_t largest(const uint32_t* bits, int64_t n) {
+  uint32_t most = 0;
+  for (int64_t j = 0; j < n; ++j) most = bits[j] > most ? bits[j] : most;
+  return most;
+}
+
 // Moves what lies in [low, low + width] to the front of `found`, which has room for all; returns how many.
 int64_t keep_within(const uint32_t* __restrict bits, int64_t n, uint32_t low, uint32_t width,
                     uint32_t* __restrict found) {
@@ -422,36 +428,52 @@ int64_t keep_within(const uint32_t* __restrict bits, int64_t n, uint32_t low, ui
   return m;
 }
 
-int64_t count(const MergeJob& job, const Slice& slice, Key key, int source, const Bracket& bracket, int64_t* buckets,
-              bool* nan) {
-  alignas(64) uint32_t bits[kBlock];
+// What one bracket has found within a slice. Neighbours often fall into one bucket; two histograms keep the additions
+// from waiting for each other.
+struct Tally {
+  uint32_t even[kBracketBuckets], odd[kBracketBuckets];
+  int64_t above;
+};
+
+void tally(const uint32_t* bits, int64_t n, const Bracket& bracket, Tally& t) {
   alignas(64) uint32_t found[kBlock + 16];  // whole vectors are stored
-  // Neighbours often fall into one bucket; two histograms keep the additions from waiting for each other.
-  uint32_t even[kBracketBuckets] = {}, odd[kBracketBuckets] = {};
-  const uint32_t low = bracket.low, high = bracket.high;
+  const uint32_t high = bracket.high;
+  uint32_t more = 0;
+  for (int64_t j = 0; j < n; ++j) more += bits[j] > high ? 1u : 0u;
+  t.above += more;
+  const int64_t m = keep_within(bits, n, bracket.low, bracket.high - bracket.low, found);
   const int shift = bracket.shift;
-  int64_t above = 0;
-  uint32_t largest = 0;
-  for (int64_t i = 0; i < slice.n; i += kBlock) {
-    const int64_t n = slice.n - i < kBlock ? slice.n - i : kBlock;
-    block_keys(job, slice, key, source, i, n, bits);
-    uint32_t more = 0;
-    for (int64_t j = 0; j < n; ++j) {
-      more += bits[j] > high ? 1u : 0u;
-      largest = bits[j] > largest ? bits[j] : largest;
-    }
-    above += more;
-    const int64_t m = keep_within(bits, n, low, high - low, found);
-    int64_t j = 0;
-    for (; j + 1 < m; j += 2) {
-      ++even[found[j] >> shift];
-      ++odd[found[j + 1] >> shift];
-    }
-    if (j < m) ++even[found[j] >> shift];
+  int64_t j = 0;
+  for (; j + 1 < m; j += 2) {
+    ++t.even[found[j] >> shift];
+    ++t.odd[found[j + 1] >> shift];
   }
-  for (int b = 0; b < kBracketBuckets; ++b) buckets[b] += static_cast<int64_t>(even[b]) + odd[b];
-  if (largest > kInfBits) *nan = true;
-  return above;
+  if (j < m) ++t.even[found[j] >> shift];
+}
+
+bool count(const MergeJob& job, const Slice& slice, Key key, int source, const Bracket* brackets, int n_brackets,
+           int64_t* above, int64_t* buckets) {
+  constexpr int kAtOnce = 3;
+  alignas(64) uint32_t bits[kBlock];
+  uint32_t most = 0;
+  for (int first = 0; first < n_brackets; first += kAtOnce) {
+    const int m = n_brackets - first < kAtOnce ? n_brackets - first : kAtOnce;
+    Tally tallies[kAtOnce];
+    memset(tallies, 0, sizeof(Tally) * static_cast<size_t>(m));
+    for (int64_t i = 0; i < slice.n; i += kBlock) {
+      const int64_t n = slice.n - i < kBlock ? slice.n - i : kBlock;
+      block_keys(job, slice, key, source, i, n, bits);
+      const uint32_t here = largest(bits, n);
+      most = here > most ? here : most;
+      for (int k = 0; k < m; ++k) tally(bits, n, brackets[first + k], tallies[k]);
+    }
+    for (int k = 0; k < m; ++k) {
+      above[first + k] += tallies[k].above;
+      int64_t* to = buckets + (first + k) * kBracketBuckets;
+      for (int b = 0; b < kBracketBuckets; ++b) to[b] += static_cast<int64_t>(tallies[k].even[b]) + tallies[k].odd[b];
+    }
+  }
+  return most > kInfBits;
 }
 
 Moments moments(const MergeJob& job, const Slice& slice, int source) {
@@ -478,12 +500,6 @@ Moments moments(const MergeJob& job, const Slice& slice, int source) {
       }
   }
   return {fold(all), fold(kept), fold(kept_sq)};
-}
-
-uint32_t largest(const uint32_t* bits, int64_t n) {
-  uint32_t most = 0;
-  for (int64_t j = 0; j < n; ++j) most = bits[j] > most ? bits[j] : most;
-  return most;
 }
 
 void places(const uint32_t* __restrict bits, int64_t n, float largest, int n_buckets, uint16_t* __restrict out) {

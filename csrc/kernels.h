@@ -74,8 +74,10 @@ struct Kernels {
   void (*gram)(const MergeJob&, bool deltas, const Slice&, double* sums);
   // Within one row: adds the product of each pair at each column to sums[pair * stride + column].
   void (*gram_columns)(const MergeJob&, bool deltas, const Slice&, double* sums, int64_t stride);
-  // Counts the keys above the bracket, and those within it by bucket (added to `buckets`). Sets nan if a key is NaN.
-  int64_t (*count)(const MergeJob&, const Slice&, Key, int source, const Bracket&, int64_t* buckets, bool* nan);
+  // For each bracket, adds the number of keys above it to above[i], and those within it to their buckets, which are
+  // buckets[i * kBracketBuckets ...]. Returns whether a key is NaN.
+  bool (*count)(const MergeJob&, const Slice&, Key, int source, const Bracket*, int n_brackets, int64_t* above,
+                int64_t* buckets);
   // The keys' bits; NaN is above kInfBits.
   void (*keys)(const MergeJob&, const Slice&, Key, int source, uint32_t* bits);
   // Over at most kReduceBlock elements, before Params::scales.

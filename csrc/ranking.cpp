@@ -68,46 +68,68 @@ void narrow(Search& search, int64_t above, const int64_t* buckets) {
   search.bracket = bracket(0, b.low - 1);
 }
 
-struct Counts {
-  int64_t above = 0;
-  std::vector<int64_t> buckets;
+// Searches that rank the same keys, so that these are computed once.
+struct Group {
+  Key key;
+  int source;
+  std::vector<Search*> searches;
+  std::vector<Bracket> brackets;
 };
 
-// One pass over the inputs for all searches that are under way.
-void pass(const MergeJob& job, std::vector<Search*>& searches, int n_threads, bool* nan) {
+std::vector<Group> grouped(std::vector<Search>& searches) {
+  std::vector<Group> groups;
+  for (Search& s : searches) {
+    if (s.found) continue;
+    auto same = std::find_if(groups.begin(), groups.end(), [&](const Group& g) {
+      return g.key == s.wanted->key && g.source == s.wanted->source;
+    });
+    if (same == groups.end()) same = groups.insert(same, Group{s.wanted->key, s.wanted->source, {}, {}});
+    same->searches.push_back(&s);
+    same->brackets.push_back(s.bracket);
+  }
+  return groups;
+}
+
+struct Counts {
+  std::vector<int64_t> above, buckets;
+};
+
+// One pass over the inputs for all searches that are under way. Returns whether a key is NaN.
+bool pass(const MergeJob& job, const std::vector<Group>& groups, int n_threads) {
   const int64_t per_task = task_elements(job);
   std::vector<std::vector<Counts>> counts(static_cast<size_t>(n_threads));
   std::vector<Scratch> scratch(static_cast<size_t>(n_threads));
-  std::atomic<bool> any_nan{false};
+  std::atomic<bool> nan{false};
   parallel_for((job.n_elements + per_task - 1) / per_task, threads_for(job.n_elements, n_threads),
                [&](int64_t task, int thread) {
                  std::vector<Counts>& mine = counts[static_cast<size_t>(thread)];
-                 if (mine.empty()) {
-                   mine.resize(searches.size());
-                   for (Counts& c : mine) c.buckets.resize(kBracketBuckets);
-                 }
+                 if (mine.empty())
+                   for (const Group& g : groups)
+                     mine.push_back({std::vector<int64_t>(g.searches.size()),
+                                     std::vector<int64_t>(g.searches.size() * kBracketBuckets)});
                  const int64_t begin = task * per_task;
                  const Slice slice = scratch[static_cast<size_t>(thread)].slice(
                      job, begin, std::min(per_task, job.n_elements - begin));
-                 for (size_t i = 0; i < searches.size(); ++i) {
-                   const Wanted& w = *searches[i]->wanted;
-                   bool here = false;
-                   mine[i].above += kernels().count(job, slice, w.key, w.source, searches[i]->bracket,
-                                                    mine[i].buckets.data(), &here);
-                   if (here) any_nan = true;
+                 for (size_t i = 0; i < groups.size(); ++i) {
+                   const Group& g = groups[i];
+                   if (kernels().count(job, slice, g.key, g.source, g.brackets.data(),
+                                       static_cast<int>(g.brackets.size()), mine[i].above.data(),
+                                       mine[i].buckets.data()))
+                     nan = true;
                  }
                });
-  if (any_nan) *nan = true;
-  for (size_t i = 0; i < searches.size(); ++i) {
-    int64_t above = 0;
-    std::vector<int64_t> buckets(kBracketBuckets);
-    for (const auto& mine : counts) {
-      if (mine.empty()) continue;
-      above += mine[i].above;
-      for (size_t b = 0; b < kBracketBuckets; ++b) buckets[b] += mine[i].buckets[b];
+  for (size_t i = 0; i < groups.size(); ++i)
+    for (size_t k = 0; k < groups[i].searches.size(); ++k) {
+      int64_t above = 0;
+      std::vector<int64_t> buckets(kBracketBuckets);
+      for (const auto& mine : counts) {
+        if (mine.empty()) continue;
+        above += mine[i].above[k];
+        for (size_t b = 0; b < kBracketBuckets; ++b) buckets[b] += mine[i].buckets[k * kBracketBuckets + b];
+      }
+      narrow(*groups[i].searches[k], above, buckets.data());
     }
-    narrow(*searches[i], above, buckets.data());
-  }
+  return nan;
 }
 
 }  // namespace
@@ -118,11 +140,9 @@ bool find_ranked(const MergeJob& job, std::vector<Wanted>& wanted, int n_threads
   for (Wanted& w : wanted) searches.push_back({&w, guess(job, w, scratch)});
   bool nan = false;
   for (;;) {
-    std::vector<Search*> open;
-    for (Search& s : searches)
-      if (!s.found) open.push_back(&s);
-    if (open.empty()) return !nan;
-    pass(job, open, n_threads, &nan);
+    const std::vector<Group> groups = grouped(searches);
+    if (groups.empty()) return !nan;
+    nan = pass(job, groups, n_threads) || nan;
     if (nan && job.check_nan) return false;
   }
 }
@@ -136,12 +156,12 @@ int64_t count_nonzero(const MergeJob& job, Key key, int source, int n_threads, b
                [&](int64_t task, int thread) {
                  const int64_t begin = task * per_task;
                  std::vector<int64_t> buckets(kBracketBuckets);
-                 bool here = false;
-                 total += kernels().count(job,
-                                          scratch[static_cast<size_t>(thread)].slice(
-                                              job, begin, std::min(per_task, job.n_elements - begin)),
-                                          key, source, {0, 0, 0}, buckets.data(), &here);
-                 if (here) any_nan = true;
+                 const Bracket zero{0, 0, 0};
+                 int64_t above = 0;
+                 const Slice slice = scratch[static_cast<size_t>(thread)].slice(
+                     job, begin, std::min(per_task, job.n_elements - begin));
+                 if (kernels().count(job, slice, key, source, &zero, 1, &above, buckets.data())) any_nan = true;
+                 total += above;
                });
   if (any_nan) *nan = true;
   return total;
