@@ -261,24 +261,10 @@ std::vector<double> row_divergences(const MergeJob& job, int n_threads) {
   std::vector<double> result(static_cast<size_t>(job.n_elements / job.row_length));
   std::vector<Scratch> scratch(static_cast<size_t>(n_threads));
   for_rows(job, n_threads, [&](int64_t first, int64_t n_rows, int thread) {
-    const auto n = static_cast<size_t>(job.row_length);
-    std::vector<float> x(n), y(n);
+    std::vector<double> room(static_cast<size_t>(2 * job.row_length));
     for (int64_t row = first; row < first + n_rows; ++row) {
-      const Slice slice = scratch[static_cast<size_t>(thread)].slice(job, row * job.row_length, job.row_length);
-      kernels().load(slice.sources[0], job.sources[0].dtype, job.row_length, x.data());
-      kernels().load(slice.base, job.base.dtype, job.row_length, y.data());
-      double sums[2] = {};
-      const float largest[2] = {*std::max_element(x.begin(), x.end()), *std::max_element(y.begin(), y.end())};
-      for (size_t j = 0; j < n; ++j) {
-        sums[0] += std::exp(static_cast<double>(x[j]) - static_cast<double>(largest[0]));
-        sums[1] += std::exp(static_cast<double>(y[j]) - static_cast<double>(largest[1]));
-      }
-      double divergence = 0.0;
-      for (size_t j = 0; j < n; ++j) {
-        const double p = std::exp(static_cast<double>(x[j]) - static_cast<double>(largest[0])) / sums[0] + 1e-8;
-        const double q = std::exp(static_cast<double>(y[j]) - static_cast<double>(largest[1])) / sums[1] + 1e-8;
-        divergence += p * std::log(p / q);
-      }
+      const double divergence = kernels().divergence(
+          job, scratch[static_cast<size_t>(thread)].slice(job, row * job.row_length, job.row_length), room.data());
       // Rounding may leave it a little below zero. NaN stays.
       result[static_cast<size_t>(row)] = divergence < 0.0 ? 0.0 : divergence;
     }

@@ -89,6 +89,9 @@ struct Kernels {
   void (*places)(const uint32_t* bits, int64_t n, float largest, int n_buckets, uint16_t* places);
   // How many magnitudes are smaller than that of `element`, or equal and before it, of those at its place.
   int64_t (*rank_at_place)(const uint32_t* bits, const uint16_t* places, int64_t n, int64_t element);
+  // KL(p || q) of the softmax of a row of the first source and of the base, 1e-8 added to every probability. The slice is
+  // the row; room for 2 * n doubles.
+  double (*divergence)(const MergeJob&, const Slice&, double* room);
   // Elements as float32.
   void (*load)(const std::byte*, DType, int64_t n, float*);
 };
