@@ -114,6 +114,9 @@ class EvaluationConfig(_Tasks):
         dtype: of the model while it is scored, "auto" for that of the recipe.
         device: "auto", "cpu", "cuda", "cuda:1".
         batch_size: sequences in one forward pass.
+        candidates_gib: how much of the device's memory the candidates' weights may have; default:
+            what is free on a GPU, less headroom. On the CPU they are mapped and have none, unless
+            this is given. If not all fit, the layers that are used most stay.
         apply_chat_template, fewshot_as_multiturn, system_instruction: as in lm-eval.
     """
 
@@ -123,6 +126,7 @@ class EvaluationConfig(_Tasks):
     dtype: str = "auto"
     device: str = "auto"
     batch_size: Annotated[int, Field(ge=1)] = 32
+    candidates_gib: Annotated[float, Field(gt=0)] | None = None
     apply_chat_template: bool = False
     fewshot_as_multiturn: bool = False
     system_instruction: str | None = None

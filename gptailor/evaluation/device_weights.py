@@ -280,7 +280,8 @@ class DeviceWeights:
     def _too_small(self) -> ResourceError:
         return ResourceError(
             f"One recipe's layers need more than the {self.budget_bytes / 2**30:.1f} GiB that the "
-            f"candidates may have on {self.backend.device}: use fewer workers for each device."
+            f"candidates may have on {self.backend.device}: raise evaluation.candidates_gib or "
+            "use fewer workers for each device."
         )
 
 

@@ -45,8 +45,13 @@ class Evaluator:
         from transformers import AutoTokenizer
 
         self.family = family
+        gib = config.candidates_gib
         self.resident = ResidentModel(
-            family, dtype=config.dtype, device=config.device, workers=workers
+            family,
+            dtype=config.dtype,
+            device=config.device,
+            candidate_bytes=None if gib is None else int(gib * 2**30),
+            workers=workers,
         )
         try:
             tokenizer = AutoTokenizer.from_pretrained(family.base.folder, trust_remote_code=False)

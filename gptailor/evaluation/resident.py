@@ -65,6 +65,11 @@ class ResidentModel:
             this is given: then they are read into memory, which is for file systems where mapped
             files are slow. If not all of them fit, the layers that are used most stay.
         workers: how many of these share the device.
+        backend: how the candidates get to the device; default: what suits the device.
+
+    Attributes:
+        model: the skeleton.
+        weights: the candidates on the device.
 
     Raises:
         ModelError: transformers can't load the base, or stores its layers in another way.
@@ -81,6 +86,7 @@ class ResidentModel:
         cache_bytes: int | None = None,
         candidate_bytes: int | None = None,
         workers: int = 1,
+        backend: Backend | None = None,
     ) -> None:
         self.family = family
         self.device = pick_device(device)
@@ -110,7 +116,7 @@ class ResidentModel:
         self._outside_now: Parameters = {}
         self._outside_plans: dict[_Key, list[OutTensor]] = {}
         self._wrapped: dict[Group, Parameters] = {}
-        self._weights = self._open_weights(candidate_bytes, workers)
+        self.weights = self._open_weights(candidate_bytes, workers, backend)
         self._borrowed: dict[str, Group] = {}
         self._unchecked: list[tuple[_Key, list[OutTensor], torch.Tensor]] = []
 
@@ -132,13 +138,13 @@ class ResidentModel:
         with self._current_device():
             outside_plan = self._plan_outside(recipe)
             taken_keys = [
-                self._weights.key(layer.model, layer.src_layer, self._casts(recipe))
+                self.weights.key(layer.model, layer.src_layer, self._casts(recipe))
                 if isinstance(layer, Take) and not layer.modules and factor == 1.0
                 else None
                 for layer, factor in zip(recipe.layers, factors, strict=True)
             ]
             outside_keys = [
-                self._weights.key(t.sources[0].model, None, self._casts(recipe))
+                self.weights.key(t.sources[0].model, None, self._casts(recipe))
                 if t.merge is None
                 else None
                 for t in outside_plan
@@ -179,8 +185,8 @@ class ResidentModel:
         layers = zip(recipe.layers, scale_factors(recipe), strict=True)
         for out_layer, (layer, factor) in enumerate(layers):
             if isinstance(layer, Take) and not layer.modules and factor == 1.0:
-                key = self._weights.key(layer.model, layer.src_layer, self._casts(recipe))
-                expected = self._weights.get([key])[key].tensors
+                key = self.weights.key(layer.model, layer.src_layer, self._casts(recipe))
+                expected = self.weights.get([key])[key].tensors
                 module = self.model.get_submodule(f"{self._stack_name}.{out_layer}")
                 for suffix, name in self.family.architecture.layers[layer.src_layer].items():
                     assert module.get_parameter(suffix).data_ptr() == expected[name].data_ptr()
@@ -205,8 +211,9 @@ class ResidentModel:
                 logging.enable_progress_bar()
         return model.eval().requires_grad_(False)
 
-    def _open_weights(self, candidate_bytes: int | None, workers: int) -> DeviceWeights:
-        backend: Backend
+    def _open_weights(
+        self, candidate_bytes: int | None, workers: int, backend: Backend | None
+    ) -> DeviceWeights:
         if self.device.type == "cpu" and candidate_bytes is None:
             return DeviceWeights(self.family, MappedBackend())
         if candidate_bytes is None:
@@ -215,7 +222,7 @@ class ResidentModel:
         streams = sum(t.n_bytes for t in tensors) > candidate_bytes
         # To page-lock a file pays when it is read again and again.
         pin_bytes = _memory_bytes(torch.device("cpu")) // (4 * workers) if streams else 0
-        backend = LoadingBackend(self.device, pin_bytes=pin_bytes)
+        backend = backend or LoadingBackend(self.device, pin_bytes=pin_bytes)
         return DeviceWeights(self.family, backend, candidate_bytes, self._evicted)
 
     def _evicted(self, group: Group) -> None:
@@ -249,9 +256,9 @@ class ResidentModel:
 
     def _take(self, keys: list[GroupKey], recipe: Recipe) -> dict[GroupKey, Parameters]:
         """The candidates' own tensors, which stay where they are until the next recipe."""
-        self._weights.hold(keys)
+        self.weights.hold(keys)
         taken = {}
-        for key, group in self._weights.get(keys).items():
+        for key, group in self.weights.get(keys).items():
             if group not in self._wrapped:
                 names = {name: name for name in group.tensors}
                 if key.src_layer is not None:
@@ -288,7 +295,7 @@ class ResidentModel:
         on_gpu = self.device.type == "cuda"
         read = [t for t in tensors.values() if not on_gpu or t.is_copy or can_merge(t)]
         models = {s.model for t in read for s in (*t.sources, t.base) if s is not None}
-        groups = self._weights.get([GroupKey(model, src_layer) for model in models])
+        groups = self.weights.get([GroupKey(model, src_layer) for model in models])
         self._borrowed = {group_key.model: group for group_key, group in groups.items()}
         try:
             data = self._compute_all(key, list(tensors.values()))
@@ -319,7 +326,7 @@ class ResidentModel:
                 source = tensor.sources[0]
                 data = self._borrowed[source.model].tensors[source.info.name]
                 # merged layers outlive the group
-                result[number] = data if self._weights.backend.is_mapped else data.clone()
+                result[number] = data if self.weights.backend.is_mapped else data.clone()
             elif self.device.type == "cuda" and can_merge(tensor):
                 launched.append(number)
             else:
@@ -354,7 +361,7 @@ class ResidentModel:
 
     def _compute(self, tensor: OutTensor) -> torch.Tensor:
         """In CPU memory."""
-        is_loaded = self.device.type == "cpu" and not self._weights.backend.is_mapped
+        is_loaded = self.device.type == "cpu" and not self.weights.backend.is_mapped
         opened = self._loaded if is_loaded else None
         job = ComputedTensor(tensor, self.family, torch.get_num_threads(), opened)
         buffer = _C.Buffer(max(tensor.n_bytes, 1))

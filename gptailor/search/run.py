@@ -207,8 +207,8 @@ def check_resumable(archive: Archive, config: Config, family: Family, documents:
     if difference:
         raise UsageError(
             f"The run in {archive.folder} was started with another configuration: {difference}. "
-            "Only search.evaluations and evaluation.batch_size may change; name another output for "
-            "the rest."
+            "Only search.evaluations, evaluation.batch_size and evaluation.candidates_gib may "
+            "change; name another output for the rest."
         )
     for key, what in (("fingerprint", "the model files"), ("documents", "the tasks' documents")):
         if before[key] != now[key]:
@@ -219,7 +219,9 @@ def check_resumable(archive: Archive, config: Config, family: Family, documents:
     archive.set_meta("config", now["config"])
 
 
-_MAY_CHANGE = ("search.evaluations", "evaluation.batch_size", "output")
+_MAY_CHANGE = (
+    "search.evaluations", "evaluation.batch_size", "evaluation.candidates_gib", "output",
+)  # fmt: skip
 
 
 def _difference(old: object, new: object, path: str = "") -> str:

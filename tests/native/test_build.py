@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -126,3 +127,15 @@ print(c.cuda_device_count())
         check=True,
     )
     assert run.stdout.strip() == "0"
+
+
+@needs_sources
+@pytest.mark.skipif(_C.cuda_device_count() > 0, reason="there is a GPU")
+def test_the_gpu_benchmark_says_that_there_is_no_gpu() -> None:
+    command = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert re.fullmatch(
+        r"There is no GPU that can be used here.*: nothing to measure\.\n", done.stderr
+    )
