@@ -140,6 +140,9 @@ void check_counts(const Entry& e, int n, bool has_base) {
   if (n < e.min_sources)
     throw std::invalid_argument(name + " takes at least " + std::to_string(e.min_sources) + " sources, not " +
                                 std::to_string(n));
+  if (n > e.max_sources)
+    throw std::invalid_argument(name + " takes at most " + std::to_string(e.max_sources) + " sources, not " +
+                                std::to_string(n));
   if (e.base == Base::always && !has_base) throw std::invalid_argument(name + " needs a base");
   if (e.base == Base::never && has_base) throw std::invalid_argument(name + " takes no base");
 }

@@ -39,7 +39,7 @@ print("under test:", _C.__file__, _C.build_info())
 PY
 [ $# -gt 0 ] || set -- tests/native tests/hostile
 status=0
-"$python" -m pytest -q -p no:cacheprovider -m "not slow and not gpu" "$@" || status=$?
+"$python" -m pytest -q -p no:cacheprovider -p no:faulthandler --capture=sys -m "not slow and not gpu" "$@" || status=$?
 if compgen -G "$scratch/report.*" >/dev/null; then  # pytest holds back what a dead process said
   head -n 60 "$scratch"/report.* >&2
   exit 1

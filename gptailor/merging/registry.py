@@ -223,6 +223,7 @@ _TABLE = (
             "score_calibration_value", 1.0, -100.0, 100.0, (1.0,), "the score of important columns"
         ),
         _flag("by_rows", False, "rows in the place of columns, as the paper does for embeddings"),
+        sources=(1, MAX_SOURCES - 1),  # the base is one more vector
     ),
 )  # fmt: skip
 
