@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from gptailor.errors import UsageError, unknown
+from gptailor.errors import UsageError, plain, unknown
 from gptailor.merging.registry import METHODS, get_method
 from gptailor.recipe import DTYPES, absolute_ref
 from gptailor.strict_yaml import load_yaml
@@ -274,19 +274,20 @@ def _override(data: dict[str, Any], override: str) -> None:
 def _explained(error: ValidationError, source: str) -> UsageError:
     """One sentence for pydantic's first complaint, with the nearest right key."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    where = plain(".".join(str(part) for part in first["loc"]), 100)
     if first["type"] == "extra_forbidden":
         *parents, key = first["loc"]
-        place = ": ".join([source, ".".join(map(str, parents))] if parents else [source])
+        inside = plain(".".join(map(str, parents)), 100)
+        place = ": ".join([source, inside] if parents else [source])
         return unknown("key", key, _keys(parents), place)
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, UsageError):
         return UsageError(f"{source}: {cause}")
     if first["type"] == "missing":
         return UsageError(f"{source}: the key {where!r} is missing.")
-    message = str(cause) if cause else str(first["msg"])
+    message = plain(str(cause) if cause else str(first["msg"]))
     got = first["input"]
-    shown = f" (it is {got!r})" if isinstance(got, str | int | float | bool) else ""
+    shown = f" (it is {plain(repr(got), 100)})" if isinstance(got, str | int | float | bool) else ""
     return UsageError(f"{source}: {where}: {message[:1].lower()}{message[1:]}{shown}.")
 
 

@@ -1,18 +1,28 @@
 """The errors that a user can meet, each with the exit code that a script can act on.
 
-Every message is one sentence: what happened, where (file, tensor, key), what to do.
+Every message is one sentence: what happened, where (file, tensor, key), what to do. Names and
+values in it may come from files of unknown origin, so the root of all errors makes it one line that
+a terminal can show.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_MAX_SHOWN = 100
+"""Longer names are cut in messages."""
+_MAX_MESSAGE = 2000
 
 
 class GptailorError(Exception):
     """Root of all errors that gptailor raises on purpose; `exit_code` ends the command line."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(plain(message, _MAX_MESSAGE))
 
 
 class UsageError(GptailorError, ValueError):
@@ -39,6 +49,16 @@ class StoppedEarly(GptailorError):
     exit_code = 5
 
 
+def plain(text: str, limit: int = 300) -> str:
+    """Foreign text as a part of a message: one line, printable, at most `limit` characters."""
+    if len(text) > limit:
+        text = text[: limit - 1] + "…"
+    if text.isprintable():
+        return text
+    text = re.sub(r"\s*[\n\r\t\v\f]\s*", " ", text)
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def unknown(kind: str, name: object, known: Iterable[object], where: str = "") -> UsageError:
     """A `UsageError` for a name that is not known, with the nearest right one.
 
@@ -48,9 +68,14 @@ def unknown(kind: str, name: object, known: Iterable[object], where: str = "") -
         known: all names that would have been right.
         where: the place, for example "layers[3]"; empty when the kind says enough.
     """
-    names = [str(k) for k in known]
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    wrong = str(name)
+    names = [plain(str(k), _MAX_SHOWN) for k in known]
+    # difflib takes quadratic time: what nobody typed is not compared
+    near = []
+    if len(wrong) <= _MAX_SHOWN:
+        near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)
     place = f" in {where}" if where else ""
     shown = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return UsageError(f"unknown {kind} {str(name)!r}{place}: {hint}Known: {shown or 'none'}.")
+    wrong = wrong if len(wrong) <= _MAX_SHOWN else wrong[:_MAX_SHOWN] + "…"
+    return UsageError(f"unknown {kind} {wrong!r}{place}: {hint}Known: {shown or 'none'}.")

@@ -1,4 +1,9 @@
-"""YAML as people type it, read strictly: a key that is written twice is an error."""
+"""YAML as people type it, read strictly: a key that is written twice is an error.
+
+Recipes are passed around, so they are untrusted, too: anchors that stand for other anchors can make
+a page into gigabytes, and long numbers take quadratic time. Both are refused before they cost
+anything.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +11,56 @@ from typing import Any
 
 import yaml
 
-from gptailor.errors import UsageError
+from gptailor.errors import UsageError, plain
+
+MAX_YAML_CHARACTERS = 2_000_000
+_MAX_FLOW_DEPTH = 100
+_MAX_NUMBER_CHARACTERS = 64
 
 
 class _StrictLoader(yaml.SafeLoader):
     """YAML in which a key that is written twice is an error, not a silent overwrite."""
+
+    def get_single_node(self) -> Any:
+        """The document as nodes, refused if it would grow when its aliases are written out."""
+        node = super().get_single_node()
+        if node is not None and _size(node, {}) > MAX_YAML_CHARACTERS:
+            raise yaml.constructor.ConstructorError(
+                None, None, "too large once its aliases are written out", node.start_mark
+            )
+        return node
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        """A bracket opens; the scanner looks at all open ones for each token that follows."""
+        if self.flow_level >= _MAX_FLOW_DEPTH:
+            raise yaml.scanner.ScannerError(
+                None, None, f"brackets more than {_MAX_FLOW_DEPTH} deep", self.get_mark()
+            )
+        super().fetch_flow_collection_start(token)
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Characters of a node, those of aliases counted each time; a node in itself is infinite."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1 + len(node.value)
+    if id(node) not in known:
+        known[id(node)] = MAX_YAML_CHARACTERS + 1  # what it is while it is being counted
+        size = 1
+        for child in node.value:
+            for part in child if isinstance(child, tuple) else (child,):
+                size += _size(part, known)
+        known[id(node)] = min(size, MAX_YAML_CHARACTERS + 1)
+    return known[id(node)]
+
+
+def _construct_number(loader: _StrictLoader, node: yaml.ScalarNode) -> Any:
+    if len(node.value) > _MAX_NUMBER_CHARACTERS:
+        raise yaml.constructor.ConstructorError(
+            None, None, f"a number of {len(node.value)} characters", node.start_mark
+        )
+    if node.tag.endswith("int"):
+        return loader.construct_yaml_int(node)
+    return loader.construct_yaml_float(node)
 
 
 def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -30,6 +80,8 @@ def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[An
 
 
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
+for _tag in ("int", "float"):
+    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _construct_number)
 
 
 def load_yaml(text: str, source: str) -> Any:
@@ -38,10 +90,18 @@ def load_yaml(text: str, source: str) -> Any:
     Raises:
         UsageError: the text is not YAML, or writes a key twice; with the line.
     """
+    if len(text) > MAX_YAML_CHARACTERS:
+        raise UsageError(f"{source} has more than {MAX_YAML_CHARACTERS:,} characters.")
     try:
         return yaml.load(text, Loader=_StrictLoader)
-    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
+    # a tag that does not fit its value (`!!bool x`) is a KeyError, AttributeError or IndexError
+    except (
+        yaml.YAMLError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
+        RecursionError,
+    ) as error:  # fmt: skip
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise UsageError(f"{source}{line}: {problem}.") from error
+        if isinstance(error, (LookupError, AttributeError)):
+            problem = "a value does not fit its tag"
+        raise UsageError(f"{source}{line}: {plain(problem)}.") from error

@@ -334,12 +334,13 @@ BAD_YAML = [
     ("? [a]\n: b\n", "unhashable"),
     ("? {a: 1}\n: b\n", "unhashable"),
     ("a: 2001-99-99\n", "month must be in 1..12"),
-    ("a: " + "9" * 5000 + "\n", "limit"),
+    ("a: " + "9" * 5000 + "\n", "a number of 5000 characters"),
     ("a: !!python/object:os.system x\n", "could not determine a constructor"),
     ("a: \x00\n", "special characters are not allowed"),
     ("a: *nobody\n", "found undefined alias"),
     ("a: &a [*a]\nb: {<<: 3}\n", "line"),
-    ("[" * 5000, "recursion"),
+    ("[" * 5000, "brackets more than 100 deep"),
+    ("- " * 5000, "recursion"),
     ("a\n\tb: [", ""),
 ]
 

@@ -8,8 +8,9 @@ from typing import Literal
 
 from gptailor.archive import Cost, Outcome, Score
 from gptailor.config import EvaluationConfig
-from gptailor.errors import GptailorError, ModelError, ResourceError, UsageError
+from gptailor.errors import GptailorError, ResourceError, UsageError
 from gptailor.evaluation.judge import ResidentLM
+from gptailor.evaluation.loading import load_tokenizer
 from gptailor.evaluation.resident import ResidentModel, is_out_of_memory
 from gptailor.evaluation.similarity import Similarity, measure
 from gptailor.evaluation.workload import Workload
@@ -42,8 +43,6 @@ class Evaluator:
         comparable: bool = True,
         workers: int = 1,
     ) -> None:
-        from transformers import AutoTokenizer
-
         self.family = family
         gib = config.candidates_gib
         self.resident = ResidentModel(
@@ -53,13 +52,7 @@ class Evaluator:
             candidate_bytes=None if gib is None else int(gib * 2**30),
             workers=workers,
         )
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(family.base.folder, trust_remote_code=False)
-        except (ValueError, OSError, KeyError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ModelError(
-                f"The tokenizer of {family.base.folder} can't be loaded: {reason}"
-            ) from error
+        tokenizer = load_tokenizer(family.base.folder)
         self.lm = ResidentLM(self.resident.model, tokenizer, config.batch_size)
         rung = config.rungs[-1] if config.rungs else None
         self.workloads: dict[str, Workload] = {

@@ -31,6 +31,7 @@ from gptailor.evaluation.device_weights import (
     MappedBackend,
     default_budget,
 )
+from gptailor.evaluation.loading import load_model
 from gptailor.evaluation.slots import Parameters, Slots, let_go, point
 from gptailor.models.architecture import cut_config, text_config
 from gptailor.models.family import Family, has_tokenizer
@@ -192,7 +193,6 @@ class ResidentModel:
                     assert module.get_parameter(suffix).data_ptr() == expected[name].data_ptr()
 
     def _load_skeleton(self) -> Any:
-        from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
         folder = self.family.base.folder
@@ -200,12 +200,7 @@ class ResidentModel:
         had_bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=False
-            )
-        except (ValueError, OSError, KeyError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ModelError(f"transformers can't load {folder}: {reason}") from error
+            model = load_model(folder, self.family.base.tensors, dtype)
         finally:
             if had_bars:
                 logging.enable_progress_bar()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gptailor.errors import ModelError, ResourceError
+from gptailor.models.checkpoint import Checkpoint
 
 NUM_TOKENS = 20
 
@@ -20,13 +21,13 @@ def smoke_test(folder: str | Path) -> str:
         ResourceError: it does not fit into memory.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from gptailor.evaluation.loading import load_model, load_tokenizer
+
+    folder = Path(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", trust_remote_code=False
-        ).eval()
+        tokenizer = load_tokenizer(folder)
+        model = load_model(folder, Checkpoint(folder).tensors, "auto").eval()
         ids = tokenizer("The", return_tensors="pt").input_ids
         if ids.shape[1] == 0:
             ids = torch.zeros((1, 1), dtype=torch.long)
@@ -40,9 +41,11 @@ def smoke_test(folder: str | Path) -> str:
                 max_new_tokens=NUM_TOKENS,
                 min_new_tokens=NUM_TOKENS,
                 do_sample=False,
+                num_beams=1,  # whatever generation_config.json says: it may say 10**9
+                num_return_sequences=1,
                 pad_token_id=model.config.get_text_config().pad_token_id or 0,
             )
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (torch.OutOfMemoryError, MemoryError, ResourceError) as error:
         raise ResourceError(
             f"{folder} was written, but does not fit into memory to be tested: use --no-verify."
         ) from error

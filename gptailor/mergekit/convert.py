@@ -26,6 +26,9 @@ from gptailor.models.checkpoint import FLOAT_DTYPES
 from gptailor.models.family import Family
 from gptailor.recipe import DTYPES, SCHEMA, Recipe
 
+MAX_LAYERS = 10_000
+"""Of a result: a page of slices could ask for millions."""
+
 Values = dict[str, Any]
 """What one tensor is made with: a recipe's keys `weights` and parameters."""
 
@@ -56,6 +59,9 @@ def to_recipe(config: MergekitConfig, family: Family) -> Recipe:
                 f"{part.where}: layer_range is {list(part.layer_range)}, but the models have "
                 f"{family.num_layers} layers."
             )
+    sizes = [end - first for first, end in (p.layer_range or (0, 0) for p in config.slices)]
+    if sum(sizes) > MAX_LAYERS:
+        raise UsageError(f"{config.source}: the slices add up to more than {MAX_LAYERS:,} layers.")
     data: dict[str, Any] = {
         "schema": SCHEMA,
         "models": dict(config.models),

@@ -5,6 +5,7 @@ Opens no model. What gptailor can't do is refused by its name, with a way out.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from gptailor.merging.registry import METHODS
 from gptailor.recipe import DTYPES, absolute_ref
 from gptailor.strict_yaml import load_yaml
 
+MAX_MODELS = 1000
 _NO_EFFECT = "int8_mask"  # how mergekit stores its masks: no value depends on it
 _KEYS = (
     "models", "slices", "merge_method", "base_model", "parameters", "dtype", "out_dtype",
@@ -192,6 +194,8 @@ class _Parser:
     def model(self, value: object, where: str) -> str:
         """The name of a model in the recipe, made from the last part of its path."""
         ref = self._ref(value, where)
+        if ref not in self.refs and len(self.refs) >= MAX_MODELS:
+            raise UsageError(f"{where}: more than {MAX_MODELS} models are named.")
         if ref not in self.refs:
             name = stem = Path(ref).name.partition("@")[0] or "model"
             number = 1
@@ -252,10 +256,10 @@ class _Parser:
 
     def _check_count(self, part: Slice, base: str | None) -> None:
         """Raises unless the method takes as many models, and has the base that it needs."""
-        twice = next((m for m in part.models if part.models.count(m) > 1), None)
-        if twice is not None:
+        twice = [model for model, count in Counter(part.models).items() if count > 1]
+        if twice:
             raise UsageError(
-                f"{part.where}: {twice} is named twice, and mergekit would take the last one "
+                f"{part.where}: {twice[0]} is named twice, and mergekit would take the last one "
                 "alone: name each model once."
             )
         if self.method == PASSTHROUGH:

@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 from gptailor.errors import ModelError, UsageError
@@ -25,6 +26,9 @@ _RESIDUAL_WRITERS = re.compile(
 )
 _POST_NORMS = re.compile(r"post_feedforward|post_attention_norm\b|post_mlp|post_self_attn")
 _NUMBER = r"(0|[1-9][0-9]{0,5})"
+_LAYER = re.compile(rf"{_NUMBER}\.")
+_MAX_NUMBERS = 8
+"""How deep in a name a layer's number is looked for: layers lie outside, experts inside."""
 _COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _INDEX_LIST_KEYS = (
     "mlp_only_layers", "cross_attention_layers", "attn_layer_indices", "moe_layers",
@@ -119,24 +123,24 @@ def find_architecture(tensors: Mapping[str, TensorInfo], where: object) -> Archi
     Raises:
         ModelError: there is no numbered stack, or a number is missing.
     """
-    groups: dict[str, dict[int, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
     n_bytes: dict[str, int] = defaultdict(int)
     for name, info in tensors.items():
-        for match in re.finditer(rf"(?:^|\.){_NUMBER}\.", name):
-            prefix = name[: match.start(1)]
-            groups[prefix][int(match.group(1))][name[match.end() :]] = name
-            n_bytes[prefix] += info.n_bytes
-    if not groups:
+        for match in islice(re.finditer(rf"(?:^|\.){_NUMBER}\.", name), _MAX_NUMBERS):
+            n_bytes[name[: match.start(1)]] += info.n_bytes
+    if not n_bytes:
         raise ModelError(f"{where} has no numbered layers, so there is nothing to cut.")
     prefix = max(n_bytes, key=lambda p: (n_bytes[p], -len(p)))
-    stack = groups[prefix]
+    stack: dict[int, dict[str, str]] = defaultdict(dict)
+    for name in tensors:
+        if inside := _inside(name, prefix):
+            stack[int(inside.group(1))][name[inside.end() :]] = name
     num_layers = max(stack) + 1
     missing = next((i for i in range(num_layers) if i not in stack), None)
     if missing is not None:
         raise ModelError(
             f"{where} lacks the layer {prefix}{missing}, but has {prefix}{max(stack)}."
         )
-    outside = [name for name in tensors if not _inside(name, prefix)]
+    outside = [name for name in tensors if _inside(name, prefix) is None]
     return Architecture(
         prefix=prefix,
         num_layers=num_layers,
@@ -146,8 +150,9 @@ def find_architecture(tensors: Mapping[str, TensorInfo], where: object) -> Archi
     )
 
 
-def _inside(name: str, prefix: str) -> bool:
-    return name.startswith(prefix) and re.match(rf"{_NUMBER}\.", name[len(prefix) :]) is not None
+def _inside(name: str, prefix: str) -> re.Match[str] | None:
+    """The layer's number and the dot after it, where the name goes on like that."""
+    return _LAYER.match(name, len(prefix)) if name.startswith(prefix) else None
 
 
 def role_of(name: str) -> Role:
@@ -205,7 +210,8 @@ def cut_config(config: Mapping[str, Any], src_layers: Sequence[int]) -> dict[str
         text[key] = [values[src] for src in src_layers]
     for key in _INDEX_LIST_KEYS:
         if isinstance(text.get(key), list):
-            text[key] = [out for out, src in enumerate(src_layers) if src in text[key]]
+            named = {src for src in text[key] if isinstance(src, (int, float))}
+            text[key] = [out for out, src in enumerate(src_layers) if src in named]
     for key in _PREFIX_COUNT_KEYS:
         if isinstance(text.get(key), int):
             kinds = [src < text[key] for src in src_layers]

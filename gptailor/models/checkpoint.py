@@ -9,7 +9,6 @@ asked for, and must stay as it was when its header was read.
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -18,6 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gptailor.errors import ModelError, unknown
+from gptailor.models.untrusted import (
+    is_file,
+    open_regular,
+    parse_json,
+    read_bytes,
+    read_up_to,
+    shown,
+)
 
 if TYPE_CHECKING:
     from gptailor import _C
@@ -39,10 +46,11 @@ IO_MODES = ("auto", "mmap", "pread", "direct")
 _IO_VARIABLE = "GPTAILOR_IO"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
+_PICKLES = (".bin", ".pth", ".pt", ".pkl", ".ckpt", ".bin.index.json")
+_MAX_NAME = 500
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Where one tensor lies.
 
@@ -87,9 +95,9 @@ class Checkpoint:
         self._found: dict[Path, _Identity] = {}
         self._opened: dict[Path, _C.InputFile] = {}
         index = self.folder / _INDEX
-        if (self.folder / _SINGLE).is_file():  # before the index, as transformers does
+        if is_file(self.folder / _SINGLE):  # before the index, as transformers does
             self.tensors = self._header(self.folder / _SINGLE)
-        elif index.is_file():
+        elif is_file(index):
             self._open_shards(index)
         else:
             raise _no_weights(self.folder)
@@ -105,7 +113,7 @@ class Checkpoint:
         for name, shard in weight_map.items():
             if shard not in shards:
                 path = self.folder / shard
-                if not path.is_file():
+                if not is_file(path):
                     raise ModelError(
                         f"{index} names the shard {shard} (for {name}), but {path} does not exist: "
                         "download the model again."
@@ -216,7 +224,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 def _read_header(path: Path) -> tuple[dict[str, TensorInfo], _Identity]:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             identity = _identity(os.fstat(file.fileno()))
             file_size = identity.n_bytes
             prefix = file.read(8)
@@ -235,10 +243,10 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], _Identity]:
                     f"{path} is truncated: its header has {n_header} bytes, "
                     f"but the file only {file_size}."
                 )
-            raw = file.read(n_header)
+            raw = read_up_to(file, n_header)
     except OSError as error:
         raise ModelError(f"{path} can't be read: {error.strerror}.") from error
-    header = _parse_json(raw, path)
+    header = parse_json(raw, path, "its header", unique=True)
     header.pop("__metadata__", None)
     tensors = [_tensor_info(name, entry, path, 8 + n_header) for name, entry in header.items()]
     tensors.sort(key=lambda t: (t.offset, t.offset + t.n_bytes))
@@ -273,24 +281,29 @@ def _tensor_info(name: str, entry: object, path: Path, data_begin: int) -> Tenso
     def corrupt(what: str) -> ModelError:
         return ModelError(f"{path} is corrupt: {name} has {what}.")
 
-    if not name.isprintable():
-        raise ModelError(f"{path} is corrupt: {name!r} is no name of a tensor.")
+    _check_name(name, path)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise corrupt("not exactly the keys dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise corrupt(f"the unknown dtype {dtype!r}")
+        raise corrupt(f"the unknown dtype {shown(dtype)}")
     if not _is_sizes(shape):
-        raise corrupt(f"the shape {shape!r}")
+        raise corrupt(f"the shape {shown(shape)}")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise corrupt(f"the data_offsets {offsets!r}")
+        raise corrupt(f"the data_offsets {shown(offsets)}")
     n_bytes = _product(shape) * DTYPE_BITS[dtype] // 8
     if offsets[1] - offsets[0] != n_bytes:
         raise corrupt(
-            f"{offsets[1] - offsets[0]} bytes, but its shape {shape} and dtype {dtype} need "
+            f"{offsets[1] - offsets[0]} bytes, but its shape {shown(shape)} and dtype {dtype} need "
             + (f"{n_bytes}" if n_bytes < 2**64 else "more than any file has")
         )
     return TensorInfo(name, dtype, tuple(shape), path, data_begin + offsets[0], n_bytes)
+
+
+def _check_name(name: str, path: Path) -> None:
+    """A name goes into messages, and apart at its dots."""
+    if not name.isprintable() or len(name) > _MAX_NAME:
+        raise ModelError(f"{path} is corrupt: {shown(name)} is no name of a tensor.")
 
 
 def _product(shape: list[int]) -> int:
@@ -310,47 +323,31 @@ def _is_sizes(value: object) -> bool:
 
 
 def _read_index(path: Path) -> Mapping[str, str]:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise ModelError(f"{path} can't be read: {error.strerror}.") from error
-    weight_map = _parse_json(raw, path).get("weight_map")
+    data = parse_json(read_bytes(path, MAX_HEADER_BYTES), path, "it", unique=True)
+    weight_map = data.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{path} has no weight_map.")
     for name, shard in weight_map.items():
-        beside = isinstance(shard, str) and Path(shard).name == shard and len(shard) < 256
-        if not beside or shard in ("", ".."):
-            raise ModelError(f"{path} names {shard!r} for {name}, which is no file beside it.")
+        _check_name(name, path)
+        beside = isinstance(shard, str) and shard.isprintable() and Path(shard).name == shard
+        if not beside or shard in ("", "..") or len(shard) >= 256:
+            raise ModelError(f"{path} names {shown(shard)} for {name}, which is no file beside it.")
+        if shard.endswith(_PICKLES):
+            raise _pickle(path.parent, shard)
     return weight_map
-
-
-def _parse_json(raw: bytes, path: Path) -> dict[str, Any]:
-    what = "it" if path.name == _INDEX else "its header"
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise ModelError(f"{path} is corrupt: the key {twice!r} appears twice.")
-        return result
-
-    try:
-        data = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is corrupt: {what} is not valid JSON.") from error
-    if not isinstance(data, dict):
-        raise ModelError(f"{path} is corrupt: {what} is not a JSON object.")
-    return data
 
 
 def _no_weights(folder: Path) -> ModelError:
     if not folder.is_dir():
         return ModelError(f"The model folder {folder} does not exist.")
-    pickles = [name for name in _PICKLES if (folder / name).exists()]
+    pickles = sorted(path.name for path in folder.iterdir() if path.name.endswith(_PICKLES))
     if pickles:
-        return ModelError(
-            f"{folder} holds only {pickles[0]}, a pickle that could run code and is never loaded: "
-            "convert it with save_pretrained(..., safe_serialization=True)."
-        )
+        return _pickle(folder, pickles[0])
     return ModelError(f"{folder} holds neither {_SINGLE} nor {_INDEX}.")
+
+
+def _pickle(folder: Path, name: str) -> ModelError:
+    return ModelError(
+        f"{folder} holds only {shown(name)[1:-1]}, a pickle that could run code and is never "
+        "loaded: convert it with save_pretrained(..., safe_serialization=True)."
+    )

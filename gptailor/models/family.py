@@ -6,7 +6,6 @@ the same per-layer lists; then any layer of one can stand in for that layer of a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,15 @@ from gptailor.models.architecture import (
     text_config,
 )
 from gptailor.models.checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo
+from gptailor.models.untrusted import (
+    MAX_CONFIG_BYTES,
+    MAX_TOKENIZER_BYTES,
+    check_config,
+    is_file,
+    read_bytes,
+    read_json,
+    shown,
+)
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -46,12 +54,14 @@ class Candidate:
         self.name = name
         self.folder = Path(folder)
         self.checkpoint = Checkpoint(self.folder, io)
-        self.config = _read_json(self.folder / "config.json")
+        config_file = self.folder / "config.json"
+        self.config = read_json(config_file, MAX_CONFIG_BYTES)
+        check_config(self.config, len(self.tensors), config_file)
         self.architecture: Architecture = find_architecture(self.checkpoint.tensors, self.folder)
         declared = layer_count(text_config(self.config))
         if declared not in (None, self.architecture.num_layers):
             raise ModelError(
-                f"{self.folder}: config.json says {declared} layers, but the weights have "
+                f"{self.folder}: config.json says {shown(declared)} layers, but the weights have "
                 f"{self.architecture.num_layers}."
             )
 
@@ -199,7 +209,8 @@ def _check_fits(candidate: Candidate, base: Candidate) -> None:
         counts = [text.get(key) for text in texts]
         if None not in counts and counts[0] != counts[1]:
             raise ModelError(
-                f"{candidate.folder}: config.json has {key} {counts[0]}, but {counts[1]} in the "
+                f"{candidate.folder}: config.json has {key} {shown(counts[0])}, but "
+                f"{shown(counts[1])} in the "
                 f"base {base.folder}, so the same tensors mean other things."
             )
     lists = [per_layer_lists(text_config(c.config), c.num_layers) for c in (candidate, base)]
@@ -240,12 +251,12 @@ def _other_vocabulary(candidate: Candidate, base: Candidate, what: str) -> Model
 
 def _vocabulary(folder: Path) -> object:
     """Something that is equal for equal vocabularies; None if the folder has no tokenizer."""
-    path = next((folder / name for name in _VOCABULARIES if (folder / name).is_file()), None)
+    path = next((folder / name for name in _VOCABULARIES if is_file(folder / name)), None)
     if path is None:
         return None
     if path.name != "tokenizer.json":
-        return path.read_bytes()
-    data = _read_json(path)
+        return read_bytes(path, MAX_TOKENIZER_BYTES)
+    data = read_json(path, MAX_TOKENIZER_BYTES)
     try:
         vocabulary = data["model"]["vocab"]
         added = {token["content"]: token["id"] for token in data.get("added_tokens") or ()}
@@ -256,16 +267,4 @@ def _vocabulary(folder: Path) -> object:
 
 def has_tokenizer(folder: Path) -> bool:
     """True if the folder has a tokenizer that transformers could load."""
-    return any((folder / name).is_file() for name in _VOCABULARIES)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path} does not exist.") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} can't be read: {error}.") from error
-    if not isinstance(data, dict):
-        raise ModelError(f"{path} is not a JSON object.")
-    return data
+    return any(is_file(folder / name) for name in _VOCABULARIES)

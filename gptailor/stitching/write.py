@@ -22,6 +22,7 @@ from typing import BinaryIO
 
 from gptailor.errors import GptailorError, ModelError, ResourceError, UsageError
 from gptailor.models.family import TOKENIZER_FILES, Family, has_tokenizer
+from gptailor.models.untrusted import MAX_TOKENIZER_BYTES, check_link, is_file, read_bytes
 from gptailor.recipe import Recipe
 from gptailor.stitching.card import model_card
 from gptailor.stitching.compute import ComputedTensor
@@ -83,8 +84,7 @@ def write_model(
         _check_space(folder, plan.n_bytes)
         write_tensors(plan, family, folder / "model.safetensors", threads=threads)
         for name in (*TOKENIZER_FILES, *_TAG_ALONG):
-            if (family.base.folder / name).is_file():
-                shutil.copyfile(family.base.folder / name, folder / name)
+            _copy_small(family.base.folder / name, folder / name)
         texts = {
             "config.json": json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n",
             RECIPE_FILE: recipe.to_yaml(),
@@ -93,6 +93,13 @@ def write_model(
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
     return plan
+
+
+def _copy_small(source: Path, target: Path) -> None:
+    """Copies a file that is there; not what a link of a false name leads to, and nothing huge."""
+    if is_file(source):
+        check_link(source)
+        target.write_bytes(read_bytes(source, MAX_TOKENIZER_BYTES))
 
 
 def write_tensors(plan: Plan, family: Family, path: Path, *, threads: int = 0) -> None:

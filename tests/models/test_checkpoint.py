@@ -213,7 +213,7 @@ def test_index_errors(tmp_path: Path) -> None:
         (good | {"c": 3}, "names 3 for c"),
         (good | {"c": None}, "names None for c"),
         (good | {"c": "x" * 5000}, "which is no file beside it"),
-        (good | {"c": "x\0y"}, "does not exist"),
+        (good | {"c": "x\0y"}, "which is no file beside it"),
         (good | {"c": "."}, "which is no file beside it"),
         ({}, "has no weight_map"),
     ]

@@ -1,0 +1,201 @@
+"""Small files of a model folder, read as what they are: bytes that somebody unknown wrote.
+
+Before a byte is read it is known that the file is a regular one (a FIFO would block, a device never
+end) and not too large; before JSON is parsed, that its values fit into memory. What is read goes
+into error messages only through `shown`, which is short and printable whatever it gets.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import reprlib
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from gptailor.errors import ModelError
+
+MAX_CONFIG_BYTES = 10_000_000
+MAX_TOKENIZER_BYTES = 200_000_000
+"""Three times the largest that is known: XLM-V's tokenizer.json, of a million tokens."""
+MAX_JSON_CONTAINERS = 3_000_000
+"""Lists and objects in one file: a million tensors need that many. Each takes 100 to 250 bytes."""
+MAX_JSON_VALUES = 12_000_000
+MAX_JSON_DEPTH = 100
+MAX_CONFIG_COUNT = 1024
+
+_COUNT = re.compile(r"layers?$|blocks$|experts$|^n_layer|depth$")
+
+_shown = reprlib.Repr()
+_shown.maxstring = _shown.maxother = _shown.maxlong = 100
+_shown.maxlist = _shown.maxtuple = 8
+
+
+def shown(value: object) -> str:
+    """A value for an error message: at most some hundred characters, all printable."""
+    return _shown.repr(value)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a regular file for reading; never waits for a FIFO's other end.
+
+    Raises:
+        OSError: it can't be opened.
+        ModelError: it is a folder, a FIFO, a socket or a device.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    file = os.fdopen(fd, "rb", buffering=0) if stat.S_ISREG(os.fstat(fd).st_mode) else None
+    if file is None:
+        os.close(fd)
+        raise ModelError(f"{path} is no regular file.")
+    return file
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """All bytes of a small file.
+
+    Raises:
+        ModelError: it is missing, no regular file, or has more than `limit` bytes.
+    """
+    try:
+        with open_regular(path) as file:
+            n_bytes = os.fstat(file.fileno()).st_size
+            data = b"" if n_bytes > limit else read_up_to(file, limit + 1)
+    except FileNotFoundError:
+        raise ModelError(f"{path} does not exist.") from None
+    except OSError as error:
+        raise ModelError(f"{path} can't be read: {error.strerror}.") from error
+    if max(n_bytes, len(data)) > limit:
+        raise ModelError(f"{path} has more than the {limit:,} bytes that such a file may have.")
+    return data
+
+
+def read_up_to(file: BinaryIO, n_bytes: int) -> bytes:
+    """`n_bytes` bytes, or what there is before the file's end."""
+    data = bytearray()
+    while piece := file.read(min(n_bytes - len(data), 1 << 24)):
+        data += piece
+    return bytes(data)
+
+
+def is_file(path: Path) -> bool:
+    """True for a regular file that is there; names that no file can have are not there."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def read_json(path: Path, limit: int) -> dict[str, Any]:
+    """The JSON object in a small file of a model folder.
+
+    Raises:
+        ModelError: it can't be read, is too large, or is no JSON object.
+    """
+    data = parse_json(read_bytes(path, limit), path, "it")
+    check_depth(data, path)
+    return data
+
+
+def parse_json(raw: bytes, path: Path, what: str, *, unique: bool = False) -> dict[str, Any]:
+    """Parses JSON.
+
+    Args:
+        raw: the text.
+        path: the file, for errors.
+        what: the part of the file, for errors.
+        unique: a key that is there twice is an error; otherwise the last counts, as elsewhere.
+
+    Raises:
+        ModelError: it is no JSON object, or has more values than any such file needs.
+    """
+
+    def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise ModelError(f"{path} is corrupt: the key {shown(twice)} appears twice.")
+        return result
+
+    containers = raw.count(b"[") + raw.count(b"{")
+    if containers > MAX_JSON_CONTAINERS or containers + raw.count(b",") > MAX_JSON_VALUES:
+        raise ModelError(f"{path} is refused: {what} has more values than any model needs.")
+    try:
+        data = json.loads(raw.decode("utf-8"), object_pairs_hook=checked if unique else None)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is corrupt: {what} is not valid JSON.") from error
+    if not isinstance(data, dict):
+        raise ModelError(f"{path} is corrupt: {what} is not a JSON object.")
+    return data
+
+
+def check_depth(data: object, path: Path) -> None:
+    """Raises a `ModelError` if values are nested deeper than code that recurses would bear."""
+    level = [data]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            child
+            for node in level
+            if isinstance(node, (dict, list))
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, (dict, list))
+        ]
+        if not level:
+            return
+    raise ModelError(f"{path} is refused: its values are nested more than {MAX_JSON_DEPTH} deep.")
+
+
+def check_config(config: dict[str, Any], num_tensors: int, path: Path) -> None:
+    """Refuses what no config has: text that is none, and counts of modules that the weights lack.
+
+    Whoever builds a model from a config makes an object for each layer and expert before any
+    weight is looked at, so a count of 10**12 would take all memory.
+
+    Raises:
+        ModelError: such a value is there.
+    """
+    limit = max(MAX_CONFIG_COUNT, num_tensors)
+    stack: list[tuple[str, object]] = [("", config)]
+    while stack:
+        key, value = stack.pop()
+        if isinstance(value, dict):
+            for inner, child in value.items():
+                check_text(inner, path)
+                stack.append((inner, child))
+        elif isinstance(value, list):
+            stack.extend((key, child) for child in value if not isinstance(child, int))
+        elif isinstance(value, str):
+            check_text(value, path)
+        elif isinstance(value, int) and value > limit and _COUNT.search(key):
+            raise ModelError(
+                f"{path} has {key} {shown(value)}, but the weights have {num_tensors} tensors."
+            )
+
+
+def check_text(text: str, path: Path) -> None:
+    """Raises a `ModelError` for half characters, which no file can be written with."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ModelError(f"{path} is corrupt: {shown(text)} is no text.") from None
+
+
+def check_link(path: Path) -> None:
+    """Refuses a link that would carry some other file of this machine into a result.
+
+    Good are links to a file of the same name, as people set them, and those of the Hugging Face
+    cache into its blobs.
+
+    Raises:
+        ModelError: the file is another one under a false name.
+    """
+    target = path.resolve()
+    blobs = path.parent.resolve().parent.parent / "blobs"
+    if target.name != path.name and target.parent != blobs:
+        raise ModelError(
+            f"{path} is a link to {target}, a file of another name, and is not copied: put the "
+            "file itself in its place."
+        )

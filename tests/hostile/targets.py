@@ -1,0 +1,348 @@
+"""What is fuzzed: each target takes bytes, gives them to our code as a file, judges the outcome.
+
+Either a value comes back that keeps its promises, or a GptailorError of the documented kind with a
+message of one short line that a terminal can show. Anything else is an exception of the target.
+Used by `test_replay.py` (a few seconds) and by `tools/fuzz.py` (hours, coverage-guided).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptailor.config import parse_config
+from gptailor.errors import GptailorError, ModelError, UsageError
+from gptailor.mergekit import to_recipe
+from gptailor.mergekit.parse import parse_mergekit
+from gptailor.models.architecture import cut_config, find_architecture, text_config
+from gptailor.models.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo, read_header
+from gptailor.models.family import Candidate, Family
+from gptailor.models.family import _check_fits as check_fits
+from gptailor.recipe import Recipe
+from gptailor.stitching.plan import make_plan
+from gptailor.strict_yaml import load_yaml
+from tests.hostile.mutate import Mutator, mutate_header, mutate_json, mutate_lines
+from tests.models.tiny import VOCAB, file_bytes, llama_config, save_family, save_model, save_tensors
+
+MAX_MESSAGE = 2000
+
+_SCRATCH = tempfile.TemporaryDirectory(
+    prefix="gptailor-hostile-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+)
+PLACE = Path(_SCRATCH.name)
+A, B = "a.safetensors", "b.safetensors"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Something that is fuzzed.
+
+    Attributes:
+        run: judges one input; raises unless all is well.
+        mutate: changes an input in a way that fits its format.
+        seeds: good inputs to begin with.
+    """
+
+    run: Callable[[bytes], None]
+    mutate: Mutator
+    seeds: Callable[[], list[bytes]]
+
+
+@contextmanager
+def only(*kinds: type[GptailorError]) -> Iterator[None]:
+    """Lets errors of these kinds pass, if they say in one line what is wrong."""
+    try:
+        yield
+    except kinds as error:
+        check_message(str(error))
+
+
+def check_message(text: str) -> None:
+    assert text.isprintable(), f"a terminal can't show {text!r:.300}"
+    assert 10 < len(text) <= MAX_MESSAGE, f"{len(text)} characters: {text!r:.300}"
+
+
+def check_tensors(tensors: dict[str, TensorInfo]) -> None:
+    """Every tensor lies within its file, whole, and shares no byte with another."""
+    ends: dict[Path, int] = {}
+    for name, t in sorted(tensors.items(), key=lambda item: (item[1].path, item[1].offset)):
+        assert name == t.name
+        assert name.isprintable()
+        assert t.dtype in DTYPE_BITS
+        assert all(type(n) is int and n >= 0 for n in t.shape)
+        assert t.n_bytes == t.n_elements * DTYPE_BITS[t.dtype] // 8
+        assert ends.get(t.path, 8) <= t.offset <= t.offset + t.n_bytes <= t.path.stat().st_size
+        ends[t.path] = t.offset + t.n_bytes
+
+
+def header(data: bytes) -> None:
+    path = PLACE / "header.safetensors"
+    path.write_bytes(data)
+    with only(ModelError):
+        tensors = read_header(path)
+        check_tensors(tensors)
+        with only(ModelError):
+            find_architecture(tensors, path)
+
+
+def header_seeds() -> list[bytes]:
+    entry = {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}
+    second = {"dtype": "F32", "shape": [], "data_offsets": [12, 16]}
+    empty = {"dtype": "I64", "shape": [0, 5], "data_offsets": [12, 12]}
+    names = {"model.layers.0.x.weight": entry, "model.layers.1.x.weight": second}
+    return [
+        file_bytes({}),
+        file_bytes({"__metadata__": {"format": "pt"}, "a": entry, "b": second}, bytes(16)),
+        file_bytes({"a": entry, "e": empty, "b": second}, bytes(16)),
+        file_bytes(names, bytes(16)),
+    ]
+
+
+_INDEX: dict[str, Path] = {}
+
+
+def index(data: bytes) -> None:
+    """An index beside two good shards, a FIFO, a folder and a link that leads nowhere."""
+    folder = _INDEX.get("folder")
+    if folder is None:
+        folder = _INDEX["folder"] = PLACE / "index"
+        folder.mkdir()
+        save_tensors(folder / A, {"x": ("F32", (2,), bytes(8)), "y": ("BF16", (), bytes(2))})
+        save_tensors(folder / B, {"z": ("U8", (3,), bytes(3))})
+        os.mkfifo(folder / "fifo.safetensors")
+        (folder / "folder.safetensors").mkdir()
+        (folder / "link.safetensors").symlink_to("nowhere")
+        (folder / "zero.safetensors").symlink_to("/dev/zero")
+    (folder / "model.safetensors.index.json").write_bytes(data)
+    with only(ModelError):
+        checkpoint = Checkpoint(folder)
+        check_tensors(checkpoint.tensors)
+        assert {path.parent for path in checkpoint.files} <= {folder}
+        assert set(checkpoint.tensors) == {"x", "y", "z"} or len(checkpoint.files) < 2
+
+
+def index_seeds() -> list[bytes]:
+    good = {"x": A, "y": A, "z": B}
+    files = ["fifo.safetensors", "folder.safetensors", "link.safetensors", "zero.safetensors"]
+    files += ["pytorch_model.bin", "none.safetensors", "x" * 240]
+    return [
+        json.dumps({"metadata": {"total_size": 1}, "weight_map": weights}).encode()
+        for weights in [good, {"z": B}, *({"z": B, "w": file} for file in files)]
+    ]
+
+
+def config(data: bytes) -> None:
+    """A config.json beside good weights, read, and cut to fewer layers as a stitch does."""
+    folder = _small("config")
+    (folder / "config.json").write_bytes(data)
+    with only(ModelError, UsageError):
+        candidate = Candidate("x", folder)
+        assert candidate.num_layers == 2
+        for src_layers in ([0], [0, 1], [1, 1, 0]):
+            with only(ModelError, UsageError):
+                result = cut_config(candidate.config, src_layers)
+                json.loads(json.dumps(result, ensure_ascii=False).encode())
+                text = text_config(result)
+                assert any(text[key] == len(src_layers) for key in text if "layer" in key)
+        good = _good()
+        for pair in ((candidate, good), (good, candidate)):
+            with only(ModelError, UsageError):
+                check_fits(*pair)
+
+
+_GOOD: list[Candidate] = []
+
+
+def _good() -> Candidate:
+    if not _GOOD:
+        _GOOD.append(Candidate("good", _small("good")))
+    return _GOOD[0]
+
+
+def _small(name: str) -> Path:
+    """A folder of a model with one tensor a layer, so that reading it takes no time."""
+    folder = PLACE / name
+    if not folder.exists():
+        save_model(folder, num_layers=2)
+        names = ["model.embed_tokens.weight", "model.layers.0.x.weight", "model.layers.1.x.weight"]
+        tensors = {n: ("BF16", (VOCAB, 1), bytes(2 * VOCAB)) for n in names}
+        save_tensors(folder / "model.safetensors", tensors)
+    return folder
+
+
+def config_seeds() -> list[bytes]:
+    plain = llama_config(2)
+    kinds = ["full_attention", "sliding_attention"]
+    more: list[dict[str, Any]] = [
+        {"layer_types": kinds, "max_window_layers": 1, "use_sliding_window": True},
+        {"mlp_only_layers": [0], "first_k_dense_replace": 1, "num_experts": 4},
+        {"model_type": "gemma3", "text_config": {**plain, "layer_types": kinds}, "num_layers": 2},
+        {"sliding_window_pattern": 2, "auto_map": {"AutoModelForCausalLM": "evil.Evil"}},
+    ]
+    nested = {"model_type": "gemma3", "text_config": plain, "vision_config": {"num_layers": 3}}
+    return [json.dumps(plain | extra).encode() for extra in [{}, *more]] + [
+        json.dumps(nested).encode()
+    ]
+
+
+def tokenizer(data: bytes) -> None:
+    """A tokenizer.json that is compared with a good one, on either side."""
+    folder = _small("tokenizer")
+    (folder / "tokenizer.json").write_bytes(data)
+    good = _good()
+    candidate = copy.copy(good)
+    candidate.folder = folder
+    for pair in ((candidate, good), (good, candidate)):
+        with only(ModelError):
+            check_fits(*pair)
+
+
+def tokenizer_seeds() -> list[bytes]:
+    good = (_good().folder / "tokenizer.json").read_bytes()
+    tree = json.loads(good)
+    tree["added_tokens"] = [{"id": 3, "content": "<x>"}, {"id": 2**40, "content": "<y>"}]
+    unigram = {"model": {"type": "Unigram", "vocab": [["a", -1.0], ["b", -2.0]]}}
+    return [good, json.dumps(tree).encode(), json.dumps(unigram).encode()]
+
+
+def names(data: bytes) -> None:
+    """Names of tensors, one a line, in which the layers are looked for."""
+    lines = data.decode("utf-8", "replace").split("\n")
+    tensors = {
+        name: TensorInfo(name, "U8", (i % 7,), PLACE, 8, i % 7)
+        for i, name in enumerate(lines)
+        if name.isprintable() and len(name) <= 500
+    }
+    with only(ModelError):
+        found = find_architecture(tensors, "the model")
+        inside = [name for layer in found.layers for name in layer.values()]
+        assert len(found.layers) == found.num_layers
+        assert sorted([*inside, *found.embeddings, *found.head]) == sorted(tensors)
+        for i, layer in enumerate(found.layers):
+            assert layer
+            assert all(found.name(i, suffix) == name for suffix, name in layer.items())
+
+
+def names_seeds() -> list[bytes]:
+    llama = [f"model.layers.{i}.{x}.weight" for i in range(3) for x in ("q_proj", "mlp.experts.1")]
+    return [
+        "\n".join(["model.embed_tokens.weight", *llama, "lm_head.weight"]).encode(),
+        b"h.0.a\nh.1.a\nwte.weight\nh.1.b\n0.1.2.3",
+    ]
+
+
+_FAMILY: list[Family] = []
+
+
+def _family() -> Family:
+    """base, red and green."""
+    if not _FAMILY:
+        _FAMILY.append(Family(save_family(PLACE / "family", num_layers=3), "base"))
+    return _FAMILY[0]
+
+
+def recipe(data: bytes) -> None:
+    """A recipe: read, simplified, hashed, written and read again, resolved to tensors."""
+    with only(UsageError):
+        found = Recipe.from_yaml(data.decode("utf-8", "replace"))
+        again = Recipe.from_yaml(found.to_yaml())
+        assert again == found
+        assert again.hash == found.hash
+        assert re.fullmatch("[0-9a-f]{64}", found.hash)
+        if set(found.models) <= set(_family().candidates):
+            with only(UsageError, ModelError):
+                plan = make_plan(found, _family())
+                assert len({t.name for t in plan.tensors}) == len(plan.tensors)
+
+
+def recipe_seeds() -> list[bytes]:
+    head = (
+        b"schema: gptailor/recipe/1\nmodels: {base: a, red: b, green: ./c}\nbase: base\n"
+        b"dtype: bfloat16\nembeddings: base\nhead: base\nlayers:\n"
+    )
+    return [
+        head + b"  - {take: red, layer: 0}\n  - {take: base, layer: 2, scale: 0.97}\n",
+        head + b"  - {merge: linear, layer: 1, weights: {red: 0.5, green: 0.5}}\n",
+        head + b"  - {merge: slerp, layer: 1, models: [red, green], t: 0.3}\n",
+        head
+        + b"  - {merge: ties, layer: 1, weights: {red: 1, green: -0.5}, density: 0.5, lambda: 1}\n",
+        b"a: &a [x, x]\nb: &b [*a, *a]\nc: &c {<<: {k: *b}}\nd: [*c, *c]\n",
+    ]
+
+
+def mergekit(data: bytes) -> None:
+    """A mergekit YAML: read, made into a recipe of a family of those names, resolved to tensors."""
+    with only(UsageError):
+        data_ = load_yaml(data.decode("utf-8", "replace"), "merge.yaml")
+        if not isinstance(data_, dict):
+            return
+        found = parse_mergekit(data_, PLACE / "merge.yaml", "text")
+        assert found.base in found.models
+        if set(found.models) <= set(_family().candidates):
+            with only(UsageError, ModelError):
+                make_plan(to_recipe(found, _family()), _family())
+
+
+def mergekit_seeds() -> list[bytes]:
+    return [
+        b"merge_method: ties\nbase_model: ./base\nmodels:\n  - model: ./red\n    parameters:\n"
+        b"      weight: 0.5\n      density: [0.1, 0.9]\n  - model: green\n    parameters:\n"
+        b"      weight:\n        - {filter: mlp, value: [0, 1]}\n        - value: 0.5\n"
+        b"parameters: {normalize: true, int8_mask: true}\ndtype: float32\nout_dtype: bfloat16\n",
+        b"merge_method: passthrough\nslices:\n  - sources: [{model: base, layer_range: [0, 2]}]\n"
+        b"  - sources:\n    - model: {model: {path: red, revision: main}}\n"
+        b"      layer_range: [1, 3]\n"
+        b"      parameters: {scale: [{filter: o_proj, value: 0}, {value: 1}]}\n",
+        b"merge_method: slerp\nbase_model: base\ntokenizer_source: base\nslices:\n"
+        b"- sources: [{model: base, layer_range: [0, 3]}, {model: red, layer_range: [0, 3]}]\n"
+        b"parameters: {t: [{filter: self_attn, value: [0, 0.5, 1]}, {value: 0.5}]}\n",
+    ]
+
+
+def search_config(data: bytes) -> None:
+    with only(UsageError):
+        parse_config(load_yaml(data.decode("utf-8", "replace"), "search.yaml"), "search.yaml")
+
+
+def search_config_seeds() -> list[bytes]:
+    return [
+        b"models: {base: ./a, red: ./b}\nbase: base\nspace:\n  layers: {min: 3}\n"
+        b"  merge: {methods: [linear, ties], lambdas: [0.3, 1.0]}\nevaluation:\n"
+        b"  tasks: [reasoning, {task: reading, metric: acc_norm, weight: 2}]\n  rungs: [60]\n"
+        b"search: {population: 24, evaluations: 60, seed: 0}\noutput: runs/mine\n"
+    ]
+
+
+TARGETS: dict[str, Target] = {
+    "header": Target(header, mutate_header, header_seeds),
+    "index": Target(index, mutate_json, index_seeds),
+    "config": Target(config, mutate_json, config_seeds),
+    "tokenizer": Target(tokenizer, mutate_json, tokenizer_seeds),
+    "names": Target(names, mutate_lines, names_seeds),
+    "recipe": Target(recipe, mutate_lines, recipe_seeds),
+    "mergekit": Target(mergekit, mutate_lines, mergekit_seeds),
+    "search_config": Target(search_config, mutate_lines, search_config_seeds),
+}
+
+
+def random_inputs(target: Target, seed: int, count: int) -> Iterator[bytes]:
+    """Mutations of mutations of the seeds."""
+    rng = random.Random(seed)
+    pool = target.seeds()
+    for _ in range(count):
+        data = rng.choice(pool)
+        for _ in range(rng.choice([1, 1, 2, 3, 8])):
+            data = target.mutate(rng, data)
+        data = data[:100_000]
+        yield data
+        if rng.random() < 0.05:
+            pool.append(data)
