@@ -141,7 +141,7 @@ __device__ __forceinline__ void store(const float (&x)[W], void* data, DType dty
 }
 
 // Which differences stay, as Params and what is known of the tensor say; then their scale. `i`: of the first element,
-// a multiple of W. CPU: apply_keep() and scale() in kernels.cpp.
+// a multiple of W. CPU: apply_keep() and scale() in kernel_blocks.h.
 template <Keep K, int W>
 __device__ __forceinline__ void keep(const Reduced& reduced, const Params& p, PhiloxKey key, int s, int64_t i,
                                      float (&d)[W]) {
@@ -167,7 +167,7 @@ __device__ __forceinline__ void keep(const Reduced& reduced, const Params& p, Ph
 
 inline constexpr int kWarp = 32;
 
-// CPU: fold() in kernels.cpp.
+// CPU: fold() in kernel_sums.h.
 __device__ __forceinline__ double fold(double value) {
   static_assert(kLanes == kWarp, "a lane of the reduction is a lane of a warp");
   for (int half = kLanes / 2; half > 0; half /= 2) value += __shfl_down_sync(0xffffffffu, value, half);

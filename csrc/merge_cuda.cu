@@ -12,7 +12,7 @@ namespace gptailor {
 
 namespace {
 
-// A cast, or nothing at all. CPU: copy() in kernels.cpp.
+// A cast, or nothing at all. CPU: copy() in kernel_merge.h.
 struct Copy {
   static constexpr bool kUsesBase = false, kTakesDelta = false;
   static constexpr int kState = 1;
