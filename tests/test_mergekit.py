@@ -151,6 +151,17 @@ def test_the_first_filter_that_fits_counts() -> None:
     assert value_of(setting[:2], "model.norm.weight", 0.25) is None
 
 
+def test_one_filter_needs_no_list() -> None:
+    setting = parse_setting({"filter": "mlp", "value": 2}, "t")
+    assert [value_of(setting, name, 0.5) for name in ("mlp.up_proj", "norm")] == [2, None]
+
+
+def test_a_flag_has_nothing_between_true_and_false() -> None:
+    setting = parse_setting([False, True, False], "normalize")
+    found = [value_of(setting, "", t, is_flag=True) for t in (0, 0.4, 0.5, 0.9, 1)]
+    assert found == [0, 0, 1, 1, 0]
+
+
 def test_a_number_that_yaml_takes_for_text_is_a_number() -> None:
     assert isinstance(yaml.safe_load("1e-5"), str)
     assert value_of(parse_setting("1e-5", "tol"), "", 0) == 1e-5
@@ -356,7 +367,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"parameters": {"lambda": []}}, "lambda is an empty list"),
     ({"parameters": {"lambda": [1, "x"]}}, r"lambda\[1\] is 'x', but must be a number"),
     ({"parameters": {"lambda": [1, {"value": 1}]}}, r"lambda\[1\] is .*, but must be a number"),
-    ({"parameters": {"lambda": {"value": 1}}}, "lambda is a mapping: write a list of filters"),
+    ({"parameters": {"lambda": {"mlp": 1}}}, "unknown key 'mlp' .*Known: filter, value"),
     ({"parameters": {"lambda": [{"filter": "mlp"}]}}, r"lambda\[0\]: the key 'value' is missing"),
     ({"parameters": {"lambda": [{"filtr": "a", "value": 1}]}}, "did you mean 'filter'"),
     ({"parameters": {"lambda": [{"filter": 5, "value": 1}]}}, "filter is 5, but must be a part"),

@@ -4,7 +4,7 @@
 
 Runs where mergekit is installed, from the root of the repository. For each NAME.yml (all, if none
 is named) it lets mergekit merge the models of `tests/mergekit_family.py` and keeps the tensors as
-NAME.safetensors.gz. The goldens in the repository come from mergekit 0.1.4 with torch 2.13.
+NAME.safetensors.gz. The goldens in the repository come from mergekit 0.1.5 with torch 2.13.
 """
 
 from __future__ import annotations

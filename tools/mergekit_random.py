@@ -106,6 +106,8 @@ class Drawer:
         kind = self.random.random()
         if kind < 0.6:
             return self._values(name)
+        if kind < 0.65:
+            return {"filter": self.random.choice(FILTERS), "value": self._values(name)}
         cases = [
             {"filter": self.random.choice(FILTERS), "value": self._values(name)}
             for _ in range(self.random.randint(1, 2))
@@ -116,7 +118,8 @@ class Drawer:
         if name == "max_iter":
             return self.random.randint(1, 12)
         if name not in RANGES:
-            return self.random.random() < 0.5
+            flags = [self.random.random() < 0.5 for _ in range(3)]
+            return flags[0] if self.random.random() < 0.8 else flags
         low, high = RANGES[name]
         numbers = [round(self.random.uniform(low, high), 12) for _ in range(4)]
         return numbers[0] if self.random.random() < 0.6 else numbers[: self.random.randint(1, 4)]

@@ -141,7 +141,7 @@ def _values(
     of_all, of_each = mergekit_parameters(config.method)
     values: Values = {}
     for name in of_all:
-        value = _of_all(config, part, name, tensor)
+        value = _of_all(config, part, name, tensor, declared[name].is_flag)
         if value is None:
             value = declared[name].default
         if value is None:
@@ -172,21 +172,23 @@ def _of_model(
 ) -> float | None:
     """A model's parameter: its own, else the slice's, else the global one; by the source's name."""
     levels = (part.sources[index].parameters, part.parameters, config.parameters)
-    return _first(levels, name, tensor.src_name, tensor.t)
+    return _first(levels, name, tensor.src_name, tensor.t, is_flag=False)
 
 
-def _of_all(config: MergekitConfig, part: Slice, name: str, tensor: _Tensor) -> float | None:
+def _of_all(
+    config: MergekitConfig, part: Slice, name: str, tensor: _Tensor, is_flag: bool
+) -> float | None:
     """A parameter of the whole merge; filters see the tensor's name in the result."""
-    return _first((part.parameters, config.parameters), name, tensor.out_name, tensor.t)
+    return _first((part.parameters, config.parameters), name, tensor.out_name, tensor.t, is_flag)
 
 
 def _first(
-    levels: tuple[Mapping[str, Setting], ...], name: str, tensor: str, t: float
+    levels: tuple[Mapping[str, Setting], ...], name: str, tensor: str, t: float, is_flag: bool
 ) -> float | None:
     """The value at the first level that has one for this tensor."""
     for parameters in levels:
         if name in parameters:
-            value = value_of(parameters[name], tensor, t)
+            value = value_of(parameters[name], tensor, t, is_flag=is_flag)
             if value is not None:
                 return value
     return None

@@ -33,20 +33,23 @@ def parse_setting(value: object, where: str) -> Setting:
     if isinstance(value, list) and value and all(isinstance(case, dict) for case in value):
         return tuple(_case(case, f"{where}[{i}]") for i, case in enumerate(value))
     if isinstance(value, dict):
-        raise UsageError(f"{where} is a mapping: write a list of filters, `- {{filter, value}}`.")
+        return (_case(value, where),)
     return (Case("", _values(value, where)),)
 
 
-def value_of(setting: Setting, tensor: str, t: float) -> float | None:
+def value_of(setting: Setting, tensor: str, t: float, *, is_flag: bool = False) -> float | None:
     """The value for one tensor, or None if no filter fits.
 
     Args:
         setting: the parameter's setting.
         tensor: the tensor's full name.
         t: how far up the slice its layer is, from 0 to 1.
+        is_flag: there is nothing between true and false: the last step up to t counts.
     """
     for case in setting:
         if case.filter in tensor:
+            if is_flag:
+                return case.values[int(t * (len(case.values) - 1))]
             return _interpolated(case.values, t)
     return None
 
