@@ -46,6 +46,8 @@ def test_every_command_of_the_readme_runs(
     place(tmp_path, family_dir, tasks_dir)
     config = next(block for block in blocks("yaml") if block.startswith("# search.yaml"))
     (tmp_path / "search.yaml").write_text(config)
+    merge = next(block for block in blocks("yaml") if block.startswith("# merge.yml"))
+    (tmp_path / "merge.yml").write_text(merge)
     monkeypatch.chdir(tmp_path)
     commands = [
         line
