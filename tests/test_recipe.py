@@ -399,3 +399,18 @@ def test_a_recipe_that_is_no_file(tmp_path: Path) -> None:
 def test_names_that_cannot_be_shown_are_refused(name: str) -> None:
     data = entry() | {"models": {"base": "./b", name: "./c"}, "base": "base"}
     assert "can't be shown" in refused(data)
+
+
+def test_a_number_may_have_an_exponent_and_no_point() -> None:
+    text = """
+schema: gptailor/recipe/1
+models: {base: ./base, a: ./a, b: ./b}
+base: base
+layers:
+  - {merge: karcher, layer: 0, models: [a, b], tol: 1e-3}
+  - {merge: ram, layer: 1, models: [a, b], epsilon: 2E-6}
+"""
+    recipe = Recipe.from_yaml(text)
+    values = [dict(layer.parameters) for layer in recipe.layers if isinstance(layer, Merge)]
+    assert (values[0]["tol"], values[1]["epsilon"]) == (1e-3, 2e-6)
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
