@@ -29,10 +29,12 @@ void write_all(int fd, const std::byte* data, int64_t n_bytes, int64_t offset) {
   }
 }
 
+constexpr int kMostThreads = 1024;  // each has scratch memory of its own
+
 }  // namespace
 
 Merger::Merger(MergeJob job, const Method& method, int n_threads)
-    : job_(job), n_threads_(n_threads > 0 ? n_threads : available_cores()) {
+    : job_(job), n_threads_(n_threads > 0 ? std::min(n_threads, kMostThreads) : available_cores()) {
   if (n_threads < 0) throw std::invalid_argument("threads is negative");
   job_.formula = method.formula;
   job_.keep = method.keep;
