@@ -20,7 +20,7 @@ from gptailor.errors import ModelError
 MAX_CONFIG_BYTES = 10_000_000
 MAX_TOKENIZER_BYTES = 200_000_000
 """Three times the largest that is known: XLM-V's tokenizer.json, of a million tokens."""
-MAX_JSON_CONTAINERS = 3_000_000
+MAX_JSON_CONTAINERS = 3_100_000
 """Lists and objects in one file: a million tensors need that many. Each takes 100 to 250 bytes."""
 MAX_JSON_VALUES = 12_000_000
 MAX_JSON_DEPTH = 100
