@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from gptailor.errors import UsageError, plain, unknown
 from gptailor.merging.registry import METHODS, get_method
+from gptailor.models.untrusted import home_expanded, is_folder
 from gptailor.recipe import DTYPES, absolute_ref
 from gptailor.strict_yaml import load_yaml
 
@@ -251,8 +252,8 @@ def with_absolute_paths(config: Config, folder: Path) -> Config:
     data["models"] = {name: absolute_ref(ref, folder) for name, ref in config.models.items()}
     include_path = config.evaluation.include_path
     if include_path is not None:
-        place = (folder / Path(include_path).expanduser()).resolve()
-        if not place.is_dir():
+        place = (folder / home_expanded(include_path)).resolve()
+        if not is_folder(place):
             raise UsageError(f"evaluation.include_path: the folder {place} does not exist.")
         data["evaluation"]["include_path"] = str(place)
     return Config.model_validate(data)

@@ -19,6 +19,7 @@ import yaml
 from gptailor.canonical import canonical_end, canonical_layer, hashed
 from gptailor.errors import UsageError, unknown
 from gptailor.layer import NO_LAYER, Layer, Merge, Take, as_mapping, as_model, read_entry
+from gptailor.models.untrusted import home_expanded, is_folder
 from gptailor.strict_yaml import load_yaml
 
 __all__ = [
@@ -220,8 +221,8 @@ def _read_end(value: object, models: Mapping[str, str], base: str, source: str, 
 
 def absolute_ref(ref: str, folder: Path) -> str:
     """`ref` as an absolute path if it names a folder below or beside `folder`, else unchanged."""
-    if ref.startswith(("./", "../", "/", "~")) or (folder / ref).is_dir():
-        return str((folder / Path(ref).expanduser()).resolve())
+    if ref.startswith(("./", "../", "/", "~")) or is_folder(folder / ref):
+        return str((folder / home_expanded(ref)).resolve())
     return ref
 
 

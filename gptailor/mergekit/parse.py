@@ -23,6 +23,7 @@ from gptailor.mergekit.config import (
 )
 from gptailor.mergekit.setting import Setting, parse_setting
 from gptailor.merging.registry import METHODS
+from gptailor.models.untrusted import home_expanded, is_folder
 from gptailor.recipe import DTYPES, absolute_ref
 from gptailor.strict_yaml import load_yaml
 
@@ -214,13 +215,14 @@ class _Parser:
         ref = absolute_ref(value, self.folder)
         if value.startswith(("/", "~")):
             self.private.add(value)
-        if "+" in value and not Path(ref).is_dir():
+        if "+" in value and not is_folder(Path(ref)):
             raise UsageError(
                 f"{where}: {value!r}: base+lora is not supported: merge the adapter into a folder "
                 "with peft's merge_and_unload first, and name that folder."
             )
-        in_working_directory = Path(value).expanduser()  # where mergekit looks
-        if in_working_directory.is_dir() and not (Path(ref).is_absolute() and Path(ref).is_dir()):
+        in_working_directory = home_expanded(value)  # where mergekit looks
+        absolute = Path(ref).is_absolute() and is_folder(Path(ref))
+        if is_folder(in_working_directory) and not absolute:
             return str(in_working_directory.resolve())
         return ref
 

@@ -23,7 +23,9 @@ from gptailor.models.untrusted import (
     MAX_CONFIG_BYTES,
     MAX_TOKENIZER_BYTES,
     check_config,
+    home_expanded,
     is_file,
+    is_folder,
     read_bytes,
     read_json,
     shown,
@@ -148,8 +150,8 @@ def resolve(ref: str) -> Path:
         ModelError: there is no such folder, and it can't be downloaded.
         UsageError: the form is not supported.
     """
-    path = Path(ref).expanduser()
-    if path.is_dir():
+    path = home_expanded(ref)
+    if is_folder(path):
         return path
     if "+" in ref:
         raise UsageError(

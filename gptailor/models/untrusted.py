@@ -15,7 +15,7 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gptailor.errors import ModelError
+from gptailor.errors import ModelError, UsageError, plain
 
 MAX_CONFIG_BYTES = 10_000_000
 MAX_TOKENIZER_BYTES = 200_000_000
@@ -86,6 +86,28 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):
         return False
+
+
+def is_folder(path: Path) -> bool:
+    """True for a folder that is there; names that no folder can have are not there."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def home_expanded(ref: str) -> Path:
+    """`ref` as a path, `~` and `~user` replaced.
+
+    Raises:
+        UsageError: there is no such user, or the path leads in a circle.
+    """
+    try:
+        path = Path(ref).expanduser()
+        path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UsageError(f"{plain(ref)} is no path that can be followed.") from error
+    return path
 
 
 def read_json(path: Path, limit: int) -> dict[str, Any]:

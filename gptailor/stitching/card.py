@@ -9,6 +9,7 @@ import yaml
 
 from gptailor.merging.registry import get_method
 from gptailor.models.family import Family
+from gptailor.models.untrusted import is_folder
 from gptailor.recipe import End, Layer, Merge, Recipe
 
 
@@ -20,7 +21,7 @@ def model_card(recipe: Recipe, family: Family, notes: str = "") -> str:
         family: the opened candidates.
         notes: Markdown that is put before the layer map, for example scores.
     """
-    hub_ids = [ref for ref in recipe.models.values() if not Path(ref).is_dir()]
+    hub_ids = [ref for ref in recipe.models.values() if not is_folder(Path(ref))]
     front = {
         "base_model": hub_ids or None,
         "library_name": "transformers",
@@ -52,7 +53,7 @@ def model_card(recipe: Recipe, family: Family, notes: str = "") -> str:
 def _shown(ref: str) -> str:
     """A local folder by its name only: a card is published, and paths are private."""
     path = Path(ref)
-    return f"`{path.name}` (local)" if path.is_dir() else ref
+    return f"`{path.name}` (local)" if is_folder(path) else ref
 
 
 def _end(end: End) -> str:

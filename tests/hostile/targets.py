@@ -254,6 +254,7 @@ def recipe(data: bytes) -> None:
     """A recipe: read, simplified, hashed, written and read again, resolved to tensors."""
     with only(UsageError):
         found = Recipe.from_yaml(data.decode("utf-8", "replace"))
+        found.with_models_relative_to(PLACE)
         again = Recipe.from_yaml(found.to_yaml())
         assert again == found
         assert again.hash == found.hash

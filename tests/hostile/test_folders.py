@@ -174,3 +174,16 @@ def test_no_code_loads_pickles_or_trusts_remote_code() -> None:
 def test_good_families_still_open(place: Path) -> None:
     assert Family({n: str(place / n) for n in ("base", "red", "green")}, "base").num_layers == 2
     assert Candidate("x", save_model(place / "s", num_layers=2, shards=3)).num_layers == 2
+
+
+@pytest.mark.parametrize("ref", ["x" * 300, "~nobody-of-that-name/x", "a\0b", "./" + "y/" * 3000])
+def test_references_that_no_path_can_be(place: Path, ref: str) -> None:
+    text = json.dumps({"schema": "gptailor/recipe/1", "models": {"a": ref}, "base": "a",
+                       "layers": [{"take": "a", "layer": 0}]})  # fmt: skip
+    (place / "recipe.yaml").write_text(text)
+    with pytest.raises(GptailorError):
+        verbs.stitch(place / "recipe.yaml", place / "out")
+    text = json.dumps({"merge_method": "linear", "models": [{"model": ref}]})
+    (place / "recipe.yaml").write_text(text)
+    with pytest.raises(GptailorError):
+        verbs.stitch(place / "recipe.yaml", place / "out")
