@@ -138,4 +138,13 @@ const char* copy_range(int src_fd, int64_t src_offset, int dst_fd, int64_t dst_o
   return way == Way::copy_file_range ? "copy_file_range" : way == Way::sendfile ? "sendfile" : "pread/pwrite";
 }
 
+void start_write_back(int fd, int64_t offset, int64_t n_bytes) {
+#ifdef SYNC_FILE_RANGE_WRITE
+  if (sync_file_range(fd, offset, n_bytes, SYNC_FILE_RANGE_WRITE) != 0 && errno != ENOSYS && errno != ESPIPE)
+    throw OsError(errno, "write-back can't begin");
+#else
+  (void)fd, (void)offset, (void)n_bytes;
+#endif
+}
+
 }  // namespace gptailor

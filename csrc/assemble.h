@@ -14,4 +14,8 @@ namespace gptailor {
 const char* copy_range(int src_fd, int64_t src_offset, int dst_fd, int64_t dst_offset, int64_t n_bytes,
                        const std::function<void()>& poll);
 
+// Has the disk begin to write [offset, offset + n_bytes) of an open file, without waiting for it, where the system can.
+// Throws OsError.
+void start_write_back(int fd, int64_t offset, int64_t n_bytes);
+
 }  // namespace gptailor

@@ -415,6 +415,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("copy_range", &py_copy_range, py::arg("src_fd"), py::arg("src_offset"), py::arg("dst_fd"),
         py::arg("dst_offset"), py::arg("n_bytes"));
+  m.def("start_write_back", &start_write_back, py::arg("fd"), py::arg("offset"), py::arg("n_bytes"),
+        py::call_guard<py::gil_scoped_release>());
   m.def(
       "merge_cuda",
       [](const std::string& method, const std::vector<py::object>& outs,

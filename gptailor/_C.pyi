@@ -314,6 +314,13 @@ class DeviceTensor:
                 within the tensor.
         """
 
+def start_write_back(fd: int, offset: int, n_bytes: int) -> None:
+    """Have the disk begin to write a byte range of a file, without waiting (sync_file_range).
+
+    Raises:
+        OSError: the descriptor or the range is wrong, or earlier writing failed.
+    """
+
 def merge_cuda(
     method: str,
     outs: Sequence[SupportsDLPack | DeviceTensor],

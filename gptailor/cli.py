@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars; our progress says more
     signal.signal(signal.SIGTERM, _terminated)
+    if getattr(arguments, "io", None):
+        os.environ["GPTAILOR_IO"] = arguments.io  # for worker processes, too
     try:
         run: Callable[[argparse.Namespace], int] = arguments.run
         return run(arguments)
@@ -150,6 +152,7 @@ def _stitch(arguments: argparse.Namespace) -> int:
         verify=arguments.verify,
         sync=arguments.sync,
         threads=arguments.threads,
+        max_shard_size=arguments.max_shard_size,
     )
     print(json.dumps({"folder": str(out)}) if arguments.json else f"The model is in {out}.")
     return 0
@@ -204,6 +207,7 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", help="key.path=value")
     parser.add_argument("--resume", action="store_true", help="go on with the run in its folder")
     _add_workers(parser)
+    _add_io(parser)
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
@@ -224,6 +228,14 @@ def _add_stitch(parser: argparse.ArgumentParser) -> None:
         "--no-sync", dest="sync", action="store_false", help="do not wait for the disk"
     )
     parser.add_argument("--threads", type=int, default=0, help="for merging (0 = all cores)")
+    parser.add_argument(
+        "--max-shard-size",
+        metavar="SIZE",
+        default="50GB",
+        help="of a file of weights, like 5GB or 500MiB (50GB). On a disk that can share blocks "
+        "with the inputs (XFS, Btrfs) copied layers take no room, but may make a few files more",
+    )
+    _add_io(parser)
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
@@ -234,11 +246,21 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="sequences in a batch (32)")
     parser.add_argument("--dtype", default="auto", help="bfloat16, float16, float32 or auto")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 or auto")
+    _add_io(parser)
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=_at_least_one, default=1, help="processes on this machine (1)"
+    )
+
+
+def _add_io(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--io",
+        choices=("auto", "mmap", "pread", "direct"),
+        help="how weights are read: mapped, by large reads, or around the page cache; auto takes "
+        "pread on network file systems, else mmap (auto, or what GPTAILOR_IO says)",
     )
 
 

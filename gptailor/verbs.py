@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import socket
 import sys
 import textwrap
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -138,6 +135,8 @@ def stitch(
     verify: bool = True,
     sync: bool = True,
     threads: int = 0,
+    io: str | None = None,
+    max_shard_size: str | None = None,
 ) -> Path:
     """Writes the model that a recipe describes; returns its folder.
 
@@ -148,21 +147,32 @@ def stitch(
         verify: load the result, run it once and generate 20 tokens.
         sync: flush to the disk before the folder gets its name.
         threads: for merging; 0 for as many as there are cores.
+        io: how weights are read: auto, mmap, pread or direct; None for what GPTAILOR_IO says.
+        max_shard_size: of a file of weights, like 5GB; None for 50GB, as in transformers 5.
 
     Raises:
         UsageError, ModelError, ResourceError: see `stitching.write.write_model`.
     """
+    from gptailor.stitching.layout import MAX_SHARD_SIZE
     from gptailor.stitching.write import write_model
 
     notes = ""
     if point is None:
         if Path(source).is_dir():
             raise UsageError(f"{source} is a folder: name a point of the run with --point ID.")
-        recipe, family, notes = _described(Path(source))
+        recipe, family, notes = _described(Path(source), io)
     else:
         recipe, notes = _point(Path(source), point)
-        family = Family(recipe.used_models, recipe.base)
-    write_model(recipe, family, out, notes=notes, sync=sync, threads=threads)
+        family = Family(recipe.used_models, recipe.base, io)
+    write_model(
+        recipe,
+        family,
+        out,
+        notes=notes,
+        sync=sync,
+        threads=threads,
+        max_shard_size=MAX_SHARD_SIZE if max_shard_size is None else max_shard_size,
+    )
     if verify:
         from gptailor.evaluation.smoke import smoke_test
 
@@ -252,6 +262,10 @@ def demo(out: str | Path = "gptailor-demo", *, workers: int = 1) -> Path:
 
 def environment() -> dict[str, object]:
     """Where a run happens: versions and machine."""
+    import platform
+    import socket
+    from importlib import metadata
+
     names = ("gptailor", "torch", "transformers", "lm_eval", "pymoo", "numpy", "safetensors")
     versions = {}
     for name in names:
@@ -281,15 +295,15 @@ def _front(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
     return front
 
 
-def _described(path: Path) -> tuple[Recipe, Family, str]:
+def _described(path: Path, io: str | None = None) -> tuple[Recipe, Family, str]:
     """The recipe in a file, a recipe's or mergekit's; its opened models; Markdown for the card."""
     from gptailor.mergekit import read_mergekit, to_recipe
 
     config = read_mergekit(path)
     if config is None:
         recipe = read_recipe(path)
-        return recipe, Family(recipe.used_models, recipe.base), ""
-    family = Family(config.models, config.base)
+        return recipe, Family(recipe.used_models, recipe.base, io), ""
+    family = Family(config.models, config.base, io)
     text = textwrap.indent(config.text.strip(), "    ")
     return to_recipe(config, family), family, f"Made from this mergekit configuration:\n\n{text}"
 

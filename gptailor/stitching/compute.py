@@ -80,6 +80,22 @@ class ComputedTensor:
         except OSError as error:
             raise read_error(error) from error
 
+    def write(self, fd: int, offset: int) -> None:
+        """Computes the whole tensor into an open file, computing and writing at the same time.
+
+        Raises:
+            ModelError: as for `run`.
+            OSError: writing failed.
+        """
+        try:
+            self._job.write(0, self.n_elements, fd, offset)
+        except ValueError as error:
+            raise self._explained(error) from error
+        except OSError as error:
+            if error.filename is None:
+                raise
+            raise read_error(error) from error
+
     def _explained(self, error: ValueError) -> Exception:
         from gptailor import _C
 

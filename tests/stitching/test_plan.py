@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from gptailor.errors import ModelError, UsageError
 from gptailor.models.family import Family
 from gptailor.recipe import NO_LAYER, Layer, Merge, Recipe, Take
+from gptailor.stitching.layout import coalesced
 from gptailor.stitching.plan import make_plan, scale_factors
-from gptailor.stitching.write import coalesced, write_model
+from gptailor.stitching.write import write_model
 from tests.models.tiny import (
     LAYER_SHAPES,
     VOCAB,

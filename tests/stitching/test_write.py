@@ -21,7 +21,6 @@ from gptailor.merging import reference
 from gptailor.merging.registry import METHODS
 from gptailor.models.family import Family
 from gptailor.recipe import DTYPES, Layer, Merge, Recipe, Take, read_recipe
-from gptailor.stitching import write
 from gptailor.stitching.write import RECIPE_FILE, write_model
 from tests.models.tiny import (
     LAYER_SHAPES,
@@ -247,7 +246,7 @@ def test_shards_as_inputs(families: dict[str, dict[str, str]], tmp_path: Path) -
 BIG = "model.layers.1.mlp.gate_proj.weight"
 
 
-def test_threads_and_slices_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_and_ways_to_read_change_no_byte(tmp_path: Path) -> None:
     shape = (700, 1001)
     models = {
         m: str(
@@ -262,10 +261,11 @@ def test_threads_and_slices_change_no_byte(tmp_path: Path, monkeypatch: pytest.M
     layers = [replace(MERGES[name], src_layer=1) for name in names]
     made = recipe(models, *layers, replace(MERGES["task_arithmetic"], src_layer=1, scale=0.5))
     files = []
-    for i, (threads, size) in enumerate([(1, 8 << 20), (2, 8 << 20), (7, 8 << 20), (2, 12_345)]):
-        monkeypatch.setattr(write, "_SLICE_ELEMENTS", size)
-        stitched(made, tmp_path / f"out{i}", threads=threads)
-        files.append((tmp_path / f"out{i}" / "model.safetensors").read_bytes())
+    cases = [(1, "mmap"), (2, "mmap"), (7, "auto"), (2, "pread"), (1, "direct"), (3, "direct")]
+    for i, (threads, io) in enumerate(cases):
+        out = tmp_path / f"out{i}"
+        write_model(made, Family(models, "base", io), out, sync=i % 2 == 0, threads=threads)
+        files.append((out / "model.safetensors").read_bytes())
     assert all(file == files[0] for file in files[1:])
 
 

@@ -1,0 +1,161 @@
+"""Byte ranges of the sources → a file of the result: inside the kernel, holes kept.
+
+Where source and result are on one file system that can share blocks (XFS, Btrfs), whole blocks
+that have the same place within a block are shared, not copied; the kernel's copy_file_range does
+that by itself, if it is asked for whole blocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+from gptailor.stitching.layout import BLOCK, Range
+
+if TYPE_CHECKING:
+    from gptailor import _C
+
+_PIECE = 64 << 20
+_READ_PIECE = 16 << 20
+_FICLONERANGE = 0x4020940D  # linux/fs.h
+
+
+def copy(source: _C.InputFile, part: Range, fd: int, written: Callable[[int, int], None]) -> None:
+    """Copies one range into the open file `fd`, which has its final size and no data there.
+
+    Args:
+        source: the file of the range.
+        part: what to copy.
+        fd: where to.
+        written: is told offset and length of each piece that was written.
+
+    Raises:
+        OSError: reading or writing failed.
+    """
+    from gptailor import _C
+
+    direct = source.io == "direct"
+    for offset, n_bytes in _pieces(source, part, _READ_PIECE if direct else _PIECE):
+        to = part.out_offset + offset - part.offset
+        if direct:  # in-kernel copies would go through the page cache
+            write_all(fd, memoryview(source.read(offset, n_bytes)), to)
+        else:
+            _C.copy_range(source.fileno(), offset, fd, to, n_bytes)
+        written(to, n_bytes)
+
+
+def stored_bytes(source: _C.InputFile, part: Range) -> int:
+    """How many bytes of a range are not in holes."""
+    return sum(end - begin for begin, end in _data(source, part))
+
+
+def _pieces(source: _C.InputFile, part: Range, most: int) -> Iterator[tuple[int, int]]:
+    """(offset, length) of what is copied at once; whole blocks where they can be shared."""
+    aligned = (part.offset - part.out_offset) % BLOCK == 0
+    for begin, end in _data(source, part):
+        at = begin
+        while at < end:
+            stop = min(end, at + most)
+            if aligned and at % BLOCK:
+                stop = min(end, at + BLOCK - at % BLOCK)
+            yield at, stop - at
+            at = stop
+
+
+def _data(source: _C.InputFile, part: Range) -> Iterator[tuple[int, int]]:
+    """[begin, end) of what is no hole, within the range."""
+    fd, at, end = source.fileno(), part.offset, part.offset + part.n_bytes
+    status = os.fstat(fd)
+    if status.st_blocks * 512 >= status.st_size:
+        yield at, end
+        return
+    while at < end:
+        try:
+            begin = os.lseek(fd, at, os.SEEK_DATA)
+            stop = os.lseek(fd, begin, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # not possible here: all is data
+                yield at, end
+            return
+        if begin < end:
+            yield begin, min(stop, end)
+        at = stop
+
+
+def write_all(fd: int, data: memoryview, offset: int) -> None:
+    """Writes all bytes at an offset; raises OSError."""
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
+
+
+class SharingProbe:
+    """Tells whether files in `folder` can share blocks with a source; asks once per file system."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: dict[int, bool] = {}
+
+    def __call__(self, path: Path) -> bool:
+        """True if blocks of `path` can be shared."""
+        try:
+            status = path.stat()
+        except OSError:
+            return False
+        if status.st_dev not in self._known and status.st_size >= BLOCK:
+            self._known[status.st_dev] = self._can_clone(path)
+        return self._known.get(status.st_dev, False)
+
+    def _can_clone(self, path: Path) -> bool:
+        import fcntl
+
+        trial = self._folder / ".probe"
+        try:
+            with path.open("rb") as source, trial.open("xb") as target:
+                request = struct.pack("=qQQQ", source.fileno(), 0, BLOCK, 0)
+                fcntl.ioctl(target.fileno(), _FICLONERANGE, request)
+            return True
+        except OSError:
+            return False
+        finally:
+            trial.unlink(missing_ok=True)
+
+
+class WriteBack:
+    """Has the disk write what is there already while the rest is made; a thread of its own.
+
+    Only the beginning: whoever needs the bytes on the disk still calls fsync, which then has
+    little to wait for.
+    """
+
+    def __init__(self, enabled: bool) -> None:
+        self._queue: SimpleQueue[tuple[int, int, int] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, daemon=True) if enabled else None
+        if self._thread is not None:
+            self._thread.start()
+
+    def __call__(self, fd: int, offset: int, n_bytes: int) -> None:
+        """These bytes were written; the descriptor must stay open until `finish`."""
+        if self._thread is not None:
+            self._queue.put((fd, offset, n_bytes))
+
+    def finish(self) -> None:
+        """Waits until everything was begun."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        from gptailor import _C
+
+        while (item := self._queue.get()) is not None:
+            with contextlib.suppress(OSError):  # fsync tells
+                _C.start_write_back(*item)

@@ -1,0 +1,89 @@
+"""The folder of a result: it appears when it is whole, and whatever goes wrong leaves nothing."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gptailor.errors import GptailorError, ResourceError, UsageError
+from gptailor.models.family import Family
+
+
+def check_out(out: Path, family: Family) -> None:
+    """Raises a `UsageError` if `out` exists, or is, holds or lies in an input."""
+    place = out.resolve()
+    for candidate in family.candidates.values():
+        if place == candidate.folder.resolve() or place in candidate.folder.resolve().parents:
+            raise UsageError(f"The output {out} is also an input ({candidate.name}).")
+        if candidate.folder.resolve() in place.parents:
+            raise UsageError(f"The output {out} lies inside an input ({candidate.folder}).")
+    if out.exists() or out.is_symlink():
+        raise UsageError(f"The output {out} exists already: name a folder that does not.")
+
+
+def check_space(folder: Path, n_bytes: int) -> None:
+    """Raises a `ResourceError` if the disk of `folder` has no room for that many bytes."""
+    stats = os.statvfs(folder)
+    free = stats.f_bavail * stats.f_frsize
+    if free < n_bytes:
+        raise ResourceError(
+            f"The disk of {folder.parent} has {free / 1e9:.2f} GB free, but the model needs "
+            f"{n_bytes / 1e9:.2f} GB: free space or name another output."
+        )
+
+
+@contextmanager
+def new_folder(out: Path, sync: bool) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` if all goes well, and vanishes if not.
+
+    Raises:
+        UsageError: `out` appeared meanwhile.
+        ResourceError: the disk is full or refuses.
+    """
+    marker = f".{out.name}.tmp-{socket.gethostname()}-"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for stale in out.parent.glob(f"{glob.escape(marker)}*"):
+            pid = stale.name.removeprefix(marker)
+            # our own number: a dead process had it before, as it happens in containers
+            if pid == str(os.getpid()) or (pid.isdigit() and not Path(f"/proc/{pid}").exists()):
+                shutil.rmtree(stale, ignore_errors=True)
+        folder = out.parent / f"{marker}{os.getpid()}"
+        folder.mkdir()
+    except OSError as error:
+        raise ResourceError(f"{out.parent} can't be written: {error.strerror}.") from error
+    try:
+        yield folder
+        if sync:
+            for path in [*folder.iterdir(), folder]:
+                _fsync(path)
+        folder.rename(out)
+        if sync:
+            _fsync(out.parent)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError) and not isinstance(error, GptailorError):
+            raise _explained(error, out) from error
+        raise
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _explained(error: OSError, out: Path) -> GptailorError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(f"The disk of {out} is full: nothing was left behind; free space.")
+    if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+        return UsageError(f"The output {out} appeared while it was written: nothing was replaced.")
+    return ResourceError(f"{out} can't be written: {error.strerror or error}.")
