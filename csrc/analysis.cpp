@@ -102,7 +102,8 @@ bool spheres_by_column(MergeJob& job, const Method& method, bool deltas, int n_t
 bool find_coefficients(MergeJob& job, const Method& method, int n_threads, Analysed& out) {
   const bool deltas = takes_delta(job.formula);
   bool ok;
-  job.weights_by = job.n_elements == job.row_length ? Weights::whole : method.sphere_by;
+  const bool one_row = method.sphere_by == Weights::rows && job.n_elements == job.row_length;
+  job.weights_by = job.is_vector || one_row ? Weights::whole : method.sphere_by;
   if (job.weights_by == Weights::whole) {
     double gram[kMaxPairs];
     gram_whole(job, deltas, n_threads, gram);

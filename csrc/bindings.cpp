@@ -175,6 +175,7 @@ struct PyMerge {
     job.check_nan = check_nan;
     const Method method = method_named(name, job.n_sources, job.has_base, options);
     job.row_length = row_length_of(sources[0].tensor, row_length, method.sphere_by == Weights::columns);
+    job.is_vector = row_length > 0 ? row_length == job.n_elements : sources[0].tensor.shape.size() < 2;
     const py::gil_scoped_release nogil;
     merger = std::make_unique<const Merger>(job, method, options.n_threads);
   }

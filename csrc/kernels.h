@@ -30,6 +30,7 @@ struct MergeJob {
   int n_sources = 0;
   int64_t n_elements = 0;
   int64_t row_length = 1;  // of the last dimension
+  bool is_vector = true;   // one dimension at most: not the same as a matrix of one row
   Input sources[kMaxSources];
   Input base;
   Input statistics[kMaxSources];  // fisher: the weight of each element of a source

@@ -54,7 +54,7 @@ bool find_widen_weights(MergeJob& job, const Method& method, int n_threads, std:
   const auto n_sources = static_cast<size_t>(n);
   Table sum;
   bool ok = true;
-  if (job.n_elements == job.row_length) {  // a vector: each element by itself
+  if (job.is_vector) {  // each element by itself
     Table change(n_sources, std::vector<double>(static_cast<size_t>(job.n_elements)));
     const int64_t piece = task_elements(job);
     Scratch scratch;
@@ -107,7 +107,7 @@ bool find_widen_weights(MergeJob& job, const Method& method, int n_threads, std:
     for (size_t s = 0; s < sum.size(); ++s)
       for (size_t c = 0; c < sum[s].size(); ++c) sum[s][c] += other[s][c];
   }
-  const bool rows = method.by_rows && job.n_elements != job.row_length;
+  const bool rows = method.by_rows && !job.is_vector;
   const size_t count = sum[0].size();
   job.weights_by = rows ? Weights::rows : Weights::columns;
   weights.resize(n_sources * count);
