@@ -136,7 +136,7 @@ bool find_thresholds(MergeJob& job, const Method& method, int n_threads) {
     }
     const Ranks ranks = ranks_without_outliers(method.densities[s], method.gammas[s], n);
     if (ranks.first > ranks.last) {
-      *low = ~uint32_t{0}, *high = 0;  // nothing stays
+      *low = kNothing, *high = 0;
       continue;
     }
     if (ranks.last < n) want(s, ranks.last, low);

@@ -150,7 +150,8 @@ struct Fisher {
   }
 };
 
-// Whether Keep::magnitude keeps a difference. NaN is kept, so that it is seen.
+// Whether Keep::magnitude keeps a difference. NaN is kept, so that it is seen: no `low` is above kNothing.
+inline constexpr uint32_t kNothing = kInfBits + 1;
 GPTAILOR_HD bool keeps_magnitude(float d, uint32_t low, uint32_t high) {
   const uint32_t bits = magnitude_bits(d);
   return bits >= low && (bits <= high || bits > kInfBits);

@@ -129,19 +129,26 @@ void Merger::raise_nan(int64_t begin, int64_t end, bool analysed) const {
     const Slice slice = scratch.slice(job_, i, std::min(piece, end - i));
     for (int s = 0; s < job_.n_sources; ++s) look(slice.sources[s], job_.sources[s].dtype, s, i, slice.n);
     if (job_.has_base) look(slice.base, job_.base.dtype, NanError::kBase, i, slice.n);
+    for (int s = 0; s < job_.n_sources && job_.weights_by == Weights::elements; ++s)
+      look(slice.statistics[s], job_.statistics[s].dtype, kMaxSources + s, i, slice.n);
     if (!analysed || result.element >= 0 || !kernels().merge(one, slice, reinterpret_cast<std::byte*>(x.data())))
       continue;
     for (int64_t j = 0; j < slice.n && result.element < 0; ++j)
       if (std::isnan(x[static_cast<size_t>(j)])) result.offer(i + j, NanError::kResult);
   }
   const auto fail = [](const Place& place, const std::string& what) {
-    const std::string name = place.source == NanError::kBase     ? "base is "
-                             : place.source == NanError::kResult ? "infinite inputs make the result "
-                                                                 : "input " + std::to_string(place.source) + " is ";
-    throw NanError(name + what + " at element " + std::to_string(place.element), place.source, place.element);
+    const bool statistics = place.source >= kMaxSources;
+    const int source = statistics ? place.source - kMaxSources : place.source;
+    const std::string name = source == NanError::kBase ? "base"
+                             : statistics              ? "the statistics of input " + std::to_string(source)
+                             : source == NanError::kResult ? "the result"
+                                                           : "input " + std::to_string(source);
+    throw NanError(name + (statistics ? " are " : " is ") + what + " at element " + std::to_string(place.element), source,
+                   place.element);
   };
   if (nan.element >= 0) fail(nan, "NaN");
-  if (result.element >= 0) fail(result, "not a number (NaN)");
+  if (result.element >= 0)
+    fail(result, infinite.element >= 0 ? "not a number (NaN), because of infinite inputs," : "not a number (NaN)");
   if (infinite.element >= 0) fail(infinite, "infinite, which leaves no number (NaN) to merge with,");
   throw NanError("the result is not a number (NaN)", NanError::kResult, begin);
 }

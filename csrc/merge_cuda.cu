@@ -157,7 +157,7 @@ Reduced start(const Method& m, int n_sources, int64_t n_elements, int n_which, s
     } else if (m.densities[s] < 1.0) {
       const Ranks ranks = ranks_without_outliers(m.densities[s], m.gammas[s], n_elements);
       if (ranks.first > ranks.last) {
-        reduced.low[s] = ~uint32_t{0}, reduced.high[s] = 0;  // nothing stays
+        reduced.low[s] = kNothing, reduced.high[s] = 0;
       } else {
         low = ranks.last < n_elements ? ranks.last : 0;
         high = ranks.first > 1 ? ranks.first : 0;
