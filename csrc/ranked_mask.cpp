@@ -108,7 +108,8 @@ class Row {
   std::vector<size_t> order_;
 };
 
-// Sets the bits from `begin` on. Rows of other threads may share the words at both ends.
+// Sets the bits from `begin` on. Rows of other threads may share the words at both ends: those that hold the bits up to
+// begin + 63, and from begin + n - 64 on; the last of eight bits from j on is j + 7.
 void set_bits(const std::vector<uint8_t>& kept, int64_t n, int64_t begin, std::vector<uint64_t>& mask) {
   for (int64_t j = 0; j < n; j += 8) {
     uint64_t bytes;
@@ -119,7 +120,7 @@ void set_bits(const std::vector<uint8_t>& kept, int64_t n, int64_t begin, std::v
     uint64_t* word = mask.data() + (at >> 6);
     const int shift = static_cast<int>(at & 63);
     const auto put = [&](uint64_t* to, uint64_t value) {
-      if (j < 64 || n - j <= 64) __atomic_fetch_or(to, value, __ATOMIC_RELAXED);
+      if (j < 64 || n - j < 72) __atomic_fetch_or(to, value, __ATOMIC_RELAXED);
       else *to |= value;
     };
     put(word, eight << shift);
