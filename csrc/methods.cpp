@@ -77,6 +77,8 @@ const Entry& entry_named(const std::string& name) {
 
 std::string text(double value) { return std::to_string(value); }
 
+constexpr double kNeeded = std::numeric_limits<double>::quiet_NaN();
+
 class Values {
  public:
   Values(const Entry& entry, const MergeOptions& options, int n_sources)
@@ -90,9 +92,13 @@ class Values {
     return std::find(entry_.options.begin(), entry_.options.end(), name) != entry_.options.end();
   }
 
+  // `otherwise` is kNeeded where there is no default.
   double number(const char* name, double otherwise, double low, double high) const {
     const auto found = options_.values.find(name);
-    if (found == options_.values.end()) return otherwise;
+    if (found == options_.values.end()) {
+      if (std::isnan(otherwise)) throw std::invalid_argument(std::string(entry_.name) + " needs a value for " + name);
+      return otherwise;
+    }
     if (found->second.size() != 1) throw std::invalid_argument(std::string(name) + " needs one value");
     const double value = found->second[0];
     if (!(value >= low && value <= high))
@@ -150,7 +156,7 @@ void check_counts(const Entry& e, int n, bool has_base) {
 void set_sphere(Method& m, const Entry& e, const Values& values, const double* weights, int n) {
   SphereParams& s = m.sphere;
   s.kind = e.sphere;
-  if (s.kind == Sphere::slerp) s.t = values.number("t", 0.5, -kBig, kBig);
+  if (s.kind == Sphere::slerp) s.t = values.number("t", kNeeded, -kBig, kBig);
   if (s.kind == Sphere::nuslerp) {
     const double sum = weights[0] + weights[1];
     s.t = std::abs(sum) < 1e-6 ? 0.5 : weights[1] / sum;
@@ -214,7 +220,7 @@ Method method_named(const std::string& name, int n, bool has_base, const MergeOp
   if (m.formula == Formula::linear && p.normalize && zero_sum)
     throw std::invalid_argument("the weights add up to zero, so they cannot be normalised");
   p.divisor = zero_sum ? 1.0f : sum;
-  p.t = static_cast<float>(name == "nearswap" ? values.number("t", 0.0, 0.0, kBig) : 0.0);
+  p.t = static_cast<float>(name == "nearswap" ? values.number("t", kNeeded, 0.0, kBig) : 0.0);
   p.epsilon = static_cast<float>(name == "ram" ? values.number("epsilon", 1e-5, 0.0, kBig) : 0.0);
   if (m.formula == Formula::fisher) p.epsilon = static_cast<float>(values.number("floor", 1e-6, 0.0, kBig));
   m.seed = static_cast<uint64_t>(values.number("seed", 0.0, 0.0, 9007199254740992.0));

@@ -300,14 +300,15 @@ def test_a_nan_is_found_where_it_is(method: str, bad: int | str, at: int) -> Non
     victim[at] = np.nan
     victim[-1] = np.nan
     used = None if method in ("linear", "slerp") else tensor(base, "F16")
-    densities = {"density": [0.5, 1.0]} if method == "ties" else {}
+    options: dict[str, Any] = {"ties": {"density": [0.5, 1.0]}, "slerp": {"t": 0.5}}
+    o = options.get(method, {})
     sources = [tensor(row, "BF16") for row in x]
     with pytest.raises(_C.NanError, match=r"NaN.*element") as error:
-        run(method, sources, used, out_dtype="BF16", threads=3, **densities)
+        run(method, sources, used, out_dtype="BF16", threads=3, **o)
     assert (error.value.source, error.value.element) == (bad, at)
     assert str(bad) in str(error.value)
     assert isinstance(error.value, ValueError)
-    passed = run(method, sources, used, out_dtype="BF16", check_nan=False, **densities)
+    passed = run(method, sources, used, out_dtype="BF16", check_nan=False, **o)
     assert np.isnan(as_float(passed, "BF16")[at])
 
 
@@ -324,7 +325,7 @@ def test_infinities() -> None:
             run("ties", [x], x, density=density)
         assert (error.value.source, error.value.element) == (source, 1)
     with pytest.raises(_C.NanError, match="infinite") as error:
-        run("slerp", [zero, y])
+        run("slerp", [zero, y], t=0.5)
     assert (error.value.source, error.value.element) == (1, 1)
     assert np.isnan(as_float(run("linear", [x, y], check_nan=False), "F32")[1])
 
@@ -351,6 +352,8 @@ ONE = np.ones(4, np.float32)
         ("linear", 1, True, {}, "no base"),
         ("slerp", 2, True, {}, "no base"),
         ("slerp", 3, False, {}, "exactly 2"),
+        ("slerp", 2, False, {}, "slerp needs a value for t"),
+        ("nearswap", 1, True, {}, "nearswap needs a value for t"),
         ("ties", 1, False, {}, "needs a base"),
         ("task_arithmetic", 1, False, {}, "needs a base"),
         ("linear", 2, False, {"weights": [1.0]}, "weights: 1 values for 2"),
@@ -423,6 +426,8 @@ def test_a_factor_multiplies_the_result_before_it_is_rounded(method: str) -> Non
     x, base = sample(rng, 2, 1025)
     used = None if method in ("linear", "slerp") else tensor(base, "F32")
     sources = [tensor(row, "F32") for row in x]
-    plain = as_float(run(method, sources, used, out_dtype="F32"), "F32")
-    scaled = as_float(run(method, sources, used, out_dtype="BF16", factor=0.3), "BF16")
+    o = {"t": 0.4} if method == "slerp" else {}
+    plain = as_float(run(method, sources, used, out_dtype="F32", parameters=o), "F32")
+    raw = run(method, sources, used, out_dtype="BF16", parameters=o, factor=0.3)
+    scaled = as_float(raw, "BF16")
     np.testing.assert_array_equal(scaled, rounded(np.float32(0.3) * plain, "BF16"))

@@ -15,6 +15,7 @@ from native_tools import DTYPES, EPS, as_float, rounded, run, tensor, values
 
 from gptailor import _C
 from gptailor.merging import reference
+from gptailor.merging.registry import METHODS, Method
 
 # method, sources, base?, parameter sets
 CASES: list[tuple[str, int, bool, dict[str, Any]]] = [
@@ -60,6 +61,7 @@ SAME_CHOICE = {
     "ties", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "della_linear",
 }  # fmt: skip
 SHAPES = [(1,), (7,), (1, 1), (3, 5), (64, 64), (33, 129), (5, 1030), (130, 513), (4, 3, 11)]
+SHAPES += [(1, 9), (1, 4, 6)]  # one row is no vector
 THREADED = (700, 513)
 
 
@@ -216,6 +218,53 @@ def test_random_masks_depend_on_seed_key_and_source() -> None:
 
     masks = {mask(s, k, w) for s in (0, 1) for k in (0, 1, 2**64 - 1) for w in ([1, 0], [0, 1])}
     assert len(masks) == 12
+
+
+@pytest.mark.parametrize("method", ["breadcrumbs", "breadcrumbs_ties"])
+def test_a_nan_is_found_where_nothing_is_kept(method: str) -> None:
+    x, base = np.ones(100, np.float32), np.zeros(100, np.float32)
+    parameters = {"density": 0.001}
+    kept = run(method, [tensor(x, "F32")], tensor(base, "F32"), parameters=parameters)
+    np.testing.assert_array_equal(as_float(kept, "F32"), base)
+    x[70] = np.nan
+    with pytest.raises(_C.NanError, match="input 0 is NaN at element 70"):
+        run(method, [tensor(x, "F32")], tensor(base, "F32"), parameters=parameters)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_defaults_are_those_of_the_registry(method: Method) -> None:
+    """What a recipe does not name and what the engine is not told are the same."""
+    if method.name == "average":
+        return  # is built as linear
+    n = max(2, method.min_sources) if method.max_sources > 1 else 1
+    sources, base_t = sample(np.random.default_rng(6), n, (40, 50), ["F32"] * (n + 1))
+    base = base_t if method.uses_base else None
+    needed = {p.name: 0.3 for p in method.parameters if p.default is None}
+    told = {p.name: p.default for p in method.parameters if p.default is not None}
+    # Densities are 1 by default, which hides what belongs to them.
+    for density in [{}, {"density": 0.5}] if "density" in told else [{}]:
+        o = {"weights": [0.3, 0.6][:n] if method.weighted else [], "threads": 1}
+
+        def built(parameters: dict[str, Any], o: dict[str, Any] = o) -> bytes:
+            merge = _C.Merge(
+                method.name, sources, base, out_dtype="F32", parameters=parameters, **o
+            )
+            out = _C.Buffer(4 * merge.n_elements)
+            merge.run(0, merge.n_elements, out)
+            return bytes(memoryview(out))
+
+        assert built(needed | density) == built(needed | told | density)
+    if needed:
+        with pytest.raises(ValueError, match=f"{method.name} needs a value for t"):
+            built({})
+
+
+def test_a_nan_in_the_statistics_is_found() -> None:
+    x = tensor(np.ones(100, np.float32), "F32")
+    f = np.ones((2, 100), np.float32)
+    f[1, 70] = np.nan
+    with pytest.raises(_C.NanError, match="the statistics of input 1 are NaN at element 70"):
+        run("fisher", [x, x], statistics=[tensor(row, "F32") for row in f])
 
 
 @pytest.mark.parametrize("n_sources", [1, 3])
