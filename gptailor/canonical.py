@@ -258,7 +258,7 @@ def _multislerp(layer: Merge, base: str) -> Layer:
         layer = _reweighted(layer, (_rounded(w / total) for _, w in layer.weights))
         layer = _with(layer, normalize_weights=0.0)
     kept = _select(layer, (i for i, (_, w) in enumerate(layer.weights) if w))
-    if [w for _, w in kept.weights] == [1.0]:
+    if [w for _, w in kept.weights] == [1.0] and layer.number("eps") <= 1e-4:  # a factor cos(eps)
         return _take(layer, kept.models[0])
     return kept if len(kept.weights) > 1 else layer
 

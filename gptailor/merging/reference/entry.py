@@ -81,7 +81,8 @@ METHODS: dict[str, Takes] = {
     "nearswap": Takes({"t": None}, base=True, max_sources=1),
     "arcee_fusion": Takes({}, base=True, max_sources=1),
     "widen": Takes(
-        {"above_average_value_ratio": 1, "score_calibration_value": 1, "by_rows": 0}, base=True
+        {"above_average_value_ratio": 1, "score_calibration_value": 1, "by_rows": 0},
+        base=True, max_sources=15,
     ),
     "fisher": Takes({"floor": 1e-6}, weighted=True, statistics=True),
     "regmean": Takes({"reduce_non_diagonal_ratio": 0.9}, weighted=True, statistics=True),
