@@ -243,7 +243,8 @@ std::vector<double> gram_by_column(const MergeJob& job, bool deltas, int n_threa
   const int pairs = n_pairs(job.n_sources);
   const int64_t n_rows = job.n_elements / job.row_length, columns = job.row_length;
   // A fixed number of partial sums, whatever the number of threads, so that their order is fixed, too.
-  const int64_t per_task = std::max<int64_t>(16, divide_up(n_rows, 64)), n_tasks = divide_up(n_rows, per_task);
+  const int64_t most_tasks = std::clamp<int64_t>((int64_t{1} << 25) / (pairs * columns), 1, 64);  // 256 MiB of them
+  const int64_t per_task = std::max<int64_t>(16, divide_up(n_rows, most_tasks)), n_tasks = divide_up(n_rows, per_task);
   std::vector<std::vector<double>> partial(static_cast<size_t>(n_tasks));
   std::vector<Scratch> scratch(static_cast<size_t>(n_threads));
   parallel_for(n_tasks, threads_for(job.n_elements, n_threads), [&](int64_t task, int thread) {

@@ -9,7 +9,6 @@
 #include <cfenv>
 #include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -56,8 +55,8 @@ void parallel_for(int64_t n_tasks, int n_threads, const std::function<void(int64
   for (int t = 1; t < n_threads; ++t) {
     try {
       threads.emplace_back(work, t);
-    } catch (const std::system_error&) {
-      break;  // a limit on processes: fewer threads give the same result
+    } catch (const std::exception&) {
+      break;  // a limit on processes or memory: fewer threads give the same result
     }
   }
   work(0);
