@@ -1,10 +1,10 @@
 """Times `gptailor stitch` against `cp` of as many bytes, in turns, as whole processes.
 
 Makes a base and three variants of a 1.1B-parameter Llama shape in bfloat16 (2.2 GB each), then runs
-`cp`, a passthrough recipe and a task_arithmetic recipe one after the other, several rounds. Prints
-each figure's minimum, median and maximum, and the ratio to the `cp` of the same round.
+`cp`, a passthrough recipe and recipes that merge every layer, one after the other, several rounds.
+Prints each figure's minimum, median and maximum, and the ratio to the `cp` of the same round.
 
-    python benchmarks/stitch.py [--work FOLDER] [--rounds 5] [--layers 22]
+    python benchmarks/stitch.py [--work FOLDER] [--rounds 5] [--layers 22] [--cases CASE …]
 """
 
 from __future__ import annotations
@@ -19,8 +19,20 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+_WEIGHTS = {"weights": {"a": 0.5, "b": 0.3, "c": 0.4}}
+MERGES: dict[str, dict[str, Any]] = {
+    "linear": _WEIGHTS,
+    "task_arithmetic": _WEIGHTS,
+    "slerp": {"models": ["a", "b"], "t": 0.5},
+    "ties": {**_WEIGHTS, "density": 0.5},
+    "dare_ties": {**_WEIGHTS, "density": 0.5},
+    "breadcrumbs": {**_WEIGHTS, "density": 0.9},
+    "della": {**_WEIGHTS, "density": 0.5},
+}
 
 HIDDEN, INTERMEDIATE, VOCABULARY, KV = 2048, 5632, 32000, 256
 
@@ -55,8 +67,10 @@ def write_model(folder: Path, num_layers: int, seed: int) -> None:
         position = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    rng = np.random.default_rng(seed)
-    block = (rng.standard_normal(1 << 22).astype(np.float32) * 0.02).view(np.uint32) >> 16
+    values = np.random.default_rng(0).standard_normal(1 << 22).astype(np.float32) * 0.02
+    if seed:  # a finetune: near the base, and as coarse as bfloat16 makes it
+        values += np.random.default_rng(seed).standard_normal(1 << 22).astype(np.float32) * 0.001
+    block = values.view(np.uint32) >> 16
     block_bytes = block.astype(np.uint16).tobytes()
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -89,11 +103,10 @@ def write_recipes(work: Path, num_layers: int) -> None:
     }
     names = ("base", "a", "b", "c")
     passthrough = [{"take": names[4 * i // num_layers], "layer": i} for i in range(num_layers)]
-    weights = {"a": 0.5, "b": 0.3, "c": 0.4}
-    merged = [
-        {"merge": "task_arithmetic", "layer": i, "weights": weights} for i in range(num_layers)
-    ]
-    for name, layers in (("passthrough", passthrough), ("task_arithmetic", merged)):
+    recipes = {"passthrough": passthrough}
+    for method, ingredients in MERGES.items():
+        recipes[method] = [{"merge": method, "layer": i, **ingredients} for i in range(num_layers)]
+    for name, layers in recipes.items():
         (work / f"{name}.yaml").write_text(yaml.safe_dump(head | {"layers": layers}))
 
 
@@ -111,6 +124,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="a folder on the disk to measure")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--cases", nargs="*", default=[], help="only these; default: all")
     arguments = parser.parse_args()
     own = arguments.work is None
     work = Path(tempfile.mkdtemp(prefix="gptailor-bench-")) if own else arguments.work
@@ -130,10 +144,16 @@ def main() -> None:
         commands = {
             "cp": ["cp", str(source), str(out)],
             "passthrough": stitch("passthrough.yaml", "--no-sync"),
-            "task_arithmetic": stitch("task_arithmetic.yaml", "--no-sync"),
+            **{m: stitch(f"{m}.yaml", "--no-sync") for m in MERGES},
             "cp, sync": ["sh", "-c", sync],
             "passthrough, sync": stitch("passthrough.yaml"),
         }
+        unknown = set(arguments.cases) - set(commands)
+        if unknown:
+            parser.error(f"no such case: {', '.join(unknown)}; there are {', '.join(commands)}")
+        if arguments.cases:
+            wanted = {"cp", "cp, sync", *arguments.cases}
+            commands = {name: command for name, command in commands.items() if name in wanted}
         figures: dict[str, list[float]] = {name: [] for name in commands}
         for number in range(arguments.rounds + 1):
             for name, command in commands.items():
