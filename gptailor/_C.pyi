@@ -187,7 +187,9 @@ class Merge:
     computed in float32, in the order of the sources, without fused multiply-adds (sums over whole
     tensors in float64, in a fixed order), and rounded once to `out_dtype` (to nearest, ties to
     even; beyond its range to infinity). The result depends neither on the number of threads nor on
-    the slices in which it is asked for, nor on the CPU.
+    the slices in which it is asked for, nor on the CPU; but the few coefficients of methods on
+    spheres, and widen's scores, use the C library's sine, arc cosine and exponential, whose last
+    float64 bit may be another one elsewhere (about one coefficient in 10^8 rounds otherwise then).
 
     `linear` with one source of weight 1 and without `normalize` computes nothing: it copies the
     bytes, or only casts them.
