@@ -22,18 +22,23 @@ bool finite(const double* gram, int n) {
   return true;
 }
 
+// A part of a slice: n elements from its i-th on.
+Slice part_of(const MergeJob& job, const Slice& slice, int64_t i, int64_t n) {
+  Slice part;
+  part.begin = slice.begin + i;
+  part.n = n;
+  for (int s = 0; s < job.n_sources; ++s) part.sources[s] = slice.sources[s] + i * mergeable_bytes(job.sources[s].dtype);
+  if (slice.base != nullptr) part.base = slice.base + i * mergeable_bytes(job.base.dtype);
+  return part;
+}
+
 // One Gram matrix over [begin, begin + n) elements, its blocks added in order.
 void gram_of(const MergeJob& job, bool deltas, const Slice& slice, double* sums) {
   const int pairs = n_pairs(job.n_sources);
   double block[kMaxPairs];
   std::fill(sums, sums + pairs, 0.0);
   for (int64_t i = 0; i < slice.n; i += kReduceBlock) {
-    Slice part = slice;
-    part.begin += i;
-    part.n = std::min(kReduceBlock, slice.n - i);
-    for (int s = 0; s < job.n_sources; ++s) part.sources[s] += i * mergeable_bytes(job.sources[s].dtype);
-    if (deltas) part.base += i * mergeable_bytes(job.base.dtype);
-    kernels().gram(job, deltas, part, block);
+    kernels().gram(job, deltas, part_of(job, slice, i, std::min(kReduceBlock, slice.n - i)), block);
     for (int p = 0; p < pairs; ++p) sums[p] += block[p];
   }
 }
@@ -48,13 +53,9 @@ void gram_whole(const MergeJob& job, bool deltas, int n_threads, double* sums) {
     const int64_t begin = first * kReduceBlock, end = std::min(job.n_elements, last * kReduceBlock);
     const Slice slice = scratch[static_cast<size_t>(thread)].slice(job, begin, end - begin);
     for (int64_t b = first; b < last; ++b) {
-      Slice part = slice;
       const int64_t i = (b - first) * kReduceBlock;
-      part.begin += i;
-      part.n = std::min(kReduceBlock, slice.n - i);
-      for (int s = 0; s < job.n_sources; ++s) part.sources[s] += i * mergeable_bytes(job.sources[s].dtype);
-      if (deltas) part.base += i * mergeable_bytes(job.base.dtype);
-      kernels().gram(job, deltas, part, blocks.data() + b * pairs);
+      const Slice block = part_of(job, slice, i, std::min(kReduceBlock, slice.n - i));
+      kernels().gram(job, deltas, block, blocks.data() + b * pairs);
     }
   });
   std::fill(sums, sums + pairs, 0.0);
@@ -153,29 +154,39 @@ bool find_thresholds(MergeJob& job, const Method& method, int n_threads) {
   return ok;
 }
 
-Moments moments_of(const MergeJob& job, int source, int n_threads) {
+// Of each source, in one pass over the inputs.
+std::vector<Moments> moments_of(const MergeJob& job, int n_threads) {
+  const auto n_sources = static_cast<size_t>(job.n_sources);
   const int64_t n_blocks = divide_up(job.n_elements, kReduceBlock), per_task = task_elements(job) / kReduceBlock;
-  std::vector<Moments> blocks(static_cast<size_t>(n_blocks));
+  std::vector<Moments> blocks(static_cast<size_t>(n_blocks) * n_sources);
   std::vector<Scratch> scratch(static_cast<size_t>(n_threads));
   parallel_for(divide_up(n_blocks, per_task), threads_for(job.n_elements, n_threads), [&](int64_t task, int thread) {
-    for (int64_t b = task * per_task; b < std::min(n_blocks, (task + 1) * per_task); ++b) {
-      const int64_t begin = b * kReduceBlock;
-      blocks[static_cast<size_t>(b)] = kernels().moments(
-          job, scratch[static_cast<size_t>(thread)].slice(job, begin, std::min(kReduceBlock, job.n_elements - begin)),
-          source);
+    const int64_t first = task * per_task, last = std::min(n_blocks, first + per_task);
+    const int64_t begin = first * kReduceBlock, end = std::min(job.n_elements, last * kReduceBlock);
+    const Slice slice = scratch[static_cast<size_t>(thread)].slice(job, begin, end - begin);
+    for (int64_t b = first; b < last; ++b) {
+      const int64_t i = (b - first) * kReduceBlock;
+      const Slice block = part_of(job, slice, i, std::min(kReduceBlock, slice.n - i));
+      for (int s = 0; s < job.n_sources; ++s)
+        blocks[static_cast<size_t>(b) * n_sources + static_cast<size_t>(s)] = kernels().moments(job, block, s);
     }
   });
-  Moments total{0.0, 0.0, 0.0};
-  for (const Moments& m : blocks) total.all += m.all, total.kept += m.kept, total.kept_sq += m.kept_sq;
-  return total;
+  std::vector<Moments> totals(n_sources, Moments{0.0, 0.0, 0.0});
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    Moments& total = totals[i % n_sources];
+    total.all += blocks[i].all, total.kept += blocks[i].kept, total.kept_sq += blocks[i].kept_sq;
+  }
+  return totals;
 }
 
 // What is kept is scaled to the sum of magnitudes that there was before, where there is something to scale.
 bool find_scales(MergeJob& job, const Method& method, int n_threads) {
+  if (std::all_of(method.densities, method.densities + job.n_sources, [](double d) { return d >= 1.0; })) return true;
+  const std::vector<Moments> moments = moments_of(job, n_threads);
   bool ok = true;
   for (int s = 0; s < job.n_sources; ++s) {
     if (method.densities[s] >= 1.0) continue;
-    const Moments m = moments_of(job, s, n_threads);
+    const Moments& m = moments[static_cast<size_t>(s)];
     ok = ok && std::isfinite(m.all);
     if (!(m.all < 1e-7 || m.kept < 1e-7)) job.params.scales[s] = static_cast<float>(m.all / m.kept);
   }
@@ -196,9 +207,10 @@ bool find_sce(MergeJob& job, const Method& method, int n_threads) {
       job.params.low[0] = wanted[0].bits;
     }
   }
+  const std::vector<Moments> moments = moments_of(job, n_threads);
   double energies[kMaxSources], sum = 0.0;
   for (int s = 0; s < job.n_sources; ++s) {
-    energies[s] = moments_of(job, s, n_threads).kept_sq / static_cast<double>(job.n_elements);
+    energies[s] = moments[static_cast<size_t>(s)].kept_sq / static_cast<double>(job.n_elements);
     sum += energies[s];
   }
   for (int s = 0; s < job.n_sources; ++s)
@@ -222,7 +234,7 @@ bool find_fusion(MergeJob& job, int n_threads, Analysed& out) {
               q3 = float_from_bits(wanted[2].bits);
   const float threshold = median + 1.5f * (q3 - q1);
   job.params.low[0] = bits_of(threshold);
-  return true;
+  return std::isfinite(threshold) || !job.check_nan;
 }
 
 }  // namespace

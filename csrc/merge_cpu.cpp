@@ -42,7 +42,13 @@ Merger::Merger(MergeJob job, const Method& method, int n_threads)
   job_.is_copy = method.is_copy;
   if (job_.formula == Formula::fisher) job_.weights_by = Weights::elements;
   if (job_.n_elements == 0) return;
-  const bool ok = analyse(job_, method, n_threads_, analysed_);
+  bool ok;
+  try {
+    ok = analyse(job_, method, n_threads_, analysed_);
+  } catch (const std::invalid_argument&) {
+    check_intact();  // a file that changed is the better reason
+    throw;
+  }
   check_intact();
   if (!ok) raise_nan(0, job_.n_elements, false);
 }
