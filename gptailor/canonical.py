@@ -49,8 +49,16 @@ def canonical_end(end: str | Layer, base: str, refs: Mapping[str, str]) -> str |
     return built.model if isinstance(built, Take) and not built.modules else built
 
 
-def hashed(layer: Layer, refs: Mapping[str, str]) -> list[Any]:
-    """What a hash is made of: a canonical entry with references in the place of names."""
+def hashed(
+    layer: Layer, refs: Mapping[str, str], digest: Callable[[str, str], str] | None = None
+) -> list[Any]:
+    """What a hash is made of: a canonical entry with references in the place of names.
+
+    Args:
+        layer: the entry.
+        refs: the recipe's models.
+        digest: (method, model) → which statistics a method that needs them has; None without.
+    """
     entry: list[Any] = [layer.src_layer, layer.scale]
     if isinstance(layer, Take):
         entry += ["take", refs[layer.model]]
@@ -63,8 +71,10 @@ def hashed(layer: Layer, refs: Mapping[str, str]) -> list[Any]:
         ]
         sources = [[refs[model], weight] for model, weight in layer.weights]
         entry += [layer.method, sources, values]
+        if get_method(layer.method).is_calibrated and digest is not None:
+            entry.append([digest(layer.method, model) for model in layer.models])
     if layer.modules:
-        entry.append([[text, hashed(part, refs)] for text, part in layer.modules])
+        entry.append([[text, hashed(part, refs, digest)] for text, part in layer.modules])
     return entry
 
 
@@ -268,6 +278,19 @@ def _karcher(layer: Merge, base: str) -> Layer:
     return _take(layer, layer.models[0]) if len(set(layer.models)) == 1 else layer
 
 
+def _calibrated(layer: Merge, base: str) -> Layer:
+    """fisher and regmean: means, so that weights count in proportion only."""
+    del base
+    largest = max((w for _, w in layer.weights), key=abs)
+    if largest == 0.0:
+        return layer  # refused when it is read
+    kept = {model: _rounded(w / largest) for model, w in layer.weights}
+    kept = {model: w for model, w in kept.items() if w}
+    if len(kept) == 1:
+        return _take(layer, next(iter(kept)))
+    return replace(layer, weights=tuple(kept.items()))
+
+
 def _sce(layer: Merge, base: str) -> Layer:
     share = layer.number("select_topk")
     if share == 0.0:
@@ -329,4 +352,6 @@ _SIMPLIFY: dict[str, Callable[[Merge, str], Layer]] = {
     "nearswap": _nearswap,
     "arcee_fusion": _arcee_fusion,
     "widen": _widen,
+    "fisher": _calibrated,
+    "regmean": _calibrated,
 }

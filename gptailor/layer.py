@@ -301,11 +301,12 @@ def _read_body(
 def _check_merge(merge: Merge, base: str, where: str) -> None:
     """Raises for what no single value shows to be wrong."""
     mean = {"linear": "normalize", "multislerp": "normalize_weights"}.get(merge.method)
-    if mean and merge.number(mean) and abs(sum(weight for _, weight in merge.weights)) < _TINY:
+    method = get_method(merge.method)
+    is_mean = merge.number(mean) if mean else method.is_calibrated
+    if is_mean and abs(sum(weight for _, weight in merge.weights)) < _TINY:
         raise UsageError(
             f"{where}: the weights of {merge.method} add up to zero, so they can't be a mean."
         )
-    method = get_method(merge.method)
     has_no_effect = method.weighted and method.uses_base  # its difference from itself is zero
     if merge.takes_base and base in merge.models and not has_no_effect:
         raise UsageError(

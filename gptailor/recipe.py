@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ import yaml
 from gptailor.canonical import canonical_end, canonical_layer, hashed
 from gptailor.errors import UsageError, unknown
 from gptailor.layer import NO_LAYER, Layer, Merge, Take, as_mapping, as_model, read_entry
+from gptailor.merging.registry import get_method
+from gptailor.models.calibration import METHODS as CALIBRATED
+from gptailor.models.calibration import Calibration
 from gptailor.models.untrusted import home_expanded, is_folder
 from gptailor.strict_yaml import load_yaml
 
@@ -26,6 +29,7 @@ __all__ = [
     "DTYPES",
     "NO_LAYER",
     "SCHEMA",
+    "Calibration",
     "End",
     "Layer",
     "Merge",
@@ -44,7 +48,7 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 End = str | Layer
 """Embeddings or head: the model that gives them, or an entry whose `src_layer` is `NO_LAYER`."""
 
-_KEYS = ("schema", "models", "base", "dtype", "embeddings", "head", "layers")
+_KEYS = ("schema", "models", "base", "calibration", "dtype", "embeddings", "head", "layers")
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Recipe:
         embeddings: what gives the token embeddings.
         head: what gives final norm and output head.
         dtype: of every floating-point tensor in the result: a key of `DTYPES`.
+        calibration: the statistics that `fisher` and `regmean` use; None if there are none.
     """
 
     models: Mapping[str, str]
@@ -66,6 +71,7 @@ class Recipe:
     embeddings: End
     head: End
     dtype: str = "bfloat16"
+    calibration: Calibration | None = None
     _cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -86,6 +92,18 @@ class Recipe:
             used.update((entry,) if isinstance(entry, str) else entry.used_models)
         return {name: ref for name, ref in self.models.items() if name in used}
 
+    @property
+    def used_statistics(self) -> tuple[tuple[str, str], ...]:
+        """(method, model) of all statistics that the model is made with, sorted."""
+        return tuple(sorted(set(_statistics_of(*_entries(self.canonical())))))
+
+    def statistics_of(self, entry: Layer) -> tuple[str, ...]:
+        """What names the statistics that one canonical entry is made with; empty without any."""
+        used = list(_statistics_of(entry))
+        if self.calibration is None or not used:
+            return ()
+        return (self.calibration.folder, *(self.calibration.digest(*pair) for pair in used))
+
     def canonical(self) -> Recipe:
         """The same model in the form that is built: whatever has no effect is gone."""
         if "canonical" not in self._cache:
@@ -96,7 +114,10 @@ class Recipe:
                 "head": canonical_end(self.head, self.base, self.models),
             }
             changed: dict[str, Any] = {"layers": tuple(layers), **ends, "_cache": {}}
-            self._cache["canonical"] = replace(self, **changed)
+            built = replace(self, **changed)
+            if not any(_statistics_of(*_entries(built))):
+                built = replace(built, calibration=None)
+            self._cache["canonical"] = built
         canonical: Recipe = self._cache["canonical"]
         return canonical
 
@@ -106,9 +127,10 @@ class Recipe:
         if "hash" not in self._cache:
             built = self.canonical()
             refs = built.models
-            layers = [hashed(layer, refs) for layer in built.layers]
+            used = None if built.calibration is None else built.calibration.digest
+            layers = [hashed(layer, refs, used) for layer in built.layers]
             ends = [
-                refs[end] if isinstance(end, str) else hashed(end, refs)
+                refs[end] if isinstance(end, str) else hashed(end, refs, used)
                 for end in (built.base, built.embeddings, built.head)
             ]
             ends.append(built.dtype)
@@ -124,10 +146,12 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as `recipe.yaml` has it."""
+        calibration = self.calibration
         return {
             "schema": SCHEMA,
             "models": dict(self.models),
             "base": self.base,
+            **({} if calibration is None else {"calibration": _calibration_dict(calibration)}),
             "dtype": self.dtype,
             "embeddings": _end_dict(self.embeddings),
             "head": _end_dict(self.head),
@@ -192,12 +216,68 @@ class Recipe:
             embeddings=_read_end(data.get("embeddings", base), models, base, source, "embeddings"),
             head=_read_end(data.get("head", base), models, base, source, "head"),
             dtype=dtype,
+            calibration=_read_calibration(data.get("calibration"), f"{source}: calibration"),
         )
 
     def with_models_relative_to(self, folder: Path) -> Recipe:
-        """The recipe with local model folders made absolute, seen from `folder`."""
+        """The recipe with local folders (models, calibration) made absolute, seen from `folder`."""
         models = {name: absolute_ref(ref, folder) for name, ref in self.models.items()}
-        return replace(self, models=models, _cache={})
+        calibration = self.calibration
+        if calibration is not None:
+            place = (folder / Path(calibration.folder).expanduser()).resolve()
+            calibration = replace(calibration, folder=str(place))
+        return replace(self, models=models, calibration=calibration, _cache={})
+
+    def with_statistics_found(self) -> Recipe:
+        """The recipe bound to the statistics that are in its calibration folder now.
+
+        Raises:
+            UsageError: a model's statistics are missing.
+            ModelError: they are corrupt.
+        """
+        calibration, used = self.calibration, self.used_statistics
+        if calibration is None or calibration.digests or not used:
+            return self
+        return replace(self, calibration=calibration.found(used), _cache={})
+
+
+def _entries(recipe: Recipe) -> tuple[Layer, ...]:
+    ends = (end for end in (recipe.embeddings, recipe.head) if not isinstance(end, str))
+    return (*recipe.layers, *ends)
+
+
+def _statistics_of(*entries: Layer) -> Iterator[tuple[str, str]]:
+    """(method, model) of each source of a merge that needs statistics."""
+    for entry in entries:
+        for part in (entry, *(part for _, part in entry.modules)):
+            if isinstance(part, Merge) and get_method(part.method).is_calibrated:
+                yield from ((part.method, model) for model in part.models)
+
+
+def _calibration_dict(calibration: Calibration) -> str | dict[str, Any]:
+    digests: dict[str, dict[str, str]] = {}
+    for method, model, digest in calibration.digests:
+        digests.setdefault(method, {})[model] = digest
+    return {"folder": calibration.folder, **digests} if digests else calibration.folder
+
+
+def _read_calibration(value: object, where: str) -> Calibration | None:
+    """`calibration: FOLDER`, or with digests: `{folder: FOLDER, fisher: {math: 1f3a…}}`."""
+    if value is None:
+        return None
+    parts = {"folder": value} if isinstance(value, str) else dict(as_mapping(value, where))
+    folder = parts.pop("folder", None)
+    if not isinstance(folder, str) or not folder or not folder.isprintable():
+        raise UsageError(f"{where} must name the folder that `gptailor calibrate` wrote.")
+    digests = []
+    for method, named in parts.items():
+        if method not in CALIBRATED:
+            raise unknown("key", method, ("folder", *CALIBRATED), where)
+        for model, digest in as_mapping(named, f"{where}: {method}").items():
+            if not (isinstance(model, str) and isinstance(digest, str)):
+                raise UsageError(f"{where}: {method} must map models to digests.")
+            digests.append((method, model, digest))
+    return Calibration(folder, tuple(sorted(digests)))
 
 
 def _end_dict(end: End) -> str | dict[str, Any]:

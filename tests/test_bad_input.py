@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from gptailor.merging.registry import METHODS, Method
+from tests.calibrations import save_statistics
 from tests.models.tiny import (
     LAYER_SHAPES,
     encoded,
@@ -167,6 +168,11 @@ def test_nan_in_a_merged_tensor(place: Path, method: Method) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     values = np.full(LAYER_SHAPES["mlp.up_proj.weight"], np.nan)
     save_model(place / "green", tensors={name: ("BF16", values.shape, encoded(values, "BF16"))})
+    if method.is_calibrated:
+        models = {n: str(place / n) for n in names}
+        write_recipe(
+            place, entry, calibration=str(save_statistics(place / "cal", method.name, models))
+        )
     fails(place, 3, f"{place}/green/model.safetensors: {name} can't be merged", "NaN")
 
 

@@ -242,7 +242,7 @@ class ResidentModel:
 
     def _plan_outside(self, recipe: Recipe) -> list[OutTensor]:
         """The tensors outside the layers."""
-        key = (recipe.embeddings, recipe.head, recipe.base, recipe.dtype)
+        key = (recipe.embeddings, recipe.head, recipe.base, recipe.dtype, recipe.calibration)
         if key not in self._outside_plans:
             prefix = self.family.architecture.prefix
             tensors = make_plan(recipe, self.family).tensors
@@ -268,7 +268,8 @@ class ResidentModel:
 
     def _merged_layer(self, layer: Layer, factor: float, recipe: Recipe) -> Parameters:
         # all that the tensors follow from: a layer's own scale is folded into those after it
-        key = (replace(layer, scale=1.0), factor, recipe.base, recipe.dtype)
+        statistics = recipe.statistics_of(layer)
+        key = (replace(layer, scale=1.0), factor, recipe.base, recipe.dtype, statistics)
         if key not in self._merged:
             plan = plan_layer(layer, 0, recipe, self.family, factor)
             cut = len(self.family.architecture.name(0, ""))
@@ -277,7 +278,7 @@ class ResidentModel:
         return self._merged[key]
 
     def _merged_outside(self, tensor: OutTensor, recipe: Recipe) -> nn.Parameter:
-        key = (tensor.merge, tensor.name, recipe.base, recipe.dtype)
+        key = (tensor.merge, tensor.name, recipe.base, recipe.dtype, tensor.statistics)
         if key not in self._merged:
             self._merge(key, None, {tensor.name: tensor}, recipe)
         self._merged.move_to_end(key)
@@ -381,11 +382,7 @@ class ResidentModel:
                 object.__setattr__(config, key, value)
 
     def _module_name(self, tensor_name: str) -> str:
-        """A checkpoint's name as the model has it: some files leave out the base model's prefix."""
-        first = tensor_name.partition(".")[0]
-        if hasattr(self.model, first):
-            return tensor_name
-        return f"{self.model.base_model_prefix}.{tensor_name}"
+        return module_name(self.model, tensor_name)
 
     def _check_names(self) -> None:
         """Every tensor of the file must be a parameter or buffer of the same shape."""
@@ -397,6 +394,14 @@ class ResidentModel:
                     f"{self.family.base.folder}: transformers has no parameter of the shape "
                     f"{list(info.shape)} for {name}; this architecture is not supported yet."
                 )
+
+
+def module_name(model: Any, tensor_name: str) -> str:
+    """A checkpoint's name as the model has it: some files leave out the base model's prefix."""
+    first = tensor_name.partition(".")[0]
+    if hasattr(model, first):
+        return tensor_name
+    return f"{model.base_model_prefix}.{tensor_name}"
 
 
 def pick_device(device: str) -> torch.device:

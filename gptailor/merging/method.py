@@ -105,6 +105,8 @@ class Method:
         min_sources, max_sources: how many sources it takes; the base is not counted among them.
         base: whether the recipe's base takes part in the formula beside the sources; "optional":
             iff the parameter `task_vectors` is set.
+        is_calibrated: True if each source comes with statistics of its own, which
+            `gptailor calibrate` makes from a text.
     """
 
     name: str
@@ -115,6 +117,7 @@ class Method:
     min_sources: int
     max_sources: int
     base: Literal["never", "always", "optional"]
+    is_calibrated: bool = False
 
     @property
     def uses_base(self) -> bool:

@@ -99,6 +99,11 @@ def _listed(
     return Method(name, formula, paper, parameters, False, *sources, base)
 
 
+def _calibrated(name: str, formula: str, paper: str, *parameters: Parameter) -> Method:
+    sources = (1, MAX_SOURCES)
+    return Method(name, formula, paper, parameters, True, *sources, "never", is_calibrated=True)
+
+
 _TABLE = (
     _weighted("linear", "Σ wᵢ xᵢ / Σ wᵢ", _SOUPS, _normalize(True), base="never"),
     _weighted(
@@ -224,6 +229,21 @@ _TABLE = (
         ),
         _flag("by_rows", False, "rows in the place of columns, as the paper does for embeddings"),
         sources=(1, MAX_SOURCES - 1),  # the base is one more vector
+    ),
+    _calibrated(
+        "fisher",
+        "Σ wᵢ max(Fᵢ, ε) xᵢ / Σ wᵢ max(Fᵢ, ε),  Fᵢ = the diagonal of the Fisher information",
+        "Matena and Raffel 2021, Merging Models with Fisher-Weighted Averaging, arXiv 2111.09832",
+        Parameter("floor", 1e-6, 0.0, 1e6, (1e-6,), "no information is less; the mean is 1"),
+    ),
+    _calibrated(
+        "regmean",
+        "(Σ wᵢ Gᵢ)⁻¹ Σ wᵢ Gᵢ xᵢ,  Gᵢ = the Gram matrix of the inputs; the mean where there is none",
+        "Jin et al. 2022, Dataless Knowledge Fusion by Merging Weights, arXiv 2212.09849",
+        _part(
+            "reduce_non_diagonal_ratio", 0.9, 0.9, "factor on what is off G's diagonal",
+            per_source=False,
+        ),
     ),
 )  # fmt: skip
 

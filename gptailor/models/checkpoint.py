@@ -133,11 +133,18 @@ class Checkpoint:
         Raises:
             ModelError: the file can't be opened, or is no longer the one whose header was read.
         """
-        info = self.tensors[name]
+        return self.tensor_at(self.tensors[name])
+
+    def tensor_at(self, info: TensorInfo) -> _C.Tensor:
+        """The same for a tensor of any file that it knows."""
         return self.file(info.path).tensor(info.offset, info.shape, info.dtype)
 
+    def add_file(self, path: Path) -> None:
+        """Makes another safetensors file known, whose tensors are not the model's own."""
+        self._header(path)
+
     def file(self, path: Path) -> _C.InputFile:
-        """One of `files`, opened once; raises as `tensor` does."""
+        """One of the files that it knows, opened once; raises as `tensor` does."""
         if path in self._opened:
             return self._opened[path]
         from gptailor import _C

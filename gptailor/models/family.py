@@ -18,6 +18,7 @@ from gptailor.models.architecture import (
     per_layer_lists,
     text_config,
 )
+from gptailor.models.calibration import Statistics, weights_digest
 from gptailor.models.checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo
 from gptailor.models.untrusted import (
     MAX_CONFIG_BYTES,
@@ -56,6 +57,7 @@ class Candidate:
         self.name = name
         self.folder = Path(folder)
         self.checkpoint = Checkpoint(self.folder, io)
+        self._statistics: dict[tuple[str, str], Statistics] = {}
         config_file = self.folder / "config.json"
         self.config = read_json(config_file, MAX_CONFIG_BYTES)
         check_config(self.config, len(self.tensors), config_file)
@@ -81,6 +83,20 @@ class Candidate:
     def tensors(self) -> Mapping[str, TensorInfo]:
         """All its tensors."""
         return self.checkpoint.tensors
+
+    def statistics(self, folder: str, method: str) -> Statistics:
+        """What `gptailor calibrate` found out about it, opened once.
+
+        Raises:
+            UsageError: there is nothing for it in the folder.
+            ModelError: the file is corrupt, or belongs to other weights.
+        """
+        if (folder, method) not in self._statistics:
+            statistics = Statistics(folder, method, self.name)
+            statistics.check_weights(weights_digest(self.tensors), self.folder)
+            self.checkpoint.add_file(statistics.path)
+            self._statistics[folder, method] = statistics
+        return self._statistics[folder, method]
 
 
 class Family:

@@ -1,22 +1,27 @@
 """A computed tensor: merged, cast or scaled by the compiled engine, from the mapped sources.
 
-The one place where a plan meets `_C.Merge`. The writer computes a tensor in slices and the
-resident model as a whole, with the same bits.
+The one place where a plan meets `_C.Merge`, or `RegMean`, which is a linear solve. The writer
+computes a tensor in slices and the resident model as a whole, with the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gptailor.errors import ModelError, UsageError
 from gptailor.models.checkpoint import read_error
 from gptailor.models.family import Family
-from gptailor.recipe import NO_LAYER, Merge
+from gptailor.recipe import DTYPES, NO_LAYER, Merge
+from gptailor.stitching.copying import write_all
 from gptailor.stitching.plan import OutTensor, Source
 
 if TYPE_CHECKING:
+    import torch
+
     from gptailor import _C
+
+_TORCH_NAMES = {name: torch_name for torch_name, name in DTYPES.items()}
 
 
 class ComputedTensor:
@@ -46,11 +51,21 @@ class ComputedTensor:
         self.tensor = tensor
         method, arguments = merge_arguments(tensor)
         base = None if tensor.base is None else opened(tensor.base)
+        sources = [opened(source) for source in tensor.sources]
+        statistics = [
+            family.candidates[source.model].checkpoint.tensor_at(info)
+            for source, info in zip(tensor.sources, tensor.statistics, strict=False)
+        ]
+        self._job: _C.Merge | RegMean
+        if method == "regmean":
+            self._job = RegMean(sources, statistics, out_dtype=tensor.dtype, **arguments)
+            return
         try:
             self._job = _C.Merge(
                 method,
-                [opened(source) for source in tensor.sources],
+                sources,
                 base,
+                statistics=statistics,
                 out_dtype=tensor.dtype,
                 key=tensor.key,
                 check_nan=tensor.merge is not None,
@@ -107,6 +122,77 @@ class ComputedTensor:
             source = self.tensor.sources[index]
         info = (source or self.tensor.sources[0]).info
         return ModelError(f"{info.path}: {info.name} can't be merged: {error}.")
+
+
+class RegMean:
+    """What `_C.Merge` is, for the method that is a linear solve: done when first asked for.
+
+    Args:
+        sources, statistics: the matrices and the Gram matrices of their inputs.
+        out_dtype, weights, parameters, factor: as `_C.Merge` has them.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[_C.Tensor],
+        statistics: Sequence[_C.Tensor],
+        *,
+        out_dtype: str,
+        weights: Sequence[float],
+        parameters: Mapping[str, Any],
+        factor: float,
+    ) -> None:
+        self.n_elements = sources[0].n_elements
+        self._inputs = (sources, statistics, weights)
+        self._ratio: float = parameters["reduce_non_diagonal_ratio"]
+        self._factor = factor
+        self._out_dtype = out_dtype
+        self._solved: torch.Tensor | None = None
+
+    def run(self, begin: int, count: int, out: _C.Buffer, out_offset: int) -> None:
+        """As `_C.Merge.run`.
+
+        Raises:
+            NanError: an input holds NaN or infinity.
+            ValueError: the Gram matrices do not determine the result.
+        """
+        data = self._bytes(begin, count)
+        memoryview(out)[out_offset : out_offset + len(data)] = data
+
+    def write(self, begin: int, count: int, fd: int, offset: int) -> None:
+        """As `_C.Merge.write`; raises as `run`, or OSError."""
+        write_all(fd, self._bytes(begin, count), offset)
+
+    def _bytes(self, begin: int, count: int) -> memoryview:
+        import torch
+
+        if self._solved is None:
+            self._solved = self._solve()
+        dtype = getattr(torch, _TORCH_NAMES[self._out_dtype])
+        data: memoryview = (
+            self._solved[begin : begin + count].to(dtype).view(torch.uint8).numpy().data
+        )
+        return data
+
+    def _solve(self) -> torch.Tensor:
+        """The flattened result in float32, from which it is rounded as everything else is."""
+        import torch.utils.dlpack
+
+        from gptailor import _C
+        from gptailor.merging.regmean import regmean
+
+        sources, statistics, weights = self._inputs
+        x_SOI, gram_SII = (
+            [torch.utils.dlpack.from_dlpack(t) for t in some] for some in (sources, statistics)
+        )
+        for index, pair in enumerate(zip(x_SOI, gram_SII, strict=True)):
+            for what, data in zip(("a weight", "a Gram matrix"), pair, strict=True):
+                if not torch.isfinite(data).all():
+                    error = _C.NanError(f"{what} is NaN or infinite")
+                    error.source = index
+                    raise error
+        y_OI = regmean(x_SOI, gram_SII, weights, self._ratio)
+        return (y_OI * self._factor).float().flatten()
 
 
 def merge_arguments(tensor: OutTensor) -> tuple[str, dict[str, Any]]:

@@ -7,11 +7,13 @@ same plan, so what the search scored is what the stitcher writes.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from gptailor.errors import ModelError, UsageError, unknown
+from gptailor.merging.registry import get_method
 from gptailor.models.architecture import cut_config, text_config
 from gptailor.models.checkpoint import FLOAT_DTYPES, TensorInfo
 from gptailor.models.family import Family
@@ -40,6 +42,7 @@ class OutTensor:
         base: the base's tensor, for methods whose formula has one.
         factor: the result is multiplied by it (a folded layer scale).
         key: names the source tensor to the generator of random masks, see `tensor_key`.
+        statistics: what belongs to each source, for methods that are calibrated.
     """
 
     name: str
@@ -50,6 +53,7 @@ class OutTensor:
     base: Source | None = None
     factor: float = 1.0
     key: int = 0
+    statistics: tuple[TensorInfo, ...] = ()
 
     @property
     def is_copy(self) -> bool:
@@ -115,10 +119,12 @@ def check_recipe(recipe: Recipe, family: Family) -> None:
     """Checks that a canonical recipe names layers, models and modules that there are.
 
     Raises:
-        UsageError: it does not.
+        UsageError: it does not, or a merge lacks statistics.
+        ModelError: statistics are corrupt, or belong to other weights.
     """
     _check_layers(recipe, family)
     _check_modules(recipe, family)
+    _check_statistics(recipe, family)
 
 
 def plan_layer(
@@ -213,6 +219,13 @@ def _made(
     merge = entry if isinstance(entry, Merge) else None
     if merge is not None and sources[0].info.dtype not in FLOAT_DTYPES:
         sources, merge = sources[:1], None  # integer buffers are not merged
+    statistics: tuple[TensorInfo, ...] = ()
+    if merge is not None and get_method(merge.method).is_calibrated:
+        statistics = _statistics(merge, sources, recipe, family)
+        if not statistics:  # no linear layer: regmean averages it
+            total = math.fsum(weight for _, weight in merge.weights)
+            shares = tuple((model, weight / total) for model, weight in merge.weights)
+            merge = Merge("linear", merge.src_layer, shares, (("normalize", 0.0),))
     tensor = OutTensor(
         name=out_name,
         dtype=_dtype(sources[0].info, recipe),
@@ -222,9 +235,30 @@ def _made(
         base=_source(family, recipe.base, name) if merge is not None and merge.takes_base else None,
         factor=factor,
         key=tensor_key(name) if merge is not None else 0,
+        statistics=statistics,
     )
     _check_castable(tensor)
     return tensor
+
+
+def _statistics(
+    merge: Merge, sources: tuple[Source, ...], recipe: Recipe, family: Family
+) -> tuple[TensorInfo, ...]:
+    """What belongs to each source; empty if the tensor is none that the method has statistics of.
+
+    Raises:
+        ModelError: one has statistics and another one does not.
+    """
+    assert recipe.calibration is not None  # check_recipe saw it
+    folder = recipe.calibration.folder
+    opened = [family.candidates[s.model].statistics(folder, merge.method) for s in sources]
+    found = [one.find(s.info) for one, s in zip(opened, sources, strict=True)]
+    if None not in found:
+        return tuple(filter(None, found))
+    if any(found):
+        lacks = opened[found.index(None)]
+        raise ModelError(f"{lacks.path} lacks {sources[0].info.name}: make it again.")
+    return ()
 
 
 def _source(family: Family, model: str, name: str) -> Source:
@@ -274,6 +308,23 @@ def _check_modules(recipe: Recipe, family: Family) -> None:
         for text, _ in entry.modules:
             if not any(text in name for name in names):
                 raise unknown("module", text, names, where)
+
+
+def _check_statistics(recipe: Recipe, family: Family) -> None:
+    """Raises unless the statistics of all calibrated merges are there, and those of the recipe."""
+    calibration = recipe.calibration
+    for method, model in recipe.used_statistics:
+        if calibration is None:
+            raise UsageError(
+                f"The recipe merges {model} by {method}, which needs calibration data: make them "
+                "with `gptailor calibrate` and name their folder as calibration."
+            )
+        statistics = family.candidates[model].statistics(calibration.folder, method)
+        if calibration.digests and calibration.digest(method, model) != statistics.digest:
+            raise UsageError(
+                f"{statistics.path} is not the file that the recipe was made with: calibrate with "
+                "the same text, or leave the digests out of the recipe."
+            )
 
 
 def _check_castable(tensor: OutTensor) -> None:

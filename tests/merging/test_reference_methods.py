@@ -221,9 +221,24 @@ def test_regmean_is_the_least_squares_solution() -> None:
     squares = np.stack([np.diag(g) for g in gram])[:, None]
     np.testing.assert_allclose(diagonal, (squares * w).sum(axis=0) / squares.sum(axis=0))
     with pytest.raises(ValueError, match="singular"):
-        merge("regmean", w, statistics=np.zeros((2, 4, 4)))
+        ratio = {"reduce_non_diagonal_ratio": 1}
+        merge("regmean", w, statistics=np.ones((2, 4, 4)), parameters=ratio)
     with pytest.raises(ValueError, match="Gram matrices"):
         merge("regmean", w, statistics=gram[:, :3])
+
+
+def test_regmean_averages_columns_of_inputs_that_are_always_zero() -> None:
+    rng = np.random.default_rng(15)
+    w, inputs = rng.standard_normal((2, 3, 4)), rng.standard_normal((2, 4, 50))
+    inputs[:, 2] = 0
+    gram = inputs @ inputs.swapaxes(1, 2) / 50
+    y = merge("regmean", w, statistics=gram, weights=[3, 1])
+    np.testing.assert_allclose(y[:, 2], 0.75 * w[0, :, 2] + 0.25 * w[1, :, 2])
+    some = [0, 1, 3]
+    rest = merge("regmean", w[:, :, some], statistics=gram[:, some][:, :, some], weights=[3, 1])
+    np.testing.assert_allclose(y[:, some], rest)
+    nearly = merge("regmean", w, statistics=gram + 1e-12 * np.eye(4), weights=[3, 1])
+    np.testing.assert_allclose(y, nearly, rtol=1e-6)
 
 
 def test_rescaling_starts_at_a_sum_of_1e_7() -> None:

@@ -10,11 +10,9 @@ from gptailor.merging.reference import METHODS as REFERENCES
 from gptailor.merging.reference.entry import PER_SOURCE
 from gptailor.merging.registry import METHODS, Method, Parameter, get_method
 
-CALIBRATED = {"fisher", "regmean"}
-
 
 def test_every_method_has_a_reference() -> None:
-    assert set(METHODS) == set(REFERENCES) - CALIBRATED
+    assert set(METHODS) == set(REFERENCES)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -22,6 +20,7 @@ def test_it_declares_what_the_reference_takes(method: Method) -> None:
     takes = REFERENCES[method.name]
     assert {p.name: p.default for p in method.parameters} == dict(takes.parameters)
     assert method.weighted == takes.weighted
+    assert method.is_calibrated == takes.statistics
     assert (method.min_sources, method.max_sources) == (takes.min_sources, takes.max_sources)
     assert method.base == {True: "always", False: "never"}.get(takes.base, "optional")
     per_source = PER_SOURCE if method.name != "ram" else set()

@@ -61,7 +61,8 @@ def regmean(
     """Match all models' outputs: Jin et al. 2022, Dataless Knowledge Fusion, arXiv 2212.09849.
 
     yᵀ = (Σᵢ wᵢ Gᵢ)⁻¹ Σᵢ wᵢ Gᵢ Wᵢᵀ, after all elements of G off its diagonal were multiplied by the
-    ratio. With a ratio of 1, y minimises Σᵢ wᵢ ‖(Wᵢ − y) Xᵢ‖².
+    ratio. With a ratio of 1, y minimises Σᵢ wᵢ ‖(Wᵢ − y) Xᵢ‖². Columns of inputs that are always
+    zero are averaged: the limit of what a small addition to the diagonals gives.
 
     Args:
         x_SOI: W, the sources' matrices (outputs, inputs).
@@ -86,6 +87,9 @@ def regmean(
     for x_OI, g_II, weight in zip(x, g, w, strict=True):
         left = left + weight * g_II
         right = right + weight * (g_II @ x_OI.T)
+    dead = np.diag(left) == 0
+    left[dead, dead] = 1
+    right[dead] = (np.tensordot(w / w.sum(), x, 1).T)[dead]
     try:
         y_OI: Array = np.linalg.solve(left, right).T
     except np.linalg.LinAlgError:

@@ -1,0 +1,224 @@
+"""Statistics of models on calibration text, as they lie on disk: what `fisher` and `regmean` need.
+
+A folder holds `NAME.METHOD.safetensors` for each model. The tensors have the names of the model's
+own: for fisher the diagonal of the Fisher information, of the same shape; for regmean the Gram
+matrix of what goes into a linear layer (inputs, inputs). The metadata says which text they come
+from and which weights they belong to.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from gptailor.errors import ModelError, ResourceError, UsageError
+from gptailor.models.checkpoint import DTYPE_BITS, FLOAT_DTYPES, TensorInfo, read_header
+from gptailor.models.untrusted import open_regular, parse_json, read_up_to
+
+SCHEMA = "gptailor/calibration/1"
+METHODS = ("fisher", "regmean")
+"""The merge methods that need statistics; each has a kind of its own."""
+
+_SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which statistics a recipe uses.
+
+    Attributes:
+        folder: where they lie.
+        digests: (method, model, digest of the metadata), sorted; empty until they were looked up.
+    """
+
+    folder: str
+    digests: tuple[tuple[str, str, str], ...] = ()
+
+    def digest(self, method: str, model: str) -> str:
+        """What a recipe's hash has of a model's statistics; "" while they were not looked up."""
+        return next((d for m, name, d in self.digests if (m, name) == (method, model)), "")
+
+    def found(self, needed: Sequence[tuple[str, str]]) -> Calibration:
+        """The same with the digests of these (method, model) read from the files.
+
+        Raises:
+            UsageError: statistics of a model are missing.
+            ModelError: a file is corrupt.
+        """
+        digests = ((m, n, Statistics(self.folder, m, n).digest) for m, n in sorted(set(needed)))
+        return Calibration(self.folder, tuple(digests))
+
+
+class Statistics:
+    """The statistics of one model for one method: what their header says.
+
+    Args:
+        folder: of the calibration.
+        method: one of `METHODS`.
+        model: the model's name.
+
+    Raises:
+        UsageError: there is no such file.
+        ModelError: it is corrupt, or holds something else.
+    """
+
+    def __init__(self, folder: str | Path, method: str, model: str) -> None:
+        self.path = statistics_path(folder, method, model)
+        if not self.path.is_file():
+            raise UsageError(
+                f"{folder} has no statistics of {model} for {method} ({self.path.name}): make them "
+                "with `gptailor calibrate`."
+            )
+        self.method = method
+        self.tensors = read_header(self.path)
+        self.metadata = _read_metadata(self.path)
+        if (self.metadata.get("schema"), self.metadata.get("method")) != (SCHEMA, method):
+            raise ModelError(
+                f"{self.path} holds no statistics for {method}: make them with "
+                "`gptailor calibrate`."
+            )
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits of the metadata's SHA-256: the same for the same text and weights."""
+        text = json.dumps(self.metadata, sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def check_weights(self, digest: str, where: object) -> None:
+        """Raises a `ModelError` unless they belong to the weights with this `weights_digest`."""
+        if self.metadata.get("weights") != digest:
+            raise ModelError(
+                f"{self.path} belongs to other weights than those of {where}: make it again with "
+                "`gptailor calibrate`."
+            )
+
+    def find(self, info: TensorInfo) -> TensorInfo | None:
+        """What belongs to a tensor of the model; None for regmean where it is no linear layer.
+
+        Raises:
+            ModelError: it has another shape or dtype than it must, or fisher lacks it.
+        """
+        found = self.tensors.get(info.name)
+        if found is None:
+            if self.method == "regmean":
+                return None
+            raise ModelError(f"{self.path} lacks {info.name}: make it again.")
+        shape = info.shape if self.method == "fisher" else (info.shape[-1:] * 2)
+        is_matrix = len(info.shape) == 2 or self.method == "fisher"
+        if found.shape != shape or not is_matrix or found.dtype not in FLOAT_DTYPES:
+            raise ModelError(
+                f"{self.path}: {info.name} is {found.dtype} of the shape {list(found.shape)}, but "
+                f"must be floating point of the shape {list(shape)}."
+            )
+        return found
+
+
+def statistics_path(folder: str | Path, method: str, model: str) -> Path:
+    """Where the statistics of a model lie; a name that is no file name is percent-encoded."""
+    return Path(folder) / f"{quote(model, safe=' ')}.{method}.safetensors"
+
+
+def weights_digest(tensors: Mapping[str, TensorInfo]) -> str:
+    """SHA-256 (64 hex digits) of names, dtypes, shapes, and the ends and middle of each tensor.
+
+    Three pages of each tensor tell finetunes apart, and take no time on the largest of models.
+
+    Raises:
+        ModelError: a file can't be read.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        info = tensors[name]
+        digest.update(json.dumps([name, info.dtype, info.shape]).encode())
+        n_bytes = min(info.n_bytes, _SAMPLE_BYTES)
+        last = info.n_bytes - n_bytes
+        try:
+            with info.path.open("rb", buffering=0) as file:
+                for offset in (0, last // 2, last):
+                    digest.update(os.pread(file.fileno(), n_bytes, info.offset + offset))
+        except OSError as error:
+            raise ModelError(f"{info.path} can't be read: {error.strerror}.") from error
+    return digest.hexdigest()
+
+
+class StatisticsWriter:
+    """Writes a file tensor by tensor, in any order; made by `writing`."""
+
+    def __init__(self, fd: int, places: Mapping[str, tuple[int, int]]) -> None:
+        self._fd = fd
+        self._places = places
+
+    def write(self, name: str, data: memoryview) -> None:
+        """Writes the bytes of one tensor; raises OSError on a full disk."""
+        offset, n_bytes = self._places[name]
+        data = data.cast("B") if n_bytes else memoryview(b"")
+        assert len(data) == n_bytes, name
+        while data:
+            written = os.pwrite(self._fd, data, offset)
+            data, offset = data[written:], offset + written
+
+
+@contextmanager
+def writing(
+    path: Path, metadata: Mapping[str, str], shapes: Mapping[str, tuple[str, Sequence[int]]]
+) -> Iterator[StatisticsWriter]:
+    """Writes a safetensors file; it gets its name when it is whole, or vanishes.
+
+    Args:
+        path: the file; one that exists is replaced.
+        metadata: for its header.
+        shapes: name → (dtype, shape).
+
+    Raises:
+        ResourceError: the disk is full or refuses.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    places, position = {}, 0
+    for name, (dtype, shape) in shapes.items():
+        n_bytes = DTYPE_BITS[dtype] // 8
+        for size in shape:
+            n_bytes *= size
+        offsets = [position, position + n_bytes]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        places[name] = (position, n_bytes)
+        position += n_bytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    places = {name: (8 + len(text) + at, n_bytes) for name, (at, n_bytes) in places.items()}
+    marker = f".{path.name}.tmp-{socket.gethostname()}-"
+    temporary = path.with_name(f"{marker}{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in path.parent.glob(f"{glob.escape(marker)}*"):  # of processes that were killed
+            pid = stale.name.removeprefix(marker)
+            if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+                stale.unlink(missing_ok=True)
+        with temporary.open("wb", buffering=0) as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + position)
+            yield StatisticsWriter(file.fileno(), places)
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ResourceError(f"{path} can't be written: {error.strerror or error}.") from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a file whose header was checked."""
+    with open_regular(path) as file:
+        raw = read_up_to(file, int.from_bytes(read_up_to(file, 8), "little"))
+    metadata = parse_json(raw, path, "its header", unique=True).get("__metadata__")
+    known = metadata if isinstance(metadata, dict) else {}
+    return {str(key): str(value) for key, value in known.items()}
