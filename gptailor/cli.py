@@ -158,6 +158,29 @@ def _stitch(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from gptailor import verbs
+
+    files = verbs.calibrate(
+        arguments.source,
+        arguments.text,
+        arguments.out,
+        methods=arguments.method,
+        num_tokens=arguments.tokens,
+        seq_len=arguments.seq_len,
+        seed=arguments.seed,
+        dtype=arguments.dtype,
+        device=arguments.device,
+    )
+    if arguments.json:
+        print(json.dumps({"files": [str(path) for path in files]}))
+        return 0
+    for path in files:
+        print(path)
+    print(f"A recipe that uses them has the line `calibration: {files[0].parent}`.")
+    return 0
+
+
 def _eval(arguments: argparse.Namespace) -> int:
     from gptailor import verbs
 
@@ -238,6 +261,29 @@ def _add_stitch(parser: argparse.ArgumentParser) -> None:
     _add_io(parser)
 
 
+def _add_calibrate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="a recipe.yaml or a search.yaml")
+    parser.add_argument(
+        "--text", required=True, help="a document a line, or a .jsonl of objects with a text"
+    )
+    parser.add_argument("--out", help="folder for the result (what the file names as calibration)")
+    parser.add_argument(
+        "--method",
+        action="append",
+        default=[],
+        help="fisher or regmean, may be given twice (those that the file uses)",
+    )
+    parser.add_argument(
+        "--tokens", type=_at_least_one, default=100_000, help="how many are read (100000)"
+    )
+    parser.add_argument(
+        "--seq-len", type=_at_least_one, default=512, help="tokens in a sequence, at most (512)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the words drawn for fisher (0)")
+    parser.add_argument("--dtype", default="float32", help="of the models while they read")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 or auto")
+
+
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model folder, a hub id, a recipe.yaml or a mergekit YAML")
     parser.add_argument("--tasks", required=True, help="lm-eval's names, with commas")
@@ -298,6 +344,12 @@ _VERBS: dict[str, tuple[str, str, _Add, _Run]] = {
         "gptailor stitch runs/smollm2 --point 1f3a09bc my-model",
         _add_stitch,
         _stitch,
+    ),
+    "calibrate": (
+        "read a text with each model, for merges by fisher and regmean",
+        "gptailor calibrate recipe.yaml --text sample.txt --method regmean --out calibration",
+        _add_calibrate,
+        _calibrate,
     ),
     "eval": (
         "score one model, the same way as a search does",

@@ -43,6 +43,11 @@ class MergeSpace(_Strict):
     methods: tuple[str, ...] = ("task_arithmetic",)
     lambdas: tuple[Annotated[float, Field(gt=0, le=2)], ...] = (0.3, 0.5, 0.7, 1.0)
 
+    @property
+    def calibrated(self) -> tuple[str, ...]:
+        """Those of the methods that need statistics of the models."""
+        return tuple(name for name in self.methods if get_method(name).is_calibrated)
+
     @field_validator("methods")
     @classmethod
     def _known(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
@@ -175,10 +180,11 @@ class SearchConfig(_Strict):
 
 
 class Config(_Strict):
-    """A whole `search.yaml`."""
+    """A whole `search.yaml`; `calibration` is a folder that `gptailor calibrate` wrote."""
 
     models: Annotated[dict[str, str], Field(min_length=1)]
     base: str
+    calibration: str | None = None
     space: Space = Space()
     objectives: Annotated[tuple[str, ...], Field(min_length=1)] = ("accuracy", "parameters")
     evaluation: EvaluationConfig
@@ -192,6 +198,12 @@ class Config(_Strict):
         for name, ref in self.models.items():
             if not (name.isprintable() and ref.isprintable()):
                 raise UsageError(f"models: {name!r} has characters that can't be shown.")
+        if self.space.merge.calibrated and self.calibration is None:
+            raise UsageError(
+                f"space.merge.methods names {self.space.merge.calibrated[0]}, which needs "
+                "calibration data: make them with `gptailor calibrate` and name their folder as "
+                "calibration."
+            )
         names = [spec.task for spec in self.evaluation.tasks]
         held = (
             [spec.task for spec in self.evaluation.holdout.tasks] if self.evaluation.holdout else []
@@ -247,8 +259,10 @@ def parse_evaluation(data: object, source: str) -> EvaluationConfig:
 
 
 def with_absolute_paths(config: Config, folder: Path) -> Config:
-    """The configuration with model folders and `include_path` seen from `folder`."""
+    """The configuration with folders (models, calibration, tasks) seen from `folder`."""
     data = config.model_dump()
+    if config.calibration is not None:
+        data["calibration"] = str((folder / Path(config.calibration).expanduser()).resolve())
     data["models"] = {name: absolute_ref(ref, folder) for name, ref in config.models.items()}
     include_path = config.evaluation.include_path
     if include_path is not None:

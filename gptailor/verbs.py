@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptailor.errors import GptailorError, ModelError, UsageError, unknown
+from gptailor.models.calibration import METHODS as CALIBRATED
 from gptailor.models.family import Family, resolve
 from gptailor.recipe import DTYPES, Recipe, Take, read_recipe
 
@@ -180,6 +181,65 @@ def stitch(
     return Path(out)
 
 
+def calibrate(
+    source: str | Path,
+    text: str | Path,
+    out: str | Path | None = None,
+    *,
+    methods: Sequence[str] = (),
+    num_tokens: int = 100_000,
+    seq_len: int = 512,
+    seed: int = 0,
+    dtype: str = "float32",
+    device: str = "auto",
+) -> list[Path]:
+    """Writes what fisher and regmean need to know of the models; returns the files.
+
+    Args:
+        source: a recipe file or a `search.yaml`.
+        text: each line is a document; or a `.jsonl` whose objects have a `text`.
+        out: the folder; default: what the file names as its calibration.
+        methods: for which; default: those that the file uses.
+        num_tokens: how much of the text is read, at most.
+        seq_len: the longest piece of a document.
+        seed: of the words that are drawn for fisher.
+        dtype: of the models while they read.
+        device: as in `search.yaml`.
+
+    Raises:
+        UsageError: there is nothing to do, no folder, or no text.
+        ModelError: a model is unusable.
+        ResourceError: memory or disk is exhausted.
+    """
+    from gptailor.evaluation.calibrate import calibrate_model, read_sequences
+
+    models, base, folder, needed = _calibrated(Path(source))
+    for method in methods:
+        if method not in CALIBRATED:
+            raise unknown("method", method, CALIBRATED, "--method")
+    out = out or folder
+    if out is None:
+        raise UsageError(f"{source} names no calibration: name a folder with --out.")
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES, "--dtype")
+    wanted = {method: needed.get(method) or list(models) for method in methods or needed}
+    if not wanted:
+        raise UsageError(f"{source} uses neither fisher nor regmean: name one with --method.")
+    names = {base, *(name for some in wanted.values() for name in some)}
+    family = Family({name: ref for name, ref in models.items() if name in names}, base)
+    for candidate in family.candidates.values():
+        if Path(out).resolve() == candidate.folder.resolve():
+            raise UsageError(f"The output {out} is also an input ({candidate.name}).")
+    sequences = read_sequences(text, family.base, num_tokens=num_tokens, seq_len=seq_len)
+    return [
+        calibrate_model(
+            family.candidates[name], method, sequences, out, device=device, dtype=dtype, seed=seed
+        )
+        for method, some in wanted.items()
+        for name in some
+    ]
+
+
 def evaluate(
     source: str | Path,
     tasks: Sequence[str],
@@ -295,13 +355,37 @@ def _front(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
     return front
 
 
+def _calibrated(
+    path: Path,
+) -> tuple[dict[str, str], str, str | None, dict[str, list[str]]]:
+    """Models, base, calibration folder, and the models that each method needs statistics of."""
+    from gptailor.config import read_config
+    from gptailor.recipe import SCHEMA, load_yaml
+
+    try:
+        data = load_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError):
+        data = {"schema": SCHEMA}  # read_recipe says what is wrong
+    needed: dict[str, list[str]] = {}
+    if isinstance(data, dict) and "evaluation" in data:
+        config = read_config(path)
+        for method in config.space.merge.calibrated:
+            needed[method] = list(config.models)
+        return config.models, config.base, config.calibration, needed
+    recipe = read_recipe(path)
+    for method, model in recipe.used_statistics:
+        needed.setdefault(method, []).append(model)
+    folder = None if recipe.calibration is None else recipe.calibration.folder
+    return dict(recipe.models), recipe.base, folder, needed
+
+
 def _described(path: Path, io: str | None = None) -> tuple[Recipe, Family, str]:
     """The recipe in a file, a recipe's or mergekit's; its opened models; Markdown for the card."""
     from gptailor.mergekit import read_mergekit, to_recipe
 
     config = read_mergekit(path)
     if config is None:
-        recipe = read_recipe(path)
+        recipe = read_recipe(path).with_statistics_found()
         return recipe, Family(recipe.used_models, recipe.base, io), ""
     family = Family(config.models, config.base, io)
     text = textwrap.indent(config.text.strip(), "    ")
@@ -341,8 +425,9 @@ def _check_together(config: Config) -> list[str]:
 def _check_space(config: Config, family: Family) -> None:
     """Raises unless the space fits the family, and the family bears a cut."""
     from gptailor.models.architecture import cut_config
-    from gptailor.search.space import SearchSpace
+    from gptailor.search.space import SearchSpace, find_calibration
 
+    find_calibration(config, family)
     space = SearchSpace(config.space, config.models, config.base, family.num_layers)
     if space.min_layers < family.num_layers:
         cut_config(family.base.config, range(family.num_layers - 1))

@@ -48,6 +48,9 @@ def test_every_command_of_the_readme_runs(
     (tmp_path / "search.yaml").write_text(config)
     merge = next(block for block in blocks("yaml") if block.startswith("# merge.yml"))
     (tmp_path / "merge.yml").write_text(merge)
+    recipe = next(block for block in blocks("yaml") if block.startswith("schema:"))
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    (tmp_path / "sample.txt").write_text("w01 w02 w03\nw04 w05\n")
     monkeypatch.chdir(tmp_path)
     commands = [
         line

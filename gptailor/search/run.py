@@ -19,7 +19,7 @@ from gptailor.models.family import Family
 from gptailor.recipe import Recipe
 from gptailor.search.nsga2 import NSGA2Search
 from gptailor.search.seeds import control_arms
-from gptailor.search.space import SearchSpace
+from gptailor.search.space import SearchSpace, find_calibration
 
 if TYPE_CHECKING:
     from gptailor.execution.local import Executor
@@ -52,7 +52,10 @@ class Run:
         self.archive = archive
         self.executor = executor
         self.progress = progress
-        self.space = SearchSpace(config.space, config.models, config.base, family.num_layers)
+        calibration = find_calibration(config, family)
+        self.space = SearchSpace(
+            config.space, config.models, config.base, family.num_layers, calibration
+        )
         self._done = {(e.recipe.hash, e.documents): e for e in archive.evaluations()}
         self._counted: set[str] = set()
 
@@ -184,9 +187,13 @@ def check_resumable(archive: Archive, config: Config, family: Family, documents:
     Raises:
         UsageError: configuration, weights or documents are others than those of the run.
     """
+    fingerprint = family.fingerprint()
+    calibration = find_calibration(config, family)
+    if calibration is not None:
+        fingerprint["calibration"] = calibration.digests
     now = {
         "config": config.model_dump_json(),
-        "fingerprint": json.dumps(family.fingerprint()),
+        "fingerprint": json.dumps(fingerprint),
         "documents": documents,
     }
     before = {key: archive.get_meta(key) for key in now}

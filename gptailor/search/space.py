@@ -18,15 +18,34 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from gptailor.config import Space
+from gptailor.config import Config, Space
 from gptailor.errors import UsageError
 from gptailor.merging.registry import Method, get_method
+from gptailor.models.calibration import Calibration
+from gptailor.models.family import Family
 from gptailor.recipe import Layer, Merge, Recipe, Take
 
 Genome = npt.NDArray[np.int64]
 """Shape (L, G)."""
 
 KEEP, SOURCE, METHOD, LEVELS = 0, 1, 2, 3
+
+
+def find_calibration(config: Config, family: Family) -> Calibration | None:
+    """The statistics that a search needs, of every model; None if its methods need none.
+
+    Raises:
+        UsageError: a model's statistics are missing.
+        ModelError: they are corrupt, or belong to other weights.
+    """
+    methods = config.space.merge.calibrated
+    if config.calibration is None or not methods:
+        return None
+    for candidate in family.candidates.values():
+        for method in methods:
+            candidate.statistics(config.calibration, method)
+    needed = [(method, name) for method in methods for name in config.models]
+    return Calibration(config.calibration).found(needed)
 
 
 class SearchSpace:
@@ -37,13 +56,22 @@ class SearchSpace:
         models: name → reference, in the configuration's order.
         base: the base's name.
         num_layers: source layers of the family.
+        calibration: what recipes with methods that need statistics are made with.
 
     Raises:
         UsageError: the bounds do not fit the number of layers.
     """
 
-    def __init__(self, space: Space, models: Mapping[str, str], base: str, num_layers: int) -> None:
+    def __init__(
+        self,
+        space: Space,
+        models: Mapping[str, str],
+        base: str,
+        num_layers: int,
+        calibration: Calibration | None = None,
+    ) -> None:
         self.models = dict(models)
+        self.calibration = calibration
         self.names = list(models)
         self.base = base
         self.num_layers = num_layers
@@ -83,7 +111,15 @@ class SearchSpace:
 
     def recipe(self, layers: Sequence[Layer]) -> Recipe:
         """A recipe of this family with these layers; embeddings and head are the base's."""
-        return Recipe(self.models, self.base, tuple(layers), self.base, self.base, self.dtype)
+        return Recipe(
+            models=self.models,
+            base=self.base,
+            layers=tuple(layers),
+            embeddings=self.base,
+            head=self.base,
+            dtype=self.dtype,
+            calibration=self.calibration,
+        )
 
     def encode(self, recipe: Recipe) -> Genome:
         """The nearest genome: exact for whatever `decode` can give, weights go to the grid."""

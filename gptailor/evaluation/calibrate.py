@@ -1,0 +1,192 @@
+"""One model of a family on a text: its statistics, in a file beside those of the others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gptailor.errors import GptailorError, ModelError, ResourceError
+from gptailor.evaluation.loading import load_model, load_tokenizer
+from gptailor.evaluation.resident import is_out_of_memory, module_name, pick_device
+from gptailor.evaluation.statistics import fisher_information, gram_matrices
+from gptailor.evaluation.text import Sequences, make_sequences, read_documents
+from gptailor.models.architecture import text_config
+from gptailor.models.calibration import SCHEMA, statistics_path, weights_digest, writing
+from gptailor.models.checkpoint import FLOAT_DTYPES
+from gptailor.models.family import Candidate
+
+
+def read_sequences(
+    path: str | Path, base: Candidate, *, num_tokens: int, seq_len: int
+) -> Sequences:
+    """The sequences of a text, in the tokens of the base; none is longer than the model takes.
+
+    Raises:
+        UsageError: the text is missing or empty.
+        ModelError: the base has no tokenizer that can be loaded.
+    """
+    documents = read_documents(path)
+    tokenizer = load_tokenizer(base.folder)
+    longest = text_config(base.config).get("max_position_embeddings")
+    if isinstance(longest, int) and longest > 0:
+        seq_len = min(seq_len, longest)
+
+    def encode(document: str) -> list[int]:
+        tokens: list[int] = tokenizer(document, verbose=False).input_ids  # long ones are cut here
+        return tokens
+
+    return make_sequences(documents, encode, num_tokens, seq_len)
+
+
+def calibrate_model(
+    candidate: Candidate,
+    method: str,
+    sequences: Sequences,
+    folder: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "float32",
+    seed: int = 0,
+) -> Path:
+    """Runs a model on sequences and writes its statistics; returns the file.
+
+    Fisher information is written relative to its mean over all elements, so that models count alike
+    and `floor` means the same for all of them; in bfloat16, which has the range of float32, and
+    more precision than such a weight needs. Gram matrices are float32, as they are solved with.
+
+    Args:
+        candidate: the model.
+        method: one of `models.calibration.METHODS`.
+        sequences: what it reads.
+        folder: where the file goes.
+        device: "auto", "cpu", "cuda", "cuda:1".
+        dtype: of the model while it reads: a key of `DTYPES`.
+        seed: of the words that are drawn for fisher.
+
+    Raises:
+        ModelError: transformers can't load it, stores its tensors under other names, or it computes
+            no finite numbers.
+        ResourceError: it does not fit into memory, or the disk is full.
+        UsageError: the device does not exist.
+    """
+    path = statistics_path(folder, method, candidate.name)
+    metadata = {
+        "schema": SCHEMA,
+        "method": method,
+        "weights": weights_digest(candidate.tensors),
+        "text": sequences.digest,
+        "tokens": str(sequences.num_tokens),
+        "sequences": str(len(sequences.tokens)),
+        "dtype": dtype,
+    }
+    try:
+        model = _load(candidate, dtype).to(pick_device(device))
+        known = _known(model, candidate)
+        if method == "fisher":
+            metadata["seed"] = str(seed)
+            _write_fisher(path, metadata, model, known, sequences, seed)
+        else:
+            _write_regmean(path, metadata, model, known, sequences)
+    except FloatingPointError as error:
+        raise ModelError(f"{candidate.folder} can't be calibrated: {error}.") from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error) or isinstance(error, GptailorError):
+            raise
+        raise ResourceError(
+            f"{candidate.folder} does not fit into memory to be calibrated: use --dtype bfloat16, "
+            "a smaller --seq-len, or another --device."
+        ) from error
+    return path
+
+
+def _load(candidate: Candidate, dtype: str) -> Any:
+    from transformers.utils import logging
+
+    had_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = load_model(candidate.folder, candidate.tensors, getattr(torch, dtype))
+    finally:
+        if had_bars:
+            logging.enable_progress_bar()
+    return model.eval()
+
+
+def _known(model: Any, candidate: Candidate) -> dict[str, torch.Tensor]:
+    """Name in the files → parameter or buffer, for all that can be merged."""
+    state: Mapping[str, torch.Tensor] = model.state_dict(keep_vars=True)
+    known = {}
+    for name, info in candidate.tensors.items():
+        if info.dtype not in FLOAT_DTYPES:
+            continue
+        found = state.get(module_name(model, name))
+        if found is None or tuple(found.shape) != info.shape:
+            raise ModelError(
+                f"{candidate.folder}: transformers has no parameter of the shape "
+                f"{list(info.shape)} for {name}; this architecture is not supported yet."
+            )
+        known[name] = found
+    return known
+
+
+def _write_fisher(
+    path: Path,
+    metadata: dict[str, str],
+    model: nn.Module,
+    known: Mapping[str, torch.Tensor],
+    sequences: Sequences,
+    seed: int,
+) -> None:
+    # tied parameters stand under one name here, and under each of theirs in the file
+    names = {id(t): name for name, t in known.items() if isinstance(t, nn.Parameter)}
+    parameters = {name: known[name] for name in names.values()}
+    fisher = fisher_information(model, sequences.tokens, parameters, seed)  # type: ignore[arg-type]
+    total = sum(float(f.sum(dtype=torch.float64)) for f in fisher.values())
+    mean = total / sum(f.numel() for f in fisher.values())
+    if mean == 0.0:
+        raise FloatingPointError("all its gradients are zero")
+    metadata["mean"] = f"{mean:.9g}"
+    shapes = {name: ("BF16", tuple(t.shape)) for name, t in known.items()}
+    with writing(path, metadata, shapes) as file:
+        for name, tensor in known.items():
+            if id(tensor) in names:
+                file.write(name, _bytes((fisher[names[id(tensor)]] / mean).bfloat16()))
+
+
+def _write_regmean(
+    path: Path,
+    metadata: dict[str, str],
+    model: nn.Module,
+    known: Mapping[str, torch.Tensor],
+    sequences: Sequences,
+) -> None:
+    names = {id(t): name for name, t in known.items()}
+    linears = {
+        names[id(module.weight)]: module
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+        and id(module.weight) in names
+        and names[id(module.weight)].endswith(".weight")
+    }
+    embedded = model.get_input_embeddings().weight  # type: ignore[operator]
+    linears = {n: m for n, m in linears.items() if m.weight is not embedded}
+    if not linears:
+        raise ModelError(f"{path.name}: the model has no linear layers, so regmean is an average.")
+    shapes = {name: ("F32", (m.in_features,) * 2) for name, m in linears.items()}
+    budget = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 2
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        budget = torch.cuda.mem_get_info(device)[0] // 2
+    with writing(path, metadata, shapes) as file:
+        for name, gram_II in gram_matrices(model, sequences.tokens, linears, budget):
+            file.write(name, _bytes(gram_II))
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.contiguous().reshape(-1).cpu()
+    return flat.view(torch.uint8).numpy().data
