@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from gptailor.merging.registry import METHODS, Value
+from gptailor.merging.regmean import regmean
 from gptailor.recipe import Layer, Merge, Take, canonical_layer
 from tests.native.native_tools import run, tensor
 from tests.recipes import MODELS
 
 SHAPE = (5, 8)
+RATIO = "reduce_non_diagonal_ratio"
 
 
 def tensors(seed: int) -> dict[str, np.ndarray]:
@@ -29,18 +32,33 @@ def built(entry: Layer, models: dict[str, np.ndarray]) -> np.ndarray:
     if isinstance(entry, Take):
         return models[entry.model].ravel()
     method, arguments = entry.method, dict(entry.parameters)
+    weights = [weight for _, weight in entry.weights]
+    if method == "regmean":
+        grams = [gram(models[name]) for name in entry.models]
+        sources = [torch.tensor(models[name]) for name in entry.models]
+        return regmean(sources, grams, weights, entry.number(RATIO)).flatten().numpy()
     if method == "average":  # always canonical when it is built
         method, arguments = "linear", {"normalize": 1.0}
     out = run(
         method,
         [tensor(models[name], "F32") for name in entry.models],
         tensor(models["base"], "F32") if entry.takes_base else None,
-        weights=[weight for _, weight in entry.weights],
+        statistics=[tensor(models[name] ** 2, "F32") for name in entry.models]
+        if METHODS[method].is_calibrated
+        else (),
+        weights=weights,
         parameters=arguments,
         key=7,
         threads=1,
     )
     return out.view(np.float32).astype(np.float64)
+
+
+def gram(x: np.ndarray) -> torch.Tensor:
+    """Of as many inputs as are needed, which depend on the model."""
+    rng = np.random.default_rng(int(abs(x).sum() * 1e4))
+    inputs = rng.standard_normal((4 * SHAPE[1], SHAPE[1])).astype(np.float32)
+    return torch.tensor(inputs.T @ inputs)
 
 
 _weight = st.sampled_from([0.0, 0.5, 1.0, -0.25, 2.0]) | st.floats(-2, 2).map(lambda w: round(w, 3))
@@ -73,6 +91,8 @@ def merges(draw: st.DrawFn) -> Merge:
         values["density"] = tuple(draw(st.sampled_from([0.0, 0.4, 0.5, 1.0])) for _ in some)
         values["epsilon"] = draw(st.sampled_from([0.0, 0.1, 0.15]))
     sources = tuple((name, draw(_weight) if method.weighted else 1.0) for name in some)
+    if method.is_calibrated:  # sums near zero would show every rounding
+        sources = tuple((name, abs(weight)) for name, weight in sources)
     return Merge(method.name, 1, sources, tuple(values.items()))
 
 

@@ -61,9 +61,9 @@ DTYPES = [
     "F32\0",
     "X" * 1000,
 ]
-ENGINE = [name for name in METHODS if name != "average"]
-"""What the engine knows by name: an average is a linear merge by then."""
-OTHER_METHODS = ["", "average", "linaer", "passthrough", "linear\0", "fisher"]
+ENGINE = [name for name in METHODS if name not in ("average", "regmean")]
+"""What the engine knows by name: an average is a linear merge by then, regmean a linear solve."""
+OTHER_METHODS = ["", "average", "linaer", "passthrough", "linear\0", "regmean"]
 PARAMETERS = ["t", "lambda", "density", "epsilon", "seed", "eps", "max_iter", "odd", ""]
 
 
