@@ -39,10 +39,13 @@ def regmean(
         (outputs, inputs), float64.
 
     Raises:
-        ValueError: the sum of the Gram matrices is singular; the message says so.
+        ValueError: the sum of the Gram matrices is singular, or that of the weights is zero.
     """
     import torch
 
+    total = sum(w_S)
+    if total == 0.0:
+        raise ValueError("the weights add up to zero")
     n_outputs, n_inputs = x_SOI[0].shape
     left_II = torch.zeros(n_inputs, n_inputs, dtype=torch.float64)
     right_IO = torch.zeros(n_inputs, n_outputs, dtype=torch.float64)
@@ -55,7 +58,7 @@ def regmean(
         left_II += g_II
         x_IO = x_OI.T.double()
         right_IO.addmm_(g_II, x_IO)
-        mean_IO.add_(x_IO, alpha=weight / sum(w_S))
+        mean_IO.add_(x_IO, alpha=weight / total)
     is_dead_I = left_II.diagonal() == 0
     # Rows and columns are scaled to a diagonal of 1, so that small pivots mean something.
     scale_I = torch.where(is_dead_I, 1.0, left_II.diagonal().abs().rsqrt())
