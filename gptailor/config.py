@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gptailor.errors import UsageError, plain, unknown
 from gptailor.merging.registry import METHODS, get_method
 from gptailor.models.untrusted import home_expanded, is_folder
 from gptailor.recipe import DTYPES, absolute_ref
-from gptailor.strict_yaml import load_yaml
+from gptailor.strict_yaml import dump_yaml, load_yaml
 
 SEEDS = ("dense", "block_influence", "angular", "uniform", "paper", "random")
 """The control arms that a search can start from; the dense candidates are evaluated anyway."""
@@ -328,4 +327,4 @@ def _models_in(annotation: Any) -> list[Any]:
 
 def config_yaml(config: Config) -> str:
     """The resolved configuration as a YAML text that `read_config` reads again."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump(mode="json"))

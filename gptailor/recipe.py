@@ -14,8 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from gptailor.canonical import canonical_end, canonical_layer, hashed
 from gptailor.errors import UsageError, unknown
 from gptailor.layer import NO_LAYER, Layer, Merge, Take, as_mapping, as_model, read_entry
@@ -23,7 +21,7 @@ from gptailor.merging.registry import get_method
 from gptailor.models.calibration import METHODS as CALIBRATED
 from gptailor.models.calibration import Calibration
 from gptailor.models.untrusted import home_expanded, is_folder
-from gptailor.strict_yaml import load_yaml
+from gptailor.strict_yaml import dump_yaml, load_yaml
 
 __all__ = [
     "DTYPES",
@@ -167,9 +165,7 @@ class Recipe:
             elif isinstance(value, dict) and key != "models":
                 text += f"{key}: {_line(value)}\n"
             else:
-                text += yaml.safe_dump(
-                    {key: value}, sort_keys=False, allow_unicode=True, width=10_000
-                )
+                text += dump_yaml({key: value})
         return text
 
     @classmethod
@@ -285,10 +281,7 @@ def _end_dict(end: End) -> str | dict[str, Any]:
 
 
 def _line(entry: Mapping[str, Any]) -> str:
-    text = yaml.safe_dump(
-        entry, default_flow_style=True, sort_keys=False, width=10_000, allow_unicode=True
-    )
-    return str(text).strip()
+    return dump_yaml(entry, in_one_line=True).strip()
 
 
 def _read_end(value: object, models: Mapping[str, str], base: str, source: str, key: str) -> End:

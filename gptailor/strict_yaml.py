@@ -40,6 +40,10 @@ class _StrictLoader(yaml.SafeLoader):
         super().fetch_flow_collection_start(token)
 
 
+class _Dumper(yaml.SafeDumper):
+    """YAML that the loader reads as what it was."""
+
+
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
     """Characters of a node, those of aliases counted each time; a node in itself is infinite."""
     if isinstance(node, yaml.ScalarNode):
@@ -81,10 +85,12 @@ def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[An
 
 
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
-# YAML 1.1 takes 1e-5, without a point, for a text; everybody means the number.
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+# YAML 1.1 takes 1e-5, without a point, for a text; everybody means the number. What is written must
+# know it, too, and quote a name like that.
+for _class in (_StrictLoader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
 for _tag in ("int", "float"):
     _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _construct_number)
 
@@ -110,3 +116,16 @@ def load_yaml(text: str, source: str) -> Any:
         if isinstance(error, (LookupError, AttributeError)):
             problem = "a value does not fit its tag"
         raise UsageError(f"{source}{line}: {plain(problem)}.") from error
+
+
+def dump_yaml(data: Any, *, in_one_line: bool = False) -> str:
+    """YAML that `load_yaml` reads as `data`; keys keep their order, lines their length."""
+    text: str = yaml.dump(
+        data,
+        Dumper=_Dumper,
+        default_flow_style=in_one_line,
+        sort_keys=False,
+        allow_unicode=True,
+        width=10_000,
+    )
+    return text

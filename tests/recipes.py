@@ -36,7 +36,24 @@ def weigh(method: str, named: dict[str, float], **values: Any) -> Merge:
 
 
 _names = st.text(min_size=1, max_size=6).filter(str.isprintable) | st.sampled_from(
-    ["yes", "null", "1", "1.5", "a: b", "#x", "- a", "{x}", "é", " a ", "'", '"', "~", "<<"]
+    [
+        "yes",
+        "null",
+        "1",
+        "1.5",
+        "0e0",
+        "12E45",
+        "a: b",
+        "#x",
+        "- a",
+        "{x}",
+        "é",
+        " a ",
+        "'",
+        '"',
+        "~",
+        "<<",
+    ]
 )
 _weight = st.sampled_from([0.0, 0.5, 1.0]) | st.floats(-1000, 1000)
 _MODULES = ["self_attn", "mlp", "self_attn.q_proj", "mlp.up", "é: ", "1"]
