@@ -16,7 +16,7 @@ namespace gptailor {
 namespace {
 
 constexpr int64_t kSortFrom = int64_t{1} << 16;  // longer rows are sorted
-constexpr int64_t kBuckets = 2048;
+constexpr int64_t kBuckets = 8192;
 
 // An element of rank r stays if its random word is below lowest + r * step. (A word is below a number exactly if it is
 // below the number rounded up, so this is chance() without rounding.)
