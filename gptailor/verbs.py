@@ -6,6 +6,7 @@ imports happen inside, so that a verb pays only for what it uses.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -381,9 +382,12 @@ def _calibrated(
 
 def _described(path: Path, io: str | None = None) -> tuple[Recipe, Family, str]:
     """The recipe in a file, a recipe's or mergekit's; its opened models; Markdown for the card."""
-    from gptailor.mergekit import read_mergekit, to_recipe
+    config = None
+    with contextlib.suppress(OSError):  # read_recipe tells
+        if b"merge_method" in path.read_bytes():
+            from gptailor.mergekit import read_mergekit, to_recipe
 
-    config = read_mergekit(path)
+            config = read_mergekit(path)
     if config is None:
         recipe = read_recipe(path).with_statistics_found()
         return recipe, Family(recipe.used_models, recipe.base, io), ""

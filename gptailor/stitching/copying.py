@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from gptailor import _C
 
 _PIECE = 64 << 20
+_FOLIO = 64 << 10
 _READ_PIECE = 16 << 20
+_WRITE_PIECE = 1 << 20
+"""Larger writes ask the page cache for huge pages, which a fragmented memory gives slowly."""
 _FICLONERANGE = 0x4020940D  # linux/fs.h
 
 
@@ -57,14 +60,19 @@ def stored_bytes(source: _C.InputFile, part: Range) -> int:
 
 
 def _pieces(source: _C.InputFile, part: Range, most: int) -> Iterator[tuple[int, int]]:
-    """(offset, length) of what is copied at once; whole blocks where they can be shared."""
+    """(offset, length) of what is copied at once.
+
+    Whole blocks come by themselves, so that they can be shared. And the kernel copies pieces of 16
+    pages: the page cache makes them one folio each where they begin at a multiple in the result.
+    """
     aligned = (part.offset - part.out_offset) % BLOCK == 0
+    shift = part.out_offset - part.offset
     for begin, end in _data(source, part):
         at = begin
         while at < end:
-            stop = min(end, at + most)
-            if aligned and at % BLOCK:
-                stop = min(end, at + BLOCK - at % BLOCK)
+            to = at + shift
+            step = BLOCK if aligned and at % BLOCK else _FOLIO if to % _FOLIO else most
+            stop = min(end, at + step - to % step)
             yield at, stop - at
             at = stop
 
@@ -92,7 +100,7 @@ def _data(source: _C.InputFile, part: Range) -> Iterator[tuple[int, int]]:
 def write_all(fd: int, data: memoryview, offset: int) -> None:
     """Writes all bytes at an offset; raises OSError."""
     while data:
-        written = os.pwrite(fd, data, offset)
+        written = os.pwrite(fd, data[:_WRITE_PIECE], offset)
         data, offset = data[written:], offset + written
 
 
