@@ -79,7 +79,7 @@ def load_tensors(path: Path) -> dict[str, Entry]:
     header = json.loads(raw[8:begin])
     header.pop("__metadata__", None)
     return {
-        name: (e["dtype"], tuple(e["shape"]), raw[begin:][slice(*e["data_offsets"])])
+        name: (e["dtype"], tuple(e["shape"]), raw[slice(*(begin + n for n in e["data_offsets"]))])
         for name, e in header.items()
     }
 
