@@ -16,7 +16,7 @@ from gptailor.errors import UsageError, plain, unknown
 from gptailor.merging.registry import METHODS, get_method
 from gptailor.models.untrusted import home_expanded, is_folder
 from gptailor.recipe import DTYPES, absolute_ref
-from gptailor.strict_yaml import dump_yaml, load_yaml
+from gptailor.strict_yaml import dump_yaml, load_yaml, read_text
 
 SEEDS = ("dense", "block_influence", "angular", "uniform", "paper", "random")
 """The control arms that a search can start from; the dense candidates are evaluated anyway."""
@@ -229,7 +229,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        data = load_yaml(path.read_text(encoding="utf-8"), str(path))
+        data = load_yaml(read_text(path), str(path))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UsageError(f"The configuration {path} can't be read: {reason}.") from error

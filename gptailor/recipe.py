@@ -21,7 +21,7 @@ from gptailor.merging.registry import get_method
 from gptailor.models.calibration import METHODS as CALIBRATED
 from gptailor.models.calibration import Calibration
 from gptailor.models.untrusted import home_expanded, is_folder
-from gptailor.strict_yaml import dump_yaml, load_yaml
+from gptailor.strict_yaml import dump_yaml, load_yaml, read_text
 
 __all__ = [
     "DTYPES",
@@ -307,7 +307,7 @@ def read_recipe(path: str | Path) -> Recipe:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UsageError(f"The recipe {path} can't be read: {reason}.") from error

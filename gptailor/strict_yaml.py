@@ -8,6 +8,7 @@ anything.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -93,6 +94,16 @@ for _class in (_StrictLoader, _Dumper):
     )
 for _tag in ("int", "float"):
     _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _construct_number)
+
+
+def read_text(path: Path) -> str:
+    """The text of a YAML file, which may be a pipe; of one that is too long, only so much.
+
+    Raises:
+        OSError, UnicodeDecodeError: it can't be read, or is no text.
+    """
+    with path.open(encoding="utf-8") as file:
+        return file.read(MAX_YAML_CHARACTERS + 1)
 
 
 def load_yaml(text: str, source: str) -> Any:

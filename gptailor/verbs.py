@@ -362,9 +362,10 @@ def _calibrated(
     """Models, base, calibration folder, and the models that each method needs statistics of."""
     from gptailor.config import read_config
     from gptailor.recipe import SCHEMA, load_yaml
+    from gptailor.strict_yaml import read_text
 
     try:
-        data = load_yaml(path.read_text(encoding="utf-8"), str(path))
+        data = load_yaml(read_text(path), str(path))
     except (OSError, UnicodeDecodeError):
         data = {"schema": SCHEMA}  # read_recipe says what is wrong
     needed: dict[str, list[str]] = {}

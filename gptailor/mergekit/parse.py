@@ -25,7 +25,7 @@ from gptailor.mergekit.setting import Setting, parse_setting
 from gptailor.merging.registry import METHODS
 from gptailor.models.untrusted import home_expanded, is_folder
 from gptailor.recipe import DTYPES, absolute_ref
-from gptailor.strict_yaml import load_yaml
+from gptailor.strict_yaml import load_yaml, read_text
 
 MAX_MODELS = 1000
 _NO_EFFECT = "int8_mask"  # how mergekit stores its masks: no value depends on it
@@ -50,7 +50,7 @@ def read_mergekit(path: str | Path) -> MergekitConfig | None:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError):
         return None
     if "merge_method" not in text:  # most recipes are parsed once only

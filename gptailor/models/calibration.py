@@ -90,7 +90,7 @@ class Statistics:
     def digest(self) -> str:
         """16 hex digits of the metadata's SHA-256: the same for the same text and weights."""
         text = json.dumps(self.metadata, sort_keys=True, ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     def check_weights(self, digest: str, where: object) -> None:
         """Raises a `ModelError` unless they belong to the weights with this `weights_digest`."""
@@ -221,4 +221,4 @@ def _read_metadata(path: Path) -> dict[str, str]:
         raw = read_up_to(file, int.from_bytes(read_up_to(file, 8), "little"))
     metadata = parse_json(raw, path, "its header", unique=True).get("__metadata__")
     known = metadata if isinstance(metadata, dict) else {}
-    return {str(key): str(value) for key, value in known.items()}
+    return {key: value for key, value in known.items() if isinstance(value, str)}

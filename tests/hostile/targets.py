@@ -24,6 +24,7 @@ from gptailor.errors import GptailorError, ModelError, UsageError
 from gptailor.mergekit import to_recipe
 from gptailor.mergekit.parse import parse_mergekit
 from gptailor.models.architecture import cut_config, find_architecture, text_config
+from gptailor.models.calibration import SCHEMA, Statistics, statistics_path
 from gptailor.models.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo, read_header
 from gptailor.models.family import Candidate, Family
 from gptailor.models.family import _check_fits as check_fits
@@ -105,6 +106,22 @@ def header_seeds() -> list[bytes]:
         file_bytes({"a": entry, "e": empty, "b": second}, bytes(16)),
         file_bytes(names, bytes(16)),
     ]
+
+
+def statistics(data: bytes) -> None:
+    """Statistics of a model, which recipes name for fisher and regmean."""
+    path = statistics_path(PLACE, "fisher", "x")
+    path.write_bytes(data)
+    with only(ModelError, UsageError):
+        found = Statistics(PLACE, "fisher", "x")
+        check_tensors(found.tensors)
+        assert re.fullmatch("[0-9a-f]{16}", found.digest)
+
+
+def statistics_seeds() -> list[bytes]:
+    metadata = {"schema": SCHEMA, "method": "fisher", "weights": "ab", "text": "é"}
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    return [file_bytes({"__metadata__": metadata, "a": entry}, bytes(8))]
 
 
 _INDEX: dict[str, Path] = {}
@@ -325,6 +342,7 @@ def search_config_seeds() -> list[bytes]:
 
 TARGETS: dict[str, Target] = {
     "header": Target(header, mutate_header, header_seeds),
+    "statistics": Target(statistics, mutate_header, statistics_seeds),
     "index": Target(index, mutate_json, index_seeds),
     "config": Target(config, mutate_json, config_seeds),
     "tokenizer": Target(tokenizer, mutate_json, tokenizer_seeds),

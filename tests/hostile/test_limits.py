@@ -183,3 +183,15 @@ def test_mergekit_with_many_models(tmp_path: Path) -> None:
     text = f"merge_method: linear\nmodels:\n{models}"
     (tmp_path / "m.yaml").write_text(text)
     assert "more than 1000 models" in measured("mergekit", tmp_path / "m.yaml", 10 * len(text))
+
+
+def test_a_recipe_without_end(tmp_path: Path) -> None:
+    with (tmp_path / "recipe.yaml").open("wb") as file:
+        file.truncate(10**12)
+    done = run_python(
+        "import sys; from gptailor.cli import main; sys.exit(main(['stitch', *sys.argv[1:]]))",
+        tmp_path / "recipe.yaml",
+        tmp_path / "out",
+    )
+    assert done.returncode == 2
+    assert "more than 2,000,000 characters" in done.stderr
