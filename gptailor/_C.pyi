@@ -189,7 +189,7 @@ class Merge:
     even; beyond its range to infinity). The result depends neither on the number of threads nor on
     the slices in which it is asked for, nor on the CPU; but the few coefficients of methods on
     spheres, and widen's scores, use the C library's sine, arc cosine and exponential, whose last
-    float64 bit may be another one elsewhere (about one coefficient in 10^8 rounds otherwise then).
+    float64 bit may be another one elsewhere, which seldom changes a coefficient's float32.
 
     `linear` with one source of weight 1 and without `normalize` computes nothing: it copies the
     bytes, or only casts them.

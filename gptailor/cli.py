@@ -43,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         run: Callable[[argparse.Namespace], int] = arguments.run
         return run(arguments)
     except KeyboardInterrupt:
-        return _said("interrupted; everything that was evaluated is kept", 130)
+        return _said(f"interrupted; {_kept(arguments)}", 130)
     except _Terminated:
-        return _said("terminated; everything that was evaluated is kept", 143)
+        return _said(f"terminated; {_kept(arguments)}", 143)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
         return 0
@@ -53,6 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         return _explain(error)
+
+
+def _kept(arguments: argparse.Namespace) -> str:
+    """What an interruption leaves behind."""
+    searches = arguments.verb in ("demo", "search")
+    return "everything that was evaluated is kept" if searches else "nothing was left half-written"
 
 
 def _parsed(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
@@ -368,7 +374,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version")
     parser.set_defaults(run=_no_verb, debug=False, version=False)
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", parser_class=_Parser)
+    verbs = parser.add_subparsers(dest="verb", title="verbs", metavar="VERB", parser_class=_Parser)
     for name, (what, example, add, run) in _VERBS.items():
         verb = verbs.add_parser(
             name,
