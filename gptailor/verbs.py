@@ -383,9 +383,11 @@ def _calibrated(
 
 def _described(path: Path, io: str | None = None) -> tuple[Recipe, Family, str]:
     """The recipe in a file, a recipe's or mergekit's; its opened models; Markdown for the card."""
+    from gptailor.strict_yaml import read_text
+
     config = None
-    with contextlib.suppress(OSError):  # read_recipe tells
-        if b"merge_method" in path.read_bytes():
+    with contextlib.suppress(OSError, UnicodeDecodeError):  # read_recipe tells
+        if "merge_method" in read_text(path):  # most recipes need no reader of mergekit's
             from gptailor.mergekit import read_mergekit, to_recipe
 
             config = read_mergekit(path)
