@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import gptailor
 from gptailor import verbs
 from gptailor.errors import GptailorError, ModelError
 from gptailor.models.checkpoint import Checkpoint, read_header
@@ -161,7 +162,7 @@ def test_messages_are_one_line_that_a_terminal_can_show() -> None:
 
 
 def test_no_code_loads_pickles_or_trusts_remote_code() -> None:
-    root = Path(verbs.__file__).parent
+    root = Path(gptailor.__file__).parent
     for path in root.rglob("*.py"):
         text = path.read_text()
         assert "torch.load(" not in text, path

@@ -1,132 +1,20 @@
-"""What gptailor does, one function for each verb of the command line, with the same words.
-
-This is the place where the parts meet: configuration, family, executor, archive, report. Heavy
-imports happen inside, so that a verb pays only for what it uses.
-"""
+"""The verbs that are about one model: write it, score it, read a text with its sources."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptailor.errors import GptailorError, ModelError, UsageError, unknown
+from gptailor.errors import ModelError, UsageError, unknown
 from gptailor.models.calibration import METHODS as CALIBRATED
-from gptailor.models.family import Family, resolve
+from gptailor.models.family import Family
 from gptailor.recipe import DTYPES, Recipe, Take, read_recipe
 
 if TYPE_CHECKING:
-    from gptailor.archive import Evaluation, Score
-    from gptailor.config import Config
-
-DEMO_SIZE = 0.75
-"""The demo stitches the best model of at most this part of the layers."""
-
-
-def check(config: str | Path, overrides: Sequence[str] = ()) -> list[str]:
-    """Why a search would fail, as far as configs, headers and task names tell; empty if it won't.
-
-    Models are local folders, or are downloaded first.
-
-    Raises:
-        UsageError: the configuration itself is wrong.
-    """
-    from gptailor.config import read_config
-    from gptailor.models.family import Candidate, has_tokenizer
-
-    parsed = read_config(config, overrides)
-    problems: list[str] = []
-    for name, ref in parsed.models.items():
-        try:
-            candidate = Candidate(name, resolve(ref))
-        except GptailorError as error:
-            problems.append(str(error))
-            continue
-        if name == parsed.base and not has_tokenizer(candidate.folder):
-            problems.append(f"The base {candidate.folder} has no tokenizer.")
-    if not problems:
-        problems += _check_together(parsed)
-    problems += _check_tasks(parsed)
-    return problems
-
-
-def search(
-    config: Config | str | Path,
-    *,
-    overrides: Sequence[str] = (),
-    resume: bool = False,
-    workers: int = 1,
-) -> Path:
-    """Searches, scores the front on the holdout, writes the report; returns the run folder.
-
-    Args:
-        config: a `search.yaml`, or what was read from one.
-        overrides: `key.path=value` for a file.
-        resume: go on with the run that is in the output folder (or begin it).
-        workers: processes on this machine.
-
-    Raises:
-        UsageError: the configuration is wrong, or the output folder holds a run already.
-        ModelError: a model or tokenizer is unusable.
-        ResourceError: memory or disk is exhausted; what was evaluated is kept.
-        StoppedEarly: a worker died; `resume=True` continues.
-    """
-    from gptailor.archive import Archive
-    from gptailor.config import Config, config_yaml, read_config
-    from gptailor.execution.local import open_executor
-    from gptailor.report import write_report
-    from gptailor.search.progress import Progress
-    from gptailor.search.run import Run, check_resumable
-
-    if not isinstance(config, Config):
-        config = read_config(config, overrides)
-    output = Path(config.output)
-    if (output / "archive.db").exists() and not resume:
-        raise UsageError(
-            f"{output} holds a run already: continue it with --resume, or name another output."
-        )
-    Archive.check_not_in_use(output)  # in a moment, not after the models are loaded
-    family = Family(config.models, config.base)
-    _check_space(config, family)
-    progress = Progress(config.search.evaluations, family.num_layers)
-    progress.note(f"Searching {family.num_layers} layers of {len(config.models)} models.")
-    executor = open_executor(config, family, workers)
-    try:
-        info = executor.workload()  # before the run folder is made: a wrong task leaves nothing
-        with Archive(output) as archive:
-            check_resumable(archive, config, family, info.digest)
-            _write_text(output / "config.yaml", config_yaml(config))
-            _write_text(output / "environment.json", json.dumps(environment(), indent=2) + "\n")
-            documents = ", ".join(f"{n} {name}" for name, n in info.num_documents.items())
-            progress.note(f"Documents: {documents}. Run folder: {output}.")
-            run = Run(config, family, archive, executor, progress)
-            run.search()
-            run.holdout([e.recipe for e in worth_a_holdout(archive.evaluations("search"))])
-    finally:
-        executor.close()
-    write_report(output)
-    return output
-
-
-def worth_a_holdout(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """The front, the dense candidates, and the best control arm of each size."""
-    ok = [e for e in evaluations if e.outcome.accuracy is not None]
-    arms = [e for e in ok if e.arms]
-    dense = [e for e in arms if any(arm.startswith("dense:") for arm in e.arms)]
-    chosen = {e.recipe.hash: e for e in (*_front(ok), *_front(arms), *dense)}
-    return list(chosen.values())
-
-
-def report(run: str | Path, out: str | Path | None = None) -> Path:
-    """Writes the report of a run again (front, figures, page); returns the page's path."""
-    from gptailor.report import write_report
-
-    return write_report(Path(run), None if out is None else Path(out))
+    from gptailor.archive import Score
 
 
 def stitch(
@@ -293,69 +181,6 @@ def evaluate(
     return outcome.scores
 
 
-def demo(out: str | Path = "gptailor-demo", *, workers: int = 1) -> Path:
-    """The main job, whole, on the family that ships with the package; returns the run folder.
-
-    Searches, reports, and stitches the best model of at most 75 % of the layers.
-    """
-    from gptailor.archive import Archive
-    from gptailor.config import read_config
-    from gptailor.demo import PATH
-
-    out = Path(out)
-    config = read_config(PATH / "search.yaml")
-    config = config.model_copy(update={"output": str(out)})
-    search(config, resume=True, workers=workers)
-    with Archive(out, readonly=True) as archive:
-        evaluations = archive.evaluations("search")
-    num_layers = max(e.recipe.num_layers for e in evaluations)
-    small = [
-        e
-        for e in evaluations
-        if e.outcome.accuracy is not None and e.recipe.num_layers <= DEMO_SIZE * num_layers
-    ]
-    best = max(small, key=lambda e: (e.outcome.accuracy or 0.0, -e.parameters))
-    place = out / "models" / best.recipe.point
-    if not place.exists():
-        stitch(out, place, point=best.recipe.point)
-    return out
-
-
-def environment() -> dict[str, object]:
-    """Where a run happens: versions and machine."""
-    import platform
-    import socket
-    from importlib import metadata
-
-    names = ("gptailor", "torch", "transformers", "lm_eval", "pymoo", "numpy", "safetensors")
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "?"
-    return {
-        "versions": versions,
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "host": socket.gethostname(),
-        "cores": len(os.sched_getaffinity(0)),
-        "command": sys.argv,
-    }
-
-
-def _front(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """Evaluations that no other one beats in accuracy and parameters."""
-    front: list[Evaluation] = []
-    ordered = sorted(
-        evaluations, key=lambda e: (e.parameters, -(e.outcome.accuracy or 0), e.number)
-    )
-    for evaluation in ordered:
-        if not front or (evaluation.outcome.accuracy or 0) > (front[-1].outcome.accuracy or 0):
-            front.append(evaluation)
-    return front
-
-
 def _calibrated(
     path: Path,
 ) -> tuple[dict[str, str], str, str | None, dict[str, list[str]]]:
@@ -419,43 +244,3 @@ def _point(run: Path, point: str) -> tuple[Recipe, str]:
     ]
     notes = "| task | documents | metric | score |\n|---|---|---|---|\n" + "\n".join(rows)
     return matches[0], notes if rows else ""
-
-
-def _check_together(config: Config) -> list[str]:
-    try:
-        _check_space(config, Family(config.models, config.base))
-    except GptailorError as error:
-        return [str(error)]
-    return []
-
-
-def _check_space(config: Config, family: Family) -> None:
-    """Raises unless the space fits the family, and the family bears a cut."""
-    from gptailor.models.architecture import cut_config
-    from gptailor.search.space import SearchSpace, find_calibration
-
-    find_calibration(config, family)
-    space = SearchSpace(config.space, config.models, config.base, family.num_layers)
-    if space.min_layers < family.num_layers:
-        cut_config(family.base.config, range(family.num_layers - 1))
-
-
-def _check_tasks(config: Config) -> list[str]:
-    from gptailor.evaluation.workload import task_manager
-
-    holdout = config.evaluation.holdout.tasks if config.evaluation.holdout else ()
-    names = [spec.task for spec in (*config.evaluation.tasks, *holdout)]
-    known = task_manager(config.evaluation.include_path, names).all_tasks
-    return [str(unknown("task", name, known)) for name in names if name not in known]
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    from gptailor.errors import ResourceError
-
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise ResourceError(f"{path} can't be written: {error.strerror}.") from error

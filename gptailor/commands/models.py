@@ -1,0 +1,148 @@
+"""The words of the verbs that are about one model."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+from gptailor.commands.command import Command, add_io, at_least_one
+
+
+def _stitch(arguments: argparse.Namespace) -> int:
+    from gptailor import verbs
+
+    out = verbs.stitch(
+        arguments.source,
+        arguments.out,
+        point=arguments.point,
+        verify=arguments.verify,
+        sync=arguments.sync,
+        threads=arguments.threads,
+        max_shard_size=arguments.max_shard_size,
+    )
+    print(json.dumps({"folder": str(out)}) if arguments.json else f"The model is in {out}.")
+    return 0
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from gptailor import verbs
+
+    files = verbs.calibrate(
+        arguments.source,
+        arguments.text,
+        arguments.out,
+        methods=arguments.method,
+        num_tokens=arguments.tokens,
+        seq_len=arguments.seq_len,
+        seed=arguments.seed,
+        dtype=arguments.dtype,
+        device=arguments.device,
+    )
+    if arguments.json:
+        print(json.dumps({"files": [str(path) for path in files]}))
+        return 0
+    for path in files:
+        print(path)
+    print(f"A recipe that uses them has the line `calibration: {files[0].parent}`.")
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from gptailor import verbs
+
+    scores = verbs.evaluate(
+        arguments.model,
+        arguments.tasks.split(","),
+        include_path=arguments.include_path,
+        num_fewshot=arguments.num_fewshot,
+        batch_size=arguments.batch_size,
+        dtype=arguments.dtype,
+        device=arguments.device,
+    )
+    if arguments.json:
+        print(json.dumps([dataclasses.asdict(score) for score in scores], indent=2))
+        return 0
+    for score in scores:
+        stderr = "" if score.stderr is None else f" ± {score.stderr:.4f}"
+        print(f"{score.task:24} {score.metric:24} {score.value:.4f}{stderr}")
+    return 0
+
+
+def _add_stitch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", help="a recipe.yaml, a mergekit YAML, or a run folder with --point"
+    )
+    parser.add_argument("out", help="the model folder to make")
+    parser.add_argument("--point", help="id of a point of the run, or its beginning")
+    parser.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="leave out the smoke test"
+    )
+    parser.add_argument(
+        "--no-sync", dest="sync", action="store_false", help="do not wait for the disk"
+    )
+    parser.add_argument("--threads", type=int, default=0, help="for merging (0 = all cores)")
+    parser.add_argument(
+        "--max-shard-size",
+        metavar="SIZE",
+        default="50GB",
+        help="of a file of weights, like 5GB or 500MiB (50GB). On a disk that can share blocks "
+        "with the inputs (XFS, Btrfs) copied layers take no room, but may make a few files more",
+    )
+    add_io(parser)
+
+
+def _add_calibrate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="a recipe.yaml or a search.yaml")
+    parser.add_argument(
+        "--text", required=True, help="a document a line, or a .jsonl of objects with a text"
+    )
+    parser.add_argument("--out", help="folder for the result (what the file names as calibration)")
+    parser.add_argument(
+        "--method",
+        action="append",
+        default=[],
+        help="fisher or regmean, may be given twice (those that the file uses)",
+    )
+    parser.add_argument(
+        "--tokens", type=at_least_one, default=100_000, help="how many are read (100000)"
+    )
+    parser.add_argument(
+        "--seq-len", type=at_least_one, default=512, help="tokens in a sequence, at most (512)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the words drawn for fisher (0)")
+    parser.add_argument("--dtype", default="float32", help="of the models while they read")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 or auto")
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a model folder, a hub id, a recipe.yaml or a mergekit YAML")
+    parser.add_argument("--tasks", required=True, help="lm-eval's names, with commas")
+    parser.add_argument("--include-path", help="a folder with own tasks")
+    parser.add_argument("--num-fewshot", type=int, help="examples in the context")
+    parser.add_argument("--batch-size", type=int, default=32, help="sequences in a batch (32)")
+    parser.add_argument("--dtype", default="auto", help="bfloat16, float16, float32 or auto")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 or auto")
+    add_io(parser)
+
+
+COMMANDS = {
+    "stitch": Command(
+        "write the model that a recipe describes",
+        "gptailor stitch runs/smollm2 --point 1f3a09bc my-model",
+        _add_stitch,
+        _stitch,
+    ),
+    "calibrate": Command(
+        "read a text with each model, for merges by fisher and regmean",
+        "gptailor calibrate recipe.yaml --text sample.txt --method regmean --out calibration",
+        _add_calibrate,
+        _calibrate,
+    ),
+    "eval": Command(
+        "score one model, the same way as a search does",
+        "gptailor eval my-model --tasks piqa,arc_easy",
+        _add_eval,
+        _eval,
+    ),
+}

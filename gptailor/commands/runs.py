@@ -1,0 +1,123 @@
+"""The words of the verbs that are about a search."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+
+from gptailor.commands.command import Command, add_io, add_workers
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from gptailor import verbs
+
+    out = verbs.demo(arguments.out, workers=arguments.workers)
+    _show_front(out, arguments.json)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from gptailor import verbs
+
+    problems = verbs.check(arguments.config, arguments.overrides)
+    if arguments.json:
+        print(json.dumps({"problems": problems}))
+    else:
+        for problem in problems:
+            print(problem)
+        if not problems:
+            print("Nothing found that would make a search fail.")
+    return 2 if problems else 0
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    from gptailor import verbs
+
+    out = verbs.search(
+        arguments.config,
+        overrides=arguments.overrides,
+        resume=arguments.resume,
+        workers=arguments.workers,
+    )
+    _show_front(out, arguments.json)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from gptailor import verbs
+
+    page = verbs.report(arguments.run_folder, arguments.out)
+    if arguments.json:
+        print((page.parent.parent / "front.json").read_text())
+    else:
+        print(f"The report is {page}.")
+    return 0
+
+
+def _show_front(run: str | os.PathLike[str], as_json: bool) -> None:
+    from pathlib import Path
+
+    from gptailor.report.front import load_report
+    from gptailor.report.terminal import front_table
+
+    if as_json:
+        print((Path(run) / "front.json").read_text())
+        return
+    print(front_table(load_report(Path(run))))
+    print(f"The report is {Path(run) / 'report' / 'index.html'}.")
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", default="gptailor-demo", help="run folder (gptailor-demo)")
+    add_workers(parser)
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="a search.yaml")
+    parser.add_argument("overrides", nargs="*", help="key.path=value")
+
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="a search.yaml")
+    parser.add_argument("overrides", nargs="*", help="key.path=value")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in its folder")
+    add_workers(parser)
+    add_io(parser)
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", metavar="RUN", help="a run folder")
+    parser.add_argument("--out", help="another folder for the report")
+
+
+KEEPS = "everything that was evaluated is kept"
+
+COMMANDS = {
+    "demo": Command(
+        "the main job, whole, on a small family that ships with the package",
+        "gptailor demo --out gptailor-demo",
+        _add_demo,
+        _demo,
+        KEEPS,
+    ),
+    "check": Command(
+        "why a search would fail, from configs and headers, in seconds",
+        "gptailor check search.yaml",
+        _add_check,
+        _check,
+    ),
+    "search": Command(
+        "search for the recipes that lose least at every size",
+        "gptailor search search.yaml search.evaluations=200 --resume",
+        _add_search,
+        _search,
+        KEEPS,
+    ),
+    "report": Command(
+        "write the report of a run",
+        "gptailor report runs/smollm2",
+        _add_report,
+        _report,
+    ),
+}

@@ -1,0 +1,9 @@
+"""What gptailor does, one function for each verb of the command line, with the same words.
+
+Heavy imports happen inside the functions, so that a verb pays only for what it uses.
+"""
+
+from gptailor.verbs.models import calibrate, evaluate, stitch
+from gptailor.verbs.runs import check, demo, report, search
+
+__all__ = ["calibrate", "check", "demo", "evaluate", "report", "search", "stitch"]
