@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import signal
 from collections.abc import Iterable
 
 _MAX_SHOWN = 100
@@ -47,6 +48,21 @@ class StoppedEarly(GptailorError):
     """The work was ended before it was complete, and `--resume` continues it."""
 
     exit_code = 5
+
+
+class Requeue(StoppedEarly):
+    """The time of the job is over: it asks to be started again, and goes on then."""
+
+    exit_code = 75
+
+
+class Interrupted(StoppedEarly):
+    """A signal ended the work, after a clean save; the exit code is a shell's for that signal."""
+
+    def __init__(self, signum: int) -> None:
+        name = signal.Signals(signum).name
+        super().__init__(f"Stopped by {name}: everything that was evaluated is kept.")
+        self.exit_code = 128 + signum
 
 
 def plain(text: str, limit: int = 300) -> str:

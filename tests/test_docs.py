@@ -58,7 +58,7 @@ def test_every_command_of_the_readme_runs(
         for line in block.splitlines()
         if line.startswith("gptailor ")
     ]
-    assert {line.split()[1] for line in commands} == set(cli._VERBS) - {"demo"}
+    assert {line.split()[1] for line in commands} == set(cli.COMMANDS) - {"demo"}
     for line in commands:
         words = line.split()[1:]
         if "POINT" in words:
@@ -116,7 +116,7 @@ def test_help_answers_at_once_and_shows_an_example() -> None:
         "heavy = {'torch', 'transformers', 'lm_eval', 'pymoo', 'pydantic', 'numpy'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
-    for verb in cli._VERBS:
+    for verb in cli.COMMANDS:
         done = subprocess.run(
             [sys.executable, "-c", code, verb, "-h"], capture_output=True, text=True, check=True
         )

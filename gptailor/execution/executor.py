@@ -1,0 +1,103 @@
+"""What a search needs of whatever evaluates its recipes: workers that take one job at a time.
+
+An executor knows nothing of searches and archives, so the same search runs over any of them: this
+process, processes of this machine, the ranks of an MPI program, or a simulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from gptailor.archive import Outcome
+from gptailor.evaluation.similarity import Similarity
+from gptailor.recipe import Recipe
+
+Documents = Literal["search", "holdout"]
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """Score a recipe on a set of documents; its result is an `Outcome`."""
+
+    recipe: Recipe
+    documents: Documents
+
+
+@dataclass(frozen=True)
+class SimilarityJob:
+    """Measure the layers of one dense candidate; its result is a `Similarity`."""
+
+    model: str
+
+
+Job = EvaluationJob | SimilarityJob
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A job that ended.
+
+    Attributes:
+        worker: who did it.
+        job: what was asked for.
+        result: what came of it, by the kind of the job.
+    """
+
+    worker: int
+    job: Job
+    result: Outcome | Similarity
+
+
+@dataclass(frozen=True)
+class WorkloadInfo:
+    """What a search must know of the documents.
+
+    Attributes:
+        num_documents: "search" and, if there is one, "holdout" → documents of one evaluation.
+        digest: changes when tasks or documents do.
+    """
+
+    num_documents: dict[str, int]
+    digest: str
+
+
+class Executor(Protocol):
+    """Workers, numbered from 0, each with one job at a time.
+
+    Errors that end the whole search (`ResourceError`, `ModelError`, `StoppedEarly`, or whatever a
+    worker did not expect) are raised by the method that meets them.
+    """
+
+    @property
+    def num_workers(self) -> int:
+        """How many workers there are, busy or not."""
+        ...
+
+    def workload(self) -> WorkloadInfo:
+        """What will be evaluated; waits until a worker knows."""
+        ...
+
+    def free(self) -> Sequence[int]:
+        """The workers that can start a job now, ascending."""
+        ...
+
+    def start(self, worker: int, job: Job) -> None:
+        """Gives a job to a free worker."""
+        ...
+
+    def finished(self, timeout_s: float) -> list[Finished]:
+        """The jobs that ended since the last call; waits up to `timeout_s` for the first.
+
+        Also returns early, with nothing, when a worker becomes free that was not there before.
+        """
+        ...
+
+    def now(self) -> float:
+        """Seconds since any fixed moment, by the clock in which this executor waits."""
+        ...
+
+    def close(self) -> None:
+        """Ends the workers; what they are doing is lost (what was done is recorded)."""
+        ...

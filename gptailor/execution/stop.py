@@ -1,0 +1,71 @@
+"""A request to stop, as a signal makes it: noted at once, acted on between two steps of a search.
+
+- SIGUSR2 comes minutes before a time limit (Slurm's `--signal`): nothing new is started, what runs
+  and can end in time is waited for, and the program asks to be requeued (exit code 75).
+- SIGTERM comes seconds before SIGKILL (scancel, preemption, a neighbour that died), SIGINT from a
+  person: the same, but the wait is short, and the exit code is 143 or 130.
+
+A handler only notes. Whoever waits must not block in C code, where Python's handlers don't run.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import dataclass, field
+from types import FrameType
+
+from gptailor.errors import Interrupted, Requeue, StoppedEarly
+
+TERM_GRACE_S = 10.0
+"""How long a search waits for what runs after SIGTERM; Slurm's KillWait is 30 s by default."""
+
+MARGIN_S = 15.0
+"""What is left between the last wait and the job's time limit, for the last write and the exit."""
+
+
+@dataclass
+class Stop:
+    """Whether, and how soon, the search has to stop.
+
+    Attributes:
+        job_ends_at: Unix time in seconds at which the job is killed; None if nobody knows.
+        signal: the signal that came; the sterner one if there were two.
+        came_at: Unix time in seconds at which it came.
+    """
+
+    job_ends_at: float | None = None
+    signal: int | None = None
+    came_at: float = field(default=0.0)
+
+    def install(self, *signals: int) -> None:
+        """Takes over signals; only in the main thread."""
+        for number in signals or (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal in (None, signal.SIGUSR2):
+            self.signal = number
+            self.came_at = time.time()
+
+    def __bool__(self) -> bool:
+        """True once a signal came: nothing new may be started."""
+        return self.signal is not None
+
+    @property
+    def seconds_left(self) -> float:
+        """How long what runs may still be waited for; infinite where nobody set a limit."""
+        now = time.time()
+        if self.signal is None or (self.signal == signal.SIGUSR2 and self.job_ends_at is None):
+            return float("inf")
+        if self.signal == signal.SIGUSR2:
+            assert self.job_ends_at is not None
+            return max(self.job_ends_at - MARGIN_S - now, 0.0)
+        return max(self.came_at + TERM_GRACE_S - now, 0.0)
+
+    def error(self) -> StoppedEarly:
+        """What the search ends with."""
+        if self.signal == signal.SIGUSR2:
+            return Requeue("Stopped before the time limit: everything evaluated is kept.")
+        assert self.signal is not None
+        return Interrupted(self.signal)
