@@ -1,0 +1,280 @@
+"""What a job says of itself: one small file for each job of a run, for `status` and `cancel`.
+
+`RUN/jobs/JOBID.json` is rewritten by the job's first rank, whole or not at all, and read by others
+without any lock. It is a courtesy, not the truth: that is the archive for evaluations, and Slurm
+for whether a job lives. So a record that can't be written never ends a search, and whatever lies in
+the folder and is no record is passed over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+SCHEMA = "gptailor/job/1"
+FOLDER = "jobs"
+
+JobState = Literal["submitted", "starting", "running", "draining", "ended"]
+"""In this order; "draining": asked to stop, nothing new is started."""
+
+INTERVAL_S = 2.0
+"""A record is rewritten at most so often, unless the job's state changes."""
+
+MAX_FAILURES = 20
+"""The last failures that a record names; their number is in `evaluations_failed`."""
+
+_MAX_BYTES = 16 * 2**20
+"""A larger file is no record (4,096 workers take about 1 MB)."""
+
+
+@dataclass(frozen=True)
+class WorkerRecord:
+    """A worker of a job.
+
+    Attributes:
+        rank: in MPI's sense, or the worker's number where there is no MPI.
+        host: where it runs.
+        pid: its process there.
+        device: "cpu", "cuda:0", …
+        job: what it does, for example a recipe's point; None while it has nothing to do.
+        since: Unix time in seconds at which it began with that, or became free.
+    """
+
+    rank: int
+    host: str = ""
+    pid: int = 0
+    device: str = ""
+    job: str | None = None
+    since: float | None = None
+
+
+@dataclass(frozen=True)
+class FailureRecord:
+    """An evaluation that failed: the recipe's point, the reason's last line, the log to look at."""
+
+    point: str
+    reason: str
+    log: str = ""
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """A job of a run: of Slurm (or one element of an array), or a program started by hand.
+
+    Attributes:
+        job_id: Slurm's number, "NUMBER_ELEMENT" in an array, or "local-HOST-PID".
+        state: how far it is, as it says itself.
+        island: which of the islands it works on, from 0; None without islands.
+        exit_code: of a job that ended.
+        started_at: Unix time in seconds; None until it runs.
+        updated_at: Unix time in seconds of the last rewrite, by the clock of the job's host.
+        ends_at: Unix time in seconds at which Slurm kills it; None if nobody knows.
+        host: of the process that writes this record.
+        pid: of that process.
+        hosts: on which its ranks run.
+        workers: what each of them does.
+        evaluations_done: recipes that count, those found in the archive included.
+        evaluations_new: recipes that this job evaluated.
+        evaluations_failed: those of the new ones that have no score.
+        evaluations_total: what the run was asked for.
+        evaluations_per_hour: of this job, lately; None until it is known.
+        failures: the last few.
+        log: what a person reads first; seen from the run folder, or absolute.
+        restarts: how often Slurm has requeued it.
+    """
+
+    job_id: str
+    state: JobState = "starting"
+    island: int | None = None
+    exit_code: int | None = None
+    started_at: float | None = None
+    updated_at: float = 0.0
+    ends_at: float | None = None
+    host: str = ""
+    pid: int = 0
+    hosts: tuple[str, ...] = ()
+    workers: tuple[WorkerRecord, ...] = ()
+    evaluations_done: int = 0
+    evaluations_new: int = 0
+    evaluations_failed: int = 0
+    evaluations_total: int = 0
+    evaluations_per_hour: float | None = None
+    failures: tuple[FailureRecord, ...] = ()
+    log: str = ""
+    restarts: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is written, `schema` included."""
+        return {"schema": SCHEMA, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: object) -> JobRecord:
+        """Reads what `to_dict` gave; keys of a later version are passed over.
+
+        Raises:
+            ValueError: this is no record.
+        """
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            raise ValueError(f"not of schema {SCHEMA}")
+        values = dict(data)
+        values["workers"] = tuple(_record(WorkerRecord, w) for w in _listed(data, "workers"))
+        values["failures"] = tuple(_record(FailureRecord, f) for f in _listed(data, "failures"))
+        values["hosts"] = tuple(map(str, _listed(data, "hosts")))
+        record: JobRecord = _record(cls, values)
+        if record.state not in get_args(JobState):
+            raise ValueError(f"unknown state {record.state!r}")
+        return record
+
+    def write(self, run_folder: str | Path) -> bool:
+        """Puts the record into its place, whole or not at all; False if that is not possible.
+
+        Side effect: makes `jobs/` in the run folder if it is missing.
+        """
+        path = path_of(run_folder, self.job_id)
+        # a name of its own: a job that Slurm gave up for lost may still be writing
+        temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
+            temporary.replace(path)
+        except OSError:  # a full disk, a quota: the archive will tell, if it has to
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            return False
+        return True
+
+
+class JobRecorder:
+    """Keeps a job's record and rewrites its file, but not too often.
+
+    Args:
+        run_folder: whose `jobs/` it is.
+        record: the first one; its times, host and process are filled in.
+        now: seconds since any moment, as `Executor.now`; paces the writing.
+    """
+
+    def __init__(
+        self,
+        run_folder: str | Path,
+        record: JobRecord,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._folder = Path(run_folder)
+        self._now = now
+        self._written_at = float("-inf")
+        self.record = dataclasses.replace(
+            record,
+            started_at=time.time() if record.started_at is None else record.started_at,
+            host=record.host or socket.gethostname(),
+            pid=record.pid or os.getpid(),
+        )
+        self.flush()
+
+    def update(self, **changes: Any) -> None:
+        """Notes what changed; the file follows at once if the state changed, else when it is due.
+
+        Args:
+            changes: attributes of `JobRecord`.
+        """
+        state = self.record.state
+        self.record = dataclasses.replace(self.record, **changes)
+        if self.record.state != state or self._now() - self._written_at >= INTERVAL_S:
+            self.flush()
+
+    def failed(self, point: str, reason: str, log: str = "") -> None:
+        """Counts an evaluation that failed; of `reason` the last line is kept."""
+        lines = reason.strip().splitlines() or [""]
+        failure = FailureRecord(point, lines[-1][:300], log)
+        self.update(
+            evaluations_failed=self.record.evaluations_failed + 1,
+            failures=(*self.record.failures, failure)[-MAX_FAILURES:],
+        )
+
+    def end(self, exit_code: int) -> None:
+        """The last word of the job."""
+        idle = tuple(dataclasses.replace(w, job=None) for w in self.record.workers)
+        self.update(state="ended", exit_code=exit_code, workers=idle)
+
+    def flush(self) -> bool:
+        """Writes now; False if that is not possible."""
+        self._written_at = self._now()
+        self.record = dataclasses.replace(self.record, updated_at=time.time())
+        return self.record.write(self._folder)
+
+
+def read_all(run_folder: str | Path) -> list[JobRecord]:
+    """The records of a run, earliest job first; what is no whole record is passed over."""
+    records = []
+    with contextlib.suppress(OSError):
+        for path in (Path(run_folder) / FOLDER).glob("*.json"):
+            record = _read(path)
+            if record is not None:
+                records.append(record)
+    return sorted(records, key=lambda r: (r.started_at or r.updated_at, r.job_id))
+
+
+def path_of(run_folder: str | Path, job_id: str) -> Path:
+    """Where the record of a job is."""
+    return Path(run_folder) / FOLDER / f"{job_id}.json"
+
+
+def job_id_here(environ: Mapping[str, str] = os.environ) -> str:
+    """The job that this process belongs to; "local-HOST-PID" outside of Slurm."""
+    array, element = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    if array and element:
+        return f"{array}_{element}"
+    return environ.get("SLURM_JOB_ID") or f"local-{socket.gethostname()}-{os.getpid()}"
+
+
+def _read(path: Path) -> JobRecord | None:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES)
+        record = JobRecord.from_dict(json.loads(data))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return record if path.stem == record.job_id else None
+
+
+def _listed(data: Mapping[str, object], key: str) -> list[Any]:
+    value = data.get(key, [])
+    if not isinstance(value, list):
+        raise ValueError(f"{key} is no list")
+    return value
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "None": (type(None),),
+    "JobState": (str,),
+}
+
+
+def _record(kind: type[Any], data: object) -> Any:
+    """An object of one of the classes above, each value of the type that is written there."""
+    if not isinstance(data, dict):
+        raise ValueError(f"no {kind.__name__}")
+    values = {}
+    for attribute in dataclasses.fields(kind):
+        if attribute.name not in data:
+            continue
+        value, names = data[attribute.name], str(attribute.type).split(" | ")
+        if not names[0].startswith("tuple"):
+            known = tuple(t for name in names for t in _KINDS[name])
+            if isinstance(value, bool) or not isinstance(value, known):
+                raise ValueError(f"{attribute.name} is {value!r}")
+        values[attribute.name] = value
+    try:
+        return kind(**values)
+    except TypeError as error:  # a key without a default is missing
+        raise ValueError(str(error)) from error
