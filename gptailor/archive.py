@@ -12,7 +12,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -45,6 +45,7 @@ CREATE TABLE IF NOT EXISTS arms (
 """
 
 Status = Literal["ok", "infeasible", "failed"]
+Documents = Literal["search", "holdout"]
 
 
 @dataclass(frozen=True)
@@ -219,27 +220,44 @@ class Archive:
         Raises:
             ResourceError: the disk is full; nothing was written.
         """
+        return self.record_all([(recipe, documents, parameters, outcome)])[0]
+
+    def record_all(self, rows: Sequence[tuple[Recipe, str, int, Outcome]]) -> list[Evaluation]:
+        """Writes evaluations that ended together, (recipe, documents, parameters, outcome) each.
+
+        One transaction, so one wait for the disk: what a thousand workers send keeps up with it.
+
+        Raises:
+            ResourceError: the disk is full; nothing was written.
+        """
         finished_at = time.time()
+        numbers = []
         with self._writing():
-            cursor = self._db.execute(
-                "INSERT INTO evaluations (recipe_hash, documents, recipe, status, reason, accuracy,"
-                " parameters, scores, cost, finished_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    recipe.hash,
-                    documents,
-                    json.dumps(recipe.to_dict()),
-                    outcome.status,
-                    outcome.reason,
-                    outcome.accuracy,
-                    parameters,
-                    json.dumps([asdict(s) for s in outcome.scores]),
-                    json.dumps(asdict(outcome.cost)),
-                    finished_at,
-                ),
-            )
-        number = int(cursor.lastrowid or 0)
-        arms = self._arms().get(recipe.hash, ())
-        return Evaluation(number, recipe, documents, outcome, parameters, arms, finished_at)
+            for recipe, documents, parameters, outcome in rows:
+                cursor = self._db.execute(
+                    "INSERT INTO evaluations (recipe_hash, documents, recipe, status, reason,"
+                    " accuracy, parameters, scores, cost, finished_at)"
+                    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        recipe.hash,
+                        documents,
+                        json.dumps(recipe.to_dict()),
+                        outcome.status,
+                        outcome.reason,
+                        outcome.accuracy,
+                        parameters,
+                        json.dumps([asdict(s) for s in outcome.scores]),
+                        json.dumps(asdict(outcome.cost)),
+                        finished_at,
+                    ),
+                )
+                numbers.append(int(cursor.lastrowid or 0))
+        arms = self._arms()
+        return [
+            Evaluation(number, recipe, documents, outcome, parameters, found, finished_at)
+            for number, (recipe, documents, parameters, outcome) in zip(numbers, rows, strict=True)
+            for found in [arms.get(recipe.hash, ())]
+        ]
 
     def add_arm(self, arm: str, recipe: Recipe) -> None:
         """Notes that a control arm led to this recipe; a second time is without effect."""

@@ -160,9 +160,13 @@ class SearchConfig(_Strict):
         seed: of every random choice.
         seeds: control arms that are evaluated first and start the population.
         arm_sizes: parts of the layers that the control arms keep.
+        schedule: "generational": the result follows from seed and scores, whatever the number of
+            workers; "asynchronous": no worker ever waits for another; "auto": asynchronous where
+            there are more workers than a quarter of the population.
     """
 
     algorithm: Literal["nsga2"] = "nsga2"
+    schedule: Literal["auto", "generational", "asynchronous"] = "auto"
     population: Annotated[int, Field(ge=4)] = 48
     evaluations: Annotated[int, Field(ge=1)] = 500
     seed: Annotated[int, Field(ge=0)] = 0

@@ -6,7 +6,7 @@ import time
 import traceback
 from typing import Literal
 
-from gptailor.archive import Cost, Outcome, Score
+from gptailor.archive import Cost, Documents, Outcome, Score
 from gptailor.config import EvaluationConfig
 from gptailor.errors import GptailorError, ResourceError, UsageError
 from gptailor.evaluation.judge import ResidentLM
@@ -16,8 +16,6 @@ from gptailor.evaluation.similarity import Similarity, measure
 from gptailor.evaluation.workload import Workload
 from gptailor.models.family import Family
 from gptailor.recipe import Recipe
-
-Documents = Literal["search", "holdout"]
 
 
 class Evaluator:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
-from gptailor.archive import Outcome
+from gptailor.archive import Documents, Outcome
 from gptailor.evaluation.similarity import Similarity
 from gptailor.recipe import Recipe
-
-Documents = Literal["search", "holdout"]
 
 
 @dataclass(frozen=True)

@@ -1,70 +1,43 @@
-"""Evaluation on this machine: in this process, or in a few worker processes.
-
-An executor takes jobs and gives outcomes in the order in which they end. It knows nothing of
-searches and archives, so the same search runs over any of them.
-"""
+"""Evaluation on this machine: in this process, or in a few worker processes."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor as PoolExecutor
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from gptailor.archive import Outcome
 from gptailor.config import Config
 from gptailor.errors import StoppedEarly
 from gptailor.evaluation.similarity import Similarity
+from gptailor.execution.executor import (
+    Executor,
+    Finished,
+    Job,
+    SimilarityJob,
+    WorkloadInfo,
+)
 from gptailor.models.family import Family
-from gptailor.recipe import Recipe
 
 if TYPE_CHECKING:
-    from gptailor.evaluation.evaluator import Documents, Evaluator
+    from gptailor.evaluation.evaluator import Evaluator
 
 T = TypeVar("T")
-Job = tuple[Recipe, "Documents"]
 
 
-@dataclass(frozen=True)
-class WorkloadInfo:
-    """What a search must know of the documents.
+class Worker:
+    """What one worker does, wherever it runs: it lives as long as its models stay in memory.
 
-    Attributes:
-        num_documents: "search" and, if there is one, "holdout" → documents of one evaluation.
-        digest: changes when tasks or documents do.
+    Args:
+        config: models, tasks, device.
+        family: the opened candidates.
+        num_workers: how many share the device.
     """
-
-    num_documents: dict[str, int]
-    digest: str
-
-
-class Executor(Protocol):
-    """Whatever can evaluate recipes."""
-
-    def workload(self) -> WorkloadInfo:
-        """What will be evaluated."""
-        ...
-
-    def similarity(self, model: str) -> Similarity:
-        """Measures the layers of one dense candidate."""
-        ...
-
-    def evaluate(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Outcome]]:
-        """Evaluates all jobs: (index of the job, outcome), in the order in which they end."""
-        ...
-
-    def close(self) -> None:
-        """Ends the workers."""
-        ...
-
-
-class InProcess:
-    """One worker: this process."""
 
     def __init__(self, config: Config, family: Family, num_workers: int = 1) -> None:
         from gptailor.evaluation.evaluator import Evaluator
@@ -80,14 +53,47 @@ class InProcess:
         digest = "-".join(workload.digest for workload in workloads.values())
         return WorkloadInfo({n: w.num_documents for n, w in workloads.items()}, digest)
 
-    def similarity(self, model: str) -> Similarity:
-        """Measures the layers of one dense candidate."""
-        return self.evaluator.similarity(model, self._config.space.dtype)
+    def do(self, job: Job) -> Outcome | Similarity:
+        """Does a job; raises like `Evaluator`."""
+        if isinstance(job, SimilarityJob):
+            return self.evaluator.similarity(job.model, self._config.space.dtype)
+        return self.evaluator.evaluate(job.recipe, job.documents)
 
-    def evaluate(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Outcome]]:
-        """Evaluates the jobs in their order."""
-        for index, (recipe, documents) in enumerate(jobs):
-            yield index, self.evaluator.evaluate(recipe, documents)
+
+class InProcess:
+    """One worker: this process."""
+
+    num_workers = 1
+
+    def __init__(self, config: Config, family: Family) -> None:
+        self._worker = Worker(config, family)
+        self._job: Job | None = None
+
+    def workload(self) -> WorkloadInfo:
+        """What will be evaluated."""
+        return self._worker.workload()
+
+    def free(self) -> Sequence[int]:
+        """The worker, unless it has a job."""
+        return [0] if self._job is None else []
+
+    def start(self, worker: int, job: Job) -> None:
+        """Takes a job; it is done in `finished`."""
+        assert worker == 0
+        assert self._job is None
+        self._job = job
+
+    def finished(self, timeout_s: float) -> list[Finished]:
+        """Does the job; the time limit is not kept, as there is nobody who could look at it."""
+        del timeout_s
+        if self._job is None:
+            return []
+        job, self._job = self._job, None
+        return [Finished(0, job, self._worker.do(job))]
+
+    def now(self) -> float:
+        """Seconds of the machine's monotonic clock."""
+        return time.monotonic()
 
     def close(self) -> None:
         """Nothing has to be ended."""
@@ -101,51 +107,82 @@ class LocalPool:
     """
 
     def __init__(self, config: Config, num_workers: int) -> None:
+        self.num_workers = num_workers
         threads = max(len(os.sched_getaffinity(0)) // num_workers, 1)
-        self._pool: PoolExecutor = ProcessPoolExecutor(
-            num_workers,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_start_worker,
-            initargs=(config, threads, num_workers),
-        )
+        self._pools = [  # a pool for each, so that a job can be given to the worker that it suits
+            ProcessPoolExecutor(
+                1,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_start_worker,
+                initargs=(config, threads, num_workers),
+            )
+            for _ in range(num_workers)
+        ]
+        self._begun = [pool.submit(_workload) for pool in self._pools]
+        self._running: dict[Future[Outcome | Similarity], tuple[int, Job]] = {}
 
     def workload(self) -> WorkloadInfo:
         """What will be evaluated."""
-        return self._result(self._pool.submit(_workload))
+        return self._result(self._begun[0])
 
-    def similarity(self, model: str) -> Similarity:
-        """Measures the layers of one dense candidate."""
-        return self._result(self._pool.submit(_similarity, model))
+    def free(self) -> Sequence[int]:
+        """The workers without a job."""
+        busy = {worker for worker, _ in self._running.values()}
+        return [worker for worker in range(self.num_workers) if worker not in busy]
 
-    def evaluate(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Outcome]]:
-        """Evaluates the jobs side by side."""
-        futures = {self._pool.submit(_evaluate, job): i for i, job in enumerate(jobs)}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], self._result(future)
-        finally:
-            for future in futures:
-                future.cancel()
+    def start(self, worker: int, job: Job) -> None:
+        """Sends a job to a worker's process."""
+        future = self._submit(worker, _do, job)
+        self._running[future] = (worker, job)
+
+    def finished(self, timeout_s: float) -> list[Finished]:
+        """The jobs that ended."""
+        done, _ = wait(self._running, min(timeout_s, 1e6), FIRST_COMPLETED)
+        good = [future for future in done if future.exception() is None]
+        found = []
+        for future in sorted(good or done, key=lambda f: self._running[f][0]):
+            worker, job = self._running.pop(
+                future
+            )  # a failed one stays for the next call
+            found.append(Finished(worker, job, self._result(future)))
+        return found
+
+    def now(self) -> float:
+        """Seconds of the machine's monotonic clock."""
+        return time.monotonic()
 
     def close(self) -> None:
-        """Ends the workers at once; what they were doing is lost (what was done is recorded)."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Ends the workers at once."""
+        for pool in self._pools:
+            pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.terminate()
             process.join()
+
+    def _submit(
+        self, worker: int, what: Callable[[Job], Outcome | Similarity], job: Job
+    ) -> Future[Outcome | Similarity]:
+        try:
+            return self._pools[worker].submit(what, job)
+        except BrokenProcessPool as error:
+            raise _worker_died() from error
 
     @staticmethod
     def _result(future: Future[T]) -> T:
         try:
             return future.result()
         except BrokenProcessPool as error:
-            raise StoppedEarly(
-                "A worker process died (killed, or out of memory): everything that was evaluated "
-                "is kept, and the same command with --resume continues."
-            ) from error
+            raise _worker_died() from error
 
 
-_worker: InProcess | Exception
+def _worker_died() -> StoppedEarly:
+    return StoppedEarly(
+        "A worker process died (killed, or out of memory): everything that was evaluated is kept, "
+        "and the same command with --resume continues."
+    )
+
+
+_worker: Worker | Exception
 """The worker of this process, or why there is none; set once, when the pool starts it."""
 
 
@@ -153,16 +190,17 @@ def _start_worker(config: Config, threads: int, num_workers: int) -> None:
     """Never raises: an exception here would break the pool, and its reason would be lost."""
     global _worker  # noqa: PLW0603  (a pool's process has no other place for its state)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
-    import torch
-
-    torch.set_num_threads(threads)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm sends it to all processes of a step
     try:
-        _worker = InProcess(config, Family(config.models, config.base), num_workers)
+        import torch
+
+        torch.set_num_threads(threads)
+        _worker = Worker(config, Family(config.models, config.base), num_workers)
     except Exception as error:
         _worker = error
 
 
-def _started() -> InProcess:
+def _started() -> Worker:
     if isinstance(_worker, Exception):
         raise _worker
     return _worker
@@ -172,13 +210,8 @@ def _workload() -> WorkloadInfo:
     return _started().workload()
 
 
-def _similarity(model: str) -> Similarity:
-    return _started().similarity(model)
-
-
-def _evaluate(job: Job) -> Outcome:
-    recipe, documents = job
-    return _started().evaluator.evaluate(recipe, documents)
+def _do(job: Job) -> Outcome | Similarity:
+    return _started().do(job)
 
 
 def open_executor(config: Config, family: Family, num_workers: int) -> Executor:

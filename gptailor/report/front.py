@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gptailor.archive import Archive, Evaluation, Outcome, Score
+from gptailor.pareto import pareto_front
 from gptailor.recipe import Recipe
 from gptailor.report.ledger import Problem, Spent, problems, spent, total
 from gptailor.report.volume import hypervolume_history
@@ -158,19 +159,6 @@ def load_report(run: str | Path | Archive) -> Report:
         return _report(archive, str(run))
 
 
-def pareto_front(points: Iterable[Point]) -> tuple[Point, ...]:
-    """The points that no other beats in accuracy (higher) and parameters (lower), smallest first.
-
-    A point is beaten by one that is at least as good in both and better in one; of points that
-    are equal in both, the earliest stays.
-    """
-    front: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.parameters, -p.search.accuracy, p.number)):
-        if not front or point.search.accuracy > front[-1].search.accuracy:
-            front.append(point)
-    return tuple(front)
-
-
 def _report(archive: Archive, run: str) -> Report:
     rows = archive.evaluations()
     family = _meta(archive, "family")
@@ -193,7 +181,7 @@ def _report(archive: Archive, run: str) -> Report:
         base=recipes[0].base if recipes else "",
         config=_meta(archive, "config"),
         points=points,
-        front=pareto_front(points),
+        front=pareto_front(points, lambda p: (p.parameters, p.search.accuracy, p.recipe.hash)),
         best_dense=best,
         problems=problems(rows),
         hypervolume=hypervolume_history(sizes, largest),

@@ -1,22 +1,32 @@
 """NSGA-II over recipes, by ask and tell: pymoo's algorithm, our genomes, no recipe twice.
 
-Everything follows from the seed and the scores that are told, so a search that was killed is
-continued by running it again: what the archive holds is told at once, and the rest is evaluated.
+`NSGA2Search` goes from generation to generation, and everything follows from the seed and the
+scores that are told: any number of workers finds the same front, and a search that was killed is
+continued by running it again (what the archive holds is told at once, the rest is evaluated).
+
+`AsyncNSGA2` has no generations (steady state: Nebro and Durillo 2009, On the Effect of Applying a
+Steady-State Selection Scheme in the Multi-Objective Genetic Algorithm NSGA-II): a child is made of
+what is known at the moment when a worker is free for it, so none ever waits for the slowest of a
+generation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from pymoo.algorithms.moo.nsga2 import NSGA2
+from pymoo.algorithms.moo.nsga2 import NSGA2, binary_tournament
 from pymoo.core.duplicate import DuplicateElimination
 from pymoo.core.evaluator import Evaluator
+from pymoo.core.mating import Mating
 from pymoo.core.population import Population
 from pymoo.core.problem import Problem
 from pymoo.core.termination import NoTermination
+from pymoo.operators.selection.tournament import TournamentSelection
+from pymoo.operators.survival.rank_and_crowding import RankAndCrowding
 from pymoo.problems.static import StaticProblem
 
 from gptailor.recipe import Recipe
@@ -101,6 +111,116 @@ class NSGA2Search:
         return self.space.decode(x.reshape(self.space.shape))
 
 
+class AsyncNSGA2:
+    """Asks for as many recipes as there are free workers, and is told scores in any order.
+
+    Args:
+        space: the genomes.
+        num_objectives: how many values `tell` gets for each recipe, all to be minimised.
+        population: recipes that survive.
+        seed: of every random choice; what is asked depends on the order of tellings, too.
+        start: recipes that vary into the first population.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        num_objectives: int,
+        population: int,
+        seed: Sequence[int],
+        start: Sequence[Recipe] = (),
+    ) -> None:
+        self.space = space
+        self.num_population = population
+        self._rng = np.random.default_rng(seed)
+        self._first = list(first_population(space, population, self._rng, start))
+        self._spare = list(self._first)
+        self._known: set[str] = set()
+        self._genomes: dict[str, npt.NDArray[np.int64]] = {}
+        self._population = Population.create()
+        self._problem = Problem(n_var=len(self._first[0]), n_obj=num_objectives, vtype=int)
+        self._survival = RankAndCrowding()
+        self._mating = Mating(
+            TournamentSelection(func_comp=binary_tournament),
+            DepthCrossover(space),
+            StackMutation(space),
+            repair=SpaceRepair(space),
+            eliminate_duplicates=_NoRecipeTwice(self),
+            n_max_iterations=20,
+        )
+
+    def ask(self, n: int) -> list[Recipe]:
+        """At most `n` recipes, none of which was asked for or told before.
+
+        Returns:
+            Fewer when the space holds no recipe that is new.
+        """
+        asked: list[Recipe] = []
+        while self._first and len(asked) < n:
+            self._add(self._first.pop(0), asked)
+        if len(self._population) < 2:  # more workers than a first population has recipes
+            for _ in range(20 * (n - len(asked))):
+                if len(asked) == n:
+                    break
+                parent = self._spare[int(self._rng.integers(len(self._spare)))]
+                child = mutate(parent.reshape(self.space.shape), self.space, self._rng)
+                self._add(child.ravel(), asked)
+        elif len(asked) < n:
+            tournament = SimpleNamespace(tournament_type="comp_by_dom_and_crowding")
+            children = self._mating.do(
+                self._problem,
+                self._population,
+                n - len(asked),
+                algorithm=tournament,
+                random_state=self._rng,
+            )
+            for x in children.get("X") if len(children) else ():
+                self._add(x, asked)
+        return asked
+
+    def tell(self, scored: Sequence[tuple[Recipe, Sequence[float] | None]]) -> None:
+        """Gives objectives, to be minimised, of recipes that were asked for or come from elsewhere.
+
+        Recipes without objectives are only remembered, and so are recipes that no genome of this
+        space stands for.
+        """
+        genomes, values = [], []
+        for recipe, objectives in scored:
+            self._known.add(recipe.hash)
+            genome = self._genomes.pop(recipe.hash, None)
+            if objectives is None:
+                continue
+            if genome is None:
+                genome = self.space.encode(recipe).ravel()
+                if self._decode(genome).hash != recipe.hash:
+                    continue
+            genomes.append(genome)
+            values.append(objectives)
+        if not genomes:
+            return
+        new = Population.new("X", np.array(genomes), "F", np.array(values, dtype=float))
+        self._population = self._survival.do(
+            self._problem,
+            Population.merge(self._population, new),
+            n_survive=self.num_population,
+            random_state=self._rng,
+        )
+
+    def knows(self, recipe: Recipe) -> bool:
+        """True if the recipe was asked for or told."""
+        return recipe.hash in self._known
+
+    def _add(self, genome: npt.NDArray[np.int64], asked: list[Recipe]) -> None:
+        recipe = self._decode(genome)
+        if recipe.hash not in self._known:
+            self._known.add(recipe.hash)
+            self._genomes[recipe.hash] = genome
+            asked.append(recipe)
+
+    def _decode(self, x: npt.NDArray[np.int64]) -> Recipe:
+        return self.space.decode(x.reshape(self.space.shape))
+
+
 def first_population(
     space: SearchSpace, population: int, rng: np.random.Generator, start: Sequence[Recipe]
 ) -> npt.NDArray[np.int64]:
@@ -135,10 +255,18 @@ def first_population(
     return np.array([genome.ravel() for genome in genomes])
 
 
+class _Knowing(Protocol):
+    """A search that remembers recipes."""
+
+    def knows(self, recipe: Recipe) -> bool: ...
+
+    def _decode(self, x: npt.NDArray[np.int64]) -> Recipe: ...
+
+
 class _NoRecipeTwice(DuplicateElimination):  # type: ignore[misc]
     """Drops children that build what was evaluated before, or what a sibling builds."""
 
-    def __init__(self, search: NSGA2Search) -> None:
+    def __init__(self, search: _Knowing) -> None:
         super().__init__()
         self._search = search
 

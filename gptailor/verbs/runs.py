@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,11 +71,14 @@ def search(
         UsageError: the configuration is wrong, or the output folder holds a run already.
         ModelError: a model or tokenizer is unusable.
         ResourceError: memory or disk is exhausted; what was evaluated is kept.
-        StoppedEarly: a worker died; `resume=True` continues.
+        StoppedEarly: a worker died, or a signal asked to stop; `resume=True` continues.
+
+    Side effect: SIGUSR2 is taken over: it ends the search in good order (`Requeue`).
     """
     from gptailor.archive import Archive
     from gptailor.config import Config, config_yaml, read_config
     from gptailor.execution.local import open_executor
+    from gptailor.execution.stop import Stop
     from gptailor.report import write_report
     from gptailor.search.progress import Progress
     from gptailor.search.run import Run, check_resumable
@@ -90,6 +95,9 @@ def search(
     _check_space(config, family)
     progress = Progress(config.search.evaluations, family.num_layers)
     progress.note(f"Searching {family.num_layers} layers of {len(config.models)} models.")
+    stop = Stop()
+    if threading.current_thread() is threading.main_thread():
+        stop.install(signal.SIGUSR2)
     executor = open_executor(config, family, workers)
     try:
         info = executor.workload()  # before the run folder is made: a wrong task leaves nothing
@@ -99,7 +107,7 @@ def search(
             _write_text(output / "environment.json", json.dumps(environment(), indent=2) + "\n")
             documents = ", ".join(f"{n} {name}" for name, n in info.num_documents.items())
             progress.note(f"Documents: {documents}. Run folder: {output}.")
-            run = Run(config, family, archive, executor, progress)
+            run = Run(config, family, archive, executor, progress, stop)
             run.search()
             run.holdout([e.recipe for e in worth_a_holdout(archive.evaluations("search"))])
     finally:
@@ -177,16 +185,12 @@ def environment() -> dict[str, object]:
     }
 
 
-def _front(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """Evaluations that no other one beats in accuracy and parameters."""
-    front: list[Evaluation] = []
-    ordered = sorted(
-        evaluations, key=lambda e: (e.parameters, -(e.outcome.accuracy or 0), e.number)
+def _front(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
+    from gptailor.pareto import pareto_front
+
+    return pareto_front(
+        evaluations, lambda e: (e.parameters, e.outcome.accuracy or 0.0, e.recipe.hash)
     )
-    for evaluation in ordered:
-        if not front or (evaluation.outcome.accuracy or 0) > (front[-1].outcome.accuracy or 0):
-            front.append(evaluation)
-    return front
 
 
 def _check_together(config: Config) -> list[str]:

@@ -16,10 +16,11 @@ from report_runs import CRASH, LAYERS, NAMES, add, dense, make_run, recipe_of, s
 
 from gptailor.archive import Archive, Cost, Outcome, Score
 from gptailor.errors import ResourceError, UsageError
+from gptailor.pareto import pareto_front
 from gptailor.recipe import NO_LAYER, Merge, Recipe, Take
 from gptailor.report import load_report, write_report
 from gptailor.report.export import ends, layer_map, write_atomically
-from gptailor.report.front import Measured, Point, pareto_front
+from gptailor.report.front import Measured, Point
 from gptailor.report.headline import headline
 from gptailor.report.volume import hypervolume_history
 
@@ -33,6 +34,10 @@ def point_of(number: int, parameters: int, accuracy: float) -> Point:
     return Point(number, recipe, parameters, (), Measured(accuracy, None, ()), None)
 
 
+def measures(point: Point) -> tuple[int, float, str]:
+    return point.parameters, point.search.accuracy, f"{point.number:06}"
+
+
 def slow_front(points: list[Point]) -> list[Point]:
     def beats(a: Point, b: Point) -> bool:
         better = (a.search.accuracy - b.search.accuracy, b.parameters - a.parameters)
@@ -44,7 +49,7 @@ def slow_front(points: list[Point]) -> list[Point]:
 @given(many)
 def test_front_equals_brute_force(pairs: list[tuple[int, float]]) -> None:
     points = [point_of(i, size, accuracy) for i, (size, accuracy) in enumerate(pairs, 1)]
-    front = pareto_front(reversed(points))
+    front = pareto_front(reversed(points), measures)
     assert {p.number for p in front} == {p.number for p in slow_front(points)}
     assert list(front) == sorted(front, key=lambda p: p.parameters)
 

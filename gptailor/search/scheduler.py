@@ -1,0 +1,173 @@
+"""The scheduler: gives jobs to free workers until there are none, and waits without blocking.
+
+It decides which worker gets which job, and nothing else: what is worth doing is asked for, what
+came of it is told, and time passes only inside the executor, which may be a simulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from gptailor.archive import Outcome
+from gptailor.execution.executor import EvaluationJob, Executor, Finished, Job
+from gptailor.execution.stop import Stop
+from gptailor.recipe import Layer, Merge, Recipe
+
+POLL_S = 1.0
+"""How long the scheduler waits before it looks up: for signals, other islands, the job's record."""
+
+NUM_COMPARED = 32
+"""Of more free workers than these the first are compared; a thousand times a thousand is long."""
+
+Ask = Callable[[int], Sequence[Job]]
+Tell = Callable[[Sequence[Finished]], None]
+
+
+@dataclass(frozen=True)
+class Running:
+    """A job that a worker has.
+
+    Attributes:
+        job: what it does.
+        began: when it began, in seconds of the executor's clock.
+    """
+
+    job: Job
+    began: float
+
+
+class Scheduler:
+    """Keeps the workers of an executor busy.
+
+    Args:
+        executor: the workers.
+        stop: once it is set nothing is started, and what runs is waited for as long as it says.
+        tick: called at least every `POLL_S` seconds.
+
+    Attributes:
+        running: worker → what it does now.
+    """
+
+    def __init__(
+        self, executor: Executor, stop: Stop, tick: Callable[[], None] = lambda: None
+    ) -> None:
+        self.executor = executor
+        self.running: dict[int, Running] = {}
+        self._stop = stop
+        self._tick = tick
+        self._held: dict[int, _Held] = {}
+        self._expected: dict[str, _Line] = {}
+
+    def run(self, ask: Ask, tell: Tell) -> None:
+        """Works until nothing is left to ask for and nothing runs.
+
+        Args:
+            ask: gives at most so many jobs to start now; fewer, or none, when there are no more, or
+                when more depends on what runs.
+            tell: takes what has ended, at once after it ended.
+
+        Raises:
+            StoppedEarly: the search was asked to stop; `Requeue` and `Interrupted` say how.
+        """
+        while True:
+            if not self._stop:
+                self._fill(ask)
+            if not self.running or (self._stop and self._stop.seconds_left <= 0):
+                break
+            self._collect(tell)
+            self._tick()
+        if self._stop:
+            raise self._stop.error()
+
+    def expected_s(self, job: Job) -> float:
+        """How long a job should take, in seconds, from what others took; only the order counts.
+
+        A line through the evaluations so far: seconds against the number of layers.
+        """
+        if not isinstance(job, EvaluationJob):
+            return float("inf")
+        line = self._expected.get(job.documents)
+        layers = job.recipe.num_layers
+        return float(layers) if line is None else line.at(layers)
+
+    def _fill(self, ask: Ask) -> None:
+        free = list(self.executor.free())
+        jobs = list(ask(len(free))) if free else []
+        for job in jobs:
+            worker = self._nearest(job, free)
+            free.remove(worker)
+            self.running[worker] = Running(job, self.executor.now())
+            self.executor.start(worker, job)
+            if isinstance(job, EvaluationJob):
+                self._held.setdefault(worker, _Held()).add(job.recipe)
+
+    def _nearest(self, job: Job, free: Sequence[int]) -> int:
+        """The free worker that already holds most of a recipe."""
+        if not isinstance(job, EvaluationJob):
+            return free[0]
+        near, most = free[0], 0
+        for worker in free[:NUM_COMPARED]:
+            shared = self._held[worker].shared(job.recipe) if worker in self._held else 0
+            if shared > most:
+                near, most = worker, shared
+        return near
+
+    def _collect(self, tell: Tell) -> None:
+        finished = self.executor.finished(min(POLL_S, self._stop.seconds_left))
+        for one in finished:
+            self.running.pop(one.worker, None)
+            if isinstance(one.job, EvaluationJob) and isinstance(one.result, Outcome):
+                line = self._expected.setdefault(one.job.documents, _Line())
+                line.add(one.job.recipe.num_layers, one.result.cost.seconds)
+        if finished:
+            tell(finished)
+
+
+@dataclass
+class _Held:
+    """What a worker has in memory, as far as its last recipes tell."""
+
+    last: tuple[Layer, ...] = ()
+    merged: dict[Layer, None] = field(default_factory=dict)
+
+    def add(self, recipe: Recipe) -> None:
+        self.last = recipe.layers
+        for layer in recipe.layers:
+            if isinstance(layer, Merge):
+                self.merged.pop(layer, None)
+                self.merged[layer] = None
+        for layer in list(self.merged)[: -2 * max(recipe.num_layers, 1)]:  # the oldest
+            del self.merged[layer]
+
+    def shared(self, recipe: Recipe) -> int:
+        """Leading layers that are those of the last recipe, and merges that were made before."""
+        prefix = 0
+        for mine, other in zip(self.last, recipe.layers, strict=False):
+            if mine != other:
+                break
+            prefix += 1
+        return prefix + sum(layer in self.merged for layer in recipe.layers[prefix:])
+
+
+@dataclass
+class _Line:
+    """Least squares for y = a + b·x, from sums."""
+
+    n: int = 0
+    x: float = 0.0
+    y: float = 0.0
+    xx: float = 0.0
+    xy: float = 0.0
+
+    def add(self, x: float, y: float) -> None:
+        self.n += 1
+        self.x += x
+        self.y += y
+        self.xx += x * x
+        self.xy += x * y
+
+    def at(self, x: float) -> float:
+        spread = self.n * self.xx - self.x * self.x
+        slope = (self.n * self.xy - self.x * self.y) / spread if spread > 0 else 0.0
+        return self.y / self.n + slope * (x - self.x / self.n)

@@ -1,0 +1,75 @@
+"""An executor whose time is simulated: the real scheduler and search, no model."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+
+from gptailor.archive import Cost, Outcome
+from gptailor.evaluation.similarity import Similarity
+from gptailor.execution.executor import EvaluationJob, Finished, Job, WorkloadInfo
+
+
+def similarity(num_layers: int, shift: float) -> Similarity:
+    """Later layers change less."""
+    influence = tuple(1.0 / (i + 1 + shift) for i in range(num_layers))
+    angular = tuple(
+        tuple(abs(i - j) / (num_layers + 1) for j in range(num_layers + 1))
+        for i in range(num_layers + 1)
+    )
+    return Similarity(influence, angular)
+
+
+class Simulated:
+    """Workers that take as long as `seconds` says, and score as `score` says."""
+
+    def __init__(
+        self,
+        num_workers: int,
+        num_layers: int,
+        score: Callable[[EvaluationJob], float | None],
+        seconds: Callable[[EvaluationJob], float],
+    ) -> None:
+        self.num_workers = num_workers
+        self.clock = 0.0
+        self.busy_s = 0.0
+        self.log: list[tuple[float, int, Job]] = []
+        self._num_layers = num_layers
+        self._score = score
+        self._seconds = seconds
+        self._queue: list[tuple[float, int, Job]] = []
+
+    def workload(self) -> WorkloadInfo:
+        return WorkloadInfo({"search": 1}, "simulated")
+
+    def free(self) -> Sequence[int]:
+        busy = {worker for _, worker, _ in self._queue}
+        return [worker for worker in range(self.num_workers) if worker not in busy]
+
+    def start(self, worker: int, job: Job) -> None:
+        assert worker in self.free()
+        seconds = self._seconds(job) if isinstance(job, EvaluationJob) else 1.0
+        self.busy_s += seconds
+        self.log.append((self.clock, worker, job))
+        heapq.heappush(self._queue, (self.clock + seconds, worker, job))
+
+    def finished(self, timeout_s: float) -> list[Finished]:
+        if not self._queue or self._queue[0][0] > self.clock + timeout_s:
+            self.clock += timeout_s
+            return []
+        ends, worker, job = heapq.heappop(self._queue)
+        began = self.clock
+        self.clock = ends
+        if not isinstance(job, EvaluationJob):
+            return [Finished(worker, job, similarity(self._num_layers, worker))]
+        score = self._score(job)
+        cost = Cost(seconds=ends - began)
+        if score is None:
+            return [Finished(worker, job, Outcome("failed", None, (), "it broke", cost))]
+        return [Finished(worker, job, Outcome("ok", score, (), "", cost))]
+
+    def now(self) -> float:
+        return self.clock
+
+    def close(self) -> None:
+        pass
