@@ -141,9 +141,7 @@ class LocalPool:
         good = [future for future in done if future.exception() is None]
         found = []
         for future in sorted(good or done, key=lambda f: self._running[f][0]):
-            worker, job = self._running.pop(
-                future
-            )  # a failed one stays for the next call
+            worker, job = self._running.pop(future)  # a failed one stays for the next call
             found.append(Finished(worker, job, self._result(future)))
         return found
 

@@ -166,7 +166,9 @@ class AsyncNSGA2:
                 child = mutate(parent.reshape(self.space.shape), self.space, self._rng)
                 self._add(child.ravel(), asked)
         elif len(asked) < n:
-            tournament = SimpleNamespace(tournament_type="comp_by_dom_and_crowding")
+            tournament = SimpleNamespace(
+                tournament_type="comp_by_dom_and_crowding", random_state=self._rng
+            )
             children = self._mating.do(
                 self._problem,
                 self._population,

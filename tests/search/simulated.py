@@ -37,13 +37,13 @@ class Simulated:
         self._num_layers = num_layers
         self._score = score
         self._seconds = seconds
-        self._queue: list[tuple[float, int, Job]] = []
+        self._queue: list[tuple[float, int, Job, float]] = []
 
     def workload(self) -> WorkloadInfo:
         return WorkloadInfo({"search": 1}, "simulated")
 
     def free(self) -> Sequence[int]:
-        busy = {worker for _, worker, _ in self._queue}
+        busy = {worker for _, worker, *_ in self._queue}
         return [worker for worker in range(self.num_workers) if worker not in busy]
 
     def start(self, worker: int, job: Job) -> None:
@@ -51,14 +51,13 @@ class Simulated:
         seconds = self._seconds(job) if isinstance(job, EvaluationJob) else 1.0
         self.busy_s += seconds
         self.log.append((self.clock, worker, job))
-        heapq.heappush(self._queue, (self.clock + seconds, worker, job))
+        heapq.heappush(self._queue, (self.clock + seconds, worker, job, self.clock))
 
     def finished(self, timeout_s: float) -> list[Finished]:
         if not self._queue or self._queue[0][0] > self.clock + timeout_s:
             self.clock += timeout_s
             return []
-        ends, worker, job = heapq.heappop(self._queue)
-        began = self.clock
+        ends, worker, job, began = heapq.heappop(self._queue)
         self.clock = ends
         if not isinstance(job, EvaluationJob):
             return [Finished(worker, job, similarity(self._num_layers, worker))]

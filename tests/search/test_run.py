@@ -135,6 +135,45 @@ def test_a_pool_finds_the_same_front(
     assert front(tmp_path / "run") == front(finished)
 
 
+def test_asynchronous_with_a_pool_uses_the_budget_and_goes_on(
+    models: dict[str, str], tasks_dir: Path, tmp_path: Path
+) -> None:
+    config = write_config(
+        tmp_path, models, tasks_dir, tmp_path / "run", evaluations=30, schedule="asynchronous"
+    )
+    verbs.search(config, workers=2)
+    before = evaluations(tmp_path / "run")
+    assert len([e for e in before if e.documents == "search"]) == 30
+    assert len({e.recipe.hash for e in before if e.documents == "search"}) == 30
+    assert {"dense", "paper"} <= {arm.partition(":")[0] for e in before for arm in e.arms}
+    verbs.search(config, overrides=["search.evaluations=40"], resume=True)
+    after = evaluations(tmp_path / "run")
+    assert len({e.recipe.hash for e in after if e.documents == "search"}) == 40
+    assert [e.number for e in after[: len(before)]] == [e.number for e in before]
+
+
+def test_usr2_ends_in_good_order_and_resume_completes(
+    models: dict[str, str], tasks_dir: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, models, tasks_dir, tmp_path / "run", evaluations=60)
+    command = [sys.executable, "-m", "gptailor.cli", "search", str(config)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    archive = tmp_path / "run" / "archive.db"
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+        if archive.exists() and _count(archive) >= 5:
+            break
+    process.send_signal(signal.SIGUSR2)
+    began = _count(archive)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, (began, said)
+    assert "Stopped before the time limit" in said
+    assert 5 <= _count(archive) < 60
+    verbs.search(config, resume=True)
+    assert len([e for e in evaluations(tmp_path / "run") if e.documents == "search"]) == 60
+
+
 def test_more_evaluations_go_on(models: dict[str, str], tasks_dir: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, models, tasks_dir, tmp_path / "run", evaluations=12)
     verbs.search(config)
