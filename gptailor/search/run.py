@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from gptailor.archive import Archive, Documents, Evaluation, Outcome
 from gptailor.config import Config
-from gptailor.errors import StoppedEarly, UsageError
+from gptailor.errors import StoppedEarly
 from gptailor.evaluation.similarity import Similarity
 from gptailor.execution.executor import EvaluationJob, Finished, Job, SimilarityJob
 from gptailor.execution.stop import Stop
@@ -296,67 +296,3 @@ class Run:
 
 def _unique(recipes: Sequence[Recipe]) -> list[Recipe]:
     return list({recipe.hash: recipe for recipe in reversed(recipes)}.values())[::-1]
-
-
-def check_resumable(archive: Archive, config: Config, family: Family, documents: str) -> None:
-    """Writes down what a new run is made of, or compares it with what the run was made of.
-
-    Only the number of evaluations and the batch size may change between the parts of a run; another
-    batch size can change the last bits of a score.
-
-    Raises:
-        UsageError: configuration, weights or documents are others than those of the run.
-    """
-    fingerprint = family.fingerprint()
-    calibration = find_calibration(config, family)
-    if calibration is not None:
-        fingerprint["calibration"] = calibration.digests
-    now = {
-        "config": config.model_dump_json(),
-        "fingerprint": json.dumps(fingerprint),
-        "documents": documents,
-    }
-    before = {key: archive.get_meta(key) for key in now}
-    old_config = before["config"]
-    if old_config is None:
-        models = {name: str(c.folder) for name, c in family.candidates.items()}
-        parameters = dict.fromkeys(models, family.parameters())
-        description = {
-            "num_layers": family.num_layers,
-            "models": models,
-            "parameters": parameters,
-        }
-        archive.set_meta("family", json.dumps(description))
-        for key, value in reversed(now.items()):  # "config" comes last: it marks a run as begun
-            archive.set_meta(key, value)
-        return
-    difference = _difference(json.loads(old_config), json.loads(now["config"]))
-    if difference:
-        raise UsageError(
-            f"The run in {archive.folder} was started with another configuration: {difference}. "
-            "Only search.evaluations, evaluation.batch_size and evaluation.candidates_gib may "
-            "change; name another output for the rest."
-        )
-    for key, what in (("fingerprint", "the model files"), ("documents", "the tasks' documents")):
-        if before[key] != now[key]:
-            raise UsageError(
-                f"The run in {archive.folder} can't be resumed, as {what} changed since it began: "
-                "name another output."
-            )
-    archive.set_meta("config", now["config"])
-
-
-_MAY_CHANGE = (
-    "search.evaluations", "evaluation.batch_size", "evaluation.candidates_gib", "output",
-)  # fmt: skip
-
-
-def _difference(old: object, new: object, path: str = "") -> str:
-    """The first key that differs, with both values; empty if there is none."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in {**old, **new}:
-            found = _difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-            if found:
-                return found
-        return ""
-    return "" if old == new or path in _MAY_CHANGE else f"{path} was {old!r}, but is {new!r}"

@@ -81,7 +81,8 @@ def search(
     from gptailor.execution.stop import Stop
     from gptailor.report import write_report
     from gptailor.search.progress import Progress
-    from gptailor.search.run import Run, check_resumable
+    from gptailor.search.resume import check_resumable
+    from gptailor.search.run import Run
 
     if not isinstance(config, Config):
         config = read_config(config, overrides)

@@ -1,0 +1,60 @@
+"""What a run is made of: written down when it begins, compared whenever it goes on."""
+
+from __future__ import annotations
+
+import json
+
+from gptailor.archive import Archive
+from gptailor.config import Config
+from gptailor.errors import UsageError
+from gptailor.models.family import Family
+from gptailor.search.difference import config_difference
+from gptailor.search.space import find_calibration
+
+
+def check_resumable(archive: Archive, config: Config, family: Family, documents: str) -> None:
+    """Writes down what a new run is made of, or compares it with what the run was made of.
+
+    Only the number of evaluations and the batch size may change between the parts of a run; another
+    batch size can change the last bits of a score.
+
+    Raises:
+        UsageError: configuration, weights or documents are others than those of the run.
+    """
+    fingerprint = family.fingerprint()
+    calibration = find_calibration(config, family)
+    if calibration is not None:
+        fingerprint["calibration"] = calibration.digests
+    now = {
+        "config": config.model_dump_json(),
+        "fingerprint": json.dumps(fingerprint),
+        "documents": documents,
+    }
+    before = {key: archive.get_meta(key) for key in now}
+    old_config = before["config"]
+    if old_config is None:
+        models = {name: str(c.folder) for name, c in family.candidates.items()}
+        parameters = dict.fromkeys(models, family.parameters())
+        description = {
+            "num_layers": family.num_layers,
+            "models": models,
+            "parameters": parameters,
+        }
+        archive.set_meta("family", json.dumps(description))
+        for key, value in reversed(now.items()):  # "config" comes last: it marks a run as begun
+            archive.set_meta(key, value)
+        return
+    difference = config_difference(json.loads(old_config), json.loads(now["config"]))
+    if difference:
+        raise UsageError(
+            f"The run in {archive.folder} was started with another configuration: {difference}. "
+            "Only search.evaluations, evaluation.batch_size and evaluation.candidates_gib may "
+            "change; name another output for the rest."
+        )
+    for key, what in (("fingerprint", "the model files"), ("documents", "the tasks' documents")):
+        if before[key] != now[key]:
+            raise UsageError(
+                f"The run in {archive.folder} can't be resumed, as {what} changed since it began: "
+                "name another output."
+            )
+    archive.set_meta("config", now["config"])
