@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminated)
     if getattr(arguments, "io", None):
         os.environ["GPTAILOR_IO"] = arguments.io  # for worker processes, too
+    if getattr(arguments, "stage", None):
+        os.environ["GPTAILOR_STAGE"] = arguments.stage
     try:
         run: Callable[[argparse.Namespace], int] = arguments.run
         return run(arguments)

@@ -49,3 +49,13 @@ def at_least_one(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1")
     return number
+
+
+def add_stage(parser: argparse.ArgumentParser) -> None:
+    """--stage."""
+    parser.add_argument(
+        "--stage",
+        metavar="DIR",
+        help="a folder of the node's own disk, to which the candidates are copied once before its "
+        "workers open them; variables are filled in on the node (what GPTAILOR_STAGE says)",
+    )

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 
-from gptailor.commands.command import Command, add_io, add_workers
+from gptailor.commands.command import Command, add_io, add_stage, add_workers
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -84,6 +84,7 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run in its folder")
     add_workers(parser)
     add_io(parser)
+    add_stage(parser)
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:

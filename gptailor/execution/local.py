@@ -22,6 +22,7 @@ from gptailor.execution.executor import (
     SimilarityJob,
     WorkloadInfo,
 )
+from gptailor.execution.node_files import open_candidates
 from gptailor.models.family import Family
 
 if TYPE_CHECKING:
@@ -193,7 +194,8 @@ def _start_worker(config: Config, threads: int, num_workers: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
-        _worker = Worker(config, Family(config.models, config.base), num_workers)
+        family = open_candidates(config, workers_here=num_workers)
+        _worker = Worker(config, family, num_workers)
     except Exception as error:
         _worker = error
 
@@ -212,8 +214,8 @@ def _do(job: Job) -> Outcome | Similarity:
     return _started().do(job)
 
 
-def open_executor(config: Config, family: Family, num_workers: int) -> Executor:
+def open_executor(config: Config, num_workers: int) -> Executor:
     """One process for one worker, a pool for more."""
     if num_workers == 1:
-        return InProcess(config, family)
+        return InProcess(config, open_candidates(config))
     return LocalPool(config, num_workers)

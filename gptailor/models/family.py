@@ -106,18 +106,27 @@ class Family:
         models: name → local folder or hub id.
         base: the name of the base.
         io: how weights are read, see `Checkpoint`.
+        folders: name → where its files are, for those that are not where `models` says.
 
     Raises:
         ModelError: a candidate is unusable, or does not fit the base.
         UsageError: the base is not among the models, or there is no such `io`.
     """
 
-    def __init__(self, models: Mapping[str, str], base: str, io: str | None = None) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, str],
+        base: str,
+        io: str | None = None,
+        *,
+        folders: Mapping[str, Path] = {},
+    ) -> None:
         if base not in models:
             raise unknown("model", base, models, "base")
         self.refs = dict(models)
         self.base_name = base
-        self.candidates = {n: Candidate(n, resolve(ref), io) for n, ref in models.items()}
+        places = {n: folders[n] if n in folders else resolve(ref) for n, ref in models.items()}
+        self.candidates = {n: Candidate(n, place, io) for n, place in places.items()}
         for candidate in self.candidates.values():
             if candidate is not self.base:
                 _check_fits(candidate, self.base)

@@ -99,7 +99,7 @@ def search(
     stop = Stop()
     if threading.current_thread() is threading.main_thread():
         stop.install(signal.SIGUSR2)
-    executor = open_executor(config, family, workers)
+    executor = open_executor(config, workers)
     try:
         info = executor.workload()  # before the run folder is made: a wrong task leaves nothing
         with Archive(output) as archive:

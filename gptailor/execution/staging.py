@@ -1,0 +1,148 @@
+"""Candidates copied to a node's own disk, once for all its processes and for jobs to come.
+
+A candidate lies there whole or not at all: it is copied beside its place and renamed. What is in
+its place is used again if the files that it was copied from are still the same. A copy that a
+process left half-way is removed by the next one. Who removes the copies in the end is up to the
+site: scratch space is mostly emptied after each job.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+
+from gptailor.errors import ModelError, ResourceError, UsageError
+from gptailor.execution.node_lock import node_lock, own_folder
+from gptailor.models.family import Candidate
+
+_MANIFEST = ".gptailor-copied-from.json"
+_SMALL = (".json", ".model", ".txt", ".jinja")
+"""Beside the weights: configuration, tokenizer, index."""
+_STREAMS = 4
+
+
+def scratch_folder(name: str) -> Path:
+    """The folder that a user named, with its variables filled in on this node.
+
+    Raises:
+        UsageError: it does not exist here.
+    """
+    folder = Path(os.path.expandvars(name)).expanduser()
+    if not folder.is_absolute() or not folder.is_dir():
+        raise UsageError(
+            f"--stage: {folder} is no folder of {socket.gethostname()}: name one of the node's "
+            "own disk by its absolute path, like $TMPDIR or /scratch."
+        )
+    return folder
+
+
+def staged(
+    candidates: Sequence[Candidate], scratch: Path, keep_going: Callable[[], None] = lambda: None
+) -> dict[str, Path]:
+    """Copies candidates that are not there yet; candidate's name → folder of the copy.
+
+    Args:
+        candidates: as they lie where everybody sees them.
+        scratch: a folder of the node's own disk.
+        keep_going: called while it waits or copies; what it raises ends that.
+
+    Raises:
+        ResourceError: there is no room.
+        ModelError: a candidate changed while it was copied, or can't be read.
+        UsageError: somebody else's folder is in the way.
+    """
+    root = own_folder(scratch)
+    places = {c.name: root / _name(c.folder) for c in candidates}
+    with node_lock(root / "lock", keep_going):
+        for left in root.glob(".new-*"):  # nobody else copies now: its maker is dead
+            shutil.rmtree(left, ignore_errors=True)
+        missing = [c for c in candidates if not _is_copy(places[c.name], _files(c))]
+        missing = list({places[c.name]: c for c in missing}.values())
+        for candidate in missing:  # what it is a copy of is no more
+            shutil.rmtree(places[candidate.name], ignore_errors=True)
+        _check_room(missing, root)
+        for candidate in missing:
+            _copy(candidate, places[candidate.name], keep_going)
+    return places
+
+
+def _name(folder: Path) -> str:
+    digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
+    return f"{folder.resolve().name[:60]}-{digest}"
+
+
+def _files(candidate: Candidate) -> list[Path]:
+    """What of a model's folder is needed."""
+    small = [p for p in candidate.folder.iterdir() if p.suffix in _SMALL and p.is_file()]
+    return sorted({*candidate.checkpoint.files, *small})
+
+
+def _identity(files: Sequence[Path]) -> list[list[object]]:
+    stats = [(path.name, path.stat()) for path in files]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+def _is_copy(place: Path, files: Sequence[Path]) -> bool:
+    """Whether all files are there, in the size that they had, of sources that did not change."""
+    try:
+        known = json.loads((place / _MANIFEST).read_text())
+        sizes = [(place / path.name).stat().st_size for path in files]
+    except (OSError, ValueError):
+        return False
+    now = _identity(files)
+    return bool(known == now and sizes == [size for _, size, _ in now])
+
+
+def _check_room(candidates: Sequence[Candidate], root: Path) -> None:
+    needed = sum(path.stat().st_size for c in candidates for path in _files(c))
+    free = shutil.disk_usage(root).free
+    if needed > free:
+        raise ResourceError(
+            f"The candidates need {needed / 1e9:.1f} GB in {root}, where {free / 1e9:.1f} GB are "
+            "free: name another folder, or leave out --stage."
+        )
+
+
+def _copy(candidate: Candidate, place: Path, keep_going: Callable[[], None]) -> None:
+    files = _files(candidate)
+    before = _identity(files)
+    new = place.with_name(f".new-{place.name}")
+    try:
+        new.mkdir(mode=0o700)
+        pool = ThreadPoolExecutor(_STREAMS)
+        futures = [pool.submit(_copy_file, path, new / path.name) for path in files]
+        try:
+            while wait(futures, 0.2).not_done:
+                keep_going()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+        for future in futures:
+            future.result()
+        if _identity(files) != before:
+            raise ModelError(f"{candidate.folder} changed while it was copied: start again.")
+        (new / _MANIFEST).write_text(json.dumps(before))
+        new.rename(place)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(
+                f"{place.parent} is full, so that {candidate.folder} can't be copied there: name "
+                "another folder, or leave out --stage."
+            ) from error
+        raise ModelError(
+            f"{candidate.folder} can't be copied to {place.parent}: {error.strerror}."
+        ) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _copy_file(source: Path, to: Path) -> None:
+    shutil.copyfile(source, to)
+    stat = source.stat()
+    os.utime(to, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # part of a family's fingerprint
