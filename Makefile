@@ -5,13 +5,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test test-slow sanitize lint typecheck bench clean
+.PHONY: demo test test-cluster test-slow sanitize lint typecheck bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gptailor demo --workers 2
 
 test: lint typecheck
 	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+# what befalls a search on a cluster (time limits, dead nodes, preemption): minutes of waiting
+test-cluster: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "cluster and slow"
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "slow or gpu"
@@ -37,6 +41,8 @@ $(VENV)/.installed: $(SOURCES)
 	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt torch
 	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt setuptools pybind11 ninja cmake
 	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt --no-build-isolation -e '.[dev]'
+# MPICH beside the MPI of the system, for the tests that need two kinds
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt --no-deps --prefix $(VENV)/mpich mpich
 	touch $@
 
 clean:
