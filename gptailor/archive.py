@@ -12,7 +12,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -178,10 +178,29 @@ class Archive:
             raise UsageError(f"{self.path} has schema {found!r}, but {SCHEMA!r} is needed.")
 
     @staticmethod
-    def check_not_in_use(folder: str | Path) -> None:
-        """Raises a `UsageError` if another search has the folder open; makes nothing."""
-        if (Path(folder) / ".lock").exists():
-            os.close(_locked(Path(folder)))
+    def check_not_in_use(
+        folder: str | Path, *, wait_s: float = 0.0, note: Callable[[str], None] = print
+    ) -> None:
+        """Raises a `UsageError` if another search has the folder open; makes nothing.
+
+        Args:
+            folder: the run folder.
+            wait_s: how long to wait for the other one: a network file system may keep the lock of
+                a machine that died for a while.
+            note: is told that we wait.
+        """
+        deadline, is_noted = time.monotonic() + wait_s, False
+        while (Path(folder) / ".lock").exists():
+            try:
+                os.close(_locked(Path(folder)))
+                return
+            except UsageError as error:
+                if time.monotonic() >= deadline:
+                    raise
+                if not is_noted:
+                    note(f"Waiting up to {wait_s:.0f} s for the lock. {error}")
+                    is_noted = True
+                time.sleep(min(2.0, wait_s))
 
     def close(self) -> None:
         """Gives up the lock; the archive can't be used afterwards."""

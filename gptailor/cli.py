@@ -7,7 +7,6 @@ disk · 5 stopped early, can be resumed · 130/143 interrupted (everything evalu
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import signal
 import sys
@@ -16,19 +15,36 @@ from types import FrameType
 from typing import NoReturn
 
 from gptailor.commands import COMMANDS
-from gptailor.errors import GptailorError, unknown
+from gptailor.errors import GptailorError, Terminated, exit_code_of, is_disk_full, unknown
+from gptailor.execution.launcher import is_first
+from gptailor.execution.verdict import write_verdict
 
 
 class _Parser(argparse.ArgumentParser):
     """Errors in our form, with the nearest right word."""
 
     def error(self, message: str) -> NoReturn:
-        sys.stderr.write(f"gptailor: {message}. `{self.prog} -h` shows how.\n")
+        if is_first():
+            sys.stderr.write(f"gptailor: {message}. `{self.prog} -h` shows how.\n")
         sys.exit(2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code."""
+    code = 1
+    try:
+        code = _run(argv)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+        raise
+    finally:
+        write_verdict(code)
+        if (channel := sys.modules.get("gptailor.execution.channel")) is not None:
+            channel.leave(code)  # ends the other ranks of an MPI program if they don't end alone
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     parser = _build_parser()
     _check_verb(words)
@@ -45,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(arguments)
     except KeyboardInterrupt:
         return _said(f"interrupted; {COMMANDS[arguments.verb].keeps}", 130)
-    except _Terminated:
+    except Terminated:
         return _said(f"terminated; {COMMANDS[arguments.verb].keeps}", 143)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
@@ -68,22 +84,20 @@ def _parsed(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.N
     return arguments
 
 
-class _Terminated(BaseException):
-    """SIGTERM arrived."""
-
-
 def _terminated(signum: int, frame: FrameType | None) -> None:
-    raise _Terminated
+    raise Terminated
 
 
 def _explain(error: Exception) -> int:
+    code = exit_code_of(error)
     if isinstance(error, GptailorError):
-        return _said(str(error), error.exit_code)
+        return _said(str(error), code)
     if isinstance(error, MemoryError):
-        return _said("out of memory: use a smaller batch_size, or fewer workers", 4)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return _said(f"the disk is full ({error.filename or 'unknown file'}): free space", 4)
-    return _said(f"a bug of ours: {type(error).__name__}: {error}. --debug shows the traceback", 1)
+        return _said("out of memory: use a smaller batch_size, or fewer workers", code)
+    if isinstance(error, OSError) and is_disk_full(error):
+        return _said(f"the disk is full ({error.filename or 'unknown file'}): free space", code)
+    text = f"a bug of ours: {type(error).__name__}: {error}. --debug shows the traceback"
+    return _said(text, code)
 
 
 def _said(text: str, code: int) -> int:
@@ -94,7 +108,7 @@ def _said(text: str, code: int) -> int:
 def _check_verb(words: Sequence[str]) -> None:
     verb = next((word for word in words if not word.startswith("-")), None)
     if verb is not None and verb not in COMMANDS:
-        sys.exit(_said(str(unknown("verb", verb, COMMANDS)), 2))
+        sys.exit(_said(str(unknown("verb", verb, COMMANDS)), 2) if is_first() else 2)
 
 
 def _build_parser() -> argparse.ArgumentParser:

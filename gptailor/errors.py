@@ -8,6 +8,7 @@ a terminal can show.
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 import signal
 from collections.abc import Iterable
@@ -50,6 +51,10 @@ class StoppedEarly(GptailorError):
     exit_code = 5
 
 
+class WorkerCrashed(GptailorError):
+    """A worker met what nobody expected; its traceback was shown before."""
+
+
 class Requeue(StoppedEarly):
     """The time of the job is over: it asks to be started again, and goes on then."""
 
@@ -63,6 +68,28 @@ class Interrupted(StoppedEarly):
         name = signal.Signals(signum).name
         super().__init__(f"Stopped by {name}: everything that was evaluated is kept.")
         self.exit_code = 128 + signum
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived while nobody had taken it over for an end in good order."""
+
+
+def exit_code_of(error: BaseException | None) -> int:
+    """What the command line ends with after an error; 0 without one."""
+    if error is None:
+        return 0
+    if isinstance(error, GptailorError):
+        return error.exit_code
+    if isinstance(error, MemoryError) or is_disk_full(error):
+        return ResourceError.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    return 128 + signal.SIGTERM if isinstance(error, Terminated) else 1
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """True for a full disk, and for a quota that is used up."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def plain(text: str, limit: int = 300) -> str:

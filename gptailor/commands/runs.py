@@ -39,6 +39,8 @@ def _search(arguments: argparse.Namespace) -> int:
         overrides=arguments.overrides,
         resume=arguments.resume,
         workers=arguments.workers,
+        executor=arguments.executor,
+        log_json=arguments.log_json,
     )
     _show_front(out, arguments.json)
     return 0
@@ -83,6 +85,16 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", help="key.path=value")
     parser.add_argument("--resume", action="store_true", help="go on with the run in its folder")
     add_workers(parser)
+    parser.add_argument(
+        "--executor",
+        choices=("auto", "local", "mpi"),
+        default="auto",
+        help="where recipes are evaluated: on this machine, or by the other ranks of an MPI "
+        "program; auto sees whether srun or mpirun started several (auto)",
+    )
+    parser.add_argument(
+        "--log-json", action="store_true", help="the ranks' logs as JSON lines, too (MPI)"
+    )
     add_io(parser)
     add_stage(parser)
 

@@ -33,6 +33,11 @@ class SimilarityJob:
 Job = EvaluationJob | SimilarityJob
 
 
+def job_name(job: Job) -> str:
+    """What a job is about, for people."""
+    return job.recipe.point if isinstance(job, EvaluationJob) else f"layers of {job.model}"
+
+
 @dataclass(frozen=True)
 class Finished:
     """A job that ended.

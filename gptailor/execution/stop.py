@@ -10,8 +10,10 @@ A handler only notes. Whoever waits must not block in C code, where Python's han
 
 from __future__ import annotations
 
+import os
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import FrameType
 
@@ -22,6 +24,14 @@ TERM_GRACE_S = 10.0
 
 MARGIN_S = 15.0
 """What is left between the last wait and the job's time limit, for the last write and the exit."""
+
+
+def job_ends_at(env: Mapping[str, str] = os.environ) -> float | None:
+    """Unix time in seconds at which Slurm kills the job; None if the environment does not tell."""
+    for name in ("GPTAILOR_ENDS_AT", "SLURM_JOB_END_TIME"):
+        if env.get(name, "").isdecimal():
+            return float(env[name])
+    return None
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 from gptailor.archive import Evaluation
@@ -26,17 +27,30 @@ class Progress:
         total: evaluations that there will be.
         num_layers: source layers of the family.
         stream: where to; default: standard error.
+        log: takes whole lines, for a file.
+
+    Attributes:
+        total: evaluations that there will be.
+        done: evaluations so far, those that were found in the archive included.
+        reused: those that were found in the archive.
     """
 
-    def __init__(self, total: int, num_layers: int, stream: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        total: int,
+        num_layers: int,
+        stream: TextIO | None = None,
+        log: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self.total = total
         self.num_layers = num_layers
         self._stream = stream or sys.stderr
         self._is_terminal = self._stream.isatty()
+        self._log = log
         self._began: float | None = None
         self._shown_at = -PLAIN_INTERVAL_S
         self._shown = 0
-        self._done = self._reused = 0
+        self.done = self.reused = 0
         self._best: float | None = None
 
     def update(self, evaluation: Evaluation, *, is_new: bool) -> None:
@@ -44,37 +58,40 @@ class Progress:
         now = time.monotonic()
         if self._began is None:  # what comes before the first evaluation is no guide to the rest
             self._began = now - evaluation.outcome.cost.seconds
-        self._done += 1
-        self._reused += not is_new
+        self.done += 1
+        self.reused += not is_new
         accuracy = evaluation.outcome.accuracy
         small = evaluation.recipe.num_layers <= round(TARGET_SIZE * self.num_layers)
         if accuracy is not None and small:
             self._best = accuracy if self._best is None else max(self._best, accuracy)
-        last = self._done >= self.total
+        last = self.done >= self.total
         is_due = now - self._shown_at >= PLAIN_INTERVAL_S
-        is_due &= self._done == 1 or self._done - self._shown >= self.total / PLAIN_LINES
+        is_due &= self.done == 1 or self.done - self._shown >= self.total / PLAIN_LINES
+        if last or is_due:
+            self._shown_at, self._shown = now, self.done
+            self._log(self.line(now))
         if self._is_terminal or last or is_due:
-            self._shown_at, self._shown = now, self._done
             self._write(self.line(now), is_last=last)
 
     def line(self, now: float) -> str:
         """The text of the moment."""
         best = "–" if self._best is None else f"{self._best:.3f}"
         parts = [
-            f"{self._done}/{self.total} evaluations",
+            f"{self.done}/{self.total} evaluations",
             f"best at ≤ {TARGET_SIZE:.0%} of the layers: {best}",
         ]
-        new = self._done - self._reused
-        if self._reused:
-            parts.append(f"{self._reused} from the archive")
-        if new and self._began is not None and self._done < self.total:
-            left = (now - self._began) / new * (self.total - self._done)
+        new = self.done - self.reused
+        if self.reused:
+            parts.append(f"{self.reused} from the archive")
+        if new and self._began is not None and self.done < self.total:
+            left = (now - self._began) / new * (self.total - self.done)
             parts.append(f"{duration(left)} left")
         return " · ".join(parts)
 
     def note(self, text: str) -> None:
         """A line of its own, for what happens beside evaluations."""
         self._print(("\r\x1b[K" if self._is_terminal else "") + text + "\n")
+        self._log(text)
 
     def _write(self, text: str, *, is_last: bool) -> None:
         if self._is_terminal:

@@ -49,6 +49,7 @@ class Run:
 
     Attributes:
         scheduler: gives jobs to the executor's workers.
+        failures: (worker, recipe's point, reason) of each evaluation that failed.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Run:
         self.scheduler = Scheduler(executor, Stop() if stop is None else stop, lambda: tick(self))
         self._done = {(e.recipe.hash, e.documents): e for e in archive.evaluations()}
         self._counted: set[str] = set()
+        self.failures: list[tuple[int, str, str]] = []
 
     def search(self) -> None:
         """Evaluates the control arms, then what NSGA-II asks for until the budget is used.
@@ -217,16 +219,18 @@ class Run:
 
     def _record(self, finished: Sequence[Finished]) -> list[Evaluation]:
         """Makes evaluations that ended durable, all at once."""
-        rows = [
-            (f.job.recipe, f.job.documents, self.family.parameters(f.job.recipe.src_layers), result)
-            for f in finished
-            if isinstance(f.job, EvaluationJob) and isinstance(result := f.result, Outcome)
-        ]
+        rows, workers = [], []
+        for f in finished:
+            if isinstance(f.job, EvaluationJob) and isinstance(f.result, Outcome):
+                parameters = self.family.parameters(f.job.recipe.src_layers)
+                rows.append((f.job.recipe, f.job.documents, parameters, f.result))
+                workers.append(f.worker)
         evaluations = self.archive.record_all(rows)
-        for evaluation in evaluations:
+        for worker, evaluation in zip(workers, evaluations, strict=True):
             self._done[evaluation.recipe.hash, evaluation.documents] = evaluation
             if evaluation.outcome.status == "failed":
                 last = evaluation.outcome.reason.strip().splitlines()[-1]
+                self.failures.append((worker, evaluation.recipe.point, last))
                 self.progress.note(f"The evaluation of {evaluation.recipe.point} failed: {last}")
         return evaluations
 

@@ -20,6 +20,13 @@ from gptailor.models.family import Family, resolve
 if TYPE_CHECKING:
     from gptailor.archive import Evaluation
     from gptailor.config import Config
+    from gptailor.execution.executor import Executor
+    from gptailor.execution.launcher import Choice
+    from gptailor.execution.mpi import Crew
+    from gptailor.execution.stop import Stop
+
+LOCK_WAIT_S = 120.0
+"""How long a search that is watched over waits for a lock that a dead node may have left."""
 
 DEMO_SIZE = 0.75
 """The demo stitches the best model of at most this part of the layers."""
@@ -58,6 +65,8 @@ def search(
     overrides: Sequence[str] = (),
     resume: bool = False,
     workers: int = 1,
+    executor: Choice = "auto",
+    log_json: bool = False,
 ) -> Path:
     """Searches, scores the front on the holdout, writes the report; returns the run folder.
 
@@ -66,6 +75,9 @@ def search(
         overrides: `key.path=value` for a file.
         resume: go on with the run that is in the output folder (or begin it).
         workers: processes on this machine.
+        executor: "local": this machine; "mpi": the other ranks of an MPI program; "auto": those,
+            if srun or mpirun started this process as one of several.
+        log_json: write the ranks' logs as JSON lines, too.
 
     Raises:
         UsageError: the configuration is wrong, or the output folder holds a run already.
@@ -73,12 +85,45 @@ def search(
         ResourceError: memory or disk is exhausted; what was evaluated is kept.
         StoppedEarly: a worker died, or a signal asked to stop; `resume=True` continues.
 
-    Side effect: SIGUSR2 is taken over: it ends the search in good order (`Requeue`).
+    Side effect: SIGUSR2 is taken over: it ends the search in good order (`Requeue`); in an MPI
+        program SIGTERM and SIGINT, too. Only rank 0 of an MPI program returns.
     """
+    from gptailor.execution.launcher import join
+    from gptailor.execution.stop import Stop, job_ends_at
+
+    stop = Stop(job_ends_at())
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main:
+        stop.install(signal.SIGUSR2)
+    channel = join(executor)
+    if channel is None:
+        return _search(config, overrides, resume, workers, stop)
+    if channel.rank > 0:
+        from gptailor.execution.worker import run_worker
+
+        run_worker(channel)
+    from gptailor.execution.mpi import Crew
+
+    if is_main:
+        stop.install()
+    with Crew(channel, stop, log_json=log_json) as crew:
+        return _search(config, overrides, resume, workers, stop, crew)
+
+
+def _search(
+    config: Config | str | Path,
+    overrides: Sequence[str],
+    resume: bool,
+    workers: int,
+    stop: Stop,
+    crew: Crew | None = None,
+) -> Path:
+    """The search, in this process or by the crew of an MPI program."""
     from gptailor.archive import Archive
     from gptailor.config import Config, config_yaml, read_config
     from gptailor.execution.local import open_executor
-    from gptailor.execution.stop import Stop
+    from gptailor.execution.reporter import Reporter
+    from gptailor.execution.verdict import is_supervised
     from gptailor.report import write_report
     from gptailor.search.progress import Progress
     from gptailor.search.resume import check_resumable
@@ -91,29 +136,37 @@ def search(
         raise UsageError(
             f"{output} holds a run already: continue it with --resume, or name another output."
         )
-    Archive.check_not_in_use(output)  # in a moment, not after the models are loaded
+    log = (lambda text: None) if crew is None else crew.log.say
+    # in a moment, not after the models are loaded; but a node that died may keep the lock a while
+    wait_s = LOCK_WAIT_S if is_supervised() else 0.0
+    say = print if crew is None else crew.say
+    Archive.check_not_in_use(output, wait_s=wait_s, note=say)
     family = Family(config.models, config.base)
     _check_space(config, family)
-    progress = Progress(config.search.evaluations, family.num_layers)
+    progress = Progress(config.search.evaluations, family.num_layers, log=log)
     progress.note(f"Searching {family.num_layers} layers of {len(config.models)} models.")
-    stop = Stop()
-    if threading.current_thread() is threading.main_thread():
-        stop.install(signal.SIGUSR2)
-    executor = open_executor(config, workers)
-    try:
-        info = executor.workload()  # before the run folder is made: a wrong task leaves nothing
-        with Archive(output) as archive:
-            check_resumable(archive, config, family, info.digest)
-            _write_text(output / "config.yaml", config_yaml(config))
-            _write_text(output / "environment.json", json.dumps(environment(), indent=2) + "\n")
-            documents = ", ".join(f"{n} {name}" for name, n in info.num_documents.items())
-            progress.note(f"Documents: {documents}. Run folder: {output}.")
-            run = Run(config, family, archive, executor, progress, stop)
-            run.search()
-            run.holdout([e.recipe for e in worth_a_holdout(archive.evaluations("search"))])
-    finally:
-        executor.close()
-    write_report(output)
+    with Reporter(stop, config.search.evaluations) as reporter:
+        executor: Executor
+        if crew is None:
+            executor = open_executor(config, workers)
+        else:
+            executor = crew.executor(config, family, output, reporter)
+        try:
+            info = executor.workload()  # before the archive is made: a wrong task leaves no run
+            with Archive(output) as archive:
+                check_resumable(archive, config, family, info.digest)
+                reporter.begin(output)
+                _write_text(output / "config.yaml", config_yaml(config))
+                _write_text(output / "environment.json", json.dumps(environment(), indent=2) + "\n")
+                documents = ", ".join(f"{n} {name}" for name, n in info.num_documents.items())
+                progress.note(f"Documents: {documents}. Run folder: {output}.")
+                run = Run(config, family, archive, executor, progress, stop, reporter.tick)
+                run.search()
+                run.holdout([e.recipe for e in worth_a_holdout(archive.evaluations("search"))])
+                reporter.tick(run)
+        finally:
+            executor.close()
+        write_report(output)
     return output
 
 

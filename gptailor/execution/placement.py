@@ -1,0 +1,220 @@
+"""Which GPUs, cores and threads each worker of a node gets.
+
+Launchers differ in how they bind: some give each rank its own GPU and cores, some give all ranks
+of a node everything. What is a rank's own stays as it is; what several ranks of a node see alike is
+divided among its workers. Rank 0 needs no GPU and little time, so it does not count.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU that a rank sees.
+
+    Attributes:
+        token: what stands for it in CUDA_VISIBLE_DEVICES.
+        identity: the same for every process that sees the same GPU.
+    """
+
+    token: str
+    identity: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a rank finds around it.
+
+    Attributes:
+        node: name of the machine.
+        cores: the cores that it may run on; of each one its logical CPUs.
+        devices: the GPUs that it sees, in their order.
+    """
+
+    node: str
+    cores: tuple[tuple[int, ...], ...]
+    devices: tuple[Device, ...]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What a worker shall use.
+
+    Attributes:
+        cpus: logical CPUs to run on; None: those that it has.
+        threads: for computing.
+        visible_devices: CUDA_VISIBLE_DEVICES; None: as it is.
+        sharing: how many workers share its device.
+        workers_here: how many workers its node has.
+    """
+
+    cpus: tuple[int, ...] | None
+    threads: int
+    visible_devices: str | None
+    sharing: int
+    workers_here: int
+
+
+def place_workers(places: Sequence[Place], device: str) -> list[Placement]:
+    """Divides the nodes among the workers; of each worker in the same order.
+
+    Args:
+        places: what each worker finds.
+        device: as in `search.yaml`.
+    """
+    nodes: dict[str, list[int]] = {}
+    for worker, place in enumerate(places):
+        nodes.setdefault(place.node, []).append(worker)
+    placements: dict[int, Placement] = {}
+    for workers in nodes.values():
+        local = [places[worker] for worker in workers]
+        cpus = _divided_cores([place.cores for place in local])
+        devices: list[tuple[Device, ...] | None] = [None] * len(local)
+        if device in ("auto", "cuda"):
+            devices = _divided_devices([place.devices for place in local])
+        for index, worker in enumerate(workers):
+            own, cores = devices[index], cpus[index]
+            masks = [place.cores for place in local]
+            placements[worker] = Placement(
+                cpus=None if cores is None else _flat(cores),
+                threads=_num_threads(cores or local[index].cores, masks),
+                visible_devices=None if not own else ",".join(d.token for d in own),
+                sharing=_num_sharing(index, devices),
+                workers_here=len(workers),
+            )
+    return [placements[worker] for worker in range(len(places))]
+
+
+def find_place(env: Mapping[str, str] = os.environ) -> Place:
+    """What this process finds."""
+    node = env.get("SLURMD_NODENAME") or socket.gethostname()
+    return Place(node, _cores(sorted(os.sched_getaffinity(0))), visible_devices(env, _nvml_uuids()))
+
+
+def visible_devices(env: Mapping[str, str], uuids: Sequence[str] | None) -> tuple[Device, ...]:
+    """The GPUs that CUDA will see.
+
+    Args:
+        env: may have CUDA_VISIBLE_DEVICES.
+        uuids: of all GPUs that the process may use, in the driver's order; None if nobody knows.
+    """
+    text = env.get("CUDA_VISIBLE_DEVICES")
+    if text is None:
+        return tuple(Device(uuid, uuid) for uuid in uuids or ())
+    devices = []
+    for word in text.split(","):
+        token = word.strip()
+        if not re.fullmatch(r"\d+|(GPU|MIG)-.+", token):
+            break  # as CUDA does: what comes after a wrong entry is not seen
+        identity = token
+        if token.isdecimal() and uuids is not None:
+            if int(token) >= len(uuids):
+                break
+            identity = uuids[int(token)]
+        elif uuids is not None:
+            identity = next((uuid for uuid in uuids if uuid.startswith(token)), token)
+        devices.append(Device(token, identity))
+    return tuple(devices)
+
+
+Cores = tuple[tuple[int, ...], ...]
+
+
+def _divided_cores(masks: Sequence[Cores]) -> list[Cores | None]:
+    """Of each worker of a node: its cores, or None if it keeps what it has."""
+    result: list[Cores | None] = [None] * len(masks)
+    for mask in set(masks):
+        group = [i for i, other in enumerate(masks) if other == mask]
+        # whole cores if there are enough: two workers on the threads of one slow each other down
+        units = mask if len(mask) >= len(group) else tuple((cpu,) for cpu in _flat(mask))
+        if len(group) == 1 or len(units) < len(group):
+            continue
+        for position, index in enumerate(group):
+            result[index] = units[_share(position, len(group), len(units))]
+    return result
+
+
+def _divided_devices(seen: Sequence[tuple[Device, ...]]) -> list[tuple[Device, ...] | None]:
+    """Of each worker of a node: its GPUs."""
+    result: list[tuple[Device, ...] | None] = [None] * len(seen)
+    for devices in set(seen):
+        group = [i for i, other in enumerate(seen) if other == devices]
+        for position, index in enumerate(group):
+            if len(devices) >= len(group):
+                result[index] = devices[_share(position, len(group), len(devices))]
+            elif devices:
+                result[index] = (devices[position * len(devices) // len(group)],)
+    return result
+
+
+def _share(position: int, parts: int, total: int) -> slice:
+    return slice(position * total // parts, (position + 1) * total // parts)
+
+
+def _num_sharing(index: int, devices: Sequence[tuple[Device, ...] | None]) -> int:
+    own = devices[index]
+    if not own:
+        return len(devices)  # the node itself is what they share
+    names = {device.identity for device in own}
+    return sum(1 for other in devices if other and names & {d.identity for d in other})
+
+
+def _num_threads(cores: Cores, masks: Sequence[Cores]) -> int:
+    """As many as there are cores, divided by those who have to share them."""
+    cpus = set(_flat(cores))
+    sharing = sum(1 for mask in masks if cpus == set(_flat(mask)))
+    return max(len(cores) // max(sharing, 1), 1)
+
+
+def _flat(cores: Cores) -> tuple[int, ...]:
+    return tuple(cpu for core in cores for cpu in core)
+
+
+def _cores(cpus: Sequence[int]) -> Cores:
+    """Logical CPUs by core, cores by socket, as Linux tells."""
+    cores: dict[tuple[int, int, int], list[int]] = {}
+    for cpu in cpus:
+        folder = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        try:
+            socket_id = int((folder / "physical_package_id").read_text())
+            key = (socket_id, int((folder / "core_id").read_text()), 0)
+        except (OSError, ValueError):
+            key = (0, cpu, 1)
+        cores.setdefault(key, []).append(cpu)
+    return tuple(tuple(cores[key]) for key in sorted(cores))
+
+
+def _nvml_uuids() -> list[str] | None:
+    """The GPUs that this process may use, as the driver's library tells; None without one.
+
+    torch would tell, too, but only after it has fixed what is visible.
+    """
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    count, handle = ctypes.c_uint(), ctypes.c_void_p()
+    text = ctypes.create_string_buffer(96)
+    if nvml.nvmlInit_v2() != 0:
+        return None
+    try:
+        if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
+            return None
+        uuids = []
+        for number in range(count.value):
+            if nvml.nvmlDeviceGetHandleByIndex_v2(number, ctypes.byref(handle)) != 0:
+                return None
+            if nvml.nvmlDeviceGetUUID(handle, text, len(text)) != 0:
+                return None
+            uuids.append(text.value.decode())
+        return uuids
+    finally:
+        nvml.nvmlShutdown()

@@ -1,0 +1,129 @@
+"""Fills a job's record while a search runs: what workers do, how fast it goes, what failed."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from gptailor.errors import exit_code_of
+from gptailor.execution.executor import job_name
+from gptailor.execution.job_record import JobRecord, JobRecorder, WorkerRecord, job_id_here
+from gptailor.execution.stop import Stop
+
+if TYPE_CHECKING:
+    from gptailor.execution.mpi import Member
+    from gptailor.search.run import Run
+
+WINDOW_S = 900.0
+"""Evaluations per hour are those of the last quarter of an hour."""
+
+_SAMPLE_S = 10.0
+
+
+class Reporter:
+    """The record of this job; as a context it writes the last word.
+
+    Args:
+        stop: a request to stop.
+        total: evaluations that there will be.
+        island: which of the islands this job works on; None without islands.
+    """
+
+    def __init__(self, stop: Stop, total: int, island: int | None = None) -> None:
+        self._stop = stop
+        self._first = JobRecord(
+            job_id=job_id_here(),
+            island=island,
+            evaluations_total=total,
+            ends_at=stop.job_ends_at,
+            restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+        )
+        self._recorder: JobRecorder | None = None
+        self._members: Sequence[Member] = ()
+        self._rates: deque[tuple[float, int]] = deque()
+        self._num_failures = 0
+
+    def begin(
+        self, run_folder: str | Path, *, log: str = "", members: Sequence[Member] = ()
+    ) -> None:
+        """Makes the file, if that is not done yet.
+
+        Args:
+            run_folder: whose `jobs/` it is.
+            log: what a person reads first.
+            members: the ranks that evaluate, in the order of the workers; empty without MPI.
+        """
+        self._members = members or self._members
+        if self._recorder is None:
+            self._recorder = JobRecorder(run_folder, self._first)
+        hosts = dict.fromkeys((self._recorder.record.host, *(m.hello.place.node for m in members)))
+        changes = {"log": log} if log else {}
+        self._recorder.update(hosts=tuple(hosts), **changes)
+
+    def tick(self, run: Run) -> None:
+        """Notes how far a search is."""
+        if self._recorder is None:
+            return
+        progress = run.progress
+        new = progress.done - progress.reused
+        self._recorder.update(
+            state="draining" if self._stop else "running",
+            workers=self._workers(run),
+            evaluations_done=progress.done,
+            evaluations_new=new,
+            evaluations_per_hour=self._per_hour(run.executor.now(), new),
+        )
+        for worker, point, reason in run.failures[self._num_failures :]:
+            log = "" if not self._members else self._members[worker].log
+            self._recorder.failed(point, reason, log)
+        self._num_failures = len(run.failures)
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._recorder is not None:
+            self._recorder.end(exit_code_of(value))
+
+    def _workers(self, run: Run) -> tuple[WorkerRecord, ...]:
+        ago = time.time() - run.executor.now()  # from the executor's clock to Unix time
+        running = run.scheduler.running
+        records = []
+        for worker in range(run.executor.num_workers):
+            now = running.get(worker)
+            name = None if now is None else job_name(now.job)
+            since = None if now is None else ago + now.began
+            if not self._members:
+                records.append(WorkerRecord(worker, job=name, since=since))
+                continue
+            member = self._members[worker]
+            records.append(
+                WorkerRecord(
+                    member.hello.rank,
+                    member.hello.place.node,
+                    member.hello.pid,
+                    member.device,
+                    name,
+                    since or (ago + member.since if member.device else None),
+                )
+            )
+        return tuple(records)
+
+    def _per_hour(self, now: float, new: int) -> float | None:
+        rates = self._rates
+        if not rates or now - rates[-1][0] >= _SAMPLE_S:
+            rates.append((now, new))
+        while now - rates[0][0] > WINDOW_S:
+            rates.popleft()
+        began, before = rates[0]
+        return None if new == before else (new - before) / max(now - began, 1e-3) * 3600

@@ -1,0 +1,36 @@
+"""The last word of a search to whoever watches over it: its exit code, in a file.
+
+A launcher's own exit code does not tell whether a search ended as it meant to, or a rank was
+killed. The supervisor of a job names a file in the environment; what is in it was meant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from gptailor.execution.launcher import is_first
+
+VARIABLE = "GPTAILOR_VERDICT"
+"""Names the file, on the machine of rank 0."""
+
+
+def is_supervised() -> bool:
+    """Whether somebody will start this program again if it dies."""
+    return bool(os.environ.get(VARIABLE))
+
+
+def write_verdict(code: int) -> None:
+    """Writes the exit code, if somebody wants it and this is rank 0, or the only process.
+
+    A verdict that can't be written is none: the supervisor starts the search again, which finds
+    out what it has to do.
+    """
+    path = os.environ.get(VARIABLE)
+    if not path or not is_first():
+        return
+    temporary = Path(f"{path}.{os.getpid()}")
+    with contextlib.suppress(OSError):
+        temporary.write_text(f"{code}\n")
+        temporary.replace(path)
