@@ -1,6 +1,6 @@
 """The words of each verb: its arguments, and how its result is printed."""
 
-from gptailor.commands import models, runs
+from gptailor.commands import models, plans, runs
 from gptailor.commands.command import Command
 
-COMMANDS: dict[str, Command] = {**runs.COMMANDS, **models.COMMANDS}
+COMMANDS: dict[str, Command] = {**plans.COMMANDS, **runs.COMMANDS, **models.COMMANDS}

@@ -8,12 +8,12 @@ from typing import Literal
 
 from gptailor.archive import Cost, Documents, Outcome, Score
 from gptailor.config import EvaluationConfig
-from gptailor.errors import GptailorError, ResourceError, UsageError
+from gptailor.errors import GptailorError, ResourceError
 from gptailor.evaluation.judge import ResidentLM
 from gptailor.evaluation.loading import load_tokenizer
 from gptailor.evaluation.resident import ResidentModel, is_out_of_memory
 from gptailor.evaluation.similarity import Similarity, measure
-from gptailor.evaluation.workload import Workload
+from gptailor.evaluation.workload import open_workloads
 from gptailor.models.family import Family
 from gptailor.recipe import Recipe
 
@@ -52,25 +52,7 @@ class Evaluator:
         )
         tokenizer = load_tokenizer(family.base.folder)
         self.lm = ResidentLM(self.resident.model, tokenizer, config.batch_size)
-        rung = config.rungs[-1] if config.rungs else None
-        self.workloads: dict[str, Workload] = {
-            "search": Workload(
-                config.tasks,
-                config,
-                self.lm,
-                num_documents=rung,
-                seed=seed,
-                comparable=comparable,
-            )
-        }
-        if config.holdout is not None:
-            holdout = Workload(config.holdout.tasks, config, self.lm, comparable=comparable)
-            seen = self.workloads["search"].task_names & holdout.task_names
-            if seen:
-                raise UsageError(
-                    f"The task {min(seen)} is part of the search, so it is no holdout."
-                )
-            self.workloads["holdout"] = holdout
+        self.workloads = open_workloads(config, self.lm, seed=seed, comparable=comparable)
 
     def evaluate(self, recipe: Recipe, documents: Documents = "search") -> Outcome:
         """Assembles and scores one recipe; never raises for what the recipe itself causes.

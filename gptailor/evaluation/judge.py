@@ -88,6 +88,10 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         self, requests: Sequence[Any], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
         """Log-likelihood and greediness of each request, as HFLM's, but encoded only once."""
+        return self._loglikelihood_tokens(self.encoded(requests))
+
+    def encoded(self, requests: Sequence[Any]) -> list[Request]:
+        """Requests for log-likelihoods as tokens, as HFLM makes them; nothing is run."""
         missing = [r for r in requests if tuple(r.args) not in self._encoded]
         if missing:
             self._captured = []
@@ -98,8 +102,7 @@ class ResidentLM(HFLM):  # type: ignore[misc]
                 self._captured = None
             for request, (_, context, continuation) in zip(missing, captured, strict=True):
                 self._encoded[tuple(request.args)] = (context, continuation)
-        encoded = [(None, *self._encoded[tuple(r.args)]) for r in requests]
-        return self._loglikelihood_tokens(encoded)
+        return [(None, *self._encoded[tuple(r.args)]) for r in requests]
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = True
@@ -129,10 +132,7 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         if self._captured is not None:
             self._captured.extend(requests)
             return [(0.0, False)] * len(requests)
-        inputs = tuple(
-            (tuple((context + continuation)[-(self.max_length + 1) :]), len(continuation))
-            for _, context, continuation in requests
-        )
+        inputs = read_inputs(requests, self.max_length)
         if inputs not in self._plans:
             if len(self._plans) >= 16:
                 self._plans.clear()
@@ -177,6 +177,17 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.forward_s += time.perf_counter() - self._began
+
+
+def read_inputs(
+    requests: Sequence[Request], max_length: int
+) -> tuple[tuple[tuple[int, ...], int], ...]:
+    """Of each request: the tokens of context and continuation, cut at the left to what the model
+    reads and the token after it, and how many of them are the continuation."""
+    return tuple(
+        (tuple((context + continuation)[-(max_length + 1) :]), len(continuation))
+        for _, context, continuation in requests
+    )
 
 
 def plan_batches(

@@ -47,6 +47,21 @@ def load_model(folder: Path, tensors: Mapping[str, TensorInfo], dtype: torch.dty
         ModelError: transformers can't load it, or only by running code of the folder.
         ResourceError: memory is exhausted.
     """
+    from transformers import AutoModelForCausalLM
+
+    load_shell(folder, tensors)
+    with _explained(f"transformers can't load {folder}", folder):
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, weights_only=True
+        )
+
+
+def load_shell(folder: Path, tensors: Mapping[str, TensorInfo]) -> Any:
+    """The same model on torch's meta device: shapes without memory.
+
+    Raises:
+        ModelError: transformers can't make it, or its sizes are not those of the weights.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     _check_folder(folder)
@@ -55,9 +70,7 @@ def load_model(folder: Path, tensors: Mapping[str, TensorInfo], dtype: torch.dty
         with _quiet(), torch.device("meta"):
             shell = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         _check_sizes(folder, shell, tensors)
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, weights_only=True
-        )
+        return shell
 
 
 def _check_folder(folder: Path) -> None:

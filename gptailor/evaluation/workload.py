@@ -128,13 +128,20 @@ class Workload:
         with _seeded():  # tasks that sample do so from the same state for every recipe
             return self._answered(lm)
 
-    def _answered(self, lm: Any) -> dict[str, dict[str, Any]]:
-        requests: dict[str, list[Any]] = defaultdict(list)
+    def requests(self) -> dict[str, list[Any]]:
+        """Kind of request → lm-eval's instances, each as often as it is to be answered."""
+        found: dict[str, list[Any]] = defaultdict(list)
         for task in self._tasks.values():
             for instance in task.instances:
+                found[instance.request_type].extend([instance] * instance.repeats)
+        return dict(found)
+
+    def _answered(self, lm: Any) -> dict[str, dict[str, Any]]:
+        requests = self.requests()
+        for instances in requests.values():
+            for instance in instances:
                 instance.resps = []
                 instance.filtered_resps = {}
-                requests[instance.request_type].extend([instance] * instance.repeats)
         for request_type, instances in requests.items():
             answers = getattr(lm, request_type)(instances)
             for instance, answer in zip(instances, answers, strict=True):
@@ -232,6 +239,33 @@ class Workload:
             metrics[f"{metric},{filter_name}"] = aggregate(items)
             metrics[f"{metric}_stderr,{filter_name}"] = _stderr(aggregate, items)
         return metrics
+
+
+def open_workloads(
+    config: EvaluationConfig, lm: Any, *, seed: int, comparable: bool = True
+) -> dict[str, Workload]:
+    """ "search" and, if there is one, "holdout" → its workload.
+
+    Args:
+        config: of the evaluations.
+        lm: as for `Workload`.
+        seed: of the choice of documents.
+        comparable: refuse metrics that can't be part of an accuracy.
+
+    Raises:
+        UsageError: as `Workload`, or the holdout has a task of the search.
+    """
+    rung = config.rungs[-1] if config.rungs else None
+    search = Workload(
+        config.tasks, config, lm, num_documents=rung, seed=seed, comparable=comparable
+    )
+    if config.holdout is None:
+        return {"search": search}
+    holdout = Workload(config.holdout.tasks, config, lm, comparable=comparable)
+    seen = search.task_names & holdout.task_names
+    if seen:
+        raise UsageError(f"The task {min(seen)} is part of the search, so it is no holdout.")
+    return {"search": search, "holdout": holdout}
 
 
 def choose_documents(

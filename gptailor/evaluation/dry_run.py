@@ -1,0 +1,120 @@
+"""What evaluations need beside the weights, loaded as a worker will: the tokenizer and the tasks.
+
+The model has its shape but no memory (torch's meta device), so that a login node can do it. Run as
+a program it reads a resolved configuration as JSON and says as JSON what it found:
+`prefetch` does that where the network is taken away.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gptailor.config import Config, parse_config
+from gptailor.errors import GptailorError
+from gptailor.evaluation.judge import ResidentLM, plan_batches, read_inputs
+from gptailor.evaluation.loading import load_shell, load_tokenizer
+from gptailor.evaluation.workload import Workload, open_workloads
+from gptailor.models.family import Family
+
+
+@dataclass(frozen=True)
+class WorkloadSize:
+    """What one evaluation has to do.
+
+    Attributes:
+        documents: that are scored.
+        requests: that lm-eval makes of them.
+        tokens: that go through the model, padding included; for generated text at most.
+        batch_tokens: of the largest batch.
+        logits: rows of the vocabulary's width that the largest batch gives.
+        digest: changes when tasks or documents do.
+    """
+
+    documents: int
+    requests: int
+    tokens: int
+    batch_tokens: int
+    logits: int
+    digest: str
+
+
+class DryRun:
+    """Tokenizer, tasks and requests of a search, without the weights.
+
+    Args:
+        config: the search.
+        family: its candidates, of which only the base's headers and tokenizer are read.
+
+    Raises:
+        UsageError: a task or its data can't be had.
+        ModelError: transformers can't make the base's model, or load its tokenizer.
+    """
+
+    def __init__(self, config: Config, family: Family) -> None:
+        base = family.base
+        shell = load_shell(base.folder, base.tensors)
+        tokenizer = load_tokenizer(base.folder)
+        self.lm = ResidentLM(shell.eval(), tokenizer, config.evaluation.batch_size)
+        self.workloads = open_workloads(config.evaluation, self.lm, seed=config.search.seed)
+
+    def sizes(self) -> dict[str, WorkloadSize]:
+        """Of the documents of the search and, if there is one, of the holdout."""
+        return {name: self._size(workload) for name, workload in self.workloads.items()}
+
+    def _size(self, workload: Workload) -> WorkloadSize:
+        import torch
+
+        requests = workload.requests()
+        batches: list[tuple[int, int]] = []  # (tokens, logits)
+        for kind, instances in requests.items():
+            if kind == "loglikelihood":
+                inputs = read_inputs(self.lm.encoded(instances), self.lm.max_length)
+                planned = plan_batches(inputs, int(self.lm.batch_size), torch.device("cpu"))
+                batches += [
+                    (b.input_BT.numel(), len(b.input_BT) * len(b.positions_P)) for b in planned
+                ]
+            else:
+                batches += self._text_batches(kind, instances)
+        return WorkloadSize(
+            documents=workload.num_documents,
+            requests=sum(map(len, requests.values())),
+            tokens=sum(tokens for tokens, _ in batches),
+            batch_tokens=max(tokens for tokens, _ in batches),
+            logits=max(logits for _, logits in batches),
+            digest=workload.digest,
+        )
+
+    def _text_batches(self, kind: str, instances: list[Any]) -> list[tuple[int, int]]:
+        """Of rolling perplexity, where every position counts, and of generated text."""
+        lengths = [len(self.lm.tok_encode(instance.args[0])) for instance in instances]
+        if kind == "generate_until":
+            new = [i.args[1].get("max_gen_toks", self.lm.max_gen_toks) for i in instances]
+            lengths = [min(a + b, self.lm.max_length) for a, b in zip(lengths, new, strict=True)]
+        size = int(self.lm.batch_size)
+        lengths.sort(reverse=True)
+        found = []
+        for at in range(0, len(lengths), size):
+            some = lengths[at : at + size]
+            longest = min(some[0], self.lm.max_length)
+            rows = len(some) * (longest if kind == "loglikelihood_rolling" else 1)
+            found.append((sum(some), rows))
+        return found
+
+
+def main() -> int:
+    """Reads a configuration from the standard input, writes sizes or an error to the output."""
+    try:
+        config = parse_config(json.load(sys.stdin), "the configuration")
+        dry_run = DryRun(config, Family(config.models, config.base))
+        found = {name: asdict(size) for name, size in dry_run.sizes().items()}
+        print(json.dumps({"sizes": found}))
+    except GptailorError as error:
+        print(json.dumps({"error": str(error), "exit_code": error.exit_code}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
