@@ -33,6 +33,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _search(arguments: argparse.Namespace) -> int:
     from gptailor import verbs
+    from gptailor.search.islands import parse_island
 
     out = verbs.search(
         arguments.config,
@@ -41,6 +42,7 @@ def _search(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         executor=arguments.executor,
         log_json=arguments.log_json,
+        island=arguments.island and parse_island(arguments.island),
     )
     _show_front(out, arguments.json)
     return 0
@@ -84,6 +86,9 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a search.yaml")
     parser.add_argument("overrides", nargs="*", help="key.path=value")
     parser.add_argument("--resume", action="store_true", help="go on with the run in its folder")
+    parser.add_argument(
+        "--island", metavar="I/K", help="be number I (from 0) of K searches that share the folder"
+    )
     add_workers(parser)
     parser.add_argument(
         "--executor",

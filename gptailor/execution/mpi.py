@@ -166,7 +166,8 @@ class Crew:
         Args:
             config: of the search.
             family: the candidates, as rank 0 has opened them.
-            run_folder: seen from where rank 0 is; made if it is missing.
+            run_folder: of the run or the island, seen from where rank 0 is; made if it is
+                missing.
             reporter: is told who takes part.
 
         Raises:
@@ -181,7 +182,7 @@ class Crew:
         try:
             self.log.open(folder, as_json=self._log_json)
             members = [self.members[rank] for rank in sorted(self.members)]
-            reporter.begin(folder, log=log_path(0), members=members)
+            reporter.begin(log=log_path(0), members=members)
             self._join(config, family, folder, token)
         finally:
             token.unlink(missing_ok=True)

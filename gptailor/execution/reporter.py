@@ -14,6 +14,7 @@ from gptailor.errors import exit_code_of
 from gptailor.execution.executor import job_name
 from gptailor.execution.job_record import JobRecord, JobRecorder, WorkerRecord, job_id_here
 from gptailor.execution.stop import Stop
+from gptailor.search.islands import FOLDER
 
 if TYPE_CHECKING:
     from gptailor.execution.mpi import Member
@@ -31,11 +32,16 @@ class Reporter:
     Args:
         stop: a request to stop.
         total: evaluations that there will be.
+        run_folder: whose `jobs/` the record is in.
         island: which of the islands this job works on; None without islands.
     """
 
-    def __init__(self, stop: Stop, total: int, island: int | None = None) -> None:
+    def __init__(
+        self, stop: Stop, total: int, run_folder: str | Path, island: int | None = None
+    ) -> None:
         self._stop = stop
+        self._run_folder = run_folder
+        self._logs_in = "" if island is None else f"{FOLDER}/{island}/"
         self._first = JobRecord(
             job_id=job_id_here(),
             island=island,
@@ -48,21 +54,18 @@ class Reporter:
         self._rates: deque[tuple[float, int]] = deque()
         self._num_failures = 0
 
-    def begin(
-        self, run_folder: str | Path, *, log: str = "", members: Sequence[Member] = ()
-    ) -> None:
+    def begin(self, *, log: str = "", members: Sequence[Member] = ()) -> None:
         """Makes the file, if that is not done yet.
 
         Args:
-            run_folder: whose `jobs/` it is.
-            log: what a person reads first.
+            log: what a person reads first, seen from the folder of the search (of the island).
             members: the ranks that evaluate, in the order of the workers; empty without MPI.
         """
         self._members = members or self._members
         if self._recorder is None:
-            self._recorder = JobRecorder(run_folder, self._first)
+            self._recorder = JobRecorder(self._run_folder, self._first)
         hosts = dict.fromkeys((self._recorder.record.host, *(m.hello.place.node for m in members)))
-        changes = {"log": log} if log else {}
+        changes = {"log": f"{self._logs_in}{log}"} if log else {}
         self._recorder.update(hosts=tuple(hosts), **changes)
 
     def tick(self, run: Run) -> None:
@@ -79,7 +82,7 @@ class Reporter:
             evaluations_per_hour=self._per_hour(run.executor.now(), new),
         )
         for worker, point, reason in run.failures[self._num_failures :]:
-            log = "" if not self._members else self._members[worker].log
+            log = f"{self._logs_in}{self._members[worker].log}" if self._members else ""
             self._recorder.failed(point, reason, log)
         self._num_failures = len(run.failures)
 

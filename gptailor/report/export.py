@@ -12,8 +12,8 @@ import errno
 import io
 import json
 import math
-import os
 import re
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -203,7 +203,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         ResourceError: the disk is full.
         UsageError: the path can't be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # several may write it
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)

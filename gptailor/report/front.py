@@ -1,12 +1,11 @@
 """What a run found, as plain data: the points, the front, the control arms and what they cost.
 
-Everything is read from the archive and nothing is decided here about how it looks. Accuracies are
-parts of 1, retention is in percent, sizes are parameter counts.
+Everything is read from the evaluations of the run and nothing is decided here about how it looks.
+Accuracies are parts of 1, retention is in percent, sizes are parameter counts.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from gptailor.pareto import pareto_front
 from gptailor.recipe import Recipe
 from gptailor.report.ledger import Problem, Spent, problems, spent, total
 from gptailor.report.volume import hypervolume_history
+from gptailor.search.run_folder import RunData, data_of, read_run
 
 DENSE = "dense"
 
@@ -148,20 +148,19 @@ def load_report(run: str | Path | Archive) -> Report:
     """Reads a run.
 
     Args:
-        run: a run folder, read while a search may still write to it, or an open archive.
+        run: a run folder, with islands or without, read while searches may still write to it, or an
+            open archive.
 
     Raises:
         UsageError: the folder holds no run.
     """
     if isinstance(run, Archive):
-        return _report(run, str(run.folder))
-    with Archive(run, readonly=True) as archive:
-        return _report(archive, str(run))
+        return _report(data_of(run), str(run.folder))
+    return _report(read_run(run), str(run))
 
 
-def _report(archive: Archive, run: str) -> Report:
-    rows = archive.evaluations()
-    family = _meta(archive, "family")
+def _report(data: RunData, run: str) -> Report:
+    rows, family = data.evaluations, data.family
     points = _points(rows)
     num_layers = _num_layers(family, [row.recipe for row in rows])
     dense = [p for p in points if p.is_dense and p.layers == num_layers]
@@ -179,14 +178,14 @@ def _report(archive: Archive, run: str) -> Report:
         largest_parameters=largest,
         models=_models(family, recipes),
         base=recipes[0].base if recipes else "",
-        config=_meta(archive, "config"),
+        config=data.config,
         points=points,
         front=pareto_front(points, lambda p: (p.parameters, p.search.accuracy, p.recipe.hash)),
         best_dense=best,
         problems=problems(rows),
         hypervolume=hypervolume_history(sizes, largest),
         control_hypervolume=control_history[-1][1] if control_history else 0.0,
-        spent=spent(rows),
+        spent=spent(data.paid),
         finished_at=max((row.finished_at for row in rows), default=None),
     )
 
@@ -241,15 +240,6 @@ def _kept(part: Measured, whole: Measured | None) -> Measured:
         return part
     retention = 100.0 * part.accuracy / whole.accuracy
     return Measured(part.accuracy, part.stderr, part.scores, retention)
-
-
-def _meta(archive: Archive, key: str) -> dict[str, Any]:
-    """A JSON object of the archive's meta; empty where it is absent or something else."""
-    try:
-        value = json.loads(archive.get_meta(key) or "{}")
-    except json.JSONDecodeError:
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _num_layers(family: Mapping[str, Any], recipes: Iterable[Recipe]) -> int:

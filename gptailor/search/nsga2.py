@@ -56,6 +56,7 @@ class NSGA2Search:
         self.space = space
         self._told: set[str] = set()
         self._asked: Any = None
+        self._guests: list[tuple[Recipe, Sequence[float] | None]] = []
         rng = np.random.default_rng([seed, 0])
         first = first_population(space, population, rng, start)
         self._problem = Problem(n_var=first.shape[1], n_obj=num_objectives, vtype=int)
@@ -97,6 +98,28 @@ class NSGA2Search:
         values = np.array([objectives[i] for i in told], dtype=float)
         Evaluator().eval(StaticProblem(self._problem, F=values), infills)
         self._algorithm.tell(infills=infills)
+
+    def welcome(self, scored: Sequence[tuple[Recipe, Sequence[float] | None]]) -> None:
+        """Takes recipes from elsewhere, between `tell` and `ask`, as `AsyncNSGA2.tell` does.
+
+        Those that come before the first generation has scores enter after it.
+        """
+        self._guests += scored
+        if not self.has_begun:
+            return
+        guests, self._guests = self._guests, []
+        self._told |= {recipe.hash for recipe, _ in guests}
+        found = [(genome_of(self.space, r), values) for r, values in guests if values is not None]
+        good = [(genome, values) for genome, values in found if genome is not None]
+        if good:
+            algorithm = self._algorithm
+            algorithm.pop = algorithm.survival.do(
+                self._problem,
+                Population.merge(algorithm.pop, _population_of(good)),
+                n_survive=algorithm.pop_size,
+                algorithm=algorithm,
+                random_state=algorithm.random_state,
+            )
 
     @property
     def has_begun(self) -> bool:
@@ -186,21 +209,19 @@ class AsyncNSGA2:
         Recipes without objectives are only remembered, and so are recipes that no genome of this
         space stands for.
         """
-        genomes, values = [], []
+        good = []
         for recipe, objectives in scored:
             self._known.add(recipe.hash)
             genome = self._genomes.pop(recipe.hash, None)
             if objectives is None:
                 continue
             if genome is None:
-                genome = self.space.encode(recipe).ravel()
-                if self._decode(genome).hash != recipe.hash:
-                    continue
-            genomes.append(genome)
-            values.append(objectives)
-        if not genomes:
+                genome = genome_of(self.space, recipe)
+            if genome is not None:
+                good.append((genome, objectives))
+        if not good:
             return
-        new = Population.new("X", np.array(genomes), "F", np.array(values, dtype=float))
+        new = _population_of(good)
         self._population = self._survival.do(
             self._problem,
             Population.merge(self._population, new),
@@ -255,6 +276,19 @@ def first_population(
             genome = mutate(genome, space, rng)
         add(mutate(genome, space, rng) if rng.random() < 0.5 else genome)
     return np.array([genome.ravel() for genome in genomes])
+
+
+def genome_of(space: SearchSpace, recipe: Recipe) -> npt.NDArray[np.int64] | None:
+    """The flat genome that stands for a recipe; None if none of this space does."""
+    genome = space.encode(recipe)
+    return genome.ravel() if space.decode(genome).hash == recipe.hash else None
+
+
+def _population_of(
+    good: Sequence[tuple[npt.NDArray[np.int64], Sequence[float]]],
+) -> Population:
+    genomes, values = zip(*good, strict=True)
+    return Population.new("X", np.array(genomes), "F", np.array(values, dtype=float))
 
 
 class _Knowing(Protocol):

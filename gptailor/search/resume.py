@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from gptailor.archive import Archive
-from gptailor.config import Config
+from gptailor.config import Config, read_config
 from gptailor.errors import UsageError
 from gptailor.models.family import Family
 from gptailor.search.difference import config_difference
@@ -58,3 +59,22 @@ def check_resumable(archive: Archive, config: Config, family: Family, documents:
                 "name another output."
             )
     archive.set_meta("config", now["config"])
+
+
+def check_config_file(run: Path, config: Config) -> None:
+    """Compares a configuration with the one that another island wrote into the run folder.
+
+    Raises:
+        UsageError: they search something else; it tells the difference.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        return
+    different = config_difference(
+        json.loads(read_config(path).model_dump_json()), json.loads(config.model_dump_json())
+    )
+    if different:
+        raise UsageError(
+            f"The islands of {run} search with another configuration: {different} here. Name "
+            "another output for this one."
+        )

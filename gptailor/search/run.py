@@ -2,7 +2,7 @@
 
 A run that was killed is continued by running it again: scores that the archive has are not computed
 a second time. From generation to generation the search is a function of the seed and of the scores;
-the asynchronous one is told first what the archive holds.
+the asynchronous one is told first what the archive holds, and so is one of several islands.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from gptailor.execution.executor import EvaluationJob, Finished, Job, Similarity
 from gptailor.execution.stop import Stop
 from gptailor.models.family import Family
 from gptailor.recipe import Recipe
+from gptailor.search.islands import Alone
+from gptailor.search.journal_entry import Measured
+from gptailor.search.migration import Migration
 from gptailor.search.nsga2 import AsyncNSGA2, NSGA2Search
-from gptailor.search.scheduler import Scheduler
+from gptailor.search.scheduler import Ask, Scheduler, Tell
 from gptailor.search.seeds import control_arms
 from gptailor.search.space import SearchSpace, find_calibration
 
@@ -46,6 +49,7 @@ class Run:
         progress: is told of every evaluation.
         stop: a request to stop.
         tick: called about every second.
+        others: the other islands, if there are any.
 
     Attributes:
         scheduler: gives jobs to the executor's workers.
@@ -61,6 +65,7 @@ class Run:
         progress: Progress,
         stop: Stop | None = None,
         tick: Callable[[Run], None] = lambda run: None,
+        others: Alone | None = None,
     ) -> None:
         self.config = config
         self.family = family
@@ -75,6 +80,10 @@ class Run:
         self._done = {(e.recipe.hash, e.documents): e for e in archive.evaluations()}
         self._counted: set[str] = set()
         self.failures: list[tuple[int, str, str]] = []
+        self.others = others or Alone()
+        self._arrived: list[Evaluation] = []
+        self._migration = Migration()
+        self._num_elsewhere = 0
 
     def search(self) -> None:
         """Evaluates the control arms, then what NSGA-II asks for until the budget is used.
@@ -84,6 +93,7 @@ class Run:
             ResourceError: memory or disk is exhausted; what was evaluated is kept.
         """
         search = self.config.search
+        self._look()
         arms = control_arms(
             self.space,
             search.seeds,
@@ -113,15 +123,18 @@ class Run:
 
     def _search_generations(self, arms: Sequence[Recipe]) -> None:
         search = self.config.search
+        if not self.others.is_alone:  # what they sent can't be replayed, so neither can the search
+            self._arrived = self._take_known()
         self.evaluate(arms)
         nsga2 = NSGA2Search(
             self.space,
             len(self.config.objectives),
             search.population,
-            search.seed,
+            self.others.seed(search.seed),
             [recipe for recipe in arms if self._objectives(recipe) is not None],
         )
         while self._num_left > 0:
+            nsga2.welcome(self._migrants())
             asked = nsga2.ask()
             if not asked:
                 self._note_complete()
@@ -135,41 +148,37 @@ class Run:
 
     def _search_asynchronously(self, arms: Sequence[Recipe]) -> None:
         search = self.config.search
-        known = [e for (_, documents), e in self._done.items() if documents == "search"]
         nsga2 = AsyncNSGA2(
             self.space,
             len(self.config.objectives),
             search.population,
-            [search.seed, 3, len(known)],  # a run that goes on does not repeat its first children
+            # a run that goes on does not repeat its first children
+            [self.others.seed(search.seed), 3, len(self.evaluations("search"))],
             arms,
         )
         nsga2.tell([(recipe, None) for recipe in arms])  # they come first, and only once
-        nsga2.tell([(e.recipe, self._objectives(e.recipe)) for e in known])
-        for evaluation in known:
-            self._count(evaluation, False)
-        waiting = [recipe for recipe in arms if recipe.hash not in self._counted]
-        under_way = 0
+        nsga2.tell([(e.recipe, self._objectives(e.recipe)) for e in self._take_known()])
+        waiting = list(arms)
 
         def ask(n: int) -> list[Job]:
-            nonlocal under_way
-            left = self._num_left - under_way - len(waiting)
-            is_end = left <= self.executor.num_workers  # all that is left: the longest goes first
-            waiting.extend(nsga2.ask(left if is_end else min(n - len(waiting), left)))
-            jobs = self._longest(waiting, "search", min(n, self._num_left - under_way))
-            under_way += len(jobs)
-            return jobs
+            self._look()
+            nsga2.tell(self._migrants())
+            waiting[:] = [recipe for recipe in waiting if recipe.hash not in self._counted]
+            allowed = self._num_allowed
+            mine = len([recipe for recipe in waiting if not self._is_elsewhere(recipe, "search")])
+            is_end = allowed - mine <= self.executor.num_workers  # all: the longest goes first
+            waiting.extend(nsga2.ask(allowed - mine if is_end else min(n, allowed) - mine))
+            return self._longest(waiting, "search", min(n, allowed))
 
         def tell(finished: Sequence[Finished]) -> None:
-            nonlocal under_way
-            under_way -= len(finished)
-            evaluations = self._record(finished)
-            for evaluation in evaluations:
+            new = [e for e in self._record(finished) if e.recipe.hash not in self._counted]
+            for evaluation in new:
                 self._count(evaluation, True)
-            nsga2.tell([(e.recipe, self._objectives(e.recipe)) for e in evaluations])
+            nsga2.tell([(e.recipe, self._objectives(e.recipe)) for e in new])
 
         if self._num_left > 0:
-            self.scheduler.run(ask, tell)
-            scored = [e.recipe for (_, documents), e in self._done.items() if documents == "search"]
+            self._work(ask, tell, lambda: self._num_left <= 0)
+            scored = [e.recipe for e in self.evaluations("search")]
             if all(self._objectives(recipe) is None for recipe in scored):
                 raise StoppedEarly(self._why_nothing(scored))
             if self._num_left > 0:
@@ -191,31 +200,85 @@ class Run:
         documents: Documents,
         count: Callable[[Evaluation, bool], None] = lambda evaluation, is_new: None,
     ) -> None:
-        waiting: list[Recipe] = []
-        for recipe in recipes:
-            found = self._done.get((recipe.hash, documents))
-            if found is None:
-                waiting.append(recipe)
-            else:
-                count(found, False)
+        waiting = list(recipes)
+
+        def ask(n: int) -> list[Job]:
+            self._look()
+            for recipe in list(waiting):
+                found = self._done.get((recipe.hash, documents))
+                if found is not None:
+                    waiting.remove(recipe)
+                    count(found, False)
+            self._num_elsewhere = 0
+            allowed = self._num_allowed if documents == "search" else n
+            return self._longest(waiting, documents, min(n, allowed))
 
         def tell(finished: Sequence[Finished]) -> None:
             for evaluation in self._record(finished):
                 count(evaluation, True)
 
-        self.scheduler.run(lambda n: self._longest(waiting, documents, n), tell)
+        self._work(
+            ask, tell, lambda: not waiting or (documents == "search" and self._num_left <= 0)
+        )
+
+    def _work(self, ask: Ask, tell: Tell, is_done: Callable[[], bool]) -> None:
+        """The scheduler's work, until what other islands have begun is there, too, or is lost."""
+        self.scheduler.run(ask, tell)
+        while self._num_elsewhere and not is_done():
+            self.others.wait()
+            self.scheduler.run(ask, tell)
+
+    def _look(self) -> None:
+        """Takes over what other islands evaluated."""
+        for evaluation in self.others.refresh():
+            key = (evaluation.recipe.hash, evaluation.documents)
+            if key not in self._done:
+                self._done[key] = evaluation
+                if evaluation.documents == "search":
+                    self._count(evaluation, False)
+                    self._arrived.append(evaluation)
+
+    def _migrants(self) -> list[tuple[Recipe, Sequence[float] | None]]:
+        """What arrived since the last call, with objectives where it may enter the population."""
+        arrived, self._arrived = self._arrived, []
+        return self._migration.chosen([(e.recipe, self._objectives(e.recipe)) for e in arrived])
+
+    def _take_known(self) -> list[Evaluation]:
+        """Counts what was evaluated before this search began, or went on."""
+        self._arrived = []
+        known = self.evaluations("search")
+        for evaluation in known:
+            self._count(evaluation, False)
+        return known
+
+    def evaluations(self, documents: Documents) -> list[Evaluation]:
+        """All that is known, of other islands, too, in the order in which they ended."""
+        found = [e for e in self._done.values() if e.documents == documents]
+        return sorted(found, key=lambda e: e.finished_at)
+
+    @property
+    def _num_allowed(self) -> int:
+        """How many evaluations may begin now, so that all together keep to the budget."""
+        self._num_elsewhere = self.others.num_under_way("search")
+        return max(self._num_left - len(self.scheduler.running) - self._num_elsewhere, 0)
+
+    def _is_elsewhere(self, recipe: Recipe, documents: Documents) -> bool:
+        return self.others.is_under_way((recipe.hash, documents))
 
     def _longest(self, waiting: list[Recipe], documents: Documents, n: int) -> list[Job]:
         """Takes at most n recipes out of a list, those first that will take longest.
 
-        With one worker the order makes no difference to the end, and stays as it is.
+        With one worker the order makes no difference to the end, and stays as it is. What another
+        island is at stays in the list.
         """
-        jobs: list[Job] = []
         if self.executor.num_workers > 1:
             waiting.sort(key=lambda r: -self.scheduler.expected_s(EvaluationJob(r, documents)))
-        while waiting and len(jobs) < n:
-            jobs.append(EvaluationJob(waiting.pop(0), documents))
-        return jobs
+        mine = [r for r in self.others.rotated(waiting) if not self._is_elsewhere(r, documents)]
+        chosen = {recipe.hash: recipe for recipe in mine[: max(n, 0)]}
+        waiting[:] = [recipe for recipe in waiting if recipe.hash not in chosen]
+        self._num_elsewhere = max(self._num_elsewhere, len(waiting) - len(mine) + len(chosen))
+        self.others.begin((digest, documents) for digest in chosen)
+        return [EvaluationJob(recipe, documents) for recipe in chosen.values()]
 
     def _record(self, finished: Sequence[Finished]) -> list[Evaluation]:
         """Makes evaluations that ended durable, all at once."""
@@ -226,8 +289,9 @@ class Run:
                 rows.append((f.job.recipe, f.job.documents, parameters, f.result))
                 workers.append(f.worker)
         evaluations = self.archive.record_all(rows)
+        self.others.publish(evaluations)
         for worker, evaluation in zip(workers, evaluations, strict=True):
-            self._done[evaluation.recipe.hash, evaluation.documents] = evaluation
+            self._done.setdefault((evaluation.recipe.hash, evaluation.documents), evaluation)
             if evaluation.outcome.status == "failed":
                 last = evaluation.outcome.reason.strip().splitlines()[-1]
                 self.failures.append((worker, evaluation.recipe.point, last))
@@ -276,19 +340,33 @@ class Run:
         if not set(NEEDS_SIMILARITY) & set(self.config.search.seeds):
             return {}
         kept = json.loads(self.archive.get_meta("similarity") or "{}")
-        missing = [model for model in self.space.names if model not in kept]
+        missing = list(self.space.names)
 
         def ask(n: int) -> list[Job]:
-            jobs, missing[:] = [SimilarityJob(model) for model in missing[:n]], missing[n:]
-            return list(jobs)
+            self._look()
+            for model, similarity in self.others.similarities.items():
+                kept.setdefault(model, asdict(similarity))
+            missing[:] = [model for model in missing if model not in kept and model not in begun]
+            free = [m for m in missing if not self.others.is_under_way((m, "similarity"))]
+            self._num_elsewhere = len(missing) - len(free)
+            chosen = self.others.rotated(free)[:n]
+            begun.update(chosen)
+            self.others.begin((model, "similarity") for model in chosen)
+            return [SimilarityJob(model) for model in chosen]
 
         def tell(finished: Sequence[Finished]) -> None:
-            for one in finished:
-                if isinstance(one.job, SimilarityJob) and isinstance(one.result, Similarity):
-                    kept[one.job.model] = asdict(one.result)
+            measured = [
+                Measured(one.job.model, one.result)
+                for one in finished
+                if isinstance(one.job, SimilarityJob) and isinstance(one.result, Similarity)
+            ]
+            kept.update((one.model, asdict(one.similarity)) for one in measured)
             self.archive.set_meta("similarity", json.dumps(kept))
+            self.others.publish_similarities(measured)
 
-        self.scheduler.run(ask, tell)
+        begun: set[str] = set()
+        self._work(ask, tell, lambda: all(model in kept for model in self.space.names))
+        self.archive.set_meta("similarity", json.dumps(kept))
         found = {
             model: Similarity(
                 tuple(kept[model]["block_influence"]), tuple(map(tuple, kept[model]["angular"]))

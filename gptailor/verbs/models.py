@@ -226,10 +226,9 @@ def _described(path: Path, io: str | None = None) -> tuple[Recipe, Family, str]:
 
 def _point(run: Path, point: str) -> tuple[Recipe, str]:
     """A run's recipe by the beginning of its id, and its scores in Markdown."""
-    from gptailor.archive import Archive
+    from gptailor.search.run_folder import read_run
 
-    with Archive(run, readonly=True) as archive:
-        evaluations = archive.evaluations()
+    evaluations = read_run(run).evaluations
     by_id = {e.recipe.hash: e.recipe for e in evaluations}
     matches = [recipe for digest, recipe in by_id.items() if digest.startswith(point)]
     if len(matches) != 1:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,6 +69,7 @@ def search(
     workers: int = 1,
     executor: Choice = "auto",
     log_json: bool = False,
+    island: tuple[int, int] | None = None,
 ) -> Path:
     """Searches, scores the front on the holdout, writes the report; returns the run folder.
 
@@ -78,9 +81,12 @@ def search(
         executor: "local": this machine; "mpi": the other ranks of an MPI program; "auto": those,
             if srun or mpirun started this process as one of several.
         log_json: write the ranks' logs as JSON lines, too.
+        island: (I, K) for number I of K searches that share the run folder; None for a search
+            alone.
 
     Raises:
-        UsageError: the configuration is wrong, or the output folder holds a run already.
+        UsageError: the configuration is wrong, the output folder holds a run already, or the
+            islands of the run search something else.
         ModelError: a model or tokenizer is unusable.
         ResourceError: memory or disk is exhausted; what was evaluated is kept.
         StoppedEarly: a worker died, or a signal asked to stop; `resume=True` continues.
@@ -97,7 +103,7 @@ def search(
         stop.install(signal.SIGUSR2)
     channel = join(executor)
     if channel is None:
-        return _search(config, overrides, resume, workers, stop)
+        return _search(config, overrides, resume, workers, island, stop)
     if channel.rank > 0:
         from gptailor.execution.worker import run_worker
 
@@ -107,7 +113,7 @@ def search(
     if is_main:
         stop.install()
     with Crew(channel, stop, log_json=log_json) as crew:
-        return _search(config, overrides, resume, workers, stop, crew)
+        return _search(config, overrides, resume, workers, island, stop, crew)
 
 
 def _search(
@@ -115,6 +121,7 @@ def _search(
     overrides: Sequence[str],
     resume: bool,
     workers: int,
+    island: tuple[int, int] | None,
     stop: Stop,
     crew: Crew | None = None,
 ) -> Path:
@@ -125,6 +132,7 @@ def _search(
     from gptailor.execution.reporter import Reporter
     from gptailor.execution.verdict import is_supervised
     from gptailor.report import write_report
+    from gptailor.search.islands import open_islands
     from gptailor.search.progress import Progress
     from gptailor.search.resume import check_resumable
     from gptailor.search.run import Run
@@ -132,42 +140,59 @@ def _search(
     if not isinstance(config, Config):
         config = read_config(config, overrides)
     output = Path(config.output)
-    if (output / "archive.db").exists() and not resume:
-        raise UsageError(
-            f"{output} holds a run already: continue it with --resume, or name another output."
-        )
+    place = _checked_place(config, resume, island)
     log = (lambda text: None) if crew is None else crew.log.say
     # in a moment, not after the models are loaded; but a node that died may keep the lock a while
     wait_s = LOCK_WAIT_S if is_supervised() else 0.0
     say = print if crew is None else crew.say
-    Archive.check_not_in_use(output, wait_s=wait_s, note=say)
+    Archive.check_not_in_use(place, wait_s=wait_s, note=say)
     family = Family(config.models, config.base)
     _check_space(config, family)
     progress = Progress(config.search.evaluations, family.num_layers, log=log)
     progress.note(f"Searching {family.num_layers} layers of {len(config.models)} models.")
-    with Reporter(stop, config.search.evaluations) as reporter:
+    number = None if island is None else island[0]
+    with Reporter(stop, config.search.evaluations, output, number) as reporter:
         executor: Executor
         if crew is None:
             executor = open_executor(config, workers)
         else:
-            executor = crew.executor(config, family, output, reporter)
+            executor = crew.executor(config, family, place, reporter)
         try:
             info = executor.workload()  # before the archive is made: a wrong task leaves no run
-            with Archive(output) as archive:
+            with Archive(place) as archive, ExitStack() as stack:
                 check_resumable(archive, config, family, info.digest)
-                reporter.begin(output)
+                others = stack.enter_context(open_islands(output, island, archive, progress.note))
+                reporter.begin()
                 _write_text(output / "config.yaml", config_yaml(config))
                 _write_text(output / "environment.json", json.dumps(environment(), indent=2) + "\n")
                 documents = ", ".join(f"{n} {name}" for name, n in info.num_documents.items())
-                progress.note(f"Documents: {documents}. Run folder: {output}.")
-                run = Run(config, family, archive, executor, progress, stop, reporter.tick)
+                progress.note(f"Documents: {documents}. Run folder: {place}.")
+                run = Run(config, family, archive, executor, progress, stop, reporter.tick, others)
                 run.search()
-                run.holdout([e.recipe for e in worth_a_holdout(archive.evaluations("search"))])
+                run.holdout([e.recipe for e in worth_a_holdout(run.evaluations("search"))])
                 reporter.tick(run)
         finally:
             executor.close()
         write_report(output)
     return output
+
+
+def _checked_place(config: Config, resume: bool, island: tuple[int, int] | None) -> Path:
+    """Where the search has its archive, if it may be there."""
+    from gptailor.search.islands import island_folder
+    from gptailor.search.resume import check_config_file
+    from gptailor.search.run_folder import check_kind
+
+    output = Path(config.output)
+    place = output if island is None else island_folder(output, island[0])
+    check_kind(output, has_islands=island is not None)
+    if (place / "archive.db").exists() and not resume:
+        raise UsageError(
+            f"{place} holds a run already: continue it with --resume, or name another output."
+        )
+    if island is not None:
+        check_config_file(output, config)
+    return place
 
 
 def worth_a_holdout(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
@@ -191,16 +216,15 @@ def demo(out: str | Path = "gptailor-demo", *, workers: int = 1) -> Path:
 
     Searches, reports, and stitches the best model of at most 75 % of the layers.
     """
-    from gptailor.archive import Archive
     from gptailor.config import read_config
     from gptailor.demo import PATH
+    from gptailor.search.run_folder import read_run
 
     out = Path(out)
     config = read_config(PATH / "search.yaml")
     config = config.model_copy(update={"output": str(out)})
     search(config, resume=True, workers=workers)
-    with Archive(out, readonly=True) as archive:
-        evaluations = archive.evaluations("search")
+    evaluations = [e for e in read_run(out).evaluations if e.documents == "search"]
     num_layers = max(e.recipe.num_layers for e in evaluations)
     small = [
         e
@@ -279,7 +303,7 @@ def _write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     from gptailor.errors import ResourceError
 
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # islands do it, too
     try:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)

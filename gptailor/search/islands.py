@@ -1,0 +1,368 @@
+"""Several jobs that work on one search, each with a population and an archive of its own.
+
+An island lives in `RUN/islands/I/` and tells the others through its journal what it evaluated and
+what it has begun. They come and go as their jobs do: one that is lost owes nothing to anybody, as
+what it had begun is free again after a while, and what it had evaluated stands in its journal.
+
+Nothing is decided together, so two islands may evaluate the same recipe when they begin with it
+within the time that a file system needs to show what was written. It counts once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from gptailor.archive import Archive, Evaluation
+from gptailor.errors import UsageError
+from gptailor.evaluation.similarity import Similarity
+from gptailor.search.journal import NAME, Journal, JournalReader
+from gptailor.search.journal_entry import Begun, Closed, Header, Key, Measured
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+FOLDER = "islands"
+
+PATIENCE_S = 60.0
+"""An island that wrote nothing for so long, or for three evaluations if these are longer, is taken
+for lost: what it had begun is free again."""
+
+LOOK_SHARE = 0.05
+"""At most this part of the time is spent on looking at journals, however slow they are."""
+
+MAX_PAUSE_S = 5.0
+"""How long a change may go unseen; and how long, at most, a look may stay away."""
+
+WAIT_S = 0.5
+
+T = TypeVar("T")
+
+
+class Alone:
+    """What a search asks of the other islands where there are none."""
+
+    def refresh(self) -> list[Evaluation]:
+        """What others evaluated since the last call."""
+        return []
+
+    @property
+    def similarities(self) -> dict[str, Similarity]:
+        """What others measured: model → similarity."""
+        return {}
+
+    def begin(self, keys: Iterable[Key]) -> None:
+        """Tells the others what is under way from now on."""
+
+    def publish(self, evaluations: Sequence[Evaluation]) -> None:
+        """Tells the others what was evaluated; durable on return."""
+
+    def publish_similarities(self, measured: Sequence[Measured]) -> None:
+        """Tells the others what was measured; durable on return."""
+
+    def is_under_way(self, key: Key) -> bool:
+        """True while another island is at it, and is not lost."""
+        return False
+
+    def num_under_way(self, documents: str) -> int:
+        """How many evaluations on these documents the others are at."""
+        return 0
+
+    def wait(self) -> None:
+        """Waits a moment for the others."""
+
+    def rotated(self, items: Sequence[T]) -> list[T]:
+        """What everybody has to do, in an order in which islands don't get in each other's way."""
+        return list(items)
+
+    def seed(self, seed: int) -> int:
+        """A seed of this island's own."""
+        return seed
+
+    @property
+    def is_alone(self) -> bool:
+        """True if there are no islands."""
+        return True
+
+    def __enter__(self) -> Alone:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Gives back what this island had begun."""
+
+
+class Islands(Alone):
+    """The other islands of a run, and this one's journal.
+
+    Args:
+        run: the run folder.
+        island: this one's number, from 0.
+        count: how many there are meant to be; any number of others is listened to.
+        archive: this island's, open for writing; it says what the island searches.
+        note: takes a sentence for the log.
+        now: seconds since any moment; for tests.
+
+    Attributes:
+        header: what this island searches.
+
+    Raises:
+        UsageError: another island searches something else, or a journal is corrupt.
+        ResourceError: the disk is full.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        island: int,
+        count: int,
+        archive: Archive,
+        note: Callable[[str], None] = lambda text: None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.island = island
+        self.count = count
+        self._root = run / FOLDER
+        self._note = note
+        self._now = now
+        self._others: dict[int, _Other] = {}
+        self._similarities: dict[str, Similarity] = {}
+        self._new: list[Evaluation] = []
+        self._seen: set[Key] = set()
+        self._said: set[str] = set()
+        self._longest_s = 0.0
+        self._next_look = float("-inf")
+        self.header = _header(archive, island, count)
+        mine = archive.evaluations()
+        self._look(strict=True)  # before a journal is made, so that a wrong island leaves none
+        kept = json.loads(archive.get_meta("similarity") or "{}")
+        measured = [
+            Measured(
+                model, Similarity(tuple(s["block_influence"]), tuple(map(tuple, s["angular"])))
+            )
+            for model, s in kept.items()
+        ]
+        self._journal = Journal(archive.folder, self.header, mine, measured)
+        self._take(self._journal.unknown)
+
+    def __enter__(self) -> Islands:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._journal.close()
+
+    def refresh(self) -> list[Evaluation]:
+        """What others evaluated since the last call, each recipe and set of documents once."""
+        if self._now() >= self._next_look:
+            self._look()
+        found, self._new = self._new, []
+        return found
+
+    @property
+    def similarities(self) -> dict[str, Similarity]:
+        """What others measured: model → similarity."""
+        return self._similarities
+
+    def begin(self, keys: Iterable[Key]) -> None:
+        """Tells the others what is under way from now on."""
+        keys = tuple(keys)
+        if keys:
+            self._journal.append([Begun(keys)])
+
+    def publish(self, evaluations: Sequence[Evaluation]) -> None:
+        """Tells the others what was evaluated; durable on return."""
+        self._remember_time(evaluations)
+        if evaluations:
+            self._journal.append(evaluations)
+
+    def publish_similarities(self, measured: Sequence[Measured]) -> None:
+        """Tells the others what was measured; durable on return."""
+        if measured:
+            self._journal.append(measured)
+
+    def is_under_way(self, key: Key) -> bool:
+        """True while another island is at it, and is not lost."""
+        return any(key in other.under_way for other in self._living())
+
+    def num_under_way(self, documents: str) -> int:
+        """How many evaluations on these documents the others are at."""
+        keys = {key for other in self._living() for key in other.under_way}
+        return sum(key[1] == documents and key not in self._seen for key in keys)
+
+    def wait(self) -> None:
+        """Waits a moment for the others."""
+        time.sleep(WAIT_S)
+
+    def rotated(self, items: Sequence[T]) -> list[T]:
+        """The items from this island's part on, the others' parts behind it."""
+        start = len(items) * (self.island % self.count) // self.count
+        return [*items[start:], *items[:start]]
+
+    def seed(self, seed: int) -> int:
+        """A seed of this island's own."""
+        digest = hashlib.sha256(f"{seed} island {self.island}".encode()).digest()
+        return int.from_bytes(digest[:4], "big") >> 1
+
+    @property
+    def is_alone(self) -> bool:
+        """False, even where no other island came yet."""
+        return False
+
+    def _living(self) -> list[_Other]:
+        patience = max(PATIENCE_S, 3.0 * self._longest_s)
+        now = self._now()
+        return [other for other in self._others.values() if now - other.heard_at <= patience]
+
+    def _look(self, *, strict: bool = False) -> None:
+        began = self._now()
+        for island in island_numbers(self._root):
+            if island == self.island:
+                continue
+            other = self._others.get(island)
+            if other is None:
+                path = self._root / str(island) / NAME
+                other = self._others[island] = _Other(JournalReader(path), began)
+            try:
+                self._listen(other)
+            except UsageError as error:
+                if strict:
+                    raise
+                if str(error) not in self._said:  # this island goes on without it
+                    self._said.add(str(error))
+                    self._note(f"Island {island} is not listened to: {error}")
+        ended = self._now()
+        self._next_look = ended + min((ended - began) / LOOK_SHARE, MAX_PAUSE_S)
+
+    def _listen(self, other: _Other) -> None:
+        while entries := other.reader.read():
+            other.heard_at = self._now()
+            for entry in entries:
+                match entry:
+                    case Header():
+                        other.under_way.clear()
+                        other.is_one_of_us = False
+                        self.header.check_same(entry, other.reader.path)
+                        other.is_one_of_us = True
+                    case _ if not other.is_one_of_us:
+                        continue
+                    case Closed():
+                        other.under_way.clear()
+                    case Begun():
+                        other.under_way.update(entry.keys)
+                    case Measured():
+                        other.under_way.discard((entry.model, "similarity"))
+                        self._similarities.setdefault(entry.model, entry.similarity)
+                    case Evaluation():
+                        other.under_way.discard((entry.recipe.hash, entry.documents))
+                        self._take([entry])
+
+    def _take(self, evaluations: Sequence[Evaluation]) -> None:
+        self._remember_time(evaluations)
+        for evaluation in evaluations:
+            key = (evaluation.recipe.hash, evaluation.documents)
+            if key not in self._seen and self._fits(evaluation):
+                self._seen.add(key)
+                self._new.append(evaluation)
+
+    def _fits(self, evaluation: Evaluation) -> bool:
+        """Whether it is about this family; what doesn't fit can't come from a search."""
+        recipe = evaluation.recipe
+        num_layers = int(self.header.family["num_layers"])
+        return (
+            dict(recipe.models) == self.header.config["models"]
+            and recipe.base == self.header.config["base"]
+            and max(recipe.src_layers) < num_layers
+        )
+
+    def _remember_time(self, evaluations: Iterable[Evaluation]) -> None:
+        seconds = [e.outcome.cost.seconds for e in evaluations]
+        self._longest_s = max(self._longest_s, *seconds, 0.0)
+
+
+class _Other:
+    """Another island, as far as its journal was read."""
+
+    def __init__(self, reader: JournalReader, now: float) -> None:
+        self.reader = reader
+        self.heard_at = now
+        self.is_one_of_us = False
+        self.under_way: set[Key] = set()
+
+
+def open_islands(
+    run: Path,
+    island: tuple[int, int] | None,
+    archive: Archive,
+    note: Callable[[str], None] = lambda text: None,
+) -> Alone:
+    """The other islands of a run for number I of K; nobody without a number.
+
+    Args:
+        run: the run folder.
+        island: (I, K), or None.
+        archive: this search's, after `check_resumable` or a comparison like it.
+        note: takes a sentence for the log.
+
+    Raises:
+        UsageError, ResourceError: see `Islands`.
+    """
+    return Alone() if island is None else Islands(run, *island, archive, note)
+
+
+def island_folder(run: Path, island: int) -> Path:
+    """Where an island has its archive and its journal."""
+    return run / FOLDER / str(island)
+
+
+def island_numbers(root: Path) -> list[int]:
+    """The islands that have a folder in `RUN/islands`, ascending; none if there is no such."""
+    names: list[str] = []
+    with suppress(OSError):
+        names = [path.name for path in root.iterdir()]
+    found = [int(name) for name in names if name.isascii() and name.isdecimal() and len(name) < 7]
+    return sorted(number for number in found if str(number) in names)
+
+
+def parse_island(text: str) -> tuple[int, int]:
+    """`I/K` as two numbers.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    first, slash, second = text.partition("/")
+    if slash and first.isdecimal() and second.isdecimal() and len(text) < 14:
+        island, count = int(first), int(second)
+        if island < count:
+            return island, count
+    raise UsageError(
+        f"--island {text!r} is not of the form I/K, where I is the island's number from 0 to K - 1."
+    )
+
+
+def _header(archive: Archive, island: int, count: int) -> Header:
+    """What `check_resumable` wrote into the archive."""
+    meta = {
+        key: archive.get_meta(key) or "" for key in ("config", "fingerprint", "documents", "family")
+    }
+    return Header(
+        island,
+        count,
+        json.loads(meta["config"]),
+        hashlib.sha256(meta["fingerprint"].encode()).hexdigest(),
+        meta["documents"],
+        json.loads(meta["family"]),
+    )
