@@ -34,10 +34,11 @@ PATIENCE_S = 60.0
 for lost: what it had begun is free again."""
 
 LOOK_SHARE = 0.05
-"""At most this part of the time is spent on looking at journals, however slow they are."""
+"""At most this part of the time is spent on looking for news where there are none, however slow
+the file system is."""
 
 MAX_PAUSE_S = 5.0
-"""How long a change may go unseen; and how long, at most, a look may stay away."""
+"""How long a look stays away at most."""
 
 WAIT_S = 0.5
 
@@ -47,8 +48,8 @@ T = TypeVar("T")
 class Alone:
     """What a search asks of the other islands where there are none."""
 
-    def refresh(self) -> list[Evaluation]:
-        """What others evaluated since the last call."""
+    def refresh(self, *, at_once: bool = False) -> list[Evaluation]:
+        """What others evaluated since the last call; `at_once` even if that was just now."""
         return []
 
     @property
@@ -165,9 +166,13 @@ class Islands(Alone):
     ) -> None:
         self._journal.close()
 
-    def refresh(self) -> list[Evaluation]:
-        """What others evaluated since the last call, each recipe and set of documents once."""
-        if self._now() >= self._next_look:
+    def refresh(self, *, at_once: bool = False) -> list[Evaluation]:
+        """What others evaluated since the last call, each recipe and set of documents once.
+
+        Args:
+            at_once: look even if the last look was just now.
+        """
+        if at_once or self._now() >= self._next_look:
             self._look()
         found, self._new = self._new, []
         return found
@@ -228,7 +233,7 @@ class Islands(Alone):
         return [other for other in self._others.values() if now - other.heard_at <= patience]
 
     def _look(self, *, strict: bool = False) -> None:
-        began = self._now()
+        began, is_new = self._now(), False
         for island in island_numbers(self._root):
             if island == self.island:
                 continue
@@ -237,7 +242,7 @@ class Islands(Alone):
                 path = self._root / str(island) / NAME
                 other = self._others[island] = _Other(JournalReader(path), began)
             try:
-                self._listen(other)
+                is_new |= self._listen(other)
             except UsageError as error:
                 if strict:
                     raise
@@ -245,10 +250,14 @@ class Islands(Alone):
                     self._said.add(str(error))
                     self._note(f"Island {island} is not listened to: {error}")
         ended = self._now()
-        self._next_look = ended + min((ended - began) / LOOK_SHARE, MAX_PAUSE_S)
+        pause = 0.0 if is_new else (ended - began) / LOOK_SHARE
+        self._next_look = ended + min(pause, MAX_PAUSE_S)
 
-    def _listen(self, other: _Other) -> None:
+    def _listen(self, other: _Other) -> bool:
+        """Reads on in a journal; False if there is nothing new."""
+        is_new = False
         while entries := other.reader.read():
+            is_new = True
             other.heard_at = self._now()
             for entry in entries:
                 match entry:
@@ -269,6 +278,7 @@ class Islands(Alone):
                     case Evaluation():
                         other.under_way.discard((entry.recipe.hash, entry.documents))
                         self._take([entry])
+        return is_new
 
     def _take(self, evaluations: Sequence[Evaluation]) -> None:
         self._remember_time(evaluations)

@@ -158,10 +158,10 @@ class Run:
         )
         nsga2.tell([(recipe, None) for recipe in arms])  # they come first, and only once
         nsga2.tell([(e.recipe, self._objectives(e.recipe)) for e in self._take_known()])
-        waiting = list(arms)
+        waiting, shared = list(arms), {recipe.hash for recipe in arms}
 
         def ask(n: int) -> list[Job]:
-            self._look()
+            self._look(at_once=any(recipe.hash in shared for recipe in waiting))
             nsga2.tell(self._migrants())
             waiting[:] = [recipe for recipe in waiting if recipe.hash not in self._counted]
             allowed = self._num_allowed
@@ -203,7 +203,7 @@ class Run:
         waiting = list(recipes)
 
         def ask(n: int) -> list[Job]:
-            self._look()
+            self._look(at_once=True)
             for recipe in list(waiting):
                 found = self._done.get((recipe.hash, documents))
                 if found is not None:
@@ -228,9 +228,10 @@ class Run:
             self.others.wait()
             self.scheduler.run(ask, tell)
 
-    def _look(self) -> None:
-        """Takes over what other islands evaluated."""
-        for evaluation in self.others.refresh():
+    def _look(self, *, at_once: bool = False) -> None:
+        """Takes over what other islands evaluated; `at_once` where all go for the same recipes."""
+        is_end = self._num_left <= 2 * (self.executor.num_workers + self._num_elsewhere)
+        for evaluation in self.others.refresh(at_once=at_once or is_end):
             key = (evaluation.recipe.hash, evaluation.documents)
             if key not in self._done:
                 self._done[key] = evaluation
@@ -343,7 +344,7 @@ class Run:
         missing = list(self.space.names)
 
         def ask(n: int) -> list[Job]:
-            self._look()
+            self._look(at_once=True)
             for model, similarity in self.others.similarities.items():
                 kept.setdefault(model, asdict(similarity))
             missing[:] = [model for model in missing if model not in kept and model not in begun]

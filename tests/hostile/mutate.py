@@ -151,6 +151,26 @@ def mutate_json(rng: random.Random, data: bytes) -> bytes:
         return data
 
 
+def mutate_json_lines(rng: random.Random, data: bytes) -> bytes:
+    """Lines of JSON with a change in one, or lines moved, doubled, glued together."""
+    lines = data.split(b"\n")
+    i, j = rng.randrange(len(lines)), rng.randrange(len(lines))
+    kind = rng.randrange(12)
+    if kind == 0:
+        lines.insert(j, lines[i])
+    elif kind == 1:
+        del lines[i]
+    elif kind == 2:
+        lines[i], lines[j] = lines[j], lines[i]
+    elif kind == 3:
+        return mutate_bytes(rng, data)
+    elif kind == 4:
+        return b"".join(lines[: i + 1]) + b"\n".join(lines[i + 1 :])
+    else:
+        lines[i] = mutate_json(rng, lines[i])
+    return b"\n".join(lines)
+
+
 def mutate_header(rng: random.Random, data: bytes) -> bytes:
     """A safetensors file with a few changes: of its tree, its length, its data."""
     n = int.from_bytes(data[:8], "little")

@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gptailor.archive import Archive, Cost, Evaluation, Outcome, Score
 from gptailor.config import parse_config
 from gptailor.errors import GptailorError, ModelError, UsageError
+from gptailor.evaluation.similarity import Similarity
 from gptailor.mergekit import to_recipe
 from gptailor.mergekit.parse import parse_mergekit
 from gptailor.models.architecture import cut_config, find_architecture, text_config
@@ -29,9 +31,22 @@ from gptailor.models.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo, read_
 from gptailor.models.family import Candidate, Family
 from gptailor.models.family import _check_fits as check_fits
 from gptailor.recipe import Recipe
+from gptailor.report import load_report
+from gptailor.report.export import front_csv, front_dict, to_json
+from gptailor.search.islands import Islands, island_folder
+from gptailor.search.journal import NAME, read_journal
+from gptailor.search.journal_entry import Begun, Closed, Measured, from_line, to_line
+from gptailor.search.nsga2 import genome_of
+from gptailor.search.space import SearchSpace
 from gptailor.stitching.plan import make_plan
 from gptailor.strict_yaml import load_yaml
-from tests.hostile.mutate import Mutator, mutate_header, mutate_json, mutate_lines
+from tests.hostile.mutate import (
+    Mutator,
+    mutate_header,
+    mutate_json,
+    mutate_json_lines,
+    mutate_lines,
+)
 from tests.models.tiny import VOCAB, file_bytes, llama_config, save_family, save_model, save_tensors
 
 MAX_MESSAGE = 2000
@@ -340,6 +355,69 @@ def search_config_seeds() -> list[bytes]:
     ]
 
 
+_MODELS = {"base": "a", "red": "b"}
+_SEARCHED = parse_config(
+    {"models": _MODELS, "base": "base", "evaluation": {"tasks": ["t"]}}, "search.yaml"
+)
+_ISLAND: list[Archive] = []
+
+
+def _island() -> Archive:
+    """The archive of island 0."""
+    if not _ISLAND:
+        _ISLAND.append(Archive(island_folder(PLACE / "run", 0)))
+        family = {"num_layers": 4, "models": _MODELS, "parameters": {"base": 9, "red": 9}}
+        metas = {"config": _SEARCHED.model_dump_json(), "fingerprint": "f", "documents": "d"}
+        for key, value in {**metas, "family": json.dumps(family)}.items():
+            _ISLAND[0].set_meta(key, value)
+    return _ISLAND[0]
+
+
+def journal(data: bytes) -> None:
+    """The journal of island 1: read whole, read by island 0, reported."""
+    mine = _island()
+    path = island_folder(PLACE / "run", 1) / NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    (mine.folder / NAME).unlink(missing_ok=True)
+    with only(UsageError):
+        _, entries = read_journal(path)
+        for number, entry in enumerate(entries, start=1):
+            again = from_line(to_line(entry)[:-1], path, number)
+            assert to_line(again) == to_line(entry)
+    with only(UsageError):
+        with Islands(PLACE / "run", 0, 2, mine) as others:
+            space = SearchSpace(_SEARCHED.space, _MODELS, "base", 4)
+            for evaluation in others.refresh():
+                genome = genome_of(space, evaluation.recipe)
+                assert genome is None or genome.shape == (space.shape[0] * space.shape[1],)
+        report = load_report(PLACE / "run")
+        to_json(front_dict(report)).encode()
+        front_csv(report).encode()
+
+
+def journal_seeds() -> list[bytes]:
+    header = Islands(PLACE / "run", 0, 2, _island()).header
+    recipes = [
+        line.replace(b"models: {base: a, red: b, green: ./c}", b"models: {base: a, red: b}")
+        for line in recipe_seeds()[:1]
+    ]
+    found = [Recipe.from_yaml(text.decode()) for text in recipes]
+    scores = (Score("t", "acc,none", 0.5, 0.1, 10), Score("u", "ppl", 3.0, None, 1, 2.0))
+    rows = [
+        Evaluation(0, made, documents, outcome, 5, ("dense:red",), 1.7e9)
+        for made in found
+        for documents, outcome in (
+            ("search", Outcome("ok", 0.5, scores, "", Cost(1.0, 0.5, 0.25, 10, 100))),
+            ("holdout", Outcome("failed", None, (), "Traceback\nError: x", Cost())),
+        )
+    ]
+    measured = Measured("red", Similarity((0.5,) * 4, ((0.1,) * 5,) * 5))
+    entries = [header, *rows, measured, Begun((("a" * 64, "search"),)), Closed()]
+    lines = [to_line(entry) for entry in entries]
+    return [b"".join(lines), b"".join(lines[:2]), b"".join(lines)[:-9], lines[0]]
+
+
 TARGETS: dict[str, Target] = {
     "header": Target(header, mutate_header, header_seeds),
     "statistics": Target(statistics, mutate_header, statistics_seeds),
@@ -350,6 +428,7 @@ TARGETS: dict[str, Target] = {
     "recipe": Target(recipe, mutate_lines, recipe_seeds),
     "mergekit": Target(mergekit, mutate_lines, mergekit_seeds),
     "search_config": Target(search_config, mutate_lines, search_config_seeds),
+    "journal": Target(journal, mutate_json_lines, journal_seeds),
 }
 
 

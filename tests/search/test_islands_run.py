@@ -120,7 +120,9 @@ def check_paid_once(run: Path) -> None:
     assert repeated <= 0.05 * len(paid), f"{repeated} of {len(paid)} were paid twice"
 
 
-@pytest.mark.parametrize("schedule", ["asynchronous", "generational"])
+@pytest.mark.parametrize(
+    "schedule", ["asynchronous", pytest.param("generational", marks=pytest.mark.slow)]
+)
 def test_an_island_is_lost(
     schedule: str, models: dict[str, str], tasks_dir: Path, tmp_path: Path
 ) -> None:
@@ -150,6 +152,7 @@ def test_an_island_is_lost(
     assert sum(seen[e.recipe.hash, "search"] - 1 for e in arms) <= 2  # they were shared
 
 
+@pytest.mark.slow  # three whole programs
 def test_killed_and_resumed(models: dict[str, str], tasks_dir: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     config = write_config(

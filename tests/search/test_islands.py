@@ -1,0 +1,373 @@
+"""Islands: what they tell each other, what they leave to each other, what a lost one leaves."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gptailor.errors import UsageError
+from gptailor.evaluation.similarity import Similarity
+from gptailor.execution.executor import EvaluationJob, SimilarityJob
+from gptailor.report import load_report
+from gptailor.search import islands as module
+from gptailor.search.islands import FOLDER, Alone, Islands, island_folder, parse_island
+from gptailor.search.journal import NAME, evaluations_in, read_journal
+from gptailor.search.journal_entry import Measured
+from gptailor.search.migration import Migration
+from gptailor.search.nsga2 import NSGA2Search
+from gptailor.search.run_folder import read_run
+from tests.search.archipelago import (
+    MODELS,
+    Sleeper,
+    in_threads,
+    make_config,
+    open_archive,
+    outcome,
+    paid_twice,
+    recipe_of,
+    search,
+)
+from tests.search.helpers import make_space
+
+CONFIG = make_config()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(module, "WAIT_S", 0.05)
+
+
+# Whole searches
+
+
+@pytest.mark.parametrize("schedule", ["asynchronous", "generational"])
+@pytest.mark.parametrize("num_workers", [1, 4])
+def test_three_islands_use_one_budget(schedule: str, num_workers: int, tmp_path: Path) -> None:
+    config = make_config(schedule=schedule, evaluations=90)
+    executors = [Sleeper(num_workers, 0.02) for _ in range(3)]
+    in_threads(*(lambda i=i: search(tmp_path, i, 3, executors[i], config) for i in range(3)))  # type: ignore[misc]
+    data = read_run(tmp_path)
+    searched = [e for e in data.evaluations if e.documents == "search"]
+    twice = paid_twice(data)
+    assert 90 <= len(searched) <= 92, len(searched)
+    assert len(twice) <= 3, [e.recipe.point for e in twice]
+    measured = Counter(j.model for x in executors for j in x.done if isinstance(j, SimilarityJob))
+    assert set(measured) == set(MODELS)
+    assert sum(measured.values()) <= len(MODELS) + 1
+    per_island = [sum(isinstance(j, EvaluationJob) for j in x.done) for x in executors]
+    assert min(per_island) >= 5, per_island
+    arms = [e for e in searched if e.arms]
+    begun = [
+        {j.recipe.hash for j in x.done if isinstance(j, EvaluationJob)}
+        & {a.recipe.hash for a in arms}
+        for x in executors
+    ]
+    assert all(begun)  # they were shared
+    held = {e.recipe.hash for e in data.evaluations if e.documents == "holdout"}
+    report = load_report(tmp_path)
+    assert {p.recipe.hash for p in report.front} <= held
+    assert report.cost.evaluations == len(data.paid)
+    assert [e.number for e in data.evaluations] == list(range(1, len(data.evaluations) + 1))
+
+
+@pytest.mark.parametrize("schedule", ["asynchronous", "generational"])
+def test_the_share_of_a_lost_island_is_done(schedule: str, tmp_path: Path) -> None:
+    config = make_config(schedule=schedule)
+    executors = [Sleeper(2, 0.02), Sleeper(2, 0.02, fails_at=12)]
+    in_threads(
+        lambda: search(tmp_path, 0, 2, executors[0], config),
+        lambda: search(tmp_path, 1, 2, executors[1], config, dies=True),
+    )
+    data = read_run(tmp_path)
+    assert 60 <= len([e for e in data.evaluations if e.documents == "search"]) <= 61
+    assert len(paid_twice(data)) <= 2
+    again = [Sleeper(2, 0.02), Sleeper(2, 0.02)]
+    search(tmp_path, 0, 2, again[0], config)
+    search(tmp_path, 1, 2, again[1], config)
+    assert again[0].done == again[1].done == []  # nothing was left, and nothing is repeated
+    assert len(read_run(tmp_path).paid) == len(data.paid)
+
+
+def test_an_island_that_comes_later_gets_all(tmp_path: Path) -> None:
+    config = make_config(schedule="asynchronous", evaluations=30)
+    search(tmp_path, 0, 2, Sleeper(1, 0.0), config)
+    more = make_config(schedule="asynchronous", evaluations=40)
+    executor = Sleeper(1, 0.0)
+    search(tmp_path, 1, 2, executor, more)
+    searched = [
+        j for j in executor.done if isinstance(j, EvaluationJob) and j.documents == "search"
+    ]
+    assert len(searched) == 10
+    assert not any(isinstance(job, SimilarityJob) for job in executor.done)
+    assert paid_twice(read_run(tmp_path)) == []
+
+
+# Two islands, step by step
+
+
+class Pair:
+    """Islands 0 and 1, and a clock."""
+
+    def __init__(self, run: Path) -> None:
+        self.run, self.time = run, 0.0
+        self.archives = [open_archive(run, i, CONFIG) for i in range(2)]
+        self.notes: list[str] = []
+        self.islands = [
+            Islands(run, i, 2, archive, self.notes.append, lambda: self.time)
+            for i, archive in enumerate(self.archives)
+        ]
+
+    def evaluate(self, island: int, *layers: int, seconds: float = 1.0) -> str:
+        row = self.archives[island].record(
+            recipe_of(*layers), "search", 100 * len(layers), outcome(seconds=seconds)
+        )
+        self.islands[island].publish([row])
+        return row.recipe.hash
+
+    def look(self, island: int) -> list[str]:
+        self.time += 10.0
+        return [e.recipe.hash for e in self.islands[island].refresh()]
+
+    def journal(self, island: int) -> Path:
+        return island_folder(self.run, island) / NAME
+
+
+def test_news_come_once(tmp_path: Path) -> None:
+    pair = Pair(tmp_path)
+    one = pair.evaluate(1, 0, 1)
+    assert pair.look(0) == [one]
+    assert pair.look(0) == []
+    assert pair.look(1) == []
+    two, three = pair.evaluate(1, 0, 2), pair.evaluate(1, 0, 3)
+    assert pair.look(0) == [two, three]
+
+
+def test_what_is_under_way_is_left_to_the_other(tmp_path: Path) -> None:
+    pair = Pair(tmp_path)
+    key = (recipe_of(0, 1).hash, "search")
+    other = (recipe_of(0, 2).hash, "search")
+    pair.islands[1].begin([key, other, ("red", "similarity")])
+    pair.look(0)
+    assert pair.islands[0].is_under_way(key)
+    assert pair.islands[0].num_under_way("search") == 2
+    assert pair.islands[0].num_under_way("holdout") == 0
+    pair.evaluate(1, 0, 1)
+    pair.islands[1].publish_similarities([Measured("red", Similarity((1.0,), ((0.0, 0.5),) * 2))])
+    pair.look(0)
+    assert not pair.islands[0].is_under_way(key)
+    assert not pair.islands[0].is_under_way(("red", "similarity"))
+    assert pair.islands[0].similarities["red"].block_influence == (1.0,)
+    with pair.islands[1]:
+        pass
+    assert pair.islands[0].num_under_way("search") == 1
+    pair.look(0)
+    assert pair.islands[0].num_under_way("search") == 0
+
+
+def test_a_lost_island_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PATIENCE_S", 60.0)
+    pair = Pair(tmp_path)
+    pair.evaluate(0, 0, 3, seconds=30.0)
+    key = (recipe_of(0, 1).hash, "search")
+    pair.islands[1].begin([key])
+    pair.look(0)
+    pair.time += 80.0
+    assert pair.islands[0].is_under_way(key)  # three times the longest evaluation
+    pair.time += 11.0
+    assert not pair.islands[0].is_under_way(key)
+    pair.evaluate(1, 0, 2)
+    pair.look(0)
+    assert pair.islands[0].is_under_way(key)  # it was only slow
+
+
+def test_a_search_that_begins_again_has_nothing_under_way(tmp_path: Path) -> None:
+    pair = Pair(tmp_path)
+    key = (recipe_of(0, 1).hash, "search")
+    pair.islands[1].begin([key])
+    pair.look(0)
+    Islands(tmp_path, 1, 2, pair.archives[1])
+    pair.look(0)
+    assert not pair.islands[0].is_under_way(key)
+
+
+def test_both_at_once_counts_once_and_costs_twice(tmp_path: Path) -> None:
+    pair = Pair(tmp_path)
+    pair.evaluate(1, 0, 1)
+    time.sleep(0.01)
+    pair.evaluate(0, 0, 1)
+    pair.archives[0].add_arm("late", recipe_of(0, 2))
+    pair.evaluate(0, 0, 2)
+    data = read_run(tmp_path)
+    assert [e.number for e in data.evaluations] == [1, 2]
+    assert len(data.paid) == 3
+    first = min(data.paid, key=lambda e: e.finished_at)
+    assert data.evaluations[0].finished_at == first.finished_at
+    assert data.evaluations[1].arms == ("late",)
+    report = load_report(tmp_path)
+    assert len(report.points) == 2
+    assert report.cost.evaluations == 3
+    assert report.num_layers == 8
+    assert report.config["search"]["population"] == 12
+
+
+def test_an_archive_that_was_lost_is_in_the_journal(tmp_path: Path) -> None:
+    pair = Pair(tmp_path)
+    one = pair.evaluate(0, 0, 1)
+    for archive in pair.archives:
+        archive.close()
+    (island_folder(tmp_path, 0) / "archive.db").unlink()
+    with open_archive(tmp_path, 0, CONFIG) as archive:
+        islands = Islands(tmp_path, 0, 2, archive)
+        assert [e.recipe.hash for e in islands.refresh()] == [one]
+    assert len(evaluations_in(read_journal(pair.journal(0))[1])) == 1
+
+
+# Who belongs to a run
+
+
+@pytest.mark.parametrize(
+    ("meta", "message"),
+    [
+        (
+            {"config": make_config(seed=4).model_dump_json()},
+            r"islands/0/journal.jsonl is .* another configuration: search.seed was 4, but is 0",
+        ),
+        ({"fingerprint": "x"}, "with other model files than"),
+        ({"documents": "e"}, "with other documents of the tasks than"),
+    ],
+)
+def test_another_search(meta: dict[str, str], message: str, tmp_path: Path) -> None:
+    with open_archive(tmp_path, 0, CONFIG) as archive:
+        Islands(tmp_path, 0, 2, archive)
+    with (
+        open_archive(tmp_path, 1, CONFIG, **meta) as archive,
+        pytest.raises(UsageError, match=message),
+    ):
+        Islands(tmp_path, 1, 2, archive)
+    assert not (island_folder(tmp_path, 1) / NAME).exists()
+
+
+def test_what_may_change(tmp_path: Path) -> None:
+    config = make_config(evaluations=7)
+    with open_archive(tmp_path, 0, CONFIG) as archive:
+        Islands(tmp_path, 0, 2, archive)
+    with open_archive(tmp_path, 1, config) as archive:
+        Islands(tmp_path, 1, 5, archive)
+
+
+def test_a_bad_journal_among_good_ones(tmp_path: Path) -> None:
+    """A new island refuses it; one that searches goes on without it, until it is mended."""
+    pair = Pair(tmp_path)
+    with pair.journal(1).open("ab") as file:
+        file.write(b"what?\n")
+    one = pair.evaluate(1, 0, 1)
+    assert pair.look(0) == []
+    pair.look(0)
+    assert len(pair.notes) == 1
+    assert "Island 1 is not listened to: " in pair.notes[0]
+    assert "journal.jsonl is corrupt" in pair.notes[0]
+    with (
+        open_archive(tmp_path, 2, CONFIG) as archive,
+        pytest.raises(UsageError, match="is corrupt"),
+    ):
+        Islands(tmp_path, 2, 3, archive)
+    Islands(tmp_path, 1, 2, pair.archives[1])
+    assert pair.look(0) == [one]
+
+
+def test_recipes_of_other_models_are_passed_over(tmp_path: Path) -> None:
+    pair = Pair(tmp_path)
+    pair.evaluate(1, 0, 99)
+    text = pair.journal(1).read_text()
+    pair.journal(1).write_text(
+        text.replace("/m/red", "/m/evil").replace('"/m/evil"', '"/m/red"', 1)
+    )
+    assert pair.look(0) == []
+
+
+def test_folders_that_are_no_islands(tmp_path: Path) -> None:
+    for name in ("x", "-1", "007", "9999999", "٣"):
+        (tmp_path / FOLDER / name).mkdir(parents=True)
+        (tmp_path / FOLDER / name / NAME).write_text("evil")
+    (tmp_path / FOLDER / "5").mkdir()
+    (tmp_path / FOLDER / "6").write_text("a file")
+    pair = Pair(tmp_path)
+    one = pair.evaluate(1, 0, 1)
+    assert pair.look(0) == [one]
+
+
+def test_words() -> None:
+    assert parse_island("0/1") == (0, 1)
+    assert parse_island("2/3") == (2, 3)
+    for text in ("3/3", "1", "/", "a/b", "-1/2", "1/2/3", "", "1/" + "9" * 30, "²/3"):
+        with pytest.raises(UsageError, match="is not of the form I/K"):
+            parse_island(text)
+
+
+def test_orders_and_seeds_differ(tmp_path: Path) -> None:
+    pair = Pair(tmp_path)
+    assert Alone().rotated([1, 2, 3, 4]) == [1, 2, 3, 4]
+    assert Alone().seed(7) == 7
+    assert [i.rotated([1, 2, 3, 4, 5]) for i in pair.islands] == [[1, 2, 3, 4, 5], [3, 4, 5, 1, 2]]
+    seeds = {island.seed(seed) for island in pair.islands for seed in range(100)}
+    assert len(seeds) == 200
+
+
+def test_looking_costs_little(tmp_path: Path) -> None:
+    pair = Pair(tmp_path)
+    journal = pair.journal(1)
+    pair.evaluate(1, 0, 1)
+    pair.look(0)
+    began = time.perf_counter()
+    for _ in range(100):
+        pair.look(0)
+    assert (time.perf_counter() - began) / 100 < 0.01
+    assert journal.stat().st_size > 0
+
+
+# Migration
+
+
+def test_the_front_migrates() -> None:
+    migration = Migration()
+    a, b, c = recipe_of(0), recipe_of(1), recipe_of(2)
+    assert migration.chosen([(a, (0.0, 1.0)), (b, (1.0, 1.0)), (c, None)]) == [
+        (a, (0.0, 1.0)),
+        (b, None),
+        (c, None),
+    ]
+    assert migration.chosen([(b, (0.1, 1.5))]) == [(b, None)]
+    assert migration.chosen([(b, (0.1, 0.5)), (c, (-1.0, -1.0))]) == [(b, None), (c, (-1.0, -1.0))]
+
+
+def test_guests_enter_a_generational_population() -> None:
+    space = make_space()
+    search = NSGA2Search(space, 2, 12, seed=3)
+    guest = space.recipe([recipe_of(0, 1, 2).layers[i] for i in range(3)])
+    search.welcome([(guest, (-9.0, -9.0))])  # before there is a population
+    assert not search.has_begun
+    asked = search.ask()
+    search.tell([(float(i), float(i)) for i in range(len(asked))])
+    search.welcome([(recipe_of(0, 3), None)])
+    best = search._algorithm.pop.get("F").min(axis=0)
+    assert np.array_equal(best, [-9.0, -9.0])
+    assert len(search._algorithm.pop) == 12
+    for _ in range(5):
+        asked = search.ask()
+        assert guest.hash not in {recipe.hash for recipe in asked}
+        search.tell([(float(i), float(i)) for i in range(len(asked))])
+
+
+def test_the_header_says_what_is_searched(tmp_path: Path) -> None:
+    pair = Pair(tmp_path)
+    header, _ = read_journal(pair.journal(1))
+    assert header == pair.islands[1].header
+    first = json.loads(pair.journal(1).read_text().splitlines()[0])["header"]
+    assert first["schema"] == "gptailor/journal/1"
+    assert (first["island"], first["count"]) == (1, 2)
