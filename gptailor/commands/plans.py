@@ -6,8 +6,95 @@ import argparse
 import dataclasses
 import json
 import shlex
+from typing import TYPE_CHECKING
 
-from gptailor.commands.command import Command
+from gptailor.commands.command import Command, at_least_one
+
+if TYPE_CHECKING:
+    from gptailor.verbs.plans import Plan
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from gptailor import verbs
+
+    found = verbs.plan(
+        arguments.config,
+        arguments.overrides,
+        workers=arguments.workers,
+        gpus_per_worker=arguments.gpus_per_worker,
+        gpu_gib=arguments.gpu_gib,
+        probe=arguments.probe,
+    )
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+        return 0
+    for line in _plan_lines(found):
+        print(line)
+    return 0
+
+
+def _plan_lines(plan: Plan) -> list[str]:
+    needs, count = plan.footprint, len(plan.footprint.candidates)
+    lines = [
+        f"space       at most 10^{plan.recipes_log10:.1f} recipes, of which {plan.evaluations:,} "
+        "are evaluated"
+    ]
+    for name, work in plan.sizes.items():
+        lines.append(
+            f"{name:11} {work.documents:,} documents, {work.requests:,} requests, "
+            f"{work.tokens:,} tokens for each evaluation"
+        )
+    lines += [
+        f"disk        {size(plan.node_bytes)} for {count} candidates, read once by each node",
+        f"model       {size(needs.model)} dense in the type of the forward pass, "
+        f"{size(needs.resident)} for all candidates",
+        f"batch       about {size(needs.activations)} inside a layer and {size(needs.logits)} of "
+        "logits",
+        *_memory_lines(plan),
+    ]
+    for probe in plan.probes:
+        lines.append(
+            f"probe       {probe.name}, {probe.layers} layers: {probe.seconds:.2f} s "
+            f"({probe.assemble_s:.2f} s until the model was ready, {probe.forward_s:.2f} s in it, "
+            f"{probe.tokens:,} tokens)"
+        )
+    if plan.evaluation_s is None or plan.hours is None:
+        return [*lines, "time        not measured"]
+    return [
+        *lines,
+        f"time        {plan.evaluation_s:.2f} s for an evaluation by a worker like this one "
+        f"({plan.device}); with {plan.workers} of them",
+        f"            {plan.evaluations_per_hour:,.0f} an hour, {plan.hours:.2g} hours for all "
+        "(without the holdout)",
+    ]
+
+
+def _memory_lines(plan: Plan) -> list[str]:
+    if plan.why_not:
+        return [f"worker      {plan.why_not}"]
+    if plan.gpus is None:
+        lines = [
+            "worker      on the CPU (for a GPU: --gpu-gib); candidates are mapped, in memory once "
+            "for all workers of a node;",
+            f"            each may keep {size(plan.cpu_cache)} of merged layers",
+        ]
+        if plan.footprint.is_cast:
+            most = size(plan.footprint.resident)
+            lines.append(f"            and up to {most} in the type of the forward pass")
+        return lines
+    gpus = plan.gpus
+    where = "of each GPU" if len(gpus.parts) > 1 else "of one GPU"
+    lines = [f"worker      {size(gpus.budget)} {where} for weights, {size(gpus.cache)} for merges"]
+    if len(gpus.parts) > 1:
+        lines.append(f"            the model is spread over {len(gpus.parts)} GPUs:")
+        for part in gpus.parts:
+            layers = f"layers {part.first_layer} to {part.end_layer - 1}"
+            ends = ", embeddings, final norm, head" if part.gpu == 0 else ""
+            lines.append(f"            GPU {part.gpu}: {layers}{ends}, {size(part.n_bytes)}")
+    stay = "all candidates stay there"
+    if not gpus.all_stay:
+        stay = "the layers that are used most stay there, others are read again when needed"
+    return [*lines, f"            {stay}"]
 
 
 def _prefetch(arguments: argparse.Namespace) -> int:
@@ -46,7 +133,34 @@ def _add_prefetch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", help="key.path=value")
 
 
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    _add_prefetch(parser)
+    parser.add_argument(
+        "--workers", type=at_least_one, default=1, help="that the search will have (1)"
+    )
+    parser.add_argument(
+        "--gpus-per-worker", type=at_least_one, default=1, help="of each of them (1)"
+    )
+    parser.add_argument(
+        "--gpu-gib",
+        type=float,
+        help="memory of a GPU in GiB, like 80 (that of this machine's, or a plan for the CPU)",
+    )
+    parser.add_argument(
+        "--no-probe",
+        dest="probe",
+        action="store_false",
+        help="leave out the three evaluations that tell the time",
+    )
+
+
 COMMANDS = {
+    "plan": Command(
+        "what a search will cost: memory, bytes, time from three evaluations",
+        "gptailor plan search.yaml --workers 64 --gpus-per-worker 2 --gpu-gib 80 --no-probe",
+        _add_plan,
+        _plan,
+    ),
     "prefetch": Command(
         "download what a search on nodes without a network will need",
         "gptailor prefetch search.yaml",

@@ -15,6 +15,7 @@ import torch.utils.dlpack
 
 from gptailor import _C
 from gptailor.errors import ModelError, ResourceError
+from gptailor.evaluation.footprint import weights_budget
 from gptailor.evaluation.hot_set import HotSet
 from gptailor.models.checkpoint import FLOAT_DTYPES, TensorInfo, read_error
 from gptailor.models.family import Family
@@ -294,9 +295,7 @@ def default_budget(device: torch.device, kept_bytes: int, workers: int) -> int:
         workers: how many share the device.
     """
     free, total = torch.cuda.mem_get_info(device)
-    share = min(free, total // workers)
-    headroom = max(share // 8, min(2 << 30, share // 4))  # activations, logits, the allocator
-    return max(0, share - headroom - kept_bytes)
+    return weights_budget(free, total, kept_bytes, workers)
 
 
 def _layers(family: Family) -> list[dict[str, str]]:

@@ -31,6 +31,7 @@ from gptailor.evaluation.device_weights import (
     MappedBackend,
     default_budget,
 )
+from gptailor.evaluation.footprint import CACHED_MODELS
 from gptailor.evaluation.loading import load_model
 from gptailor.evaluation.slots import Parameters, Slots, let_go, point
 from gptailor.models.architecture import cut_config, text_config
@@ -98,7 +99,8 @@ class ResidentModel:
         self._merged_bytes = 0
         if cache_bytes is None:
             base_bytes = sum(t.n_bytes for t in family.base.tensors.values())
-            cache_bytes = min(8 * base_bytes, _memory_bytes(self.device) // (8 * workers))
+            part = _memory_bytes(self.device) // (8 * workers)
+            cache_bytes = min(CACHED_MODELS * base_bytes, part)
         self._cache_bytes = cache_bytes
         self.model = self._load_skeleton()
         self._stack_name = self._module_name(family.architecture.prefix.rstrip("."))

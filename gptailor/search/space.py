@@ -13,6 +13,7 @@ source of a dropped layer) are kept, so that a layer comes back as it was.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -99,6 +100,29 @@ class SearchSpace:
     def shape(self) -> tuple[int, int]:
         """(L, G): rows and columns of a genome."""
         return self.num_layers, LEVELS + len(self.names)
+
+    def log10_size(self) -> float:
+        """Logarithm of how many recipes there are, at most: some merges with other weights build
+        the same."""
+        free, num_protected = self.num_layers - len(self.protected), len(self.protected)
+        entries = len(self.names) + sum(map(self._num_merges, self.methods))
+        smallest = max(self.min_layers, num_protected)
+        return math.log10(
+            sum(
+                math.comb(free, kept - num_protected) * entries**kept
+                for kept in range(smallest, self.max_layers + 1)
+            )
+        )
+
+    def _num_merges(self, method: Method) -> int:
+        """How many merges of one layer a method makes."""
+        sources = len(self.names) - method.uses_base
+        if method.name == "slerp":
+            parts = {round(b / (a + b), 6) for a in self.weights for b in self.weights}
+            return math.comb(sources, 2) * len(parts)
+        weights = len(self.weights) if method.weighted else 1
+        sizes = range(method.min_sources, min(method.max_sources, sources) + 1)
+        return sum(math.comb(sources, size) * weights**size for size in sizes)
 
     def kept(self, genome: Genome) -> npt.NDArray[np.int64]:
         """The source layers that a genome keeps, ascending."""

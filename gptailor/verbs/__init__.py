@@ -4,7 +4,17 @@ Heavy imports happen inside the functions, so that a verb pays only for what it 
 """
 
 from gptailor.verbs.models import calibrate, evaluate, stitch
-from gptailor.verbs.plans import prefetch
+from gptailor.verbs.plans import plan, prefetch
 from gptailor.verbs.runs import check, demo, report, search
 
-__all__ = ["calibrate", "check", "demo", "evaluate", "prefetch", "report", "search", "stitch"]
+__all__ = [
+    "calibrate",
+    "check",
+    "demo",
+    "evaluate",
+    "plan",
+    "prefetch",
+    "report",
+    "search",
+    "stitch",
+]

@@ -9,10 +9,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gptailor.errors import GptailorError, ModelError, ResourceError, UsageError
 from gptailor.models.family import Family
 from gptailor.models.untrusted import home_expanded, is_folder
+
+if TYPE_CHECKING:
+    from gptailor.config import Config
+    from gptailor.evaluation.dry_run import WorkloadSize
+    from gptailor.evaluation.footprint import Footprint, GpuPlan
+    from gptailor.evaluation.probe import Probe
+    from gptailor.search.space import SearchSpace
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 """What keeps the libraries of a job from asking the network."""
@@ -98,6 +106,142 @@ def prefetch(config: str | Path, overrides: Sequence[str] = ()) -> Prefetched:
         hf_home=places["HF_HOME"],
         only_checked=_is_set("HF_HUB_OFFLINE"),
     )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a search will cost.
+
+    Attributes:
+        recipes_log10: logarithm of the number of recipes, at most.
+        evaluations: that the search makes.
+        sizes: "search" and, if there is one, "holdout" → what one evaluation has to do.
+        footprint: memory, see `Footprint`.
+        node_bytes: that a node reads from the candidates' disk, once for all its workers.
+        gpus: how a worker's GPUs are used; None: it evaluates on the CPU.
+        why_not: the sentence that says why that is impossible, or empty.
+        cpu_cache: what merged layers may keep of a worker's memory on the CPU, in bytes.
+        device: where the probes were measured.
+        probes: the measured evaluations; empty without.
+        workers: that the following figures are for.
+        evaluation_s: mean of the probes, in seconds; None without.
+        evaluations_per_hour: of all workers together; None without.
+        hours: until all evaluations are done; None without. The holdout comes on top.
+    """
+
+    recipes_log10: float
+    evaluations: int
+    sizes: dict[str, WorkloadSize]
+    footprint: Footprint
+    node_bytes: int
+    gpus: GpuPlan | None
+    why_not: str
+    cpu_cache: int
+    device: str
+    probes: list[Probe]
+    workers: int
+    evaluation_s: float | None
+    evaluations_per_hour: float | None
+    hours: float | None
+
+
+def plan(
+    config: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    workers: int = 1,
+    gpus_per_worker: int = 1,
+    gpu_gib: float | None = None,
+    probe: bool = True,
+) -> Plan:
+    """Says what a search will cost, from headers, tasks and three evaluations on this machine.
+
+    Args:
+        config: a `search.yaml`.
+        overrides: `key.path=value`.
+        workers: how many the search will have.
+        gpus_per_worker: how many GPUs each of them will have.
+        gpu_gib: memory of a GPU; default: of this machine's; without one the plan is for the CPU.
+        probe: measure three evaluations; else the plan has no times.
+
+    Raises:
+        UsageError: the configuration is wrong, or a task can't be had.
+        ModelError: a model or tokenizer is unusable.
+        ResourceError: memory is exhausted while the probes are measured.
+    """
+    from gptailor.config import read_config
+    from gptailor.evaluation.dry_run import DryRun
+    from gptailor.evaluation.footprint import find_footprint, plan_gpus
+    from gptailor.execution.memory import available_bytes
+    from gptailor.search.space import SearchSpace, find_calibration
+
+    parsed = read_config(config, overrides)
+    family = Family(parsed.models, parsed.base)
+    calibration = find_calibration(parsed, family)
+    space = SearchSpace(parsed.space, parsed.models, parsed.base, family.num_layers, calibration)
+    sizes = DryRun(parsed, family).sizes()
+    dtype = parsed.evaluation.dtype
+    footprint = find_footprint(
+        family,
+        parsed.space.dtype if dtype == "auto" else dtype,
+        batch_tokens=max(size.batch_tokens for size in sizes.values()),
+        logits=max(size.logits for size in sizes.values()),
+    )
+    gpu_bytes = _gpu_bytes(parsed.evaluation.device, gpu_gib)
+    gpus, why_not = None, ""
+    if gpu_bytes is not None:
+        try:
+            gpus = plan_gpus(footprint, gpu_bytes, gpus_per_worker)
+        except ResourceError as error:
+            why_not = str(error)
+    device, probes = _probes(parsed, space) if probe else ("", [])
+    seconds = sum(p.seconds for p in probes) / len(probes) if probes else None
+    per_hour = None if seconds is None else workers * 3600.0 / seconds
+    return Plan(
+        recipes_log10=space.log10_size(),
+        evaluations=parsed.search.evaluations,
+        sizes=sizes,
+        footprint=footprint,
+        node_bytes=sum(p.stat().st_size for p in family_files(family)),
+        gpus=gpus,
+        why_not=why_not,
+        cpu_cache=footprint.merged_cache(available_bytes(), workers),
+        device=device,
+        probes=probes,
+        workers=workers,
+        evaluation_s=seconds,
+        evaluations_per_hour=per_hour,
+        hours=None if per_hour is None else parsed.search.evaluations / per_hour,
+    )
+
+
+def family_files(family: Family) -> list[Path]:
+    """The weight files of all candidates."""
+    return [path for c in family.candidates.values() for path in c.checkpoint.files]
+
+
+def _gpu_bytes(device: str, gpu_gib: float | None) -> int | None:
+    """Memory of a worker's GPU; None if it will have none."""
+    if gpu_gib is not None:
+        return int(gpu_gib * 2**30)
+    if device == "cpu":
+        return None
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.get_device_properties(0).total_memory)
+
+
+def _probes(config: Config, space: SearchSpace) -> tuple[str, list[Probe]]:
+    """The device and what was measured there."""
+    from gptailor.evaluation.evaluator import Evaluator
+    from gptailor.evaluation.probe import measure_probes
+    from gptailor.execution.node_files import open_candidates
+
+    evaluation = config.evaluation.model_copy(update={"holdout": None})
+    evaluator = Evaluator(open_candidates(config), evaluation, seed=config.search.seed)
+    return str(evaluator.resident.device), measure_probes(evaluator, space)
 
 
 def _offline(config_json: str) -> dict[str, dict[str, object]]:

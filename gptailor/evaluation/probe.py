@@ -1,0 +1,78 @@
+"""Three evaluations that tell what one takes in a search: dense, half merged, smallest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from gptailor.errors import UsageError
+from gptailor.evaluation.evaluator import Evaluator
+from gptailor.recipe import Recipe
+from gptailor.search.space import KEEP, LEVELS, METHOD, SearchSpace
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One evaluation that was measured.
+
+    Attributes:
+        name: dense, half merged or smallest.
+        layers: that the recipe keeps.
+        seconds: from the recipe to its scores.
+        assemble_s: of these, until the model was ready.
+        forward_s: of these, inside the model.
+        tokens: that went through it, padding included.
+    """
+
+    name: str
+    layers: int
+    seconds: float
+    assemble_s: float
+    forward_s: float
+    tokens: int
+
+
+def probe_recipes(space: SearchSpace) -> dict[str, Recipe]:
+    """The recipes that are measured."""
+    dense = space.blank()
+    half = dense.copy()
+    if space.methods:
+        half[1::2, METHOD] = 1
+        half[1::2, LEVELS:] = 1 + len(space.weights) // 2
+    smallest = dense.copy()
+    free = np.setdiff1d(np.arange(space.num_layers), space.protected)
+    count = max(space.min_layers - len(space.protected), 0)
+    gone = np.delete(free, np.linspace(0, len(free) - 1, count).round().astype(int))
+    smallest[gone, KEEP] = 0
+    genomes = {"dense": dense, "half merged": half, "smallest": smallest}
+    return {name: space.decode(genome) for name, genome in genomes.items()}
+
+
+def measure_probes(evaluator: Evaluator, space: SearchSpace) -> list[Probe]:
+    """Evaluates them on the documents of the search; nothing of it is recorded.
+
+    Raises:
+        UsageError: one of them has no scores.
+        ResourceError: memory is exhausted.
+    """
+    requests = evaluator.workloads["search"].requests()
+    evaluator.lm.encoded(requests.get("loglikelihood", []))  # a worker does it once
+    probes = []
+    for name, recipe in probe_recipes(space).items():
+        outcome = evaluator.evaluate(recipe)
+        if outcome.status != "ok":
+            reason = outcome.reason.strip().splitlines()[-1]
+            raise UsageError(f"The probe evaluation ({name}) ended as {outcome.status}: {reason}")
+        cost = outcome.cost
+        probes.append(
+            Probe(
+                name,
+                recipe.num_layers,
+                cost.seconds,
+                cost.assemble_s,
+                cost.forward_s,
+                cost.num_tokens,
+            )
+        )
+    return probes
