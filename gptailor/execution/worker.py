@@ -11,14 +11,15 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from gptailor.archive import Outcome
 from gptailor.errors import GptailorError, UsageError
 from gptailor.execution.channel import SHORTEST_S, Channel
-from gptailor.execution.executor import EvaluationJob, Job
+from gptailor.execution.executor import EvaluationJob, Job, WorkloadInfo
 from gptailor.execution.handshake import content_digests, file_digests, find_hello, sees_token
 from gptailor.execution.logs import Log
 from gptailor.execution.placement import Placement, find_place
@@ -26,7 +27,7 @@ from gptailor.execution.stop import TERM_GRACE_S, Stop
 
 if TYPE_CHECKING:
     from gptailor.config import Config
-    from gptailor.execution.local import Worker
+    from gptailor.evaluation.similarity import Similarity
     from gptailor.models.family import Family
 
 LONGEST_S = 0.02
@@ -75,14 +76,52 @@ class Times:
     gaps: int = 0
 
 
-def run_worker(channel: Channel) -> NoReturn:
+class Evaluates(Protocol):
+    """What does the jobs of a rank; `local.Worker` in a search."""
+
+    def workload(self) -> WorkloadInfo:
+        """What will be evaluated."""
+        ...
+
+    def do(self, job: Job) -> Outcome | Similarity:
+        """Does a job; what it raises ends the search."""
+        ...
+
+
+Opens = Callable[[Orders, Callable[[], None], Log], tuple[Evaluates, str]]
+"""Takes the orders, a function to call now and then which raises if it shall end, and the log;
+gives who does the jobs, and the name of its device."""
+
+
+def open_worker(orders: Orders, go_on: Callable[[], None], log: Log) -> tuple[Evaluates, str]:
+    """Loads models and documents; this is where torch is imported."""
+    import torch
+
+    from gptailor.execution.local import Worker
+    from gptailor.execution.node_files import open_candidates
+
+    placement = orders.placement
+    if not os.environ.get("OMP_NUM_THREADS", "").isdecimal():
+        torch.set_num_threads(placement.threads)
+    go_on()
+    family = open_candidates(
+        orders.config, workers_here=placement.workers_here, keep_going=go_on, note=log.say
+    )
+    worker = Worker(orders.config, family, placement.sharing)
+    device = str(worker.evaluator.resident.device)
+    if device.startswith("cuda") and placement.visible_devices is not None:
+        device = f"cuda:{placement.visible_devices}"
+    return worker, device
+
+
+def run_worker(channel: Channel, opens: Opens = open_worker) -> NoReturn:
     """Takes part in a search, as long as rank 0 wants.
 
     Side effect: ends the process; whatever goes wrong in it reaches rank 0, or ends all ranks.
     """
     code = 1
     try:
-        code = WorkerRank(channel).run()
+        code = WorkerRank(channel, opens).run()
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
@@ -95,18 +134,20 @@ class WorkerRank:
 
     Args:
         channel: to rank 0.
+        opens: makes what does the jobs.
     """
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, opens: Opens = open_worker) -> None:
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         self._stop = Stop()
         self._stop.install(signal.SIGTERM, signal.SIGINT)
         self._channel = channel
+        self._opens = opens
         self._place = find_place()
         self._log = Log(channel.rank, self._place.node)
         self._orders: Orders | None = None
         self._family: Family | None = None
-        self._worker: Worker | None = None
+        self._worker: Evaluates | None = None
         self._times = Times()
         self._sent_at: float | None = None
 
@@ -195,28 +236,9 @@ class WorkerRank:
         return file_digests(orders.config, self._family)
 
     def _load(self) -> None:
-        """Loads models and documents; this is where torch is imported."""
         assert self._orders is not None
         began = time.monotonic()
-        import torch
-
-        from gptailor.execution.local import Worker
-        from gptailor.execution.node_files import open_candidates
-
-        placement = self._orders.placement
-        if not os.environ.get("OMP_NUM_THREADS", "").isdecimal():
-            torch.set_num_threads(placement.threads)
-        self._go_on()
-        self._family = open_candidates(
-            self._orders.config,
-            workers_here=placement.workers_here,
-            keep_going=self._go_on,
-            note=self._log.say,
-        )
-        self._worker = Worker(self._orders.config, self._family, placement.sharing)
-        device = str(self._worker.evaluator.resident.device)
-        if device.startswith("cuda") and placement.visible_devices is not None:
-            device = f"cuda:{placement.visible_devices}"
+        self._worker, device = self._opens(self._orders, self._go_on, self._log)
         self._channel.send(0, "ready", self._worker.workload(), device)
         seconds = time.monotonic() - began
         self._log.event("ready", f"Ready on {device} after {seconds:.1f} s.", seconds=seconds)
