@@ -17,7 +17,7 @@ from gptailor.execution.stop import Stop
 from gptailor.search.islands import FOLDER
 
 if TYPE_CHECKING:
-    from gptailor.execution.mpi import Member
+    from gptailor.execution.crew import Member
     from gptailor.search.run import Run
 
 WINDOW_S = 900.0
@@ -64,7 +64,8 @@ class Reporter:
         self._members = members or self._members
         if self._recorder is None:
             self._recorder = JobRecorder(self._run_folder, self._first)
-        hosts = dict.fromkeys((self._recorder.record.host, *(m.hello.place.node for m in members)))
+        nodes = [member.hello.place.node for member in self._members]
+        hosts = dict.fromkeys((self._recorder.record.host, *nodes))
         changes = {"log": f"{self._logs_in}{log}"} if log else {}
         self._recorder.update(hosts=tuple(hosts), **changes)
 

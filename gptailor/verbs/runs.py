@@ -22,9 +22,9 @@ from gptailor.models.family import Family, resolve
 if TYPE_CHECKING:
     from gptailor.archive import Evaluation
     from gptailor.config import Config
+    from gptailor.execution.crew import Crew
     from gptailor.execution.executor import Executor
     from gptailor.execution.launcher import Choice
-    from gptailor.execution.mpi import Crew
     from gptailor.execution.stop import Stop
 
 LOCK_WAIT_S = 120.0
@@ -108,7 +108,7 @@ def search(
         from gptailor.execution.worker import run_worker
 
         run_worker(channel)
-    from gptailor.execution.mpi import Crew
+    from gptailor.execution.crew import Crew
 
     if is_main:
         stop.install()
@@ -156,7 +156,10 @@ def _search(
         if crew is None:
             executor = open_executor(config, workers)
         else:
-            executor = crew.executor(config, family, place, reporter)
+            from gptailor.execution.mpi import MpiExecutor
+
+            crew.join(config, family, place, reporter)
+            executor = MpiExecutor(crew)
         try:
             info = executor.workload()  # before the archive is made: a wrong task leaves no run
             with Archive(place) as archive, ExitStack() as stack:
