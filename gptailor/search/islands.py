@@ -143,6 +143,7 @@ class Islands(Alone):
         self._longest_s = 0.0
         self._next_look = float("-inf")
         self.header = _header(archive, island, count)
+        self._num_layers = int(self.header.family["num_layers"])
         mine = archive.evaluations()
         self._look(strict=True)  # before a journal is made, so that a wrong island leaves none
         kept = json.loads(archive.get_meta("similarity") or "{}")
@@ -274,7 +275,8 @@ class Islands(Alone):
                         other.under_way.update(entry.keys)
                     case Measured():
                         other.under_way.discard((entry.model, "similarity"))
-                        self._similarities.setdefault(entry.model, entry.similarity)
+                        if len(entry.similarity.block_influence) == self._num_layers:
+                            self._similarities.setdefault(entry.model, entry.similarity)
                     case Evaluation():
                         other.under_way.discard((entry.recipe.hash, entry.documents))
                         self._take([entry])
@@ -289,13 +291,14 @@ class Islands(Alone):
                 self._new.append(evaluation)
 
     def _fits(self, evaluation: Evaluation) -> bool:
-        """Whether it is about this family; what doesn't fit can't come from a search."""
-        recipe = evaluation.recipe
-        num_layers = int(self.header.family["num_layers"])
+        """Whether it is about this search; what doesn't fit can't come from an island of it."""
+        recipe, outcome, config = evaluation.recipe, evaluation.outcome, self.header.config
+        objectives = set(config["objectives"]) - {"accuracy", "parameters"}
         return (
-            dict(recipe.models) == self.header.config["models"]
-            and recipe.base == self.header.config["base"]
-            and max(recipe.src_layers) < num_layers
+            dict(recipe.models) == config["models"]
+            and recipe.base == config["base"]
+            and max(recipe.src_layers) < self._num_layers
+            and (outcome.accuracy is None or objectives <= {s.task for s in outcome.scores})
         )
 
     def _remember_time(self, evaluations: Iterable[Evaluation]) -> None:

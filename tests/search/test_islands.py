@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from gptailor.archive import Score
 from gptailor.errors import UsageError
-from gptailor.evaluation.similarity import Similarity
 from gptailor.execution.executor import EvaluationJob, SimilarityJob
 from gptailor.report import load_report
 from gptailor.search import islands as module
@@ -33,6 +34,7 @@ from tests.search.archipelago import (
     search,
 )
 from tests.search.helpers import make_space
+from tests.search.simulated import similarity
 
 CONFIG = make_config()
 
@@ -158,11 +160,12 @@ def test_what_is_under_way_is_left_to_the_other(tmp_path: Path) -> None:
     assert pair.islands[0].num_under_way("search") == 2
     assert pair.islands[0].num_under_way("holdout") == 0
     pair.evaluate(1, 0, 1)
-    pair.islands[1].publish_similarities([Measured("red", Similarity((1.0,), ((0.0, 0.5),) * 2))])
+    pair.islands[1].publish_similarities([Measured("red", similarity(8, 0.0))])
+    pair.islands[1].publish_similarities([Measured("green", similarity(7, 0.0))])
     pair.look(0)
     assert not pair.islands[0].is_under_way(key)
     assert not pair.islands[0].is_under_way(("red", "similarity"))
-    assert pair.islands[0].similarities["red"].block_influence == (1.0,)
+    assert pair.islands[0].similarities == {"red": similarity(8, 0.0)}
     with pair.islands[1]:
         pass
     assert pair.islands[0].num_under_way("search") == 1
@@ -289,6 +292,18 @@ def test_recipes_of_other_models_are_passed_over(tmp_path: Path) -> None:
         text.replace("/m/red", "/m/evil").replace('"/m/evil"', '"/m/red"', 1)
     )
     assert pair.look(0) == []
+
+
+def test_scores_that_lack_an_objective_are_passed_over(tmp_path: Path) -> None:
+    config = make_config()
+    config = config.model_copy(update={"objectives": ("t", "parameters")})
+    with open_archive(tmp_path, 0, config) as mine, open_archive(tmp_path, 1, config) as archive:
+        others = Islands(tmp_path, 1, 2, archive)
+        score = Score("t", "acc", 0.5, None, 1)
+        bad = archive.record(recipe_of(0, 1), "search", 200, outcome())
+        good = archive.record(recipe_of(0, 2), "search", 200, replace(outcome(), scores=(score,)))
+        others.publish([bad, good])
+        assert [e.recipe for e in Islands(tmp_path, 0, 2, mine).refresh()] == [good.recipe]
 
 
 def test_folders_that_are_no_islands(tmp_path: Path) -> None:
