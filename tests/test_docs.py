@@ -18,6 +18,9 @@ from gptailor.recipe import Recipe
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
+NEEDS_SLURM = {"launch"}
+"""Verbs that are only tried here (`--dry-run`): tests/cluster runs them with a real Slurm."""
+
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
@@ -61,6 +64,8 @@ def test_every_command_of_the_readme_runs(
     assert {line.split()[1] for line in commands} == set(cli.COMMANDS) - {"demo"}
     for line in commands:
         words = line.split()[1:]
+        if words[0] in NEEDS_SLURM:
+            words.append("--dry-run")
         if "POINT" in words:
             with Archive("runs/mine", readonly=True) as archive:
                 words[words.index("POINT")] = archive.evaluations("search")[-1].recipe.point
@@ -100,9 +105,12 @@ def test_make_has_what_the_readme_names() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-@pytest.mark.parametrize("path", ["README.md", *(p.name for p in (ROOT / "docs").glob("*.md"))])
+PAGES = ["README.md", "slurm/README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", PAGES)
 def test_links_lead_somewhere(path: str) -> None:
-    file = ROOT / path if path == "README.md" else ROOT / "docs" / path
+    file = ROOT / path
     for target in re.findall(r"\]\(([^)#]+)\)", file.read_text()):
         if not target.startswith("http"):
             assert (file.parent / target).exists(), target
