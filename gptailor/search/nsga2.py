@@ -12,26 +12,30 @@ generation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import SimpleNamespace
-from typing import Any, Protocol
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pymoo.algorithms.moo.nsga2 import NSGA2, binary_tournament
+from pymoo.algorithms.moo.nsga2 import NSGA2
 from pymoo.core.duplicate import DuplicateElimination
 from pymoo.core.evaluator import Evaluator
-from pymoo.core.mating import Mating
 from pymoo.core.population import Population
 from pymoo.core.problem import Problem
 from pymoo.core.termination import NoTermination
-from pymoo.operators.selection.tournament import TournamentSelection
-from pymoo.operators.survival.rank_and_crowding import RankAndCrowding
 from pymoo.problems.static import StaticProblem
 
 from gptailor.recipe import Recipe
-from gptailor.search.operators import DepthCrossover, SpaceRepair, StackMutation, mutate
+from gptailor.search.operators import (
+    CROSSOVER_RATE,
+    DepthCrossover,
+    SpaceRepair,
+    StackMutation,
+    cross_depth,
+    mutate,
+)
 from gptailor.search.space import METHOD, Genome, SearchSpace
+from gptailor.search.survival import Standing, standing
 
 
 class NSGA2Search:
@@ -66,7 +70,7 @@ class NSGA2Search:
             crossover=DepthCrossover(space),
             mutation=StackMutation(space),
             repair=SpaceRepair(space),
-            eliminate_duplicates=_NoRecipeTwice(self),
+            eliminate_duplicates=_NoRecipeTwice(space, self._told),
         )
         self._algorithm.setup(self._problem, termination=NoTermination(), seed=seed, verbose=False)
 
@@ -79,7 +83,9 @@ class NSGA2Search:
         self._asked = self._algorithm.ask()
         if self._asked is None:
             return []
-        return [self._decode(x) for x in self._asked.get("X")]
+        recipes = [self._decode(x) for x in self._asked.get("X")]
+        self._asked.set("hash", [recipe.hash for recipe in recipes])
+        return recipes
 
     def tell(self, objectives: Sequence[Sequence[float] | None]) -> None:
         """Gives the objectives of what was asked last, in its order.
@@ -89,7 +95,7 @@ class NSGA2Search:
                 budget ended before it): it takes no part in the selection.
         """
         told = [i for i, values in enumerate(objectives) if values is not None]
-        self._told |= {self._decode(x).hash for x in self._asked.get("X")}
+        self._told |= set(self._asked.get("hash"))
         if not told:
             if self._algorithm.is_initialized:
                 self._algorithm.tell(infills=Population.create())
@@ -160,17 +166,9 @@ class AsyncNSGA2:
         self._spare = list(self._first)
         self._known: set[str] = set()
         self._genomes: dict[str, npt.NDArray[np.int64]] = {}
-        self._population = Population.create()
-        self._problem = Problem(n_var=len(self._first[0]), n_obj=num_objectives, vtype=int)
-        self._survival = RankAndCrowding()
-        self._mating = Mating(
-            TournamentSelection(func_comp=binary_tournament),
-            DepthCrossover(space),
-            StackMutation(space),
-            repair=SpaceRepair(space),
-            eliminate_duplicates=_NoRecipeTwice(self),
-            n_max_iterations=20,
-        )
+        self._parents: list[npt.NDArray[np.int64]] = []
+        self._objectives = np.zeros((0, num_objectives))
+        self._standing: Standing | None = None
 
     def ask(self, n: int) -> list[Recipe]:
         """At most `n` recipes, none of which was asked for or told before.
@@ -181,26 +179,19 @@ class AsyncNSGA2:
         asked: list[Recipe] = []
         while self._first and len(asked) < n:
             self._add(self._first.pop(0), asked)
-        if len(self._population) < 2:  # more workers than a first population has recipes
+        if len(self._parents) < 2:  # more workers than a first population has recipes
             for _ in range(20 * (n - len(asked))):
                 if len(asked) == n:
                     break
                 parent = self._spare[int(self._rng.integers(len(self._spare)))]
                 child = mutate(parent.reshape(self.space.shape), self.space, self._rng)
                 self._add(child.ravel(), asked)
-        elif len(asked) < n:
-            tournament = SimpleNamespace(
-                tournament_type="comp_by_dom_and_crowding", random_state=self._rng
-            )
-            children = self._mating.do(
-                self._problem,
-                self._population,
-                n - len(asked),
-                algorithm=tournament,
-                random_state=self._rng,
-            )
-            for x in children.get("X") if len(children) else ():
-                self._add(x, asked)
+        else:
+            for _ in range(20):
+                if len(asked) == n:
+                    break
+                for child in self._children(n - len(asked)):
+                    self._add(child, asked)
         return asked
 
     def tell(self, scored: Sequence[tuple[Recipe, Sequence[float] | None]]) -> None:
@@ -221,17 +212,34 @@ class AsyncNSGA2:
                 good.append((genome, objectives))
         if not good:
             return
-        new = _population_of(good)
-        self._population = self._survival.do(
-            self._problem,
-            Population.merge(self._population, new),
-            n_survive=self.num_population,
-            random_state=self._rng,
-        )
+        self._parents += [genome for genome, _ in good]
+        values = np.array([objectives for _, objectives in good], dtype=float)
+        self._objectives = np.concatenate([self._objectives, values])
+        found = standing(self._objectives)
+        best = found.best(self.num_population, self._rng)
+        self._parents = [self._parents[i] for i in best]
+        self._objectives, self._standing = self._objectives[best], found.of(best)
 
     def knows(self, recipe: Recipe) -> bool:
         """True if the recipe was asked for or told."""
         return recipe.hash in self._known
+
+    @property
+    def survivors(self) -> list[Recipe]:
+        """The recipes that the next children are made of, best first."""
+        return [self._decode(x) for x in self._parents]
+
+    def _children(self, n: int) -> list[npt.NDArray[np.int64]]:
+        """Flat genomes of n children, two and two of the same pair of parents."""
+        assert self._standing is not None
+        shape, rng = self.space.shape, self._rng
+        pairs = self._standing.parents(n + n % 2, rng).reshape(-1, 2)
+        children: list[Genome] = []
+        for pair in pairs:
+            first, second = (self._parents[i].reshape(shape) for i in pair)
+            is_crossed = rng.random() < CROSSOVER_RATE
+            children += cross_depth(first, second, rng) if is_crossed else (first, second)
+        return [mutate(child, self.space, rng).ravel() for child in children[:n]]
 
     def _add(self, genome: npt.NDArray[np.int64], asked: list[Recipe]) -> None:
         recipe = self._decode(genome)
@@ -291,27 +299,26 @@ def _population_of(
     return Population.new("X", np.array(genomes), "F", np.array(values, dtype=float))
 
 
-class _Knowing(Protocol):
-    """A search that remembers recipes."""
-
-    def knows(self, recipe: Recipe) -> bool: ...
-
-    def _decode(self, x: npt.NDArray[np.int64]) -> Recipe: ...
-
-
 class _NoRecipeTwice(DuplicateElimination):  # type: ignore[misc]
     """Drops children that build what was evaluated before, or what a sibling builds."""
 
-    def __init__(self, search: _Knowing) -> None:
+    def __init__(self, space: SearchSpace, told: Collection[str]) -> None:
         super().__init__()
-        self._search = search
+        self._space = space
+        self._told = told
 
     def _do(self, pop: Any, other: Any, is_duplicate: Any) -> Any:
-        search = self._search
-        seen = set() if other is None else {search._decode(x).hash for x in other.get("X")}
-        for i, x in enumerate(pop.get("X")):
-            recipe = search._decode(x)
-            is_duplicate[i] = recipe.hash in seen or search.knows(recipe)
+        seen = set() if other is None else {self._hash(one) for one in other}
+        for i, one in enumerate(pop):
+            digest = self._hash(one)
+            is_duplicate[i] = digest in seen or digest in self._told
             if other is None:
-                seen.add(recipe.hash)
+                seen.add(digest)
         return is_duplicate
+
+    def _hash(self, one: Any) -> str:
+        """What an individual builds; it keeps that, as each generation is held against parents."""
+        if "hash" not in one.data:
+            one.data["hash"] = self._space.decode(one.X.reshape(self._space.shape)).hash
+        digest: str = one.data["hash"]
+        return digest

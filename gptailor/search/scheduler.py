@@ -71,9 +71,14 @@ class Scheduler:
             StoppedEarly: the search was asked to stop; `Requeue` and `Interrupted` say how.
         """
         while True:
+            is_late = False  # no worker is there yet, so nothing could be asked
             if not self._stop:
-                self._fill(ask)
-            if not self.running or (self._stop and self._stop.seconds_left <= 0):
+                free = list(self.executor.free())
+                is_late = not free
+                self._fill(ask, free)
+            if not self.running and not is_late:
+                break
+            if self._stop and self._stop.seconds_left <= 0:
                 break
             self._collect(tell)
             self._tick()
@@ -91,8 +96,7 @@ class Scheduler:
         layers = job.recipe.num_layers
         return float(layers) if line is None else line.at(layers)
 
-    def _fill(self, ask: Ask) -> None:
-        free = list(self.executor.free())
+    def _fill(self, ask: Ask, free: list[int]) -> None:
         jobs = list(ask(len(free))) if free else []
         for job in jobs:
             worker = self._nearest(job, free)
