@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,11 @@ class Recipe:
     def canonical(self) -> Recipe:
         """The same model in the form that is built: whatever has no effect is gone."""
         if "canonical" not in self._cache:
-            layers = [canonical_layer(layer, self.base, self.models) for layer in self.layers]
-            layers[-1] = replace(layers[-1], scale=1.0)  # the final norm does not see it
+            layers = self._cache.pop("layers", None) or [
+                canonical_layer(layer, self.base, self.models) for layer in self.layers
+            ]
+            if layers[-1].scale != 1.0:
+                layers[-1] = replace(layers[-1], scale=1.0)  # the final norm does not see it
             ends = {
                 "embeddings": canonical_end(self.embeddings, self.base, self.models),
                 "head": canonical_end(self.head, self.base, self.models),
@@ -118,6 +121,14 @@ class Recipe:
             self._cache["canonical"] = built
         canonical: Recipe = self._cache["canonical"]
         return canonical
+
+    def remember_canonical(self, layers: Sequence[Layer]) -> None:
+        """Saves the work of `canonical` where its entries are known.
+
+        Args:
+            layers: what `canonical_layer` gives for each of `layers`.
+        """
+        self._cache["layers"] = list(layers)
 
     @property
     def hash(self) -> str:

@@ -181,14 +181,14 @@ class AsyncNSGA2:
             self._add(self._first.pop(0), asked)
         if len(self._parents) < 2:  # more workers than a first population has recipes
             for _ in range(20 * (n - len(asked))):
-                if len(asked) == n:
+                if len(asked) >= n:
                     break
                 parent = self._spare[int(self._rng.integers(len(self._spare)))]
                 child = mutate(parent.reshape(self.space.shape), self.space, self._rng)
                 self._add(child.ravel(), asked)
         else:
             for _ in range(20):
-                if len(asked) == n:
+                if len(asked) >= n:
                     break
                 for child in self._children(n - len(asked)):
                     self._add(child, asked)

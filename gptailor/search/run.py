@@ -200,15 +200,18 @@ class Run:
         documents: Documents,
         count: Callable[[Evaluation, bool], None] = lambda evaluation, is_new: None,
     ) -> None:
-        waiting = list(recipes)
+        waiting, is_begun = list(recipes), False
 
         def ask(n: int) -> list[Job]:
+            nonlocal is_begun
             self._look(at_once=True)
-            for recipe in list(waiting):
-                found = self._done.get((recipe.hash, documents))
-                if found is not None:
-                    waiting.remove(recipe)
-                    count(found, False)
+            if not (is_begun and self.others.is_alone):  # else nothing becomes known but by `tell`
+                known = [self._done.get((recipe.hash, documents)) for recipe in waiting]
+                waiting[:] = [r for r, found in zip(waiting, known, strict=True) if found is None]
+                for found in known:
+                    if found is not None:
+                        count(found, False)
+            is_begun = True
             self._num_elsewhere = 0
             allowed = self._num_allowed if documents == "search" else n
             return self._longest(waiting, documents, min(n, allowed))
@@ -273,7 +276,11 @@ class Run:
         island is at stays in the list.
         """
         if self.executor.num_workers > 1:
-            waiting.sort(key=lambda r: -self.scheduler.expected_s(EvaluationJob(r, documents)))
+            most_first = self.scheduler.more_is_longer(documents)
+            waiting.sort(key=lambda r: r.num_layers, reverse=most_first)
+        if self.others.is_alone:
+            taken, waiting[:] = waiting[: max(n, 0)], waiting[max(n, 0) :]
+            return [EvaluationJob(recipe, documents) for recipe in taken]
         mine = [r for r in self.others.rotated(waiting) if not self._is_elsewhere(r, documents)]
         chosen = {recipe.hash: recipe for recipe in mine[: max(n, 0)]}
         waiting[:] = [recipe for recipe in waiting if recipe.hash not in chosen]

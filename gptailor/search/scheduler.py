@@ -85,16 +85,10 @@ class Scheduler:
         if self._stop:
             raise self._stop.error()
 
-    def expected_s(self, job: Job) -> float:
-        """How long a job should take, in seconds, from what others took; only the order counts.
-
-        A line through the evaluations so far: seconds against the number of layers.
-        """
-        if not isinstance(job, EvaluationJob):
-            return float("inf")
-        line = self._expected.get(job.documents)
-        layers = job.recipe.num_layers
-        return float(layers) if line is None else line.at(layers)
+    def more_is_longer(self, documents: str) -> bool:
+        """Whether recipes with more layers take longer on these documents, as far as is known."""
+        line = self._expected.get(documents)
+        return line is None or line.slope >= 0
 
     def _fill(self, ask: Ask, free: list[int]) -> None:
         jobs = list(ask(len(free))) if free else []
@@ -156,7 +150,7 @@ class _Held:
 
 @dataclass
 class _Line:
-    """Least squares for y = a + b·x, from sums."""
+    """The slope b of y = a + b·x by least squares, from sums."""
 
     n: int = 0
     x: float = 0.0
@@ -171,7 +165,7 @@ class _Line:
         self.xx += x * x
         self.xy += x * y
 
-    def at(self, x: float) -> float:
+    @property
+    def slope(self) -> float:
         spread = self.n * self.xx - self.x * self.x
-        slope = (self.n * self.xy - self.x * self.y) / spread if spread > 0 else 0.0
-        return self.y / self.n + slope * (x - self.x / self.n)
+        return (self.n * self.xy - self.x * self.y) / spread if spread > 0 else 0.0

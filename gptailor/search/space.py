@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from gptailor.canonical import canonical_layer
 from gptailor.config import Config, Space
 from gptailor.errors import UsageError
 from gptailor.merging.registry import Method, get_method
@@ -30,6 +31,9 @@ Genome = npt.NDArray[np.int64]
 """Shape (L, G)."""
 
 KEEP, SOURCE, METHOD, LEVELS = 0, 1, 2, 3
+
+MAX_PARTS = 50_000
+"""Of so many layers that genomes stood for the canonical form is kept; some 100 MB."""
 
 
 def find_calibration(config: Config, family: Family) -> Calibration | None:
@@ -95,6 +99,7 @@ class SearchSpace:
         can_merge = len(self.names) > 1
         self.methods: list[Method] = [get_method(m) for m in space.merge.methods if can_merge]
         self.weights = list(space.merge.lambdas)
+        self._parts: dict[tuple[int, bytes, int], tuple[Layer, Layer]] = {}
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -130,8 +135,10 @@ class SearchSpace:
 
     def decode(self, genome: Genome) -> Recipe:
         """The recipe that a genome stands for."""
-        layers = tuple(self._layer(int(i), genome[i]) for i in self.kept(genome))
-        return self.recipe(layers)
+        parts = [self._part(i, genome[i]) for i in self.kept(genome).tolist()]
+        recipe = self.recipe([layer for layer, _ in parts])
+        recipe.remember_canonical([canonical for _, canonical in parts])
+        return recipe
 
     def recipe(self, layers: Sequence[Layer]) -> Recipe:
         """A recipe of this family with these layers; embeddings and head are the base's."""
@@ -194,6 +201,18 @@ class SearchSpace:
         """True if the levels of a merged layer are more than in or out."""
         method = self.methods[int(row[METHOD]) - 1]
         return method.weighted or method.name == "slerp"
+
+    def _part(self, src_layer: int, row: npt.NDArray[np.int64]) -> tuple[Layer, Layer]:
+        """A layer, and its canonical form; recipes of a search have most of them in common."""
+        genes = row[METHOD:] if row[METHOD] else row[SOURCE:METHOD]
+        key = src_layer, genes.tobytes(), int(row[SOURCE])
+        found = self._parts.get(key)
+        if found is None:
+            layer = self._layer(src_layer, row)
+            if len(self._parts) >= MAX_PARTS:
+                self._parts.clear()
+            found = self._parts[key] = layer, canonical_layer(layer, self.base, self.models)
+        return found
 
     def _layer(self, src_layer: int, row: npt.NDArray[np.int64]) -> Layer:
         take = Take(self.names[row[SOURCE]], src_layer)

@@ -79,12 +79,23 @@ def test_merges_made_before_count_as_held() -> None:
     assert [worker for _, worker, j in executor.log if j is child] == [1]
 
 
-def test_what_took_long_is_expected_to_take_long() -> None:
-    executor = Simulated(1, 8, lambda job: 0.5, lambda job: 3.0 + 2.0 * job.recipe.num_layers)
+@pytest.mark.parametrize("slope", [2.0, -0.2])
+def test_what_took_long_is_expected_to_take_long(slope: float) -> None:
+    executor = Simulated(1, 8, lambda job: 0.5, lambda job: 3.0 + slope * job.recipe.num_layers)
     scheduler = Scheduler(executor, Stop())
-    _, ask, tell = feed([job(3), job(8)])
+    assert scheduler.more_is_longer("search")
+    _, ask, tell = feed([job(3), job(8), job(5)])
     scheduler.run(ask, tell)  # type: ignore[arg-type]
-    assert scheduler.expected_s(job(5)) == pytest.approx(13.0)
+    assert scheduler.more_is_longer("search") == (slope > 0)
+
+
+def test_a_search_waits_for_its_first_worker() -> None:
+    executor = simulated(2)
+    late, free = [[], []], executor.free
+    executor.free = lambda: late.pop() if late else free()  # type: ignore[method-assign]
+    found, ask, tell = feed([job(3)])
+    Scheduler(executor, Stop()).run(ask, tell)  # type: ignore[arg-type]
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
