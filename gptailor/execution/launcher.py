@@ -7,8 +7,9 @@ some of Slurm's, too, but no step of more than one task.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 from gptailor.errors import UsageError, plain
@@ -83,8 +84,9 @@ def join(choice: Choice) -> Channel | None:
             f"MPI can't be used here ({plain(str(error).strip(), 200)}): install it with "
             "`pip install 'gptailor[mpi]'`, or load your cluster's MPI and `pip install mpi4py`.",
         )
-    library = plain(MPI.Get_library_version().strip().splitlines()[0], 80)
-    if _is_foreign(MPI.Get_library_version(), os.environ):
+    text = MPI.Get_library_version().strip()
+    library = plain(text.splitlines()[0], 80)
+    if not fits(text, os.environ, _components()):
         _refuse_type(launch, library)
     if not MPI.Is_initialized():
         MPI.Init_thread(MPI.THREAD_FUNNELED)
@@ -108,10 +110,33 @@ def _number(env: Mapping[str, str], name: str) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
-def _is_foreign(library: str, env: Mapping[str, str]) -> bool:
-    """True for a library that would end the process, as it can't speak to its launcher."""
-    only_pmix = "PMIX_RANK" in env and "PMI_RANK" not in env and "PMI_FD" not in env
-    return only_pmix and "MPICH" in library and "pmix" not in library.lower()
+def fits(library: str, env: Mapping[str, str], components: Sequence[str] = ()) -> bool:
+    """Whether an MPI library can speak to srun; one that can't would end the process, or be alone.
+
+    Args:
+        library: what it says of its version.
+        env: has variables of the kind of MPI that srun was asked for.
+        components: the file names of Open MPI's components, as far as they are files.
+    """
+    if "SLURM_STEP_NUM_TASKS" not in env or "OMPI_COMM_WORLD_SIZE" in env:
+        return True  # not srun, which is asked for a kind of MPI; others bring their own
+    has_pmix, has_pmi = "PMIX_RANK" in env, "PMI_RANK" in env or "PMI_FD" in env
+    if not has_pmix and not has_pmi:
+        return False
+    if "MPICH" in library:
+        return has_pmi or "pmix" in library.lower()
+    if library.startswith("Open MPI") and not has_pmix:
+        is_split = any(name.startswith("mca_pmix") for name in components)
+        return not is_split or any(name.startswith("mca_pmix_s") for name in components)
+    return True
+
+
+def _components() -> list[str]:
+    """The parts of Open MPI that lie beside its library."""
+    maps = Path("/proc/self/maps").read_text().split()
+    libraries = {Path(word) for word in maps if Path(word).name.startswith("libmpi.so")}
+    folders = {path.resolve().parent for path in libraries}
+    return [path.name for folder in folders for path in folder.glob("openmpi*/**/mca_*.so")]
 
 
 def _refuse(launch: Launch | None, message: str) -> NoReturn:

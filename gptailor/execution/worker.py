@@ -119,14 +119,15 @@ def run_worker(channel: Channel, opens: Opens = open_worker) -> NoReturn:
 
     Side effect: ends the process; whatever goes wrong in it reaches rank 0, or ends all ranks.
     """
-    code = 1
     try:
         code = WorkerRank(channel, opens).run()
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
         channel.abort(1)
-    os._exit(code)  # nothing of torch or MPI has a last word
+    if code != 0:
+        os._exit(code)  # MPI was not left in order, and would wait for others
+    sys.exit(0)  # not _exit: MPICH says goodbye to its launcher in a handler of exit()
 
 
 class WorkerRank:

@@ -87,7 +87,7 @@ def start(
     return subprocess.Popen(
         command,
         env=clean_environment(**values),
-        cwd=ROOT,
+        cwd="/",  # `python -m` looks there first, and would find one package for all
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
