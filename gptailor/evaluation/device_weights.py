@@ -150,6 +150,8 @@ class DeviceWeights:
             a merge included; None: no limit.
         on_evict: called with a group that goes, before its memory is needed; what still points
             into it must let go.
+        src_layers: those whose groups may be asked for, None being what lies outside the layers;
+            default: all.
     """
 
     def __init__(
@@ -158,6 +160,7 @@ class DeviceWeights:
         backend: Backend,
         budget_bytes: int | None = None,
         on_evict: Callable[[Group], None] = lambda group: None,
+        src_layers: Collection[int | None] | None = None,
     ) -> None:
         self.family = family
         self.backend = backend
@@ -169,7 +172,8 @@ class DeviceWeights:
         inside = {name for names in self._names.values() for name in names}
         self._names[None] = [name for name in family.base.tensors if name not in inside]
         self._held: frozenset[GroupKey] = frozenset()
-        keys = [GroupKey(m, src) for m in family.candidates for src in self._names]
+        sources = self._names if src_layers is None else src_layers
+        keys = [GroupKey(m, src) for m in family.candidates for src in sources]
         total = sum(self.n_bytes(key) for key in keys)
         unlimited = budget_bytes is None or backend.is_mapped
         self.budget_bytes = 1 << 62 if unlimited else int(budget_bytes or 0)
@@ -178,7 +182,7 @@ class DeviceWeights:
         # Room for what is read for one merge and goes again.
         self._reserve = 0
         if self.streams:
-            layers = range(family.num_layers)
+            layers = [src for src in sources if src is not None]
             self._reserve = max(
                 sum(self.n_bytes(GroupKey(m, src)) for m in family.candidates) for src in layers
             )

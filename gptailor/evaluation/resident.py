@@ -8,10 +8,7 @@ kept for the next recipe that has them.
 
 from __future__ import annotations
 
-import os
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,16 +19,9 @@ from torch import nn
 from gptailor import _C
 from gptailor.errors import ModelError, ResourceError, UsageError
 from gptailor.evaluation.device_merge import can_merge, merge_on_gpu
-from gptailor.evaluation.device_weights import (
-    Backend,
-    DeviceWeights,
-    Group,
-    GroupKey,
-    LoadingBackend,
-    MappedBackend,
-    default_budget,
-)
+from gptailor.evaluation.device_weights import Backend, Group, GroupKey
 from gptailor.evaluation.footprint import CACHED_MODELS
+from gptailor.evaluation.home import Home, Key, memory_bytes, open_homes, spread_modules
 from gptailor.evaluation.loading import load_model
 from gptailor.evaluation.slots import Parameters, Slots, let_go, point
 from gptailor.models.architecture import cut_config, text_config
@@ -46,9 +36,6 @@ from gptailor.stitching.plan import (
     plan_layer,
     scale_factors,
 )
-
-_Key = tuple[Any, ...]
-"""What the tensors of a layer, or those outside the layers, follow from."""
 
 
 class ResidentModel:
@@ -68,10 +55,14 @@ class ResidentModel:
             files are slow. If not all of them fit, the layers that are used most stay.
         workers: how many of these share the device.
         backend: how the candidates get to the device; default: what suits the device.
+        spread_over: devices to spread the layers over if a model does not fit on the first of them;
+            default: all GPUs that this process sees, if it has them to itself and `device` names
+            none of them.
 
     Attributes:
         model: the skeleton.
-        weights: the candidates on the device.
+        device: where inputs go to and logits come from.
+        homes: what each device holds; the first one has what is outside the layers.
 
     Raises:
         ModelError: transformers can't load the base, or stores its layers in another way.
@@ -89,17 +80,18 @@ class ResidentModel:
         candidate_bytes: int | None = None,
         workers: int = 1,
         backend: Backend | None = None,
+        spread_over: Sequence[torch.device] | None = None,
     ) -> None:
         self.family = family
         self.device = pick_device(device)
+        if spread_over is None:
+            spread_over = _all_gpus() if device in ("auto", "cuda") and workers == 1 else ()
         self._dtype = None if dtype == "auto" else dtype
         if not has_tokenizer(family.base.folder):
             raise ModelError(f"The base {family.base.folder} has no tokenizer.")
-        self._merged: OrderedDict[_Key, Parameters] = OrderedDict()
-        self._merged_bytes = 0
         if cache_bytes is None:
             base_bytes = sum(t.n_bytes for t in family.base.tensors.values())
-            part = _memory_bytes(self.device) // (8 * workers)
+            part = memory_bytes(self.device) // (8 * workers)
             cache_bytes = min(CACHED_MODELS * base_bytes, part)
         self._cache_bytes = cache_bytes
         self.model = self._load_skeleton()
@@ -117,11 +109,23 @@ class ResidentModel:
         self._tie()
         self.model.to(self.device)  # what no file has: rotary frequencies and the like
         self._outside_now: Parameters = {}
-        self._outside_plans: dict[_Key, list[OutTensor]] = {}
+        self._outside_plans: dict[Key, list[OutTensor]] = {}
         self._wrapped: dict[Group, Parameters] = {}
-        self.weights = self._open_weights(candidate_bytes, workers, backend)
+        self.homes, self._home_of = open_homes(
+            family,
+            spread_over if len(spread_over) > 1 else [self.device],
+            dtype=self._dtype,
+            cache_bytes=self._cache_bytes,
+            candidate_bytes=candidate_bytes,
+            workers=workers,
+            backend=backend,
+            on_evict=self._evicted,
+        )
+        if len(self.homes) > 1:
+            devices = [self._home(src).device for src in (None, *range(family.num_layers))]
+            spread_modules(self.model, list(stack), self._outside.values(), devices)
         self._borrowed: dict[str, Group] = {}
-        self._unchecked: list[tuple[_Key, list[OutTensor], torch.Tensor]] = []
+        self._unchecked: list[tuple[Home, Key, list[OutTensor], torch.Tensor]] = []
 
     def assemble(self, recipe: Recipe) -> nn.Module:
         """Makes `model` the stitched model of a recipe; returns it.
@@ -136,20 +140,18 @@ class ResidentModel:
         recipe = recipe.canonical()
         check_recipe(recipe, self.family)  # before anything is changed
         factors = scale_factors(recipe)
-        known = {id(parameters) for parameters in self._merged.values()}
+        known = {id(kept) for home in self.homes for kept in home.merged.values()}
         self._slots.forget_all_but(known.union(map(id, self._wrapped.values())))
-        with self._current_device():
+        with self.homes[0].current():
             outside_plan = self._plan_outside(recipe)
             taken_keys = [
-                self.weights.key(layer.model, layer.src_layer, self._casts(recipe))
+                self._key(layer.model, layer.src_layer, recipe)
                 if isinstance(layer, Take) and not layer.modules and factor == 1.0
                 else None
                 for layer, factor in zip(recipe.layers, factors, strict=True)
             ]
             outside_keys = [
-                self.weights.key(t.sources[0].model, None, self._casts(recipe))
-                if t.merge is None
-                else None
+                self._key(t.sources[0].model, None, recipe) if t.merge is None else None
                 for t in outside_plan
             ]
             taken = self._take(list(filter(None, taken_keys + outside_keys)), recipe)
@@ -188,8 +190,8 @@ class ResidentModel:
         layers = zip(recipe.layers, scale_factors(recipe), strict=True)
         for out_layer, (layer, factor) in enumerate(layers):
             if isinstance(layer, Take) and not layer.modules and factor == 1.0:
-                key = self.weights.key(layer.model, layer.src_layer, self._casts(recipe))
-                expected = self.weights.get([key])[key].tensors
+                key = self._key(layer.model, layer.src_layer, recipe)
+                expected = self._home(layer.src_layer).weights.get([key])[key].tensors
                 module = self.model.get_submodule(f"{self._stack_name}.{out_layer}")
                 for suffix, name in self.family.architecture.layers[layer.src_layer].items():
                     assert module.get_parameter(suffix).data_ptr() == expected[name].data_ptr()
@@ -208,20 +210,6 @@ class ResidentModel:
                 logging.enable_progress_bar()
         return model.eval().requires_grad_(False)
 
-    def _open_weights(
-        self, candidate_bytes: int | None, workers: int, backend: Backend | None
-    ) -> DeviceWeights:
-        if self.device.type == "cpu" and candidate_bytes is None:
-            return DeviceWeights(self.family, MappedBackend())
-        if candidate_bytes is None:
-            candidate_bytes = default_budget(self.device, self._cache_bytes, workers)
-        tensors = [t for c in self.family.candidates.values() for t in c.tensors.values()]
-        streams = sum(t.n_bytes for t in tensors) > candidate_bytes
-        # To page-lock a file pays when it is read again and again.
-        pin_bytes = _memory_bytes(torch.device("cpu")) // (4 * workers) if streams else 0
-        backend = backend or LoadingBackend(self.device, pin_bytes=pin_bytes)
-        return DeviceWeights(self.family, backend, candidate_bytes, self._evicted)
-
     def _evicted(self, group: Group) -> None:
         """Lets go of a group whose memory is needed."""
         parameters = self._wrapped.pop(group, {})
@@ -235,12 +223,13 @@ class ResidentModel:
             embeddings = self.model.get_input_embeddings().weight
             self.model.get_output_embeddings().weight = embeddings
 
-    def _current_device(self) -> AbstractContextManager[Any]:
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+    def _home(self, src_layer: int | None) -> Home:
+        return self.homes[0 if src_layer is None else self._home_of[src_layer]]
 
-    def _casts(self, recipe: Recipe) -> tuple[torch.dtype, torch.dtype]:
-        """What a taken tensor goes through: the recipe's type, then that of the forward pass."""
-        return getattr(torch, recipe.dtype), getattr(torch, self._dtype or recipe.dtype)
+    def _key(self, model: str, src_layer: int | None, recipe: Recipe) -> GroupKey:
+        """A group as a recipe takes it: in the recipe's type, then that of the forward pass."""
+        casts = getattr(torch, recipe.dtype), getattr(torch, self._dtype or recipe.dtype)
+        return self._home(src_layer).weights.key(model, src_layer, casts)
 
     def _plan_outside(self, recipe: Recipe) -> list[OutTensor]:
         """The tensors outside the layers."""
@@ -253,9 +242,13 @@ class ResidentModel:
 
     def _take(self, keys: list[GroupKey], recipe: Recipe) -> dict[GroupKey, Parameters]:
         """The candidates' own tensors, which stay where they are until the next recipe."""
-        self.weights.hold(keys)
         taken = {}
-        for key, group in self.weights.get(keys).items():
+        groups: dict[GroupKey, Group] = {}
+        for home in self.homes:
+            own = [key for key in keys if self._home(key.src_layer) is home]
+            home.weights.hold(own)
+            groups |= home.weights.get(own)
+        for key, group in groups.items():
             if group not in self._wrapped:
                 names = {name: name for name in group.tensors}
                 if key.src_layer is not None:
@@ -272,35 +265,39 @@ class ResidentModel:
         # all that the tensors follow from: a layer's own scale is folded into those after it
         statistics = recipe.statistics_of(layer)
         key = (replace(layer, scale=1.0), factor, recipe.base, recipe.dtype, statistics)
-        if key not in self._merged:
+        home = self._home(layer.src_layer)
+        if key not in home.merged:
             plan = plan_layer(layer, 0, recipe, self.family, factor)
             cut = len(self.family.architecture.name(0, ""))
             self._merge(key, layer.src_layer, {t.name[cut:]: t for t in plan}, recipe)
-        self._merged.move_to_end(key)
-        return self._merged[key]
+        home.merged.move_to_end(key)
+        return home.merged[key]
 
     def _merged_outside(self, tensor: OutTensor, recipe: Recipe) -> nn.Parameter:
         key = (tensor.merge, tensor.name, recipe.base, recipe.dtype, tensor.statistics)
-        if key not in self._merged:
+        home = self._home(None)
+        if key not in home.merged:
             self._merge(key, None, {tensor.name: tensor}, recipe)
-        self._merged.move_to_end(key)
-        return self._merged[key][tensor.name]
+        home.merged.move_to_end(key)
+        return home.merged[key][tensor.name]
 
     def _merge(
-        self, key: _Key, src_layer: int | None, tensors: dict[str, OutTensor], recipe: Recipe
+        self, key: Key, src_layer: int | None, tensors: dict[str, OutTensor], recipe: Recipe
     ) -> None:
         """Computes tensors that have one source layer, and keeps them for recipes to come."""
-        on_gpu = self.device.type == "cuda"
+        home = self._home(src_layer)
+        on_gpu = home.device.type == "cuda"
         read = [t for t in tensors.values() if not on_gpu or t.is_copy or can_merge(t)]
         models = {s.model for t in read for s in (*t.sources, t.base) if s is not None}
-        groups = self.weights.get([GroupKey(model, src_layer) for model in models])
+        groups = home.weights.get([GroupKey(model, src_layer) for model in models])
         self._borrowed = {group_key.model: group for group_key, group in groups.items()}
         try:
-            data = self._compute_all(key, list(tensors.values()))
+            with home.current():
+                data = self._compute_all(home, key, list(tensors.values()))
         except torch.OutOfMemoryError as error:
             first = next(iter(tensors.values()))
             raise ResourceError(
-                f"Merged layers do not fit on {self.device}: {first.name} found no place."
+                f"Merged layers do not fit on {home.device}: {first.name} found no place."
             ) from error
         finally:
             self._borrowed = {}
@@ -309,13 +306,11 @@ class ResidentModel:
             name: nn.Parameter(t.to(dtype) if t.is_floating_point() else t, requires_grad=False)
             for name, t in zip(tensors, data, strict=True)
         }
-        self._merged[key] = parameters
-        self._merged_bytes += _n_bytes(parameters.values())
-        while self._merged_bytes > self._cache_bytes and len(self._merged) > 1:
-            _, old = self._merged.popitem(last=False)
-            self._merged_bytes -= _n_bytes(old.values())
+        home.keep(key, parameters)
 
-    def _compute_all(self, key: _Key, tensors: Sequence[OutTensor]) -> list[torch.Tensor]:
+    def _compute_all(
+        self, home: Home, key: Key, tensors: Sequence[OutTensor]
+    ) -> list[torch.Tensor]:
         """On the device, in the types of the plan."""
         result: dict[int, torch.Tensor] = {}
         launched = []
@@ -324,15 +319,15 @@ class ResidentModel:
                 source = tensor.sources[0]
                 data = self._borrowed[source.model].tensors[source.info.name]
                 # merged layers outlive the group
-                result[number] = data if self.weights.backend.is_mapped else data.clone()
-            elif self.device.type == "cuda" and can_merge(tensor):
+                result[number] = data if home.weights.backend.is_mapped else data.clone()
+            elif home.device.type == "cuda" and can_merge(tensor):
                 launched.append(number)
             else:
-                result[number] = self._compute(tensor).to(self.device)
+                result[number] = self._compute(tensor).to(home.device)
         if launched:
             some = [tensors[n] for n in launched]
-            merged, nan = merge_on_gpu(some, self._handle, self.device)
-            self._unchecked.append((key, some, nan))
+            merged, nan = merge_on_gpu(some, self._handle, home.device)
+            self._unchecked.append((home, key, some, nan))
             result.update(zip(launched, merged, strict=True))
         return [result[number] for number in range(len(tensors))]
 
@@ -344,8 +339,8 @@ class ResidentModel:
         """
         if not self._unchecked:
             return
-        found = torch.cat([nan for _, _, nan in self._unchecked]).tolist()
-        tensors = [tensor for _, some, _ in self._unchecked for tensor in some]
+        found = torch.cat([nan.to(self.device) for *_, nan in self._unchecked]).tolist()
+        tensors = [tensor for _, _, some, _ in self._unchecked for tensor in some]
         for tensor, nan in zip(tensors, found, strict=True):
             if nan:
                 self._compute(tensor)  # says in which file, and where
@@ -353,13 +348,13 @@ class ResidentModel:
         self._unchecked.clear()
 
     def _forget_unchecked(self) -> None:
-        for key, _, _ in self._unchecked:
-            self._merged_bytes -= _n_bytes(self._merged.pop(key, {}).values())
+        for home, key, _, _ in self._unchecked:
+            home.forget(key)
         self._unchecked.clear()
 
     def _compute(self, tensor: OutTensor) -> torch.Tensor:
         """In CPU memory."""
-        is_loaded = self.device.type == "cpu" and not self.weights.backend.is_mapped
+        is_loaded = self.device.type == "cpu" and not self.homes[0].weights.backend.is_mapped
         opened = self._loaded if is_loaded else None
         job = ComputedTensor(tensor, self.family, torch.get_num_threads(), opened)
         buffer = _C.Buffer(max(tensor.n_bytes, 1))
@@ -430,12 +425,5 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
-def _memory_bytes(device: torch.device) -> int:
-    """All the memory that a device has."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _n_bytes(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(p.numel() * p.element_size() for p in parameters)
+def _all_gpus() -> list[torch.device]:
+    return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]

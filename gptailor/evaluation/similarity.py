@@ -67,7 +67,7 @@ def measure(
 
     def look(state_BTH: torch.Tensor) -> None:
         nonlocal before_BTH
-        state_BTH = state_BTH.float()
+        state_BTH = state_BTH.float().to(lm.device)  # the layers may have several devices
         if before_BTH is not None:
             cosine_BT = F.cosine_similarity(before_BTH, state_BTH, dim=-1)
             influence[len(last_LBH) - 1] += ((1.0 - cosine_BT) * real_BT).sum().double().cpu()

@@ -142,8 +142,8 @@ def test_the_cache_of_merged_layers_is_bounded(models: dict[str, str]) -> None:
     for i in range(12):
         weights = (("red", 0.1 + i / 20), ("blue", 0.5))
         resident.assemble(recipe(models, Merge("task_arithmetic", 1, weights, TA)))
-    assert resident._merged_bytes <= 50_000
-    assert len(resident._merged) >= 2
+    assert resident.homes[0].merged_bytes <= 50_000
+    assert len(resident.homes[0].merged) >= 2
 
 
 def test_nan_in_a_merged_tensor_is_infeasible_and_said(
