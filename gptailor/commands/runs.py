@@ -33,7 +33,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _search(arguments: argparse.Namespace) -> int:
     from gptailor import verbs
-    from gptailor.search.islands import parse_island
+    from gptailor.search.island_folder import parse_island
 
     out = verbs.search(
         arguments.config,

@@ -14,7 +14,7 @@ from gptailor.errors import exit_code_of
 from gptailor.execution.executor import job_name
 from gptailor.execution.job_record import JobRecord, JobRecorder, WorkerRecord, job_id_here
 from gptailor.execution.stop import Stop
-from gptailor.search.islands import FOLDER
+from gptailor.search.island_folder import FOLDER
 
 if TYPE_CHECKING:
     from gptailor.execution.crew import Member
@@ -74,7 +74,7 @@ class Reporter:
         if self._recorder is None:
             return
         progress = run.progress
-        new = progress.done - progress.reused
+        new = progress.done - progress.reused - progress.elsewhere
         self._recorder.update(
             state="draining" if self._stop else "running",
             workers=self._workers(run),

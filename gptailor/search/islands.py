@@ -14,20 +14,19 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from gptailor.archive import Archive, Evaluation
 from gptailor.errors import UsageError
 from gptailor.evaluation.similarity import Similarity
+from gptailor.search.island_folder import FOLDER, island_numbers
 from gptailor.search.journal import NAME, Journal, JournalReader
 from gptailor.search.journal_entry import Begun, Closed, Header, Key, Measured
+from gptailor.search.others import Alone
 
 if TYPE_CHECKING:
     from types import TracebackType
-
-FOLDER = "islands"
 
 PATIENCE_S = 60.0
 """An island that wrote nothing for so long, or for three evaluations if these are longer, is taken
@@ -43,63 +42,6 @@ MAX_PAUSE_S = 5.0
 WAIT_S = 0.5
 
 T = TypeVar("T")
-
-
-class Alone:
-    """What a search asks of the other islands where there are none."""
-
-    def refresh(self, *, at_once: bool = False) -> list[Evaluation]:
-        """What others evaluated since the last call; `at_once` even if that was just now."""
-        return []
-
-    @property
-    def similarities(self) -> dict[str, Similarity]:
-        """What others measured: model → similarity."""
-        return {}
-
-    def begin(self, keys: Iterable[Key]) -> None:
-        """Tells the others what is under way from now on."""
-
-    def publish(self, evaluations: Sequence[Evaluation]) -> None:
-        """Tells the others what was evaluated; durable on return."""
-
-    def publish_similarities(self, measured: Sequence[Measured]) -> None:
-        """Tells the others what was measured; durable on return."""
-
-    def is_under_way(self, key: Key) -> bool:
-        """True while another island is at it, and is not lost."""
-        return False
-
-    def num_under_way(self, documents: str) -> int:
-        """How many evaluations on these documents the others are at."""
-        return 0
-
-    def wait(self) -> None:
-        """Waits a moment for the others."""
-
-    def rotated(self, items: Sequence[T]) -> list[T]:
-        """What everybody has to do, in an order in which islands don't get in each other's way."""
-        return list(items)
-
-    def seed(self, seed: int) -> int:
-        """A seed of this island's own."""
-        return seed
-
-    @property
-    def is_alone(self) -> bool:
-        """True if there are no islands."""
-        return True
-
-    def __enter__(self) -> Alone:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Gives back what this island had begun."""
 
 
 class Islands(Alone):
@@ -334,36 +276,6 @@ def open_islands(
         UsageError, ResourceError: see `Islands`.
     """
     return Alone() if island is None else Islands(run, *island, archive, note)
-
-
-def island_folder(run: Path, island: int) -> Path:
-    """Where an island has its archive and its journal."""
-    return run / FOLDER / str(island)
-
-
-def island_numbers(root: Path) -> list[int]:
-    """The islands that have a folder in `RUN/islands`, ascending; none if there is no such."""
-    names: list[str] = []
-    with suppress(OSError):
-        names = [path.name for path in root.iterdir()]
-    found = [int(name) for name in names if name.isascii() and name.isdecimal() and len(name) < 7]
-    return sorted(number for number in found if str(number) in names)
-
-
-def parse_island(text: str) -> tuple[int, int]:
-    """`I/K` as two numbers.
-
-    Raises:
-        UsageError: it is something else.
-    """
-    first, slash, second = text.partition("/")
-    if slash and first.isdecimal() and second.isdecimal() and len(text) < 14:
-        island, count = int(first), int(second)
-        if island < count:
-            return island, count
-    raise UsageError(
-        f"--island {text!r} is not of the form I/K, where I is the island's number from 0 to K - 1."
-    )
 
 
 def _header(archive: Archive, island: int, count: int) -> Header:

@@ -31,8 +31,9 @@ class Progress:
 
     Attributes:
         total: evaluations that there will be.
-        done: evaluations so far, those that were found in the archive included.
-        reused: those that were found in the archive.
+        done: evaluations so far, those that were not made here included.
+        reused: those that were there when the search began.
+        elsewhere: those that other islands have made since.
     """
 
     def __init__(
@@ -50,16 +51,23 @@ class Progress:
         self._began: float | None = None
         self._shown_at = -PLAIN_INTERVAL_S
         self._shown = 0
-        self.done = self.reused = 0
+        self.done = self.reused = self.elsewhere = 0
         self._best: float | None = None
 
-    def update(self, evaluation: Evaluation, *, is_new: bool) -> None:
-        """Counts one evaluation; `is_new` is False if it came out of the archive."""
+    def update(self, evaluation: Evaluation, *, is_new: bool, is_elsewhere: bool = False) -> None:
+        """Counts one evaluation.
+
+        Args:
+            evaluation: how it ended.
+            is_new: it was made here and now; False if it came out of an archive.
+            is_elsewhere: another island has made it since this search began.
+        """
         now = time.monotonic()
         if self._began is None:  # what comes before the first evaluation is no guide to the rest
             self._began = now - evaluation.outcome.cost.seconds
         self.done += 1
-        self.reused += not is_new
+        self.reused += not is_new and not is_elsewhere
+        self.elsewhere += is_elsewhere
         accuracy = evaluation.outcome.accuracy
         small = evaluation.recipe.num_layers <= round(TARGET_SIZE * self.num_layers)
         if accuracy is not None and small:
@@ -83,6 +91,8 @@ class Progress:
         new = self.done - self.reused
         if self.reused:
             parts.append(f"{self.reused} from the archive")
+        if self.elsewhere:
+            parts.append(f"{self.elsewhere} by other islands")
         if new and self._began is not None and self.done < self.total:
             left = (now - self._began) / new * (self.total - self.done)
             parts.append(f"{duration(left)} left")

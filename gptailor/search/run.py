@@ -20,10 +20,10 @@ from gptailor.execution.executor import EvaluationJob, Finished, Job, Similarity
 from gptailor.execution.stop import Stop
 from gptailor.models.family import Family
 from gptailor.recipe import Recipe
-from gptailor.search.islands import Alone
 from gptailor.search.journal_entry import Measured
 from gptailor.search.migration import Migration
 from gptailor.search.nsga2 import AsyncNSGA2, NSGA2Search
+from gptailor.search.others import Alone
 from gptailor.search.scheduler import Ask, Scheduler, Tell
 from gptailor.search.seeds import control_arms
 from gptailor.search.space import SearchSpace, find_calibration
@@ -84,6 +84,7 @@ class Run:
         self._arrived: list[Evaluation] = []
         self._migration = Migration()
         self._num_elsewhere = 0
+        self._has_begun = False
 
     def search(self) -> None:
         """Evaluates the control arms, then what NSGA-II asks for until the budget is used.
@@ -94,6 +95,7 @@ class Run:
         """
         search = self.config.search
         self._look()
+        self._has_begun = True
         arms = control_arms(
             self.space,
             search.seeds,
@@ -239,7 +241,7 @@ class Run:
             if key not in self._done:
                 self._done[key] = evaluation
                 if evaluation.documents == "search":
-                    self._count(evaluation, False)
+                    self._count(evaluation, False, is_elsewhere=self._has_begun)
                     self._arrived.append(evaluation)
 
     def _migrants(self) -> list[tuple[Recipe, Sequence[float] | None]]:
@@ -306,10 +308,10 @@ class Run:
                 self.progress.note(f"The evaluation of {evaluation.recipe.point} failed: {last}")
         return evaluations
 
-    def _count(self, evaluation: Evaluation, is_new: bool) -> None:
+    def _count(self, evaluation: Evaluation, is_new: bool, *, is_elsewhere: bool = False) -> None:
         if evaluation.recipe.hash not in self._counted:
             self._counted.add(evaluation.recipe.hash)
-            self.progress.update(evaluation, is_new=is_new)
+            self.progress.update(evaluation, is_new=is_new, is_elsewhere=is_elsewhere)
 
     @property
     def _num_left(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from gptailor.archive import Archive, Evaluation
 from gptailor.errors import UsageError
-from gptailor.search.islands import FOLDER, island_folder, island_numbers
+from gptailor.search.island_folder import FOLDER, island_folder, island_numbers
 from gptailor.search.journal import NAME, evaluations_in, read_journal
 
 

@@ -182,7 +182,7 @@ def _search(
 
 def _checked_place(config: Config, resume: bool, island: tuple[int, int] | None) -> Path:
     """Where the search has its archive, if it may be there."""
-    from gptailor.search.islands import island_folder
+    from gptailor.search.island_folder import island_folder
     from gptailor.search.resume import check_config_file
     from gptailor.search.run_folder import check_kind
 

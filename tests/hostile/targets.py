@@ -33,7 +33,8 @@ from gptailor.models.family import _check_fits as check_fits
 from gptailor.recipe import Recipe
 from gptailor.report import load_report
 from gptailor.report.export import front_csv, front_dict, to_json
-from gptailor.search.islands import Islands, island_folder
+from gptailor.search.island_folder import island_folder
+from gptailor.search.islands import Islands
 from gptailor.search.journal import NAME, read_journal
 from gptailor.search.journal_entry import Begun, Closed, Measured, from_line, to_line
 from gptailor.search.nsga2 import genome_of

@@ -15,7 +15,8 @@ from gptailor.archive import Archive, Cost, Evaluation, Outcome
 from gptailor.config import Config, parse_config
 from gptailor.execution.executor import EvaluationJob, Finished, Job
 from gptailor.recipe import Recipe, Take
-from gptailor.search.islands import Islands, island_folder
+from gptailor.search.island_folder import island_folder
+from gptailor.search.islands import Islands
 from gptailor.search.progress import Progress
 from gptailor.search.run import Run
 from gptailor.search.run_folder import RunData
@@ -103,14 +104,22 @@ class Lost(Exception):
 
 
 def search(
-    run: Path, island: int, count: int, executor: Sleeper, config: Config, *, dies: bool = False
+    run: Path,
+    island: int,
+    count: int,
+    executor: Sleeper,
+    config: Config,
+    *,
+    dies: bool = False,
+    ready: Callable[[], object] = lambda: None,
 ) -> None:
-    """What `gptailor search --island` does, without models."""
+    """What `gptailor search --island` does, without models; `ready` is called before it begins."""
     family: Any = SimpleNamespace(
         num_layers=NUM_LAYERS, parameters=lambda layers=(): 100 * len(layers or range(NUM_LAYERS))
     )
     with open_archive(run, island, config) as archive:
         others = Islands(run, island, count, archive)
+        ready()
         progress = Progress(config.search.evaluations, NUM_LAYERS, stream=io.StringIO())
         try:
             job: Any = executor

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +18,13 @@ from gptailor.errors import UsageError
 from gptailor.execution.executor import EvaluationJob, SimilarityJob
 from gptailor.report import load_report
 from gptailor.search import islands as module
-from gptailor.search.islands import FOLDER, Alone, Islands, island_folder, parse_island
+from gptailor.search.island_folder import FOLDER, island_folder, parse_island
+from gptailor.search.islands import Islands
 from gptailor.search.journal import NAME, evaluations_in, read_journal
 from gptailor.search.journal_entry import Measured
 from gptailor.search.migration import Migration
 from gptailor.search.nsga2 import NSGA2Search
+from gptailor.search.others import Alone
 from gptailor.search.run_folder import read_run
 from tests.search.archipelago import (
     MODELS,
@@ -53,7 +57,12 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_three_islands_use_one_budget(schedule: str, num_workers: int, tmp_path: Path) -> None:
     config = make_config(schedule=schedule, evaluations=90)
     executors = [Sleeper(num_workers, 0.02) for _ in range(3)]
-    in_threads(*(lambda i=i: search(tmp_path, i, 3, executors[i], config) for i in range(3)))  # type: ignore[misc]
+    ready = threading.Barrier(3).wait
+
+    def island(i: int) -> None:
+        search(tmp_path, i, 3, executors[i], config, ready=ready)
+
+    in_threads(*(partial(island, i) for i in range(3)))
     data = read_run(tmp_path)
     searched = [e for e in data.evaluations if e.documents == "search"]
     twice = paid_twice(data)
@@ -82,9 +91,10 @@ def test_three_islands_use_one_budget(schedule: str, num_workers: int, tmp_path:
 def test_the_share_of_a_lost_island_is_done(schedule: str, tmp_path: Path) -> None:
     config = make_config(schedule=schedule)
     executors = [Sleeper(2, 0.02), Sleeper(2, 0.02, fails_at=12)]
+    ready = threading.Barrier(2).wait
     in_threads(
-        lambda: search(tmp_path, 0, 2, executors[0], config),
-        lambda: search(tmp_path, 1, 2, executors[1], config, dies=True),
+        lambda: search(tmp_path, 0, 2, executors[0], config, ready=ready),
+        lambda: search(tmp_path, 1, 2, executors[1], config, ready=ready, dies=True),
     )
     data = read_run(tmp_path)
     assert 60 <= len([e for e in data.evaluations if e.documents == "search"]) <= 61

@@ -17,7 +17,7 @@ from gptailor import verbs
 from gptailor.archive import Archive, Evaluation
 from gptailor.errors import UsageError
 from gptailor.report import load_report
-from gptailor.search.islands import FOLDER, island_folder
+from gptailor.search.island_folder import FOLDER, island_folder
 from gptailor.search.journal import NAME, evaluations_in, read_journal
 from gptailor.search.run_folder import read_run
 from tests.search.test_run import write_config
