@@ -149,7 +149,7 @@ def test_an_island_is_lost(
     seen = Counter(key for island in range(COUNT) for key in keys(journal(run, island)))
     arms = [e for e in read_run(run).evaluations if e.arms and e.documents == "search"]
     assert len(arms) > 12
-    assert sum(seen[e.recipe.hash, "search"] - 1 for e in arms) <= 2  # they were shared
+    assert sum(seen[e.recipe.hash, "search"] - 1 for e in arms) <= 4  # they were shared
 
 
 @pytest.mark.slow  # three whole programs
