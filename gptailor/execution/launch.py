@@ -9,6 +9,7 @@ again.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import shlex
@@ -252,11 +253,13 @@ def submit(launch: Launch, islands: Sequence[int | None]) -> list[str]:
     executor.update_parameters(**launch.parameters(len(islands)))
     functions = [SearchJob(launch.command(island), launch.max_requeues) for island in islands]
     try:
-        with _outside_of_a_job():
+        # submitit prints what sbatch complains of, and raises it as well
+        with _outside_of_a_job(), contextlib.redirect_stderr(io.StringIO()):
             submitted = executor.submit_array(functions)
     except RuntimeError as error:  # submitit's, with what sbatch wrote
-        lines = [line for line in str(error).splitlines() if "error:" in line] or [str(error)]
-        reason = re.sub(r"^sbatch: error: (Batch job submission failed: )?", "", lines[-1])
+        lines = str(error).splitlines() or [str(error)]
+        complaints = [line for line in lines if "error:" in line] or lines[:1]
+        reason = re.sub(r"^sbatch: (error: )?(Batch job submission failed: )?", "", complaints[-1])
         raise UsageError(f"Slurm does not take the job: {plain(reason).rstrip('.')}.") from error
     return [str(job.job_id) for job in submitted]
 

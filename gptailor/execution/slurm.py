@@ -6,6 +6,7 @@ half a minute; where Slurm is missing or does not answer, that is an answer, too
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -111,36 +112,59 @@ def cancel(job_ids: Sequence[str], wait_s: float) -> list[str]:
     return left
 
 
-def check_partition(names: str | None, time_min: int) -> None:
-    """Raises a `UsageError` for partitions that Slurm does not have, or that allow less time.
+def check_partition(names: str | None, nodes: int, cpus: int, time_min: int) -> None:
+    """Raises a `UsageError` for partitions that Slurm does not have, or that are too small.
 
-    Such a job would be taken, and would wait forever.
+    Many sites take a job that is too large or too long for its partition, and let it wait forever.
 
     Args:
-        names: as for sbatch, "a,b" are two; None for the site's default.
+        names: as for sbatch, "a,b" are two; None for the user's or the site's default.
+        nodes: what a job asks for.
+        cpus: of each node.
         time_min: what a job asks for.
     """
-    done = _run(["sinfo", "--noheader", "--all", "--format=%P|%l"])
+    done = _run(["sinfo", "--noheader", "--all", "--format=%P|%l|%D|%c"])
     if done.returncode != 0:
         raise UsageError(f"Slurm does not answer on this machine: {_reason(done)}.")
-    limits: dict[str, str] = {}
+    known: dict[str, _Partition] = {}
     default = None
     for line in done.stdout.splitlines():
-        name, _, limit = line.strip().partition("|")
+        name, limit, size, each = (*line.strip().split("|"), "", "", "")[:4]
         if name.endswith("*"):
             default = name = name[:-1]
-        limits[name] = limit
-    wanted = names.split(",") if names is not None else [default] if default else []
+        # "64+" for nodes that differ: the smallest has 64
+        most = int(each) if each.isdecimal() else None
+        known[name] = _Partition(int(size) if size.isdecimal() else 0, most, limit)
+    names = names or os.environ.get("SBATCH_PARTITION") or default
+    wanted = names.split(",") if names else []
     for name in wanted:
-        if name not in limits:
-            raise unknown("partition", name, sorted(limits))
-    allowed = {name: _seconds(limits[name]) for name in wanted}
-    if wanted and all(s is not None and s < time_min * 60 for s in allowed.values()):
-        longest = max(wanted, key=lambda name: allowed[name] or 0)
+        if name not in known:
+            raise unknown("partition", name, sorted(known))
+    chosen = [known[name] for name in wanted]
+    what = f"The partition {names}"
+    if chosen and all(p.nodes < nodes for p in chosen):
         raise UsageError(
-            f"The partition {longest} allows {limits[longest]}, less than the {time_min} minutes "
-            "asked for: name a shorter --time (the job requeues itself), or another --partition."
+            f"{what} has {max(p.nodes for p in chosen)} nodes, but {nodes} are asked for: name "
+            "fewer --nodes, or another --partition."
         )
+    if chosen and all(p.cpus is not None and p.cpus < cpus for p in chosen):
+        raise UsageError(
+            f"{what} has nodes of {max(p.cpus or 0 for p in chosen)} cores, but {cpus} are asked "
+            "for, those of the rank that searches included: name fewer --cpus-per-worker."
+        )
+    limits = [_seconds(p.limit) for p in chosen]
+    if chosen and all(limit is not None and limit < time_min * 60 for limit in limits):
+        raise UsageError(
+            f"{what} allows {chosen[0].limit}, less than the {time_min} minutes asked for: name a "
+            "shorter --time (the job requeues itself), or another --partition."
+        )
+
+
+@dataclass(frozen=True)
+class _Partition:
+    nodes: int
+    cpus: int | None
+    limit: str
 
 
 def check_mpi(kind: str) -> None:

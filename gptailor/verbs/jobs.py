@@ -195,7 +195,8 @@ def _check_cluster(asked: Launch) -> None:
             "There is no Slurm on this machine (sbatch is not found): log in to the cluster, or "
             "use `gptailor search` or `mpirun -n 4 gptailor search` here."
         )
-    cluster.check_partition(asked.partition, asked.time_min)
+    cpus = (asked.workers + 1) * asked.cpus_per_worker
+    cluster.check_partition(asked.partition, asked.nodes, cpus, asked.time_min)
     cluster.check_mpi(asked.mpi)
 
 
