@@ -2,6 +2,9 @@
 
 A launcher's own exit code does not tell whether a search ended as it meant to, or a rank was
 killed. The supervisor of a job names a file in the environment; what is in it was meant.
+
+An end by SIGTERM or SIGINT is no verdict: launchers send SIGTERM to all ranks when one of them
+dies, and only the supervisor knows whether somebody wanted the job to end.
 """
 
 from __future__ import annotations
@@ -14,6 +17,9 @@ from gptailor.execution.launcher import is_first
 
 VARIABLE = "GPTAILOR_VERDICT"
 """Names the file, on the machine of rank 0."""
+
+_SIGNALS = 128
+"""Exit codes above stand for signals."""
 
 
 def is_supervised() -> bool:
@@ -28,7 +34,7 @@ def write_verdict(code: int) -> None:
     out what it has to do.
     """
     path = os.environ.get(VARIABLE)
-    if not path or not is_first():
+    if not path or code > _SIGNALS or not is_first():
         return
     temporary = Path(f"{path}.{os.getpid()}")
     with contextlib.suppress(OSError):

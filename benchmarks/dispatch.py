@@ -1,0 +1,178 @@
+"""What distributing a search costs: messages, waiting, the archive, and ranks with nothing to do.
+
+    mpirun -n 4 python benchmarks/dispatch.py              # all of it, about a minute
+    mpirun -n 4 python benchmarks/dispatch.py --seconds 1  # evaluations of another length
+
+Evaluations are sleeps; everything else is what a search does: the scheduler, asynchronous NSGA-II
+over the demo family's headers, messages, the archive with its fsync, the job's record. All ranks
+must be on one machine (processor time and memory are read from /proc).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from gptailor.archive import Archive, Cost, Outcome, Score
+from gptailor.config import Config, read_config
+from gptailor.demo import PATH
+from gptailor.execution.channel import Channel
+from gptailor.execution.crew import Crew
+from gptailor.execution.executor import EvaluationJob, Job, WorkloadInfo
+from gptailor.execution.launcher import join
+from gptailor.execution.logs import Log
+from gptailor.execution.mpi import MpiExecutor
+from gptailor.execution.reporter import Reporter
+from gptailor.execution.stop import Stop
+from gptailor.execution.worker import Orders, run_worker
+from gptailor.models.family import Family
+from gptailor.recipe import Recipe
+from gptailor.search.nsga2 import AsyncNSGA2
+from gptailor.search.progress import Progress
+from gptailor.search.run import Run
+from gptailor.search.space import SearchSpace
+
+IDLE_S = 10.0
+
+
+class Sleeper:
+    """An evaluation that takes a fixed time; of "holdout" documents: none at all."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def workload(self) -> WorkloadInfo:
+        return WorkloadInfo({"search": 1}, "asleep")
+
+    def do(self, job: Job) -> Outcome:
+        assert isinstance(job, EvaluationJob)
+        if job.documents == "search":
+            time.sleep(self.seconds)
+        value = int(job.recipe.hash[:8], 16) / 16**8
+        scores = tuple(Score(f"task_{i}", "acc,none", value, 0.01, 100) for i in range(3))
+        return Outcome("ok", value, scores, "", Cost(self.seconds))
+
+
+def round_trips(executor: MpiExecutor, recipes: list[Recipe]) -> None:
+    """From the decision to give a job that takes no time, to its result."""
+    times = []
+    for recipe in recipes:
+        (worker, *_) = executor.free()
+        began = executor.now()
+        executor.start(worker, EvaluationJob(recipe, "holdout"))
+        while not executor.finished(1.0):
+            pass
+        times.append((executor.now() - began) * 1000)
+    times.sort()
+    p95 = times[int(0.95 * len(times))]
+    print(f"round trip of a job: median {statistics.median(times):.2f} ms, p95 {p95:.2f} ms")
+
+
+def search(config: Config, family: Family, executor: MpiExecutor, reporter: Reporter) -> None:
+    """An asynchronous search; prints what each evaluation cost beside its own time."""
+    with Archive(config.output) as archive, Path(os.devnull).open("w") as nowhere:
+        progress = Progress(config.search.evaluations, family.num_layers, stream=nowhere)
+        run = Run(config, family, archive, executor, progress, tick=reporter.tick)
+        cpu, began = time.process_time(), time.monotonic()
+        run.search()
+        wall, cpu = time.monotonic() - began, time.process_time() - cpu
+        costs = [e.outcome.cost.seconds for e in archive.evaluations("search")]
+    lost = (wall * executor.num_workers - sum(costs)) / len(costs)
+    print(
+        f"search: {len(costs)} evaluations of {costs[0]:g} s by {executor.num_workers} workers in "
+        f"{wall:.2f} s: {lost * 1000:.1f} ms lost for each, {sum(costs) / wall:.2f} workers busy; "
+        f"rank 0 used {cpu / len(costs) * 1000:.2f} ms of its processor for each"
+    )
+
+
+def archive_writes(config: Config, recipes: list[Recipe], outcome: Outcome) -> None:
+    """Durable evaluations a second, written as they come and many together."""
+    for at_once in (1, 16, 256):
+        folder = f"{config.output}-{at_once}"
+        with Archive(folder) as archive:
+            began, rows = time.monotonic(), 0
+            while time.monotonic() - began < 3:
+                some = [recipes[(rows + i) % len(recipes)] for i in range(at_once)]
+                # documents differ, so that a recipe may come again
+                archive.record_all([(r, f"{rows + i}", 1, outcome) for i, r in enumerate(some)])
+                rows += at_once
+            seconds = time.monotonic() - began
+        print(f"archive: {rows / seconds:.0f} evaluations/s, {at_once} in a transaction")
+
+
+def idle(executor: MpiExecutor) -> None:
+    """What ranks use that have nothing to do."""
+    pids = [os.getpid(), *(member.hello.pid for member in executor.members)]
+    before = [cpu_s(pid) for pid in pids]
+    executor.finished(IDLE_S)
+    used = [100 * (cpu_s(pid) - b) / IDLE_S for pid, b in zip(pids, before, strict=True)]
+    print(f"idle: rank 0 uses {used[0]:.1f} % of a core, a worker {max(used[1:]):.1f} %")
+    sizes = {}
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
+        name, size = line.split()[:2]
+        sizes[name] = int(size) / 1024
+    print(
+        f"memory of rank 0: {sizes['Rss:']:.0f} MB, its part of what is shared {sizes['Pss:']:.0f}"
+    )
+
+
+def cpu_s(pid: int) -> float:
+    """Processor time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=0.2, help="of an evaluation (0.2)")
+    parser.add_argument("--evaluations", type=int, default=300, help="of the search (300)")
+    parser.add_argument("--folder", help="where the archive is written; default: a temporary one")
+    arguments = parser.parse_args()
+    channel = join("mpi")
+    assert channel is not None
+    if channel.rank > 0:
+
+        def opens(orders: Orders, go_on: Callable[[], None], log: Log) -> tuple[Sleeper, str]:
+            return Sleeper(arguments.seconds), "none"
+
+        run_worker(channel, opens)
+    return lead(channel, arguments)
+
+
+def lead(channel: Channel, arguments: argparse.Namespace) -> int:
+    """Rank 0."""
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        config = read_config(
+            PATH / "search.yaml",
+            [
+                f"output={folder}/run", f"search.evaluations={arguments.evaluations}",
+                "search.seeds=[random]", "search.schedule=asynchronous",
+            ],
+        )  # fmt: skip
+        family = Family(config.models, config.base)
+        space = SearchSpace(config.space, config.models, config.base, family.num_layers)
+        recipes = AsyncNSGA2(space, 2, 24, [1], []).ask(256)
+        stop = Stop()
+        with Crew(channel, stop) as crew:
+            reporter = Reporter(stop, config.search.evaluations, config.output)
+            crew.join(config, family, config.output, reporter)
+            executor = MpiExecutor(crew)
+            executor.workload()
+            while len(executor.free()) < executor.num_workers:
+                executor.finished(1.0)
+            round_trips(executor, recipes)
+            search(config, family, executor, reporter)
+            archive_writes(config, recipes, Sleeper(0).do(EvaluationJob(recipes[0], "holdout")))
+            idle(executor)
+            print(f"torch on rank 0: {'torch' in sys.modules}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
