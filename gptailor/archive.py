@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from gptailor.errors import ResourceError, UsageError
-from gptailor.recipe import Recipe
+from gptailor.recipe import KnownLayers, Recipe
 
 SCHEMA = "gptailor/archive/1"
 
@@ -48,7 +48,7 @@ Status = Literal["ok", "infeasible", "failed"]
 Documents = Literal["search", "holdout"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Score:
     """What one task (or group) gave for one recipe.
 
@@ -69,7 +69,7 @@ class Score:
     weight: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Cost:
     """What one evaluation took.
 
@@ -88,7 +88,7 @@ class Cost:
     num_tokens: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """How an evaluation ended: `ok` with scores, `infeasible` or `failed` with a reason.
 
@@ -107,7 +107,7 @@ class Outcome:
     cost: Cost
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Evaluation:
     """A row of the archive.
 
@@ -301,7 +301,7 @@ class Archive:
         return arms
 
     def _select(self, where: str, values: tuple[Any, ...]) -> Iterator[Evaluation]:
-        arms = self._arms()
+        arms, known = self._arms(), KnownLayers()
         rows = self._db.execute(
             "SELECT number, recipe, documents, status, reason, accuracy, scores, cost, parameters,"
             f" recipe_hash, finished_at FROM evaluations {where} ORDER BY number",
@@ -316,7 +316,8 @@ class Archive:
                 reason,
                 Cost(**json.loads(cost)),
             )
-            recipe = Recipe.from_dict(json.loads(text), f"{self.path}, evaluation {number}")
+            source = f"{self.path}, evaluation {number}"
+            recipe = Recipe.from_dict(json.loads(text), source, known)
             yield Evaluation(
                 number, recipe, documents, outcome, row[8], arms.get(row[9], ()), row[10]
             )

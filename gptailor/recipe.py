@@ -104,23 +104,24 @@ class Recipe:
 
     def canonical(self) -> Recipe:
         """The same model in the form that is built: whatever has no effect is gone."""
-        if "canonical" not in self._cache:
-            layers = self._cache.pop("layers", None) or [
-                canonical_layer(layer, self.base, self.models) for layer in self.layers
-            ]
-            if layers[-1].scale != 1.0:
-                layers[-1] = replace(layers[-1], scale=1.0)  # the final norm does not see it
-            ends = {
-                "embeddings": canonical_end(self.embeddings, self.base, self.models),
-                "head": canonical_end(self.head, self.base, self.models),
-            }
-            changed: dict[str, Any] = {"layers": tuple(layers), **ends, "_cache": {}}
-            built = replace(self, **changed)
-            if not any(_statistics_of(*_entries(built))):
-                built = replace(built, calibration=None)
+        if "canonical" in self._cache:
+            kept: Recipe = self._cache["canonical"]
+            return kept
+        known = self._cache.get("layers")
+        layers = list(known or (canonical_layer(e, self.base, self.models) for e in self.layers))
+        if layers[-1].scale != 1.0:
+            layers[-1] = replace(layers[-1], scale=1.0)  # the final norm does not see it
+        ends = {
+            "embeddings": canonical_end(self.embeddings, self.base, self.models),
+            "head": canonical_end(self.head, self.base, self.models),
+        }
+        changed: dict[str, Any] = {"layers": tuple(layers), **ends, "_cache": {}}
+        built = replace(self, **changed)
+        if not any(_statistics_of(*_entries(built))):
+            built = replace(built, calibration=None)
+        if known is None:  # else it is quickly made again, and a search keeps many recipes
             self._cache["canonical"] = built
-        canonical: Recipe = self._cache["canonical"]
-        return canonical
+        return built
 
     def remember_canonical(self, layers: Sequence[Layer]) -> None:
         """Saves the work of `canonical` where its entries are known.
@@ -128,7 +129,7 @@ class Recipe:
         Args:
             layers: what `canonical_layer` gives for each of `layers`.
         """
-        self._cache["layers"] = list(layers)
+        self._cache["layers"] = tuple(layers)
 
     @property
     def hash(self) -> str:
@@ -189,8 +190,16 @@ class Recipe:
         return cls.from_dict(load_yaml(text, source), source)
 
     @classmethod
-    def from_dict(cls, data: object, source: str = "recipe") -> Recipe:
-        """Reads a recipe from what `to_dict` gives; raises like `from_yaml`."""
+    def from_dict(
+        cls, data: object, source: str = "recipe", known: KnownLayers | None = None
+    ) -> Recipe:
+        """Reads a recipe from what `to_dict` gives; raises like `from_yaml`.
+
+        Args:
+            data: what was parsed.
+            source: the name used in errors.
+            known: what was read before, where many recipes are read that have layers in common.
+        """
         data = as_mapping(data, source)
         for key in data:
             if key not in _KEYS:
@@ -212,19 +221,25 @@ class Recipe:
             raise unknown("dtype", dtype, DTYPES, source)
         if not isinstance(data["layers"], list) or not data["layers"]:
             raise UsageError(f"{source}: layers must be a list with at least one entry.")
-        layers = tuple(
-            read_entry(entry, models, base, f"{source}: layers[{i}]")
-            for i, entry in enumerate(data["layers"])
-        )
-        return cls(
+        entries = [(e, f"{source}: layers[{i}]") for i, e in enumerate(data["layers"])]
+        canonical: list[Layer] = []
+        if known is None:
+            layers = [read_entry(entry, models, base, where) for entry, where in entries]
+        else:
+            pairs = [known.read(entry, models, base, where) for entry, where in entries]
+            layers, canonical = ([pair[i] for pair in pairs] for i in range(2))
+        recipe = cls(
             models=dict(models),
             base=base,
-            layers=layers,
+            layers=tuple(layers),
             embeddings=_read_end(data.get("embeddings", base), models, base, source, "embeddings"),
             head=_read_end(data.get("head", base), models, base, source, "head"),
             dtype=dtype,
             calibration=_read_calibration(data.get("calibration"), f"{source}: calibration"),
         )
+        if canonical:
+            recipe.remember_canonical(canonical)
+        return recipe
 
     def with_models_relative_to(self, folder: Path) -> Recipe:
         """The recipe with local folders (models, calibration) made absolute, seen from `folder`."""
@@ -246,6 +261,30 @@ class Recipe:
         if calibration is None or calibration.digests or not used:
             return self
         return replace(self, calibration=calibration.found(used), _cache={})
+
+
+MAX_KNOWN_LAYERS = 50_000
+"""Some 100 MB; the 61,000 recipes of an hour on a thousand workers have about as many."""
+
+
+class KnownLayers:
+    """Layers that many recipes have in common, read and simplified once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], tuple[Layer, Layer]] = {}
+
+    def read(
+        self, entry: object, models: Mapping[str, str], base: str, where: str
+    ) -> tuple[Layer, Layer]:
+        """An entry as a layer, and its canonical form; raises like `Recipe.from_dict`."""
+        key = base, tuple(models.items()), json.dumps(entry)
+        found = self._known.get(key)
+        if found is None:
+            layer = read_entry(entry, models, base, where)
+            if len(self._known) >= MAX_KNOWN_LAYERS:
+                self._known.clear()
+            found = self._known[key] = layer, canonical_layer(layer, base, models)
+        return found
 
 
 def _entries(recipe: Recipe) -> tuple[Layer, ...]:

@@ -200,16 +200,16 @@ class AsyncNSGA2:
         Recipes without objectives are only remembered, and so are recipes that no genome of this
         space stands for.
         """
+        self._known.update(recipe.hash for recipe, _ in scored)
         good = []
-        for recipe, objectives in scored:
-            self._known.add(recipe.hash)
-            genome = self._genomes.pop(recipe.hash, None)
-            if objectives is None:
-                continue
+        for recipe, objectives in self._promising(scored):
+            genome = self._genomes.get(recipe.hash)
             if genome is None:
                 genome = genome_of(self.space, recipe)
             if genome is not None:
                 good.append((genome, objectives))
+        for recipe, _ in scored:
+            self._genomes.pop(recipe.hash, None)
         if not good:
             return
         self._parents += [genome for genome, _ in good]
@@ -219,6 +219,17 @@ class AsyncNSGA2:
         best = found.best(self.num_population, self._rng)
         self._parents = [self._parents[i] for i in best]
         self._objectives, self._standing = self._objectives[best], found.of(best)
+
+    def _promising(
+        self, scored: Sequence[tuple[Recipe, Sequence[float] | None]]
+    ) -> list[tuple[Recipe, Sequence[float]]]:
+        """Those with objectives; where an archive is told, those that have a chance to survive."""
+        found = [(recipe, values) for recipe, values in scored if values is not None]
+        most = 2 * self.num_population
+        if len(found) <= most:
+            return found
+        values = np.array([values for _, values in found], dtype=float)
+        return [found[i] for i in standing(values).best(most, self._rng)]
 
     def knows(self, recipe: Recipe) -> bool:
         """True if the recipe was asked for or told."""
