@@ -20,6 +20,7 @@ from pathlib import Path
 from gptailor.archive import Evaluation
 from gptailor.errors import ModelError, ResourceError, UsageError
 from gptailor.models.untrusted import open_regular, read_up_to
+from gptailor.recipe import KnownLayers
 from gptailor.search.journal_entry import (
     MAX_LINE_BYTES,
     Closed,
@@ -123,6 +124,7 @@ class JournalReader:
         self.offset = 0
         self.num_lines = 0
         self._inode = 0
+        self._layers = KnownLayers()
 
     def read(self, *, torn: bool = False) -> list[Entry]:
         """What was added since the last call, at most some megabytes; call again until nothing.
@@ -163,7 +165,7 @@ class JournalReader:
         begin = 0
         while (end := data.find(b"\n", begin)) >= 0:
             try:
-                entry = from_line(data[begin:end], self.path, self.num_lines + 1)
+                entry = from_line(data[begin:end], self.path, self.num_lines + 1, self._layers)
             except UsageError:
                 if entries or (torn and self.num_lines):
                     return  # the next call begins with the bad line

@@ -22,7 +22,7 @@ from gptailor.archive import Cost, Documents, Evaluation, Outcome, Score, Status
 from gptailor.errors import ModelError, UsageError
 from gptailor.evaluation.similarity import Similarity
 from gptailor.models.untrusted import check_depth, parse_json, shown
-from gptailor.recipe import Recipe
+from gptailor.recipe import KnownLayers, Recipe
 from gptailor.search.difference import config_difference
 
 SCHEMA = "gptailor/journal/1"
@@ -123,13 +123,14 @@ def to_line(entry: Entry) -> bytes:
     return json.dumps({kind: value}, separators=(",", ":")).encode() + b"\n"
 
 
-def from_line(line: bytes, path: Path, number: int) -> Entry:
+def from_line(line: bytes, path: Path, number: int, known: KnownLayers | None = None) -> Entry:
     """Reads a whole line.
 
     Args:
         line: without its end.
         path: the journal, for errors.
         number: of the line, for errors; the first one must be a header.
+        known: layers of the lines before.
 
     Raises:
         UsageError: it is no line of a journal.
@@ -143,7 +144,10 @@ def from_line(line: bytes, path: Path, number: int) -> Entry:
             raise UsageError(f"{path} is no journal of an island: its first line is no header.")
         if len(data) != 1 or kind not in _READERS:
             raise UsageError(f"{where} is no line of a journal.")
-        return _READERS[kind](_object(data[kind], where), where)
+        value = _object(data[kind], where)
+        if kind == "evaluation":
+            return _read_evaluation(value, where, known)
+        return _READERS[kind](value, where)
     except ModelError as error:
         raise UsageError(str(error)) from error
 
@@ -167,7 +171,9 @@ _EVALUATION_KEYS = {
 }  # fmt: skip
 
 
-def _read_evaluation(data: dict[str, Any], where: str) -> Evaluation:
+def _read_evaluation(
+    data: dict[str, Any], where: str, known: KnownLayers | None = None
+) -> Evaluation:
     _check_keys(data, _EVALUATION_KEYS, where)
     status, accuracy, documents = data["status"], data["accuracy"], data["documents"]
     if documents not in get_args(Documents):
@@ -183,7 +189,7 @@ def _read_evaluation(data: dict[str, Any], where: str) -> Evaluation:
     )
     return Evaluation(
         0,
-        Recipe.from_dict(data["recipe"], f"{where} recipe"),
+        Recipe.from_dict(data["recipe"], f"{where} recipe", known),
         documents,
         outcome,
         _count(data["parameters"], f"{where} parameters"),
