@@ -230,17 +230,30 @@ def _read_header(data: dict[str, Any], where: str) -> Header:
             f"{where} has schema {shown(data.get('schema'))}, but {SCHEMA!r} is needed."
         )
     _check_keys(data, {"schema", *(f.name for f in fields(Header))}, where)
-    family = _object(data["family"], f"{where} family")
-    if _count(family.get("num_layers", 0), f"{where} num_layers") > MAX_LAYERS:
-        raise UsageError(f"{where} has {family['num_layers']} layers, which no model has.")
+    config = _object(data["config"], f"{where} config")
+    search = _object(config.get("search", {}), f"{where} search")
+    _count(search.get("evaluations", 0), f"{where} evaluations")
     return Header(
         _count(data["island"], f"{where} island"),
         _count(data["count"], f"{where} count"),
-        _object(data["config"], f"{where} config"),
+        config,
         _text(data["fingerprint"], f"{where} fingerprint"),
         _text(data["documents"], f"{where} documents"),
-        family,
+        _read_family(_object(data["family"], f"{where} family"), where),
     )
+
+
+def _read_family(data: dict[str, Any], where: str) -> dict[str, Any]:
+    _check_keys(data, {"num_layers", "models", "parameters"}, where)
+    if _count(data["num_layers"], f"{where} num_layers") > MAX_LAYERS:
+        raise UsageError(f"{where} has {data['num_layers']} layers, which no model has.")
+    for name, folder in _object(data["models"], f"{where} models").items():
+        _text(name, f"{where} models")
+        _text(folder, f"{where} models")
+    for name, count in _object(data["parameters"], f"{where} parameters").items():
+        _text(name, f"{where} parameters")
+        _count(count, f"{where} parameters")
+    return data
 
 
 def _read_measured(data: dict[str, Any], where: str) -> Measured:

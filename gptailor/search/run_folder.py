@@ -12,6 +12,7 @@ from gptailor.archive import Archive, Evaluation
 from gptailor.errors import UsageError
 from gptailor.search.island_folder import FOLDER, island_folder, island_numbers
 from gptailor.search.journal import NAME, evaluations_in, read_journal
+from gptailor.search.journal_entry import Header
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,19 @@ def read_run(run: str | Path) -> RunData:
         with Archive(run, readonly=True) as archive:
             return data_of(archive)
     paid: list[Evaluation] = []
-    config: dict[str, Any] = {}
-    family: dict[str, Any] = {}
+    headers: list[Header] = []
     for path in journals:
         header, entries = read_journal(path)
-        if header is not None:
-            config, family = config or dict(header.config), family or dict(header.family)
+        headers += [] if header is None else [header]
         paid += evaluations_in(entries)
-    return RunData(union(paid), paid, config, family)
+    if not headers:
+        return RunData(union(paid), paid, {}, {})
+    last = max(headers, key=_budget)  # it may have been raised when one of them went on
+    return RunData(union(paid), paid, dict(last.config), dict(last.family))
+
+
+def _budget(header: Header) -> int:
+    return int(header.config.get("search", {}).get("evaluations", 0))
 
 
 def data_of(archive: Archive) -> RunData:

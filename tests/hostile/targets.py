@@ -23,6 +23,7 @@ from gptailor.archive import Archive, Cost, Evaluation, Outcome, Score
 from gptailor.config import parse_config
 from gptailor.errors import GptailorError, ModelError, UsageError
 from gptailor.evaluation.similarity import Similarity
+from gptailor.execution.run_status import look_at
 from gptailor.mergekit import to_recipe
 from gptailor.mergekit.parse import parse_mergekit
 from gptailor.models.architecture import cut_config, find_architecture, text_config
@@ -395,6 +396,7 @@ def journal(data: bytes) -> None:
         report = load_report(PLACE / "run")
         to_json(front_dict(report)).encode()
         front_csv(report).encode()
+        look_at(PLACE / "run")
 
 
 def journal_seeds() -> list[bytes]:

@@ -232,6 +232,9 @@ def test_both_at_once_counts_once_and_costs_twice(tmp_path: Path) -> None:
     assert data.evaluations[0].finished_at == first.finished_at
     assert data.evaluations[1].arms == ("late",)
     report = load_report(tmp_path)
+    with open_archive(tmp_path, 2, make_config(evaluations=99)) as archive:
+        Islands(tmp_path, 2, 3, archive)
+    assert load_report(tmp_path).config["search"]["evaluations"] == 99
     assert len(report.points) == 2
     assert report.cost.evaluations == 3
     assert report.num_layers == 8

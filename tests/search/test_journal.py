@@ -30,7 +30,8 @@ from gptailor.search.journal_entry import (
 from tests.models.tiny import free_bytes, small_disk
 
 MODELS = {"base": "org/base", "red": "org/red"}
-HEADER = Header(1, 3, {"search": {"seed": 0}}, "f", "d", {"num_layers": 8})
+FAMILY = {"num_layers": 8, "models": {"red": "/m/red"}, "parameters": {"red": 900}}
+HEADER = Header(1, 3, {"search": {"seed": 0}}, "f", "d", FAMILY)
 
 
 def recipe(*src_layers: int) -> Recipe:
@@ -186,6 +187,12 @@ def line(**changes: Any) -> bytes:
     return json.dumps({"evaluation": data}).encode()
 
 
+def header(**changes: Any) -> bytes:
+    """A good header with some values changed."""
+    data = json.loads(to_line(HEADER))["header"]
+    return json.dumps({"header": {**data, **changes}}).encode()
+
+
 GOOD_SCORE = {
     "task": "t", "metric": "m", "value": 1, "stderr": None, "num_documents": 1, "weight": 1,
 }  # fmt: skip
@@ -210,6 +217,13 @@ GOOD_SCORE = {
         (b'{"header":{"schema":"gptailor/journal/9"}}', "schema 'gptailor/journal/9'"),
         (b'{"similarity":{"model":"x","block_influence":[1],"angular":[[1]]}}', "wrong shape"),
         (b'{"similarity":{"model":"x","block_influence":[NaN],"angular":[]}}', "no such number"),
+        (header(config={"search": 1}), "search has 1 in the place of an object"),
+        (header(config={"search": {"evaluations": -1}}), "evaluations is -1"),
+        (header(family={}), "keys too many or too few"),
+        (header(family={**FAMILY, "num_layers": 10**9}), "layers, which no model has"),
+        (header(family={**FAMILY, "parameters": {"red": "x"}}), "parameters is 'x'"),
+        (header(family={**FAMILY, "models": {"\n": "x"}}), "models is "),
+        (header(island=-1), "island is -1"),
         (line(cost=None), r"keys too many or too few: .'cost'"),
         (line(extra=1), r"keys too many or too few: .'extra'"),
         (line(accuracy=math.inf), "accuracy is inf"),
