@@ -22,7 +22,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gptailor import errors
-from gptailor.errors import GptailorError, ResourceError, StoppedEarly, UsageError, WorkerCrashed
+from gptailor.errors import (
+    GptailorError,
+    ResourceError,
+    StoppedEarly,
+    UsageError,
+    WorkerCrashed,
+    is_disk_full,
+)
 from gptailor.execution.channel import SHORTEST_S, Channel
 from gptailor.execution.executor import Job
 from gptailor.execution.handshake import (
@@ -178,7 +185,8 @@ class Crew:
         try:
             token = write_token(folder)
         except OSError as error:
-            raise ResourceError(f"{folder} can't be written to: {error.strerror}.") from error
+            refused = ResourceError if is_disk_full(error) else UsageError
+            raise refused(f"{folder} can't be written to: {error.strerror}.") from error
         try:
             self.log.open(folder, as_json=self._log_json)
             members = [self.members[rank] for rank in sorted(self.members)]
@@ -235,8 +243,9 @@ class Crew:
         for rank, content in self._answers("joined", ranks):
             if first_difference(mine, content[0]) is not None:
                 doubtful[rank] = self.members[rank].hello
-                self.channel.send(rank, "contents")
         if doubtful:  # copies have other times: then samples of the weights decide
+            for rank in doubtful:
+                self.channel.send(rank, "contents")
             mine = content_digests(config, family)
             for rank, content in self._answers("contents", list(doubtful)):
                 check_models(mine, content[0], self.hello, doubtful[rank], config)
@@ -289,7 +298,7 @@ class Crew:
             raise WorkerCrashed(f"{name} ended with {last} (a bug of ours; see {log_path(rank)}).")
         self.log.say(f"{name}: {message}")
         known = getattr(errors, kind, None)
-        raise (known if known in _CARRIED else StoppedEarly)(message)
+        raise (known if known in _CARRIED else StoppedEarly)(f"{name}: {message}")
 
     def _has_ended(self) -> bool:
         return len(self._left) == self.channel.size - 1

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from gptailor.archive import Outcome
-from gptailor.errors import GptailorError, UsageError
+from gptailor.errors import GptailorError, ResourceError, UsageError, exit_code_of
 from gptailor.execution.channel import SHORTEST_S, Channel
 from gptailor.execution.executor import EvaluationJob, Job, WorkloadInfo
 from gptailor.execution.handshake import content_digests, file_digests, find_hello, sees_token
@@ -275,9 +275,13 @@ class WorkerRank:
 
     def _report(self, error: Exception) -> None:
         """Tells rank 0, which ends the search; a traceback only for what nobody expected."""
-        trace = "" if isinstance(error, GptailorError) else traceback.format_exc()
-        self._log.event("error", trace.strip() or str(error))
-        self._channel.send(0, "error", type(error).__name__, str(error), trace)
+        kind, text, trace = type(error).__name__, str(error), ""
+        if exit_code_of(error) == ResourceError.exit_code:
+            kind, text = ResourceError.__name__, text or "out of memory"
+        elif not isinstance(error, GptailorError):
+            trace = traceback.format_exc()
+        self._log.event("error", trace.strip() or text)
+        self._channel.send(0, "error", kind, text, trace)
 
 
 class _ToldToStop(Exception):

@@ -13,6 +13,7 @@ import pytest
 from gptailor.errors import UsageError
 from gptailor.execution import launcher
 from tests.execution import mpi_tools as mpi
+from tests.models.tiny import save_model
 
 
 def test_another_gptailor(tmp_path: Path) -> None:
@@ -50,21 +51,48 @@ def test_clocks_that_differ(shift_s: int, code: int, tmp_path: Path) -> None:
         assert mpi.count(tmp_path / "run") == 12
 
 
+def test_models_that_differ(tmp_path: Path) -> None:
+    """A copy has other times, which is no matter; other weights of the same size are."""
+    path = mpi.write_search(tmp_path, evaluations=12)
+    family, copy = tmp_path / "family", tmp_path / "copy"
+    shutil.copytree(family, copy)
+    part = hiding(f"mount --bind {copy} {family}")
+    ended = mpi.wait(mpi.start(["search", str(path)], 2, parts=[part]), 60)
+    assert ended.code == 0, ended.stderr
+    save_model(copy / "green", 8, name="another")
+    ended = mpi.wait(mpi.start(["search", str(path), "--resume"], 2, parts=[part]), 60)
+    assert ended.code == 2, ended.stderr
+    (sentence,) = ended.sentences
+    assert f"green ({family / 'green'}) is not the same everywhere" in sentence
+    assert "rank 2 on" in sentence
+    shutil.rmtree(copy / "green")
+    ended = mpi.wait(mpi.start(["search", str(path), "--resume"], 2, parts=[part]), 60)
+    assert ended.code == 3, ended.stderr
+    (sentence,) = ended.sentences
+    assert "rank 2 on" in sentence
+    assert "does not exist" in sentence
+
+
 @pytest.mark.slow  # a file may take half a minute to be seen over NFS, so the refusal does
 def test_a_run_folder_that_is_not_shared(tmp_path: Path) -> None:
-    hide = ["unshare", "--mount"]
-    if subprocess.run([*hide, "true"], check=False, capture_output=True).returncode != 0:
-        pytest.skip("needs the right to make mount namespaces")
     path = mpi.write_search(tmp_path)
     run = tmp_path / "run"
     run.mkdir()
-    part = [*hide, "sh", "-c", f'mount -t tmpfs none {run} && exec "$@"', "sh"]
+    part = hiding(f"mount -t tmpfs none {run}")
     began = time.monotonic()
     ended = mpi.wait(mpi.start(["search", str(path)], 2, parts=[part]), 90)
     assert ended.code == 2, ended.stderr
     assert time.monotonic() - began < 60
     (sentence,) = ended.sentences
     assert f"The run folder {run} is not shared" in sentence
+
+
+def hiding(mount: str) -> list[str]:
+    """What gives a rank another view of the file system."""
+    hide = ["unshare", "--mount"]
+    if subprocess.run([*hide, "true"], check=False, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to make mount namespaces")
+    return [*hide, "sh", "-c", f'{mount} && exec "$@"', "sh"]
 
 
 def test_a_mistake_is_said_once(tmp_path: Path) -> None:
