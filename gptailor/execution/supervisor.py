@@ -35,6 +35,8 @@ from pathlib import Path
 from types import FrameType
 
 VERDICT_VARIABLE = "GPTAILOR_VERDICT"
+ENDS_AT_VARIABLE = "GPTAILOR_ENDS_AT"
+"""Unix time in seconds: so long the search may wait for what runs."""
 
 REQUEUE = 75
 STOPPED_EARLY = 5
@@ -147,6 +149,7 @@ class Supervisor:
             "SLURM_EXIT_ERROR": str(SRUN_ERROR),
             **self.environ,
             VERDICT_VARIABLE: str(verdict_file),
+            **self._end_time(),
         }
         self._say(f"starts {shlex.join(self.command)}")
         # in this process's group: where Slurm tells processes by their group, none may leave it
@@ -178,13 +181,25 @@ class Supervisor:
         It signals the ranks only, and a job that ends in that time is over for Slurm: it would not
         come back by itself.
         """
-        if not self.job:
-            return False
-        shown = _output(["scontrol", "--oneliner", "show", "job", self.job])
-        values = dict(word.partition("=")[::2] for word in shown.split())
+        values = self._job_values()
         preempted_at, began_at = values.get("PreemptTime", "None"), values.get("StartTime", "")
         # of this turn, not of one before a requeue (both are in the same form, year first)
         return values.get("JobState") == "RUNNING" and "None" != preempted_at >= began_at
+
+    def _job_values(self) -> dict[str, str]:
+        """What Slurm says of this job; empty without Slurm, or without an answer."""
+        if not self.job:
+            return {}
+        shown = _output(["scontrol", "--oneliner", "show", "job", self.job])
+        return dict(word.partition("=")[::2] for word in shown.split())
+
+    def _end_time(self) -> dict[str, str]:
+        """When Slurm will kill the job, for the search; older versions don't tell it."""
+        try:
+            ends_at = time.strptime(self._job_values().get("EndTime", ""), "%Y-%m-%dT%H:%M:%S")
+        except ValueError:
+            return {}
+        return {ENDS_AT_VARIABLE: f"{time.mktime(ends_at):.0f}"}
 
     def _requeue(self) -> int:
         if not self.job:

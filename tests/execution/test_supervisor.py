@@ -163,6 +163,15 @@ def test_a_signal_between_two_tries(tmp_path: Path) -> None:
     assert run.end()[:2] == (143, 1)
 
 
+@pytest.mark.parametrize(
+    ("end", "expected"), [("2026-11-22T10:00:00", "1795341600"), ("Unknown", "None")]
+)
+def test_the_search_is_told_when_the_job_ends(tmp_path: Path, end: str, expected: str) -> None:
+    program(tmp_path, "scontrol", f"echo JobId=71 JobState=RUNNING EndTime={end}")
+    code = f"verdict(0 if str(os.environ.get('GPTAILOR_ENDS_AT')) == '{expected}' else 3)"
+    assert Supervised(tmp_path, code, SLURM_JOB_ID="71", TZ="UTC").end()[:2] == (0, 1)
+
+
 def test_a_requeue_is_asked_of_slurm(tmp_path: Path) -> None:
     """Slurm ends a job that it requeues; here the stand-in does."""
     program(tmp_path, "scontrol", 'echo "$@" >> calls; [ $1 = requeue ] && kill $PPID')
