@@ -14,8 +14,9 @@ import json
 import os
 import shutil
 import socket
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from gptailor.errors import ModelError, ResourceError, UsageError
@@ -26,6 +27,7 @@ _MANIFEST = ".gptailor-copied-from.json"
 _SMALL = (".json", ".model", ".txt", ".jinja")
 """Beside the weights: configuration, tokenizer, index."""
 _STREAMS = 4
+_PIECE_BYTES = 64 << 20
 
 
 def scratch_folder(name: str) -> Path:
@@ -116,15 +118,20 @@ def _copy(candidate: Candidate, place: Path, keep_going: Callable[[], None]) -> 
     new = place.with_name(f".new-{place.name}")
     try:
         new.mkdir(mode=0o700)
-        pool = ThreadPoolExecutor(_STREAMS)
-        futures = [pool.submit(_copy_file, path, new / path.name) for path in files]
-        try:
-            while wait(futures, 0.2).not_done:
-                keep_going()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        stop = threading.Event()
+        with ThreadPoolExecutor(_STREAMS) as pool:
+            futures = [pool.submit(_copy_file, path, new / path.name, stop) for path in files]
+            try:
+                while wait(futures, 0.2, FIRST_EXCEPTION).not_done:
+                    keep_going()
+                    if any(f.done() and f.exception() for f in futures):
+                        break
+            finally:
+                stop.set()
+                pool.shutdown(cancel_futures=True)
         for future in futures:
-            future.result()
+            if not future.cancelled():
+                future.result()
         if _identity(files) != before:
             raise ModelError(f"{candidate.folder} changed while it was copied: start again.")
         (new / _MANIFEST).write_text(json.dumps(before))
@@ -142,7 +149,11 @@ def _copy(candidate: Candidate, place: Path, keep_going: Callable[[], None]) -> 
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _copy_file(source: Path, to: Path) -> None:
-    shutil.copyfile(source, to)
-    stat = source.stat()
+def _copy_file(source: Path, to: Path, stop: threading.Event) -> None:
+    """Copies inside the kernel, piece by piece, until it is whole or asked to stop."""
+    with source.open("rb") as inside, to.open("xb") as out:
+        stat = os.fstat(inside.fileno())
+        while not stop.is_set():
+            if not os.sendfile(out.fileno(), inside.fileno(), None, _PIECE_BYTES):
+                break
     os.utime(to, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # part of a family's fingerprint

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -231,8 +232,8 @@ from pathlib import Path
 from gptailor.execution import staging
 from gptailor.models.family import Candidate
 real = staging._copy_file
-def slow(source, to):
-    real(source, to)
+def slow(source, to, stop):
+    real(source, to, stop)
     print(to, flush=True)
     time.sleep(30)
 staging._copy_file = slow
@@ -254,6 +255,48 @@ def test_a_copy_that_was_left_half_way_is_made_again(tmp_path: Path, scratch: Pa
         assert (places["base"] / name).read_bytes() == (folder / name).read_bytes()
 
 
+ALL_STAGE = """
+import os, sys, time
+from pathlib import Path
+from gptailor.execution import staging
+from gptailor.models.family import Candidate
+copied = []
+real = staging._copy
+staging._copy = lambda *given: (copied.append(1), real(*given))
+while not Path(sys.argv[1]).exists():
+    time.sleep(0.01)
+places = staging.staged([Candidate(name, name) for name in sys.argv[3:]], Path(sys.argv[2]))
+print(len(copied), *(os.stat(p / "model.safetensors").st_ino for p in places.values()))
+"""
+
+
+def test_one_of_several_copies(models: dict[str, str], scratch: Path, tmp_path: Path) -> None:
+    done = start_all(ALL_STAGE, 3, tmp_path / "go", str(scratch), *models.values())
+    found = sorted(text.split() for text in done)
+    assert [counts[0] for counts in found] == ["0", "0", "4"]
+    assert len({tuple(counts[1:]) for counts in found}) == 1
+
+
+def test_copying_ends_when_it_is_asked_to(
+    models: dict[str, str], scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging, "_PIECE_BYTES", 100)
+    real = os.sendfile
+
+    def slow(*given: int) -> int:
+        time.sleep(0.05)
+        return real(*given)
+
+    monkeypatch.setattr(os, "sendfile", slow)
+
+    def no_more() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        staging.staged([Candidate("base", models["base"])], scratch, no_more)
+    assert not [path for path in scratch.glob("*/*") if path.is_dir()]
+
+
 def test_a_folder_that_is_not_there_is_told(models: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--stage: .*/nowhere is no folder of"):
         open_candidates(config_of(models), stage=str(tmp_path / "nowhere"))
@@ -267,8 +310,8 @@ def test_a_source_that_changes_meanwhile_is_told(
     folder = save_model(tmp_path / "base", 2)
     real = staging._copy_file
 
-    def copy(source: Path, to: Path) -> None:
-        real(source, to)
+    def copy(source: Path, to: Path, stop: threading.Event) -> None:
+        real(source, to, stop)
         os.utime(source)
 
     monkeypatch.setattr(staging, "_copy_file", copy)
