@@ -72,6 +72,16 @@ def test_its_figures_are_those_of_real_evaluations(
     assert plan.hours == pytest.approx(40 / plan.evaluations_per_hour)
 
 
+def test_probes_that_would_not_fit_are_refused(
+    models: dict[str, str], tasks_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gptailor.execution.memory.available_bytes", lambda: 100_000)
+    path = config_file(tmp_path, models, tasks_dir)
+    with pytest.raises(ResourceError, match="leave the probes out with --no-probe"):
+        verbs.plan(path)
+    assert not verbs.plan(path, probe=False).probes
+
+
 @pytest.mark.parametrize("kind", ["t_rolling", "t_generate", "t_lambada"])
 def test_tokens_of_every_kind_of_request(
     kind: str, models: dict[str, str], tasks_dir: Path, tmp_path: Path

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import shlex
+import sys
 from typing import TYPE_CHECKING
 
 from gptailor.commands.command import Command, at_least_one
@@ -24,6 +25,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         gpus_per_worker=arguments.gpus_per_worker,
         gpu_gib=arguments.gpu_gib,
         probe=arguments.probe,
+        note=lambda text: print(text, file=sys.stderr),
     )
     if arguments.json:
         print(json.dumps(dataclasses.asdict(found), indent=2))

@@ -64,7 +64,7 @@ def open_candidates(
         ResourceError: there is no room for the copies.
         UsageError: there is no such scratch folder.
     """
-    on_cpu = _is_cpu(config.evaluation.device)
+    on_cpu = is_cpu(config.evaluation.device)
     io = "mmap" if on_cpu and checked_io(None) == "auto" else None
     family = Family(config.models, config.base, io)
     scratch = os.environ.get(STAGE_VARIABLE) if stage is None else stage
@@ -180,7 +180,8 @@ def _seconds(began: float) -> str:
     return f"{time.monotonic() - began:.1f} s"
 
 
-def _is_cpu(device: str) -> bool:
+def is_cpu(device: str) -> bool:
+    """Whether a configuration's `device` is the CPU on this machine."""
     if device != "auto":
         return device == "cpu"
     import torch

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -153,6 +153,7 @@ def plan(
     gpus_per_worker: int = 1,
     gpu_gib: float | None = None,
     probe: bool = True,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Plan:
     """Says what a search will cost, from headers, tasks and three evaluations on this machine.
 
@@ -163,11 +164,12 @@ def plan(
         gpus_per_worker: how many GPUs each of them will have.
         gpu_gib: memory of a GPU; default: of this machine's; without one the plan is for the CPU.
         probe: measure three evaluations; else the plan has no times.
+        note: is told what a person who waits should know.
 
     Raises:
         UsageError: the configuration is wrong, or a task can't be had.
         ModelError: a model or tokenizer is unusable.
-        ResourceError: memory is exhausted while the probes are measured.
+        ResourceError: this machine has too little memory for the probes.
     """
     from gptailor.config import read_config
     from gptailor.evaluation.dry_run import DryRun
@@ -194,7 +196,13 @@ def plan(
             gpus = plan_gpus(footprint, gpu_bytes, gpus_per_worker)
         except ResourceError as error:
             why_not = str(error)
-    device, probes = _probes(parsed, space) if probe else ("", [])
+    device = ""
+    probes: list[Probe] = []
+    if probe:
+        _check_room(footprint, parsed.evaluation.device)
+        work = 2e-12 * family.parameters() * sizes["search"].tokens
+        note(f"Measuring three evaluations of up to {work:,.3g} Tflop (--no-probe leaves it out).")
+        device, probes = _probes(parsed, space)
     seconds = sum(p.seconds for p in probes) / len(probes) if probes else None
     per_hour = None if seconds is None else workers * 3600.0 / seconds
     return Plan(
@@ -231,6 +239,19 @@ def _gpu_bytes(device: str, gpu_gib: float | None) -> int | None:
     if not torch.cuda.is_available():
         return None
     return int(torch.cuda.get_device_properties(0).total_memory)
+
+
+def _check_room(footprint: Footprint, device: str) -> None:
+    """Raises a `ResourceError` where the probes would make the machine crawl: on a login node."""
+    from gptailor.execution.memory import available_bytes
+    from gptailor.execution.node_files import is_cpu
+
+    room = available_bytes()
+    if is_cpu(device) and footprint.model > 0.8 * room:
+        raise ResourceError(
+            f"A model has {footprint.model / 1e9:.0f} GB, but {room / 1e9:.0f} GB of memory are "
+            "free here: leave the probes out with --no-probe, or plan on a compute node."
+        )
 
 
 def _probes(config: Config, space: SearchSpace) -> tuple[str, list[Probe]]:

@@ -38,10 +38,13 @@ def test_real_evaluations_find_the_front_of_one_process(
     }  # fmt: skip
     path = tmp_path / "search.yaml"
     path.write_text(yaml.safe_dump(config))
-    ended = mpi.wait(
-        mpi.start(["search", str(path), f"output={tmp_path / 'mpi'}"], 3, program=CLI), 250
-    )
+    scratch = tmp_path / "scratch"  # ranks evaluate with copies, and tell of the originals
+    scratch.mkdir()
+    words = ["search", str(path), "--stage", str(scratch), f"output={tmp_path / 'mpi'}"]
+    ended = mpi.wait(mpi.start(words, 3, program=CLI), 250)
     assert ended.code == 0, ended.stderr
+    assert len(list(scratch.glob("*/*/model.safetensors"))) == len(models)
+    assert str(scratch).encode() not in (tmp_path / "mpi" / "archive.db").read_bytes()
     verbs.search(path, overrides=[f"output={tmp_path / 'one'}"])
     assert front(tmp_path / "mpi") == front(tmp_path / "one")
     scored = [

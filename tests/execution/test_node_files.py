@@ -356,7 +356,7 @@ def test_on_the_cpu_files_are_mapped_unless_another_way_was_asked_for(
             monkeypatch.setenv("GPTAILOR_IO", asked)
         else:
             monkeypatch.delenv("GPTAILOR_IO", raising=False)
-        monkeypatch.setattr(node_files, "_is_cpu", lambda device, answer=on_cpu: answer)
+        monkeypatch.setattr(node_files, "is_cpu", lambda device, answer=on_cpu: answer)
         family = open_candidates(config_of(models))
         assert family.base.checkpoint._io == used, asked
 
