@@ -22,7 +22,7 @@ from gptailor.errors import UsageError
 from gptailor.evaluation.similarity import Similarity
 from gptailor.search.island_folder import FOLDER, island_numbers
 from gptailor.search.journal import NAME, Journal, JournalReader
-from gptailor.search.journal_entry import Begun, Closed, Header, Key, Measured
+from gptailor.search.journal_entry import Begun, Closed, Entry, Header, Key, Measured
 from gptailor.search.others import Alone
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class Islands(Alone):
                 path = self._root / str(island) / NAME
                 other = self._others[island] = _Other(JournalReader(path), began)
             try:
-                is_new |= self._listen(other)
+                is_new |= self._listen(island, other)
             except UsageError as error:
                 if strict:
                     raise
@@ -196,10 +196,20 @@ class Islands(Alone):
         pause = 0.0 if is_new else (ended - began) / LOOK_SHARE
         self._next_look = ended + min(pause, MAX_PAUSE_S)
 
-    def _listen(self, other: _Other) -> bool:
+    def _listen(self, island: int, other: _Other) -> bool:
         """Reads on in a journal; False if there is nothing new."""
+
+        def read() -> list[Entry]:
+            try:
+                return other.reader.read()
+            except UsageError as error:
+                raise UsageError(
+                    f"{error} It is mended when island {island} goes on (--island "
+                    f"{island}/{max(self.count, island + 1)}); or remove it."
+                ) from error
+
         is_new = False
-        while entries := other.reader.read():
+        while entries := read():
             is_new = True
             other.heard_at = self._now()
             for entry in entries:
