@@ -277,16 +277,20 @@ class Crew:
             if self.stop:
                 raise self.stop.error()
             waited_s = time.monotonic() - began
-            names = ", ".join(
-                self.members[r].hello.name if r in self.members else f"rank {r}"
-                for r in sorted(missing)[:8]
-            )
             if waited_s > ANSWER_LIMIT_S:
+                names = self._names(missing)
                 raise StoppedEarly(f"No answer ({kind}) within {waited_s:.0f} s from {names}.")
             if waited_s > NOTE_AFTER_S and not is_noted:
                 is_noted = True
-                self.say(f"Waiting for {names} ({kind}).")
+                self.say(f"Waiting for {self._names(missing)} ({kind}).")
             time.sleep(SHORTEST_S)
+
+    def _names(self, ranks: Iterable[int]) -> str:
+        """A few of them, for people."""
+        return ", ".join(
+            self.members[rank].hello.name if rank in self.members else f"rank {rank}"
+            for rank in sorted(ranks)[:8]
+        )
 
     def _raise(self, rank: int, kind: str, message: str, trace: str) -> NoReturn:
         """The error of a worker as our own."""

@@ -21,7 +21,8 @@ class MpiExecutor:
         self._members = [crew.members[rank] for rank in sorted(crew.members)]
         self.num_workers = len(self._members)
         self._info: WorkloadInfo | None = None
-        self._ready: set[int] = set()
+        self._free: set[int] = set()
+        self._num_ready = 0
         self._first_ready: Hello | None = None
 
     @property
@@ -40,13 +41,12 @@ class MpiExecutor:
 
     def free(self) -> Sequence[int]:
         """The workers that are ready and have no job."""
-        return [worker for worker in sorted(self._ready) if self._members[worker].job is None]
+        return sorted(self._free)
 
     def start(self, worker: int, job: Job) -> None:
         """Sends a job; the message leaves while results are waited for."""
         member = self._members[worker]
-        assert worker in self._ready
-        assert member.job is None
+        self._free.remove(worker)
         member.job, member.since = job, self.now()
         self._crew.channel.send(worker + 1, "job", job)
         self._crew.log.event("job", worker=worker + 1, job=job_name(job))
@@ -55,11 +55,11 @@ class MpiExecutor:
         """The jobs that ended; looks again and again, with short sleeps."""
         deadline, pause = time.monotonic() + timeout_s, SHORTEST_S
         while True:
-            num_ready, found = len(self._ready), []
+            num_ready, found = self._num_ready, []
             while (result := self._take()) is not None:
                 if isinstance(result, Finished):
                     found.append(result)
-            if found or len(self._ready) > num_ready or time.monotonic() >= deadline:
+            if found or self._num_ready > num_ready or time.monotonic() >= deadline:
                 return found
             time.sleep(max(min(pause, deadline - time.monotonic()), 0))
             pause = min(1.2 * pause, LONGEST_S)
@@ -86,6 +86,7 @@ class MpiExecutor:
         assert member.job is not None
         job, member.job, seconds = member.job, None, self.now() - member.since
         member.since = self.now()
+        self._free.add(worker)
         result = content[0]
         fields = {"status": result.status} if isinstance(result, Outcome) else {}
         self._crew.log.event("result", worker=rank, job=job_name(job), seconds=seconds, **fields)
@@ -101,7 +102,8 @@ class MpiExecutor:
                 f"{info.digest} for {member.hello.name}; give all nodes the same tasks."
             )
         member.device, member.since = device, self.now()
-        self._ready.add(worker)
+        self._free.add(worker)
+        self._num_ready += 1
         self._crew.log.event(
             "ready", f"{member.hello.name} is ready on {device}.", worker=worker + 1, device=device
         )

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING
 
 from gptailor.errors import exit_code_of
 from gptailor.execution.executor import job_name
-from gptailor.execution.job_record import JobRecord, JobRecorder, WorkerRecord, job_id_here
+from gptailor.execution.job_record import (
+    JobRecord,
+    JobRecorder,
+    JobState,
+    WorkerRecord,
+    job_id_here,
+)
 from gptailor.execution.stop import Stop
 from gptailor.search.island_folder import FOLDER
 
@@ -24,6 +30,9 @@ WINDOW_S = 900.0
 """Evaluations per hour are those of the last quarter of an hour."""
 
 _SAMPLE_S = 10.0
+
+TICK_S = 1.0
+"""With thousands of workers a look at all of them takes a while."""
 
 
 class Reporter:
@@ -53,6 +62,8 @@ class Reporter:
         self._members: Sequence[Member] = ()
         self._rates: deque[tuple[float, int]] = deque()
         self._num_failures = 0
+        self._ticked_at = float("-inf")
+        self._run: Run | None = None
 
     def begin(self, *, log: str = "", members: Sequence[Member] = ()) -> None:
         """Makes the file, if that is not done yet.
@@ -71,12 +82,21 @@ class Reporter:
 
     def tick(self, run: Run) -> None:
         """Notes how far a search is."""
-        if self._recorder is None:
+        state: JobState = "draining" if self._stop else "running"
+        now = run.executor.now()
+        self._run = run
+        if self._recorder is None or (
+            now - self._ticked_at < TICK_S and self._recorder.record.state == state
+        ):
             return
+        self._ticked_at = now
+        self._look(self._recorder, run, state)
+
+    def _look(self, recorder: JobRecorder, run: Run, state: JobState) -> None:
         progress = run.progress
         new = progress.done - progress.reused - progress.elsewhere
-        self._recorder.update(
-            state="draining" if self._stop else "running",
+        recorder.update(
+            state=state,
             workers=self._workers(run),
             evaluations_done=progress.done,
             evaluations_new=new,
@@ -84,7 +104,7 @@ class Reporter:
         )
         for worker, point, reason in run.failures[self._num_failures :]:
             log = f"{self._logs_in}{self._members[worker].log}" if self._members else ""
-            self._recorder.failed(point, reason, log)
+            recorder.failed(point, reason, log)
         self._num_failures = len(run.failures)
 
     def __enter__(self) -> Reporter:
@@ -97,6 +117,8 @@ class Reporter:
         trace: TracebackType | None,
     ) -> None:
         if self._recorder is not None:
+            if self._run is not None:
+                self._look(self._recorder, self._run, self._recorder.record.state)
             self._recorder.end(exit_code_of(value))
 
     def _workers(self, run: Run) -> tuple[WorkerRecord, ...]:

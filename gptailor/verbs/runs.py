@@ -173,7 +173,6 @@ def _search(
                 run = Run(config, family, archive, executor, progress, stop, reporter.tick, others)
                 run.search()
                 run.holdout([e.recipe for e in worth_a_holdout(run.evaluations("search"))])
-                reporter.tick(run)
         finally:
             executor.close()
         write_report(output)
