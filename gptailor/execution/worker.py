@@ -167,7 +167,7 @@ class WorkerRank:
                 self._answer(*message)
             except _ToldToStop:
                 break
-            except Exception as error:
+            except BaseException as error:  # a library's sys.exit(), too, is told to rank 0
                 self._report(error)
         self._channel.send(0, "bye", self._times)
         if not self._channel.flush(_WORD_S):
@@ -273,7 +273,7 @@ class WorkerRank:
                 how = f"{how}: {result.reason.strip()}"
         self._log.event("done", f"{what}: {how} in {seconds:.2f} s", job=what, seconds=seconds)
 
-    def _report(self, error: Exception) -> None:
+    def _report(self, error: BaseException) -> None:
         """Tells rank 0, which ends the search; a traceback only for what nobody expected."""
         kind, text, trace = type(error).__name__, str(error), ""
         if exit_code_of(error) == ResourceError.exit_code:
