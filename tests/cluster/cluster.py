@@ -8,6 +8,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ class Cluster:
         self.settings = Settings(self.folder, gpus=gpus, may_requeue=may_requeue)
         self.env = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PMI", "OMPI_"))},
-            "PATH": PATH,
+            "PATH": f"{Path(sys.executable).parent}:{PATH}",  # gptailor lies beside python
             "SLURM_CONF": str(self.settings.slurm_conf),
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
@@ -176,7 +177,7 @@ class Cluster:
         rows = [line.split("|") for line in text.splitlines() if "|" in line]
         return [(state.split()[0], int(code.split(":")[0])) for state, code in rows]
 
-    def wait(self, job: str, states: Collection[str] = (), timeout_s: float = 60) -> str:
+    def wait(self, job: str, states: Collection[str] = (), timeout_s: float = 200) -> str:
         """Waits for one of the states, or for the end of the job if none is named."""
 
         def now() -> str:
@@ -199,6 +200,8 @@ class Cluster:
 
     def processes(self, job: str) -> list[int]:
         """Processes of a job on all nodes: batch shell, srun, ranks and their children."""
+        if "_" in job:  # an element of an array has a number of its own, too
+            job = self.run("squeue", "-h", "-j", job, "-o", "%A").strip()
         return find(SLURM_JOB_ID=job, **self._mine)
 
     def ranks(self, job: str) -> dict[int, int]:
@@ -215,6 +218,10 @@ class Cluster:
         """SIGKILL, as the kernel does when memory is exhausted."""
         os.kill(self.ranks(job)[rank], signal.SIGKILL)
 
+    def signal_ranks(self, job: str, number: int) -> None:
+        """What `--signal` does before the time limit: every rank gets it, the batch shell not."""
+        self.run("scancel", f"--signal={number}", job)
+
     def kill_node(self, node: str) -> None:
         """A node without power: slurmd, step daemons and all tasks are gone at once."""
         self._slurmd[node].kill()
@@ -224,6 +231,7 @@ class Cluster:
         """Power again; does nothing to a node that is up."""
         if not self._slurmd[node].alive:
             self._slurmd[node].start()
+            self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
         self._wait_for_node(node)
 
     def node_state(self, node: str) -> str:

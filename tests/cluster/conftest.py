@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.cluster.cluster import Cluster, running
+from tests.cluster.cluster import ROOT, Cluster, running
 from tests.cluster.programs import missing_packages, skip_without
+from tests.cluster.searches import make_search
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +41,36 @@ def strict_cluster(session_strict_cluster: Cluster) -> Iterator[Cluster]:
     """The same at a site that refuses to requeue jobs."""
     yield session_strict_cluster
     session_strict_cluster.reset()
+
+
+@pytest.fixture(scope="session")
+def front(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, float]]:
+    """What one process finds, from generation to generation, with the same seed."""
+    search = make_search(tmp_path_factory.mktemp("alone") / "search", seconds=0)
+    command = [sys.executable, "-m", "gptailor.cli", "search", str(search.config)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, env=env, check=True, capture_output=True, timeout=120)
+    search.check(search.rows())
+    return search.front()
+
+
+@pytest.fixture(autouse=True)
+def logs(tmp_path: Path) -> Iterator[None]:
+    """What the jobs said, shown with a test that fails."""
+    yield
+    for log in [*tmp_path.rglob("*.log"), *tmp_path.rglob("*.out")]:
+        print(
+            f"\n== {log.relative_to(tmp_path)}", log.read_text(errors="replace")[-6000:], sep="\n"
+        )
+
+
+@pytest.fixture(scope="session")
+def mpich() -> Path:
+    """The library of MPICH, from its wheel, beside the Open MPI of the system."""
+    for folder in (Path(sys.prefix) / "mpich" / "lib", Path(sys.prefix) / "lib"):
+        if (folder / "libmpi.so.12").exists():
+            return folder / "libmpi.so.12"
+    skip_without(
+        ["mpich"], f"{sys.executable} -m pip install --no-deps --prefix {sys.prefix}/mpich"
+    )
+    raise AssertionError

@@ -41,7 +41,7 @@ class Settings:
 
     folder: Path
     nodes: tuple[str, ...] = ("n1", "n2")
-    cores: int = 8
+    cores: int = 16
     gpus: int = 2
     may_requeue: bool = True
     ports: list[int] = field(default_factory=lambda: free_ports(5))

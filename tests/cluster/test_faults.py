@@ -1,0 +1,145 @@
+"""What befalls a search on a cluster for a night: nothing that was evaluated is evaluated again."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from gptailor.search.run_folder import read_run
+from tests.cluster.cluster import Cluster
+from tests.cluster.jobs import check_status, launch, submit
+from tests.cluster.processes import wait_until
+from tests.cluster.searches import make_search
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(900),
+    pytest.mark.slow,  # Slurm looks at its clocks rarely, and each start loads the models again
+]
+
+Front = list[tuple[str, float]]
+
+
+def test_a_node_dies(cluster: Cluster, tmp_path: Path, front: Front) -> None:
+    search = make_search(tmp_path / "search", seconds=0.5)
+    job = submit(cluster, search)
+    seen = search.wait_for(8)
+    cluster.kill_node("n2")
+    cluster.wait_past(job, "NODE_FAIL")
+    later = search.rows()
+    cluster.restart_node("n2")
+    assert cluster.wait(job, timeout_s=300) == "COMPLETED"
+    search.check(seen, later)
+    assert search.front() == front
+    check_status(cluster, search, job)
+
+
+def test_the_node_of_rank_0_dies(cluster: Cluster, tmp_path: Path, front: Front) -> None:
+    search = make_search(tmp_path / "search", seconds=0.5)
+    job = submit(cluster, search)
+    seen = search.wait_for(8)
+    cluster.kill_node("n1")
+    cluster.run("scontrol", "update", "nodename=n1", "state=down", "reason=no answer")  # at once
+    cluster.wait_past(job, "NODE_FAIL")
+    later = search.rows()
+    cluster.restart_node("n1")
+    assert cluster.wait(job, timeout_s=300) == "COMPLETED"
+    search.check(seen, later)
+    assert search.front() == front
+    check_status(cluster, search, job)
+
+
+def test_the_time_limit(cluster: Cluster, tmp_path: Path) -> None:
+    # 30 s before the end: Slurm looks every 30 s, and signals 60 to 90 s after the start
+    search = make_search(tmp_path / "search", seconds=4, evaluations=66)
+    job = submit(cluster, search, "--time=2", "--signal=USR2@30")
+    seen = search.wait_for(3)
+    cluster.wait(job, ["PENDING"], timeout_s=300)
+    later = search.rows()
+    assert cluster.wait(job, timeout_s=400) == "COMPLETED"
+    search.check(seen, later)
+    assert search.logged(search.run).total() == len(search.rows())  # nothing begun was lost
+    states = [state for state, _ in cluster.sacct(job)]
+    assert set(states[:-1]) <= {"REQUEUED"}, states  # it was never ended by Slurm
+    assert len(states) > 1
+    check_status(cluster, search, job)
+
+
+def test_preemption(cluster: Cluster, tmp_path: Path, front: Front) -> None:
+    search = make_search(tmp_path / "search", seconds=0.5)
+    job = submit(cluster, search)
+    seen = search.wait_for(8)
+    high = cluster.submit("-N2", "--exclusive", "-p", "high", "--wrap", "sleep 3")
+    assert cluster.wait(high) == "COMPLETED"
+    later = search.rows()
+    assert cluster.wait(job, timeout_s=300) == "COMPLETED"
+    search.check(seen, later)
+    assert search.front() == front
+    check_status(cluster, search, job)
+    assert [state for state, _ in cluster.sacct(job)] == ["PREEMPTED", "COMPLETED"]
+
+
+def test_scancel_and_resume(cluster: Cluster, tmp_path: Path, front: Front) -> None:
+    search = make_search(tmp_path / "search", seconds=0.5)
+    job = submit(cluster, search)
+    seen = search.wait_for(8)
+    cluster.cancel(job)
+    assert cluster.wait(job) == "CANCELLED"
+    assert not cluster.processes(job)
+    check_status(cluster, search, job)
+    later = search.rows()
+    assert len(later) < search.evaluations
+    again = submit(cluster, search)
+    assert cluster.wait(again, timeout_s=300) == "COMPLETED"
+    search.check(seen, later)
+    assert search.front() == front
+    check_status(cluster, search, job)
+
+
+def test_a_site_that_does_not_requeue(strict_cluster: Cluster, tmp_path: Path) -> None:
+    search = make_search(tmp_path / "search", seconds=0.5, evaluations=48)
+    job = submit(strict_cluster, search, "--time=10")
+    seen = search.wait_for(8)
+    strict_cluster.signal_ranks(job, signal.SIGUSR2)
+    assert strict_cluster.wait(job) == "FAILED"
+    assert strict_cluster.sacct(job) == [("FAILED", 75)]
+    assert "submit the same command again" in (tmp_path / "search" / "job.log").read_text()
+    check_status(strict_cluster, search, job)
+    later = search.rows()
+    again = submit(strict_cluster, search)
+    assert strict_cluster.wait(again, timeout_s=300) == "COMPLETED"
+    search.check(seen, later)
+
+
+def test_islands_of_which_one_is_lost(cluster: Cluster, tmp_path: Path) -> None:
+    search = make_search(tmp_path / "search", seconds=1, evaluations=90, schedule="asynchronous")
+    jobs = launch(cluster, search, "--islands=3", "--nodes=1", "--workers-per-node=1")
+    assert len(jobs) == 3
+    wait_until(lambda: len(search.archives()) == 3, 120, "three islands")
+    seen = search.wait_for(12)
+    cluster.kill_rank(jobs[1], 1)  # comes back
+    cluster.cancel(jobs[2])  # does not
+    assert cluster.wait(jobs[2]) == "CANCELLED"
+    later = search.rows()
+    assert cluster.wait(jobs[0], timeout_s=300) == "COMPLETED"
+    assert cluster.wait(jobs[1], timeout_s=60) == "COMPLETED"
+    search.check(seen, later)
+    data = read_run(search.run)
+    assert len(data.paid) - len(data.evaluations) <= 3  # done by two in the same moment
+    assert {folder.name for folder in search.archives()} == {"0", "1", "2"}
+    for job in jobs:
+        check_status(cluster, search, job)
+
+
+def test_a_crash_in_one_rank_ends_the_job(cluster: Cluster, tmp_path: Path) -> None:
+    search = make_search(tmp_path / "search", seconds=0, crashes=True)
+    job = submit(cluster, search, ranks=3)
+    assert cluster.wait(job) == "FAILED"
+    assert cluster.sacct(job) == [("FAILED", 1)]
+    text = (tmp_path / "search" / "job.log").read_text()
+    assert text.count("Traceback") == 1
+    assert "struck by lightning" in text
+    assert "starts again" not in text
+    check_status(cluster, search, job)
