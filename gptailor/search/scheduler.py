@@ -76,12 +76,12 @@ class Scheduler:
                 free = list(self.executor.free())
                 is_late = not free
                 self._fill(ask, free)
+            self._tick()  # now, when whoever was free has its next job already
             if not self.running and not is_late:
                 break
             if self._stop and self._stop.seconds_left <= 0:
                 break
             self._collect(tell)
-            self._tick()
         if self._stop:
             raise self._stop.error()
 
