@@ -4,7 +4,7 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
 #SBATCH --cpus-per-task=8
-#SBATCH --mem=16G                   # merging works piece by piece; --no-verify loads nothing
+##SBATCH --mem=64G                  # the model, as it is loaded once (--no-verify leaves it out)
 #SBATCH --time=01:00:00
 #SBATCH --output=gptailor-stitch-%j.log
 ##SBATCH --partition=… --account=…  (one # less, and it counts)

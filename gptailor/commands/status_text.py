@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 MAX_WORKERS = 16
 """So many workers of a job are listed, those first that are at it longest."""
 
+MAX_OVER = 8
+"""So many jobs that are over are listed, the last ones."""
+
 MAX_FAILURES = 8
 
 
@@ -35,7 +38,11 @@ def status_text(status: RunStatus) -> str:
     if status.evaluated.note:
         lines.append(status.evaluated.note)
     if status.jobs:
-        lines += ["", *_table(_job_rows(status.jobs))]
+        over = [job for job in status.jobs if not job.is_live]
+        hidden = over[:-MAX_OVER]
+        lines += ["", *_table(_job_rows([job for job in status.jobs if job not in hidden]))]
+        if hidden:
+            lines.append(f"… and {len(hidden)} earlier ones (--json shows all)")
     else:
         lines.append("No job is known of this run.")
     for job in status.jobs:

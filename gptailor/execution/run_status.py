@@ -161,7 +161,10 @@ def _of_slurm(record: JobRecord, job: slurm.SlurmJob) -> JobStatus:
     note = ""
     if job.is_queued:
         if job.state == "RUNNING":
-            note = "its search ended" if has_ended else _silence(record)
+            note = _silence(record)
+            if has_ended:  # by this turn of the job, or by one before
+                is_old = record.restarts < len(job.past)
+                note = "its search has not begun" if is_old else "its search ended"
         elif job.reason:
             note = job.reason + (f", starts {job.begins_at}" if job.begins_at else "")
         return JobStatus(

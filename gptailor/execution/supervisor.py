@@ -14,8 +14,8 @@ runs on this host, writes its exit code there as its last act.
 
 SIGUSR2 (with `--signal=B:USR2@…`) and SIGTERM are handed on to srun, which hands them to all ranks.
 
-Only the standard library is used, so that a host whose Python has nothing installed can run it
-around a container: `PYTHONPATH=/path/to/gptailor python3 -m gptailor.execution.supervisor …`.
+Only the standard library is used, from Python 3.8 on, so that a host where nothing is installed can
+start it around a container: `PYTHONPATH=…/gptailor python3 -m gptailor.execution.supervisor …`.
 """
 
 from __future__ import annotations

@@ -150,6 +150,19 @@ def test_a_search_that_ended(tmp_path: Path) -> None:
     assert status.evaluations_per_hour is None
 
 
+def test_of_many_jobs_that_are_over_the_last_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(12):
+        name = f"local-far-{number:02}"
+        over = replace(RUNNING, job_id=name, state="ended", exit_code=5, started_at=NOW + number)
+        over.write(tmp_path)
+    assert cli.main(["status", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert [number for number in range(12) if f"local-far-{number:02}" in out] == [*range(4, 12)]
+    assert "and 4 earlier ones" in out
+
+
 def test_a_search_on_another_machine_lives_as_long_as_it_says_something(tmp_path: Path) -> None:
     there = replace(RUNNING, job_id="local-far-7", host="far", pid=7, updated_at=time.time())
     there.write(tmp_path)

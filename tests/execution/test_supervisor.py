@@ -5,6 +5,7 @@ Where a branch depends on what `srun` or `scontrol` says, small programs of that
 
 from __future__ import annotations
 
+import ast
 import os
 import signal
 import subprocess
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+import gptailor
+from gptailor.execution import supervisor
 from gptailor.execution.supervisor import known_mpi_types, mpi_type
 
 CHILD = """
@@ -275,6 +278,13 @@ def test_nothing_but_the_standard_library_is_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "['gptailor']\n"
+
+
+def test_an_older_python_of_a_host_can_read_it() -> None:
+    for module in (gptailor, supervisor):
+        source = Path(str(module.__file__)).read_text()
+        ast.parse(source, feature_version=(3, 8))
+        assert "\nfrom __future__ import annotations\n" in source  # unions are no code then
 
 
 def test_the_mpi_type_is_read_from_the_srun_line() -> None:
