@@ -23,8 +23,8 @@ from gptailor.errors import UsageError, plain
 from gptailor.execution.supervisor import Supervisor
 
 OURS = (
-    "array", "cpus-per-task", "distribution", "error", "gpus-per-node", "job-name", "mem", "nodes",
-    "ntasks", "ntasks-per-node", "open-mode", "output", "signal", "time", "wrap",
+    "array", "chdir", "cpus-per-task", "distribution", "error", "gpus-per-node", "job-name",
+    "mem", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "signal", "time", "wrap",
 )  # fmt: skip
 """Options of sbatch that follow from those of `launch`."""
 

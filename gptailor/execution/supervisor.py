@@ -81,7 +81,7 @@ class Supervisor:
         self.progress_s = progress_s
         self.max_requeues = max_requeues
         self.environ = dict(environ)
-        self.job = self.environ.get("SLURM_JOB_ID", "")
+        self.job = _job_id(self.environ)
         self.requeued = int(self.environ.get("SLURM_RESTART_COUNT") or 0)
         self.asked: int | None = None
         self.attempt = 0
@@ -269,6 +269,16 @@ class Supervisor:
         line = f"{stamp} supervisor ({job}, try {self.attempt}): {text}\n"
         with contextlib.suppress(OSError):  # a full disk, a closed terminal
             os.write(2, line.encode())  # not print: a handler may come in the middle of it
+
+
+def _job_id(environ: Mapping[str, str]) -> str:
+    """Slurm's name of this job; empty outside of Slurm.
+
+    One element of an array has the array's own number as SLURM_JOB_ID, and with that all of them
+    would be requeued.
+    """
+    array, element = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{element}" if array and element else environ.get("SLURM_JOB_ID", "")
 
 
 def mpi_type(command: Sequence[str]) -> str | None:

@@ -194,6 +194,22 @@ def test_islands_join_a_run(launcher: Launcher) -> None:
     assert set(json.loads(said)["ended"]) == {first, second, third}
 
 
+@pytest.mark.slow  # Slurm's clocks
+def test_an_island_that_is_requeued_leaves_the_others_alone(launcher: Launcher) -> None:
+    """One element of an array has the array's number as its own, the last one with Slurm 22.05."""
+    jobs = launcher.submitted("--islands", "2", "--nodes", "1", seconds=60)
+    for job in jobs:
+        launcher.wait_for_ranks(job, 3)
+    for count, job in enumerate(jobs):
+        launcher.cluster.run("scancel", "--signal=USR2", job)
+        launcher.wait_for_ranks(job, 6)
+        restarts = {
+            other: {words[1] for words in launcher.wait_for_ranks(other, 3)} for other in jobs
+        }
+        expected = [{"0", "1"} if index <= count else {"0"} for index in range(2)]
+        assert list(restarts.values()) == expected
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -34,7 +34,7 @@ def place(folder: Path) -> None:
     (folder / "scratch").mkdir()
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_every_command_of_the_page_does_what_it_says(cluster: Cluster, tmp_path: Path) -> None:
     place(tmp_path)
     bin_folder = Path(sys.executable).parent
@@ -63,7 +63,7 @@ def test_every_command_of_the_page_does_what_it_says(cluster: Cluster, tmp_path:
         for job in jobs:
             if "afternotok" in block and states and cluster.squeue(job)[1].startswith("Depend"):
                 continue  # its turn never comes, as the first one of the chain is done
-            states[job] = cluster.wait(job, timeout_s=150)
+            states[job] = cluster.wait(job, timeout_s=300)
             logs = "".join(path.read_text() for path in tmp_path.rglob(f"*{job}*.log"))
             assert states[job] == "COMPLETED", (block, logs)
     for run in ("mine", "by-hand", "laptop", "cpu", "chain", "islands", "staged"):

@@ -177,12 +177,18 @@ def test_the_search_is_told_when_the_job_ends(tmp_path: Path, end: str, expected
 
 def test_a_requeue_is_asked_of_slurm(tmp_path: Path) -> None:
     """Slurm ends a job that it requeues; here the stand-in does."""
-    program(tmp_path, "scontrol", 'echo "$@" >> calls; [ $1 = requeue ] && kill $PPID')
-    run = Supervised(tmp_path, "verdict(75)", SLURM_JOB_ID="71", PWD=str(tmp_path))
+    program(tmp_path, "scontrol", "[ $1 = requeue ] && kill $PPID")
+    run = Supervised(tmp_path, "verdict(75)", SLURM_JOB_ID="71")
     code, tries, said = run.end()
     assert (code, tries) == (75, 1)
     assert "job 71, restart 0" in said
     assert "requeued" in said
+
+
+def test_of_an_array_one_element_is_requeued(tmp_path: Path) -> None:
+    program(tmp_path, "scontrol", "echo no: $2 >&2; exit 1")
+    element = {"SLURM_JOB_ID": "71", "SLURM_ARRAY_JOB_ID": "71", "SLURM_ARRAY_TASK_ID": "2"}
+    assert "(no: 71_2)" in Supervised(tmp_path, "verdict(75)", **element).end()[2]
 
 
 def test_a_site_without_requeue(tmp_path: Path) -> None:
