@@ -6,6 +6,7 @@ from pathlib import Path
 
 _UNLIMITED = 1 << 60
 _CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def available_bytes() -> int:
@@ -24,7 +25,7 @@ def _group_limit() -> int:
     """The smallest limit of this process's control groups, of which page cache is a part, too."""
     limit = _UNLIMITED
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = _OWN_CGROUPS.read_text().splitlines()
     except OSError:
         return limit
     for line in lines:

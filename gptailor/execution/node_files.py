@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from gptailor.config import Config
-from gptailor.errors import ModelError, ResourceError
+from gptailor.errors import ModelError, ResourceError, UsageError
 from gptailor.execution.memory import available_bytes
 from gptailor.execution.node_lock import node_lock, own_folder
 from gptailor.execution.page_cache import Range, absent, read_all, whole
@@ -109,7 +109,7 @@ def share(
             return 0  # without waiting for anybody
         with contextlib.ExitStack() as stack:
             fd = None
-            with contextlib.suppress(ResourceError):  # without a lock it is only slower
+            with contextlib.suppress(ResourceError, UsageError):  # without it it is only slower
                 fd = stack.enter_context(node_lock(_lock_file(files), keep_going))
             finished = _read_time(fd)
             if finished >= came:

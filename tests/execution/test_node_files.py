@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -96,18 +97,20 @@ SHARE = """
 import sys, time
 from pathlib import Path
 from gptailor.execution.node_files import share
-while not Path(sys.argv[1]).exists():
-    time.sleep(0.01)
+# go
 print(share([Path(p) for p in sys.argv[2:]]))
 """
 
 
 def start_all(code: str, count: int, go: Path, *words: str) -> list[str]:
-    """Starts processes that wait for `go`, lets them go, and gives what they print."""
-    command = [sys.executable, "-c", code, str(go), *words]
+    """Starts processes, lets them go when all of them wait for `go`; gives what they print then."""
+    wait = "print(flush=True)\nwhile not Path(sys.argv[1]).exists():\n    time.sleep(0.002)\n"
+    command = [sys.executable, "-c", code.replace("# go\n", wait), str(go), *words]
     pipe = subprocess.PIPE
     processes = [subprocess.Popen(command, stdout=pipe, text=True) for _ in range(count)]
-    time.sleep(0.5)
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "\n"
     go.touch()
     printed = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * count
@@ -170,6 +173,14 @@ def test_somebody_else_s_folder_is_not_used(tmp_path: Path) -> None:
     own_folder(tmp_path).chmod(0o777)
     with pytest.raises(UsageError, match="only you can write to"):
         own_folder(tmp_path)
+
+
+def test_without_a_lock_files_are_read_all_the_same(
+    cold: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / f"gptailor-{os.geteuid()}").write_text("in the way")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert share(cold) == sum(path.stat().st_size for path in cold)
 
 
 # Copies
@@ -263,8 +274,7 @@ from gptailor.models.family import Candidate
 copied = []
 real = staging._copy
 staging._copy = lambda *given: (copied.append(1), real(*given))
-while not Path(sys.argv[1]).exists():
-    time.sleep(0.01)
+# go
 places = staging.staged([Candidate(name, name) for name in sys.argv[3:]], Path(sys.argv[2]))
 print(len(copied), *(os.stat(p / "model.safetensors").st_ino for p in places.values()))
 """
@@ -402,8 +412,7 @@ from gptailor.execution.node_files import open_candidates
 def figures(path, *keys):
     rows = (line.split(":") for line in Path(path).read_text().splitlines())
     return {k: int(v.split()[0]) for k, v in rows if k in keys}
-while not Path(sys.argv[1]).exists():
-    time.sleep(0.01)
+# go
 before = figures("/proc/self/io", "read_bytes")["read_bytes"]
 models = json.loads(sys.argv[2])
 data = {"models": models, "base": "base", "evaluation": {"tasks": ["x"], "device": "cpu"}}
