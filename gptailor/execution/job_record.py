@@ -84,6 +84,8 @@ class JobRecord:
         evaluations_done: recipes that count, those found in the archive included.
         evaluations_new: recipes that this job evaluated.
         evaluations_failed: those of the new ones that have no score.
+        results: evaluations that it put into the archive since it was started last, those on the
+            holdout included.
         evaluations_total: what the run was asked for.
         evaluations_per_hour: of this job, lately; None until it is known.
         failures: the last few.
@@ -105,6 +107,7 @@ class JobRecord:
     evaluations_done: int = 0
     evaluations_new: int = 0
     evaluations_failed: int = 0
+    results: int = 0
     evaluations_total: int = 0
     evaluations_per_hour: float | None = None
     failures: tuple[FailureRecord, ...] = ()
@@ -219,6 +222,11 @@ def read_all(run_folder: str | Path) -> list[JobRecord]:
             if record is not None:
                 records.append(record)
     return sorted(records, key=lambda r: (r.started_at or r.updated_at, r.job_id))
+
+
+def read(run_folder: str | Path, job_id: str) -> JobRecord | None:
+    """The record of a job; None if there is none, or no whole one."""
+    return _read(path_of(run_folder, job_id))
 
 
 def path_of(run_folder: str | Path, job_id: str) -> Path:

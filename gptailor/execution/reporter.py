@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from gptailor.errors import exit_code_of
+from gptailor.errors import Requeue, StoppedEarly, exit_code_of
 from gptailor.execution.executor import job_name
 from gptailor.execution.job_record import (
     JobRecord,
@@ -18,6 +18,7 @@ from gptailor.execution.job_record import (
     JobState,
     WorkerRecord,
     job_id_here,
+    read,
 )
 from gptailor.execution.stop import Stop
 from gptailor.search.island_folder import FOLDER
@@ -59,6 +60,7 @@ class Reporter:
             restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
         )
         self._recorder: JobRecorder | None = None
+        self._before: JobRecord | None = None
         self._members: Sequence[Member] = ()
         self._rates: deque[tuple[float, int]] = deque()
         self._num_failures = 0
@@ -74,6 +76,7 @@ class Reporter:
         """
         self._members = members or self._members
         if self._recorder is None:
+            self._before = read(self._run_folder, self._first.job_id)
             self._recorder = JobRecorder(self._run_folder, self._first)
         nodes = [member.hello.place.node for member in self._members]
         hosts = dict.fromkeys((self._recorder.record.host, *nodes))
@@ -100,6 +103,7 @@ class Reporter:
             workers=self._workers(run),
             evaluations_done=progress.done,
             evaluations_new=new,
+            results=run.num_recorded,
             evaluations_per_hour=self._per_hour(run.executor.now(), new),
         )
         for worker, point, reason in run.failures[self._num_failures :]:
@@ -116,10 +120,30 @@ class Reporter:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._recorder is not None:
-            if self._run is not None:
-                self._look(self._recorder, self._run, self._recorder.record.state)
-            self._recorder.end(exit_code_of(value))
+        """Writes the last word.
+
+        Raises:
+            StoppedEarly: in place of a `Requeue` for the second time without any result: the next
+                turn would be as short as this one.
+        """
+        if self._recorder is None:
+            return
+        if self._run is not None:
+            self._look(self._recorder, self._run, self._recorder.record.state)
+        if isinstance(value, Requeue) and self._recorder.record.results == 0 and self._was_idle:
+            error = StoppedEarly(
+                f"Job {self._first.job_id} was stopped before its time limit twice in a row "
+                "before one evaluation had ended: give it more time, or a signal nearer to its end."
+            )
+            self._recorder.end(exit_code_of(error))
+            raise error from value
+        self._recorder.end(exit_code_of(value))
+
+    @property
+    def _was_idle(self) -> bool:
+        """Whether the job's turn before this one asked for a requeue and had no result."""
+        before = self._before
+        return before is not None and before.exit_code == Requeue.exit_code and before.results == 0
 
     def _workers(self, run: Run) -> tuple[WorkerRecord, ...]:
         ago = time.time() - run.executor.now()  # from the executor's clock to Unix time

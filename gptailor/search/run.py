@@ -54,6 +54,7 @@ class Run:
     Attributes:
         scheduler: gives jobs to the executor's workers.
         failures: (worker, recipe's point, reason) of each evaluation that failed.
+        num_recorded: evaluations that this program put into the archive, on any documents.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Run:
         self._done = {(e.recipe.hash, e.documents): e for e in archive.evaluations()}
         self._counted: set[str] = set()
         self.failures: list[tuple[int, str, str]] = []
+        self.num_recorded = 0
         self.others = others or Alone()
         self._arrived: list[Evaluation] = []
         self._migration = Migration()
@@ -299,6 +301,7 @@ class Run:
                 rows.append((f.job.recipe, f.job.documents, parameters, f.result))
                 workers.append(f.worker)
         evaluations = self.archive.record_all(rows)
+        self.num_recorded += len(evaluations)
         self.others.publish(evaluations)
         for worker, evaluation in zip(workers, evaluations, strict=True):
             self._done.setdefault((evaluation.recipe.hash, evaluation.documents), evaluation)

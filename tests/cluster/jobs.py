@@ -11,8 +11,9 @@ from tests.cluster.searches import Search
 
 def submit(cluster: Cluster, search: Search, *options: str, ranks: int = 4) -> str:
     """`sbatch slurm/search.sh` on two nodes; returns the job's id."""
+    gpus = [f"--gpus-per-node={cluster.settings.gpus}"]
     return cluster.submit(
-        *("--nodes=2", "--ntasks-per-node=3", "--cpus-per-task=1", "--gpus-per-node=2"),
+        *("--nodes=2", "--ntasks-per-node=3", "--cpus-per-task=1", *gpus),
         *("--time=10", f"--export=ALL,RANKS={ranks}", *options),
         *("-o", search.config.parent / "job.log", ROOT / "slurm" / "search.sh", search.config),
     )

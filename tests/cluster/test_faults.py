@@ -38,7 +38,7 @@ def test_a_node_dies(cluster: Cluster, tmp_path: Path, front: Front) -> None:
 
 def test_the_node_of_rank_0_dies(cluster: Cluster, tmp_path: Path, front: Front) -> None:
     search = make_search(tmp_path / "search", seconds=0.5)
-    job = submit(cluster, search)
+    job = submit(cluster, search, ranks=3)
     seen = search.wait_for(8)
     cluster.kill_node("n1")
     cluster.run("scontrol", "update", "nodename=n1", "state=down", "reason=no answer")  # at once
@@ -69,7 +69,7 @@ def test_the_time_limit(cluster: Cluster, tmp_path: Path) -> None:
 
 def test_preemption(cluster: Cluster, tmp_path: Path, front: Front) -> None:
     search = make_search(tmp_path / "search", seconds=0.5)
-    job = submit(cluster, search)
+    job = submit(cluster, search, ranks=3)
     seen = search.wait_for(8)
     high = cluster.submit("-N2", "--exclusive", "-p", "high", "--wrap", "sleep 3")
     assert cluster.wait(high) == "COMPLETED"
@@ -83,7 +83,7 @@ def test_preemption(cluster: Cluster, tmp_path: Path, front: Front) -> None:
 
 def test_scancel_and_resume(cluster: Cluster, tmp_path: Path, front: Front) -> None:
     search = make_search(tmp_path / "search", seconds=0.5)
-    job = submit(cluster, search)
+    job = submit(cluster, search, ranks=3)
     seen = search.wait_for(8)
     cluster.cancel(job)
     assert cluster.wait(job) == "CANCELLED"
@@ -91,7 +91,7 @@ def test_scancel_and_resume(cluster: Cluster, tmp_path: Path, front: Front) -> N
     check_status(cluster, search, job)
     later = search.rows()
     assert len(later) < search.evaluations
-    again = submit(cluster, search)
+    again = submit(cluster, search, ranks=3)
     assert cluster.wait(again, timeout_s=300) == "COMPLETED"
     search.check(seen, later)
     assert search.front() == front
@@ -100,7 +100,7 @@ def test_scancel_and_resume(cluster: Cluster, tmp_path: Path, front: Front) -> N
 
 def test_a_site_that_does_not_requeue(strict_cluster: Cluster, tmp_path: Path) -> None:
     search = make_search(tmp_path / "search", seconds=0.5, evaluations=48)
-    job = submit(strict_cluster, search, "--time=10")
+    job = submit(strict_cluster, search, ranks=3)
     seen = search.wait_for(8)
     strict_cluster.signal_ranks(job, signal.SIGUSR2)
     assert strict_cluster.wait(job) == "FAILED"
@@ -108,7 +108,7 @@ def test_a_site_that_does_not_requeue(strict_cluster: Cluster, tmp_path: Path) -
     assert "submit the same command again" in (tmp_path / "search" / "job.log").read_text()
     check_status(strict_cluster, search, job)
     later = search.rows()
-    again = submit(strict_cluster, search)
+    again = submit(strict_cluster, search, ranks=3)
     assert strict_cluster.wait(again, timeout_s=300) == "COMPLETED"
     search.check(seen, later)
 
@@ -127,7 +127,7 @@ def test_islands_of_which_one_is_lost(cluster: Cluster, tmp_path: Path) -> None:
     assert cluster.wait(jobs[1], timeout_s=60) == "COMPLETED"
     search.check(seen, later)
     data = read_run(search.run)
-    assert len(data.paid) - len(data.evaluations) <= 3  # done by two in the same moment
+    assert len(data.paid) - len(data.evaluations) <= 6  # done by two in the same moment
     assert {folder.name for folder in search.archives()} == {"0", "1", "2"}
     for job in jobs:
         check_status(cluster, search, job)
