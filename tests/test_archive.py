@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -133,6 +134,18 @@ def test_two_searches_in_one_folder(tmp_path: Path) -> None:
         other.kill()
     with Archive(tmp_path) as archive:  # the lock died with its process
         archive.record(recipe(0), "search", 10, OK)
+
+
+def test_a_lock_that_is_given_up_soon_is_waited_for(tmp_path: Path) -> None:
+    notes: list[str] = []
+    with Archive(tmp_path), pytest.raises(UsageError, match="in use by another search"):
+        Archive.check_not_in_use(tmp_path, wait_s=0.2, note=notes.append)
+    fd = os.open(tmp_path / ".lock", os.O_RDWR)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    threading.Timer(0.5, os.close, [fd]).start()
+    Archive.check_not_in_use(tmp_path, wait_s=30, note=notes.append)
+    assert len(notes) == 2
+    assert "Waiting up to 30 s" in notes[1]
 
 
 def test_two_archives_in_one_process(tmp_path: Path) -> None:

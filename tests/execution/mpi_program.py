@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 
 from gptailor import cli
-from gptailor.archive import Outcome
+from gptailor.archive import Cost, Outcome
 from gptailor.errors import ModelError
 from gptailor.evaluation.similarity import Similarity
 from gptailor.execution.executor import EvaluationJob, Job, WorkloadInfo
@@ -47,6 +47,8 @@ class Inventor:
                 raise ZeroDivisionError("a fault of this test")
             if what == "model":
                 raise ModelError("a fault of this test: the model is unusable.")
+            if what == "fails":
+                return Outcome("failed", None, (), "Traceback\nValueError: of this test", Cost())
             print("what a library says")
             os.system("echo what a program says")
         time.sleep(FAULTS.get("seconds", 0.01))

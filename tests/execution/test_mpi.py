@@ -124,6 +124,20 @@ def test_an_error_does_not_wait_for_a_worker_that_is_busy(tmp_path: Path) -> Non
     assert verdict.read_text().strip() == "1"
 
 
+def test_a_failed_evaluation_is_noted_with_its_log(tmp_path: Path) -> None:
+    path = mpi.write_search(tmp_path, evaluations=20)
+    ended = mpi.wait(mpi.start(["search", str(path)], 3, faults={"worker": [2, 2, "fails"]}))
+    assert ended.code == 0, ended.stderr
+    run = tmp_path / "run"
+    (failed,) = [e for e in mpi.evaluations(run) if e.outcome.status == "failed"]
+    (record,) = read_all(run)
+    (failure,) = record.failures
+    assert failure.point == failed.recipe.point
+    assert failure.reason == "ValueError: of this test"
+    assert failure.log == "logs/rank-002.log"
+    assert f"{failed.recipe.point}: failed: Traceback" in mpi.log(run, 2)
+
+
 def test_usr2_asks_to_be_requeued_and_resume_goes_on(tmp_path: Path) -> None:
     path = mpi.write_search(tmp_path, schedule="asynchronous")
     process = mpi.start(["search", str(path)], 3, faults={"seconds": 0.2})
