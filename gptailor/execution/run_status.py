@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import socket
 import sqlite3
 import time
@@ -172,8 +173,8 @@ def _of_slurm(record: JobRecord, job: slurm.SlurmJob) -> JobStatus:
         )
     # the accounting takes 128 from the exit code of a program that a signal ended
     code = record.exit_code if has_ended and job.exit_code is not None else job.exit_code
-    if job.reason:
-        note = f"{job.state.lower()} {job.reason}"
+    if job.reason.startswith("by "):
+        note = f"cancelled by {_user(job.reason[3:])}"
     if not has_ended and record.state != "submitted":
         note = f"it was killed while it was {record.state}"
     elif record.state == "submitted" and job.state != "COMPLETED":
@@ -198,6 +199,14 @@ def _without_slurm(record: JobRecord) -> JobStatus:
     if record.job_id.startswith("local-"):
         where = f"it is on {record.host}"
     return JobStatus(record, "LOST", False, note=f"{where}, and {_silence(record)}")
+
+
+def _user(number: str) -> str:
+    """The name of a user."""
+    try:
+        return pwd.getpwuid(int(number)).pw_name
+    except (KeyError, ValueError):
+        return f"user {number}"
 
 
 def _silence(record: JobRecord) -> str:
@@ -228,8 +237,10 @@ def _evaluated(run: Path, records: Sequence[JobRecord]) -> Evaluated:
 
 def _in_journals(run: Path) -> Evaluated | None:
     """Counts what all islands have evaluated, each recipe once; None if that can't be read."""
-    from gptailor.search.run_folder import read_run
+    from gptailor.search.run_folder import journals_of, read_run
 
+    if not journals_of(run):  # the islands are on their way
+        return Evaluated()
     try:
         data = read_run(run)
     except UsageError:

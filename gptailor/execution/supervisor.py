@@ -274,7 +274,7 @@ class Supervisor:
 def _job_id(environ: Mapping[str, str]) -> str:
     """Slurm's name of this job; empty outside of Slurm.
 
-    One element of an array has the array's own number as SLURM_JOB_ID, and with that all of them
+    The last element of an array has the array's number as SLURM_JOB_ID, and with that all of them
     would be requeued.
     """
     array, element = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")

@@ -196,7 +196,7 @@ def test_islands_join_a_run(launcher: Launcher) -> None:
 
 @pytest.mark.slow  # Slurm's clocks
 def test_an_island_that_is_requeued_leaves_the_others_alone(launcher: Launcher) -> None:
-    """One element of an array has the array's number as its own, the last one with Slurm 22.05."""
+    """The last element has the array's number as its own: to requeue that is to requeue all."""
     jobs = launcher.submitted("--islands", "2", "--nodes", "1", seconds=60)
     for job in jobs:
         launcher.wait_for_ranks(job, 3)

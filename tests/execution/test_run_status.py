@@ -22,6 +22,8 @@ from gptailor.errors import UsageError
 from gptailor.execution.job_record import FailureRecord, JobRecord, WorkerRecord
 from gptailor.execution.run_status import STALE_S, look_at
 from gptailor.recipe import Recipe, Take
+from gptailor.search.journal import Journal
+from gptailor.search.journal_entry import Header
 
 NOW = time.time()
 HERE = socket.gethostname()
@@ -262,6 +264,29 @@ def test_an_archive_that_was_killed_in_a_write_is_left_as_it_is(tmp_path: Path) 
     with Archive(tmp_path) as archive:  # the next search mends it
         assert len(archive.evaluations("search")) == 5
     assert look_at(tmp_path).evaluated.done == 5
+
+
+def test_islands_are_counted_together(tmp_path: Path) -> None:
+    """From their journals, as their archives may be written to on other nodes."""
+    (tmp_path / "islands" / "0").mkdir(parents=True)
+    assert look_at(tmp_path).evaluated.done == 0
+    assert look_at(tmp_path).evaluated.note == ""
+    family = {"num_layers": 9, "models": {"base": "/m"}, "parameters": {"base": 100}}
+    for island in (0, 1):
+        folder = tmp_path / "islands" / str(island)
+        header = Header(island, 2, {"search": {"evaluations": 40}}, "f", "d", family)
+        with Archive(folder) as archive:
+            archive.record(recipe(0), "search", 60, outcome("ok", 0.5))  # both, by accident
+            archive.record(recipe(1 + island), "search", 70, outcome("ok", 0.6 + island / 10))
+            archive.record(recipe(5 + island), "search", 70, outcome("failed", None))
+            evaluations = archive.evaluations()
+        Journal(folder, header, evaluations).close()
+    evaluated = look_at(tmp_path).evaluated
+    assert (evaluated.done, evaluated.failed, evaluated.total) == (5, 2, 40)
+    assert evaluated.best == 0.7
+    with (tmp_path / "islands" / "0" / "journal.jsonl").open("a") as file:
+        file.write("[]\n")
+    assert "can't be read in this moment" in look_at(tmp_path).evaluated.note
 
 
 def test_files_that_are_none_of_ours(tmp_path: Path) -> None:
