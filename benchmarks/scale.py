@@ -30,11 +30,11 @@ PLAN: tuple[tuple[int, float, tuple[str, ...]], ...] = (
     (1024, 0.5, ("generational",)),
     (1024, 1.0, ("asynchronous",)),
     (1024, 0.25, ("islands",)),
-    (4096, 0.1, ("asynchronous",)),
+    (4096, 0.04, ("asynchronous",)),
 )
 """Workers, hours and modes: as much as one core can do in half an hour."""
 
-DEATHS = (256, 0.5, 0.25)
+DEATHS = (64, 0.5, 0.25)
 """Workers, hours, and when a node is lost."""
 
 
