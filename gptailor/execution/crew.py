@@ -28,6 +28,7 @@ from gptailor.errors import (
     StoppedEarly,
     UsageError,
     WorkerCrashed,
+    exit_code_of,
     is_disk_full,
 )
 from gptailor.execution.channel import SHORTEST_S, Channel
@@ -129,11 +130,7 @@ class Crew:
         trace: TracebackType | None,
     ) -> None:
         """Ends the other ranks: they are told, and those that can't hear are left behind."""
-        if (
-            value is not None
-            and not isinstance(value, GptailorError)
-            and isinstance(value, Exception)
-        ):
+        if not isinstance(value, GptailorError) and exit_code_of(value) == 1:
             text = "".join(traceback.format_exception(kind, value, trace))
             self.say(f"{self.hello.name} ended with:\n{text.rstrip()}")
         self.tell_end()
