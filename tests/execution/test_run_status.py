@@ -25,7 +25,6 @@ from gptailor.recipe import Recipe, Take
 from gptailor.search.journal import Journal
 from gptailor.search.journal_entry import Header
 
-NOW = time.time()
 HERE = socket.gethostname()
 
 
@@ -64,24 +63,27 @@ def a_run(folder: Path) -> Path:
     return folder
 
 
-RUNNING = JobRecord(
-    f"local-{HERE}-1",
-    state="running",
-    started_at=NOW - 3600,
-    updated_at=NOW,
-    host=HERE,
-    workers=(
-        WorkerRecord(1, "n1", 11, "cuda:0", "1f3a09bc", NOW - 100),
-        WorkerRecord(2, "n1", 12, "cuda:1", None, NOW - 5),
-        WorkerRecord(3, "n2", 13),
-    ),
-    evaluations_done=30,
-    evaluations_new=20,
-    evaluations_failed=1,
-    evaluations_total=40,
-    evaluations_per_hour=70.0,
-    failures=(FailureRecord("aabbccdd", "ValueError: no", "logs/rank-001.log"),),
-)
+def running() -> JobRecord:
+    """The record of a search that has just said how it is."""
+    now = time.time()
+    return JobRecord(
+        f"local-{HERE}-1",
+        state="running",
+        started_at=now - 3600,
+        updated_at=now,
+        host=HERE,
+        workers=(
+            WorkerRecord(1, "n1", 11, "cuda:0", "1f3a09bc", now - 100),
+            WorkerRecord(2, "n1", 12, "cuda:1", None, now - 5),
+            WorkerRecord(3, "n2", 13),
+        ),
+        evaluations_done=30,
+        evaluations_new=20,
+        evaluations_failed=1,
+        evaluations_total=40,
+        evaluations_per_hour=70.0,
+        failures=(FailureRecord("aabbccdd", "ValueError: no", "logs/rank-001.log"),),
+    )
 
 
 def test_the_archive_tells_what_was_evaluated(tmp_path: Path) -> None:
@@ -103,7 +105,7 @@ def test_a_search_that_runs_here(
     tmp_path: Path, process: subprocess.Popen[bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     a_run(tmp_path)
-    record = replace(RUNNING, pid=process.pid, started_at=time.time())
+    record = replace(running(), pid=process.pid, started_at=time.time())
     record.write(tmp_path)
     (job,) = look_at(tmp_path).jobs
     assert (job.state, job.runs, job.note) == ("RUNNING", True, "")
@@ -129,7 +131,7 @@ def test_a_search_that_runs_here(
 def test_a_search_that_was_killed(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         gone.wait()
-    replace(RUNNING, pid=gone.pid).write(tmp_path)
+    replace(running(), pid=gone.pid).write(tmp_path)
     (job,) = look_at(tmp_path).jobs
     assert (job.state, job.is_live) == ("LOST", False)
     assert job.note == "it was killed while it was running"
@@ -138,7 +140,7 @@ def test_a_search_that_was_killed(tmp_path: Path) -> None:
 def test_a_process_with_the_number_of_one_that_was_killed(
     tmp_path: Path, process: subprocess.Popen[bytes]
 ) -> None:
-    replace(RUNNING, pid=process.pid, started_at=NOW - 86400).write(tmp_path)
+    replace(running(), pid=process.pid, started_at=time.time() - 86400).write(tmp_path)
     (job,) = look_at(tmp_path).jobs
     assert job.state == "LOST"
     assert verbs.cancel(tmp_path).ended == ()
@@ -146,7 +148,7 @@ def test_a_process_with_the_number_of_one_that_was_killed(
 
 
 def test_a_search_that_ended(tmp_path: Path) -> None:
-    replace(RUNNING, state="ended", exit_code=75).write(tmp_path)
+    replace(running(), state="ended", exit_code=75).write(tmp_path)
     status = look_at(tmp_path)
     assert (status.jobs[0].state, status.jobs[0].exit_code) == ("ENDED", 75)
     assert status.evaluations_per_hour is None
@@ -157,7 +159,9 @@ def test_of_many_jobs_that_are_over_the_last_are_shown(
 ) -> None:
     for number in range(12):
         name = f"local-far-{number:02}"
-        over = replace(RUNNING, job_id=name, state="ended", exit_code=5, started_at=NOW + number)
+        over = replace(
+            running(), job_id=name, state="ended", exit_code=5, started_at=time.time() + number
+        )
         over.write(tmp_path)
     assert cli.main(["status", str(tmp_path)]) == 0
     out = capsys.readouterr().out
@@ -166,21 +170,21 @@ def test_of_many_jobs_that_are_over_the_last_are_shown(
 
 
 def test_a_search_on_another_machine_lives_as_long_as_it_says_something(tmp_path: Path) -> None:
-    there = replace(RUNNING, job_id="local-far-7", host="far", pid=7, updated_at=time.time())
+    there = replace(running(), job_id="local-far-7", host="far", pid=7, updated_at=time.time())
     there.write(tmp_path)
     assert look_at(tmp_path).jobs[0].runs
     done = verbs.cancel(tmp_path)
     assert done.elsewhere == (("local-far-7", "far"),)
-    replace(there, updated_at=NOW - STALE_S - 60).write(tmp_path)
+    replace(there, updated_at=time.time() - STALE_S - 60).write(tmp_path)
     (job,) = look_at(tmp_path).jobs
     assert job.state == "LOST"
     assert job.note == "it is on far, and it has said nothing for 3 min"
 
 
 def test_a_job_of_slurms_where_there_is_no_slurm(tmp_path: Path) -> None:
-    replace(RUNNING, job_id="71", updated_at=time.time()).write(tmp_path)
-    replace(RUNNING, job_id="72", updated_at=NOW - STALE_S - 60).write(tmp_path)
-    replace(RUNNING, job_id="73", state="submitted", updated_at=NOW).write(tmp_path)
+    replace(running(), job_id="71", updated_at=time.time()).write(tmp_path)
+    replace(running(), job_id="72", updated_at=time.time() - STALE_S - 60).write(tmp_path)
+    replace(running(), job_id="73", state="submitted", updated_at=time.time()).write(tmp_path)
     states = {job.record.job_id: (job.state, job.note) for job in look_at(tmp_path).jobs}
     assert states["71"] == ("RUNNING", "")
     assert states["72"] == (
@@ -193,7 +197,7 @@ def test_the_rates_of_jobs_add_up(tmp_path: Path, process: subprocess.Popen[byte
     a_run(tmp_path)
     for number in (1, 2):
         name = f"local-{HERE}-{number}"
-        record = replace(RUNNING, job_id=name, pid=process.pid, started_at=time.time())
+        record = replace(running(), job_id=name, pid=process.pid, started_at=time.time())
         replace(record, island=number).write(tmp_path)
     status = look_at(tmp_path)
     assert status.evaluations_per_hour == 140.0
@@ -203,7 +207,7 @@ def test_the_rates_of_jobs_add_up(tmp_path: Path, process: subprocess.Popen[byte
 def test_cancel_ends_a_search_of_this_machine(
     tmp_path: Path, process: subprocess.Popen[bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = replace(RUNNING, pid=process.pid, started_at=time.time())
+    record = replace(running(), pid=process.pid, started_at=time.time())
     record.write(tmp_path)
     assert cli.main(["cancel", str(tmp_path)]) == 0
     assert f"Ended: {record.job_id}" in capsys.readouterr().out
@@ -219,7 +223,7 @@ def test_cancel_says_what_does_not_end(tmp_path: Path, capsys: pytest.CaptureFix
     ) as stubborn:
         assert stubborn.stdout is not None
         stubborn.stdout.readline()
-        record = replace(RUNNING, pid=stubborn.pid, started_at=time.time())
+        record = replace(running(), pid=stubborn.pid, started_at=time.time())
         record.write(tmp_path)
         assert cli.main(["cancel", str(tmp_path), "--wait", "0.3"]) == 5
         assert f"not gone yet: {record.job_id}" in capsys.readouterr().out
@@ -232,7 +236,7 @@ def listing(folder: Path) -> dict[str, tuple[int, int]]:
 
 def test_looking_writes_nothing_and_waits_for_nobody(tmp_path: Path) -> None:
     a_run(tmp_path)
-    RUNNING.write(tmp_path)
+    running().write(tmp_path)
     before = listing(tmp_path)
     with Archive(tmp_path):  # whose lock is held
         inside = listing(tmp_path)
@@ -246,7 +250,7 @@ def test_looking_writes_nothing_and_waits_for_nobody(tmp_path: Path) -> None:
 def test_an_archive_that_was_killed_in_a_write_is_left_as_it_is(tmp_path: Path) -> None:
     """A reader that mends it would be wrong where the writer lives on another node."""
     a_run(tmp_path)
-    RUNNING.write(tmp_path)
+    running().write(tmp_path)
     code = (
         "import os, sqlite3, sys\n"
         "db = sqlite3.connect(sys.argv[1] + '/archive.db', isolation_level=None)\n"
