@@ -20,7 +20,7 @@ from gptailor.execution.slurm import parse_minutes
 
 LAUNCH = Launch(
     config=Path("/home/a b/search.yaml"),
-    run_folder=Path("/work/my runs/mine"),
+    run_folder=Path("/scratch/my runs/mine"),
     overrides=("search.evaluations=500",),
     nodes=8,
     gpus_per_node=4,
@@ -37,7 +37,7 @@ ONE_JOB = """#!/bin/bash
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=5
 #SBATCH --open-mode=append
-#SBATCH --output='/work/my runs/mine/logs/job-%j.log'
+#SBATCH --output='/scratch/my runs/mine/logs/job-%j.log'
 #SBATCH --requeue
 #SBATCH --signal=USR2@300
 #SBATCH --time=720
@@ -50,7 +50,7 @@ unset SLURM_NTASKS_PER_NODE
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-PYTHON -u -m submitit.core._submit '/work/my runs/mine/jobs/submitit'
+PYTHON -u -m submitit.core._submit '/scratch/my runs/mine/jobs/submitit'
 """
 
 ISLANDS = """#!/bin/bash
@@ -69,7 +69,7 @@ ISLANDS = """#!/bin/bash
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=5
 #SBATCH --open-mode=append
-#SBATCH --output='/work/my runs/mine/logs/job-%A_%a.log'
+#SBATCH --output='/scratch/my runs/mine/logs/job-%A_%a.log'
 #SBATCH --partition=gpu,spot
 #SBATCH --qos=low
 #SBATCH --signal=USR2@900
@@ -85,7 +85,7 @@ unset SLURM_NTASKS_PER_NODE
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-PYTHON -u -m submitit.core._submit '/work/my runs/mine/jobs/submitit'
+PYTHON -u -m submitit.core._submit '/scratch/my runs/mine/jobs/submitit'
 """
 
 
