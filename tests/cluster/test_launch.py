@@ -176,6 +176,7 @@ def test_a_job_that_ended_before_its_search_began(launcher: Launcher) -> None:
     assert told["note"] == f"it ended before the search began: see logs/job-{job}.log"
 
 
+@pytest.mark.slow  # two searches
 def test_islands_join_a_run(launcher: Launcher) -> None:
     """An array; a second launch submits the islands that have no job."""
     first, second = launcher.submitted("--islands", "2", "--nodes", "1")

@@ -29,6 +29,7 @@ def test_sbatch_finds_the_same_front_though_ranks_are_killed(
     check_status(cluster, search, job)
 
 
+@pytest.mark.slow  # the one above is long enough
 def test_launch_finds_the_same_front(
     cluster: Cluster, tmp_path: Path, front: list[tuple[str, float]]
 ) -> None:
@@ -40,7 +41,7 @@ def test_launch_finds_the_same_front(
     assert search.front() == front
 
 
-@pytest.mark.slow  # with the two above the others are long enough
+@pytest.mark.slow  # with the one above the others are long enough
 def test_mpich_under_pmi2(
     cluster: Cluster, mpich: Path, tmp_path: Path, front: list[tuple[str, float]]
 ) -> None:

@@ -82,7 +82,12 @@ def test_a_fault_ends_the_search_in_order(
 @pytest.mark.parametrize(
     ("override", "code", "words"),
     [
-        ("evaluation.tasks=[t_sharde]", 2, "did you mean 't_shared'"),
+        pytest.param(
+            "evaluation.tasks=[t_sharde]",
+            2,
+            "did you mean 't_shared'",
+            marks=pytest.mark.slow,  # each worker reads the names of all tasks of lm-eval
+        ),
         ("evaluation.device=cuda:77", 2, "evaluation.device"),
     ],
 )
