@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from gptailor.files import write_whole
+
 SCHEMA = "gptailor/job/1"
 FOLDER = "jobs"
 
@@ -142,15 +144,9 @@ class JobRecord:
         Side effect: makes `jobs/` in the run folder if it is missing.
         """
         path = path_of(run_folder, self.job_id)
-        # a name of its own: a job that Slurm gave up for lost may still be writing
-        temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
-            temporary.replace(path)
+            write_whole(path, json.dumps(self.to_dict()).encode() + b"\n")
         except OSError:  # a full disk, a quota: the archive will tell, if it has to
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             return False
         return True
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 from gptailor.errors import Interrupted, Requeue, StoppedEarly
+from gptailor.execution.variables import ENDS_AT
 
 TERM_GRACE_S = 10.0
 """How long a search waits for what runs after SIGTERM; Slurm's KillWait is 30 s by default."""
@@ -28,7 +29,7 @@ MARGIN_S = 15.0
 
 def job_ends_at(env: Mapping[str, str] = os.environ) -> float | None:
     """Unix time in seconds at which Slurm kills the job; None if the environment does not tell."""
-    for name in ("GPTAILOR_ENDS_AT", "SLURM_JOB_END_TIME"):
+    for name in (ENDS_AT, "SLURM_JOB_END_TIME"):
         if env.get(name, "").isdecimal():
             return float(env[name])
     return None

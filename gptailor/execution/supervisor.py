@@ -34,9 +34,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-VERDICT_VARIABLE = "GPTAILOR_VERDICT"
-ENDS_AT_VARIABLE = "GPTAILOR_ENDS_AT"
-"""Unix time in seconds: so long the search may wait for what runs."""
+from gptailor.execution.variables import ENDS_AT, VERDICT
 
 REQUEUE = 75
 STOPPED_EARLY = 5
@@ -148,7 +146,7 @@ class Supervisor:
         environ = {
             "SLURM_EXIT_ERROR": str(SRUN_ERROR),
             **self.environ,
-            VERDICT_VARIABLE: str(verdict_file),
+            VERDICT: str(verdict_file),
             **self._end_time(),
         }
         self._say(f"starts {shlex.join(self.command)}")
@@ -199,7 +197,7 @@ class Supervisor:
             ends_at = time.strptime(self._job_values().get("EndTime", ""), "%Y-%m-%dT%H:%M:%S")
         except ValueError:
             return {}
-        return {ENDS_AT_VARIABLE: f"{time.mktime(ends_at):.0f}"}
+        return {ENDS_AT: f"{time.mktime(ends_at):.0f}"}
 
     def _requeue(self) -> int:
         if not self.job:

@@ -14,9 +14,7 @@ import os
 from pathlib import Path
 
 from gptailor.execution.launcher import is_first
-
-VARIABLE = "GPTAILOR_VERDICT"
-"""Names the file, on the machine of rank 0."""
+from gptailor.execution.variables import VERDICT
 
 _SIGNALS = 128
 """Exit codes above stand for signals."""
@@ -24,7 +22,7 @@ _SIGNALS = 128
 
 def is_supervised() -> bool:
     """Whether somebody will start this program again if it dies."""
-    return bool(os.environ.get(VARIABLE))
+    return bool(os.environ.get(VERDICT))
 
 
 def write_verdict(code: int) -> None:
@@ -33,10 +31,10 @@ def write_verdict(code: int) -> None:
     A verdict that can't be written is none: the supervisor starts the search again, which finds
     out what it has to do.
     """
-    path = os.environ.get(VARIABLE)
+    path = os.environ.get(VERDICT)
     if not path or code > _SIGNALS or not is_first():
         return
-    temporary = Path(f"{path}.{os.getpid()}")
+    from gptailor.files import write_whole
+
     with contextlib.suppress(OSError):
-        temporary.write_text(f"{code}\n")
-        temporary.replace(path)
+        write_whole(Path(path), f"{code}\n".encode())

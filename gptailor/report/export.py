@@ -13,13 +13,13 @@ import io
 import json
 import math
 import re
-import secrets
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from gptailor.archive import Score
 from gptailor.errors import ResourceError, UsageError
+from gptailor.files import write_whole
 from gptailor.merging.registry import get_method
 from gptailor.recipe import NO_LAYER, Layer, Recipe, Take, canonical_layer
 from gptailor.report.front import Measured, Point, Report
@@ -203,14 +203,9 @@ def write_atomically(path: Path, data: bytes) -> None:
         ResourceError: the disk is full.
         UsageError: the path can't be written.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # several may write it
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        temporary.replace(path)
+        write_whole(path, data)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         reason = error.strerror or str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"The report can't write {path}: {reason}. Free space.") from error

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import signal
 import sys
 import threading
@@ -304,10 +303,9 @@ def _check_tasks(config: Config) -> list[str]:
 def _write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     from gptailor.errors import ResourceError
+    from gptailor.files import write_whole
 
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # islands do it, too
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, text.encode())
     except OSError as error:
         raise ResourceError(f"{path} can't be written: {error.strerror}.") from error
