@@ -271,7 +271,7 @@ class Crew:
                 missing.discard(rank)
                 yield rank, message[1:]
                 continue
-            if self.stop:
+            if self.stop.is_set():
                 raise self.stop.error()
             waited_s = time.monotonic() - began
             if waited_s > ANSWER_LIMIT_S:

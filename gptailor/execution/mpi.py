@@ -33,7 +33,7 @@ class MpiExecutor:
     def workload(self) -> WorkloadInfo:
         """What will be evaluated; waits until the first worker has it in memory."""
         while self._info is None:
-            if self._crew.stop:
+            if self._crew.stop.is_set():
                 raise self._crew.stop.error()
             if self._take() is None and self._info is None:
                 time.sleep(LONGEST_S)

@@ -85,7 +85,7 @@ class Reporter:
 
     def tick(self, run: Run) -> None:
         """Notes how far a search is."""
-        state: JobState = "draining" if self._stop else "running"
+        state: JobState = "draining" if self._stop.is_set() else "running"
         now = run.executor.now()
         self._run = run
         if self._recorder is None or (

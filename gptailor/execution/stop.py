@@ -59,7 +59,7 @@ class Stop:
             self.signal = number
             self.came_at = time.time()
 
-    def __bool__(self) -> bool:
+    def is_set(self) -> bool:
         """True once a signal came: nothing new may be started."""
         return self.signal is not None
 

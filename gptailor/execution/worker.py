@@ -184,7 +184,7 @@ class WorkerRank:
             found = self._channel.receive()
             if found is not None:
                 return found[1]
-            if self._stop and time.time() - self._stop.came_at > _WORD_S:
+            if self._stop.is_set() and time.time() - self._stop.came_at > _WORD_S:
                 return None
             if time.monotonic() - began > _QUICK_S:
                 pause = min(1.2 * pause, LONGEST_S)

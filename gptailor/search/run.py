@@ -77,7 +77,7 @@ class Run:
         self.space = SearchSpace(
             config.space, config.models, config.base, family.num_layers, calibration
         )
-        self.scheduler = Scheduler(executor, Stop() if stop is None else stop, lambda: tick(self))
+        self.scheduler = Scheduler(executor, stop or Stop(), lambda: tick(self))
         self._done = {(e.recipe.hash, e.documents): e for e in archive.evaluations()}
         self._counted: set[str] = set()
         self.failures: list[tuple[int, str, str]] = []

@@ -72,17 +72,17 @@ class Scheduler:
         """
         while True:
             is_late = False  # no worker is there yet, so nothing could be asked
-            if not self._stop:
+            if not self._stop.is_set():
                 free = list(self.executor.free())
                 is_late = not free
                 self._fill(ask, free)
             self._tick()  # now, when whoever was free has its next job already
             if not self.running and not is_late:
                 break
-            if self._stop and self._stop.seconds_left <= 0:
+            if self._stop.is_set() and self._stop.seconds_left <= 0:
                 break
             self._collect(tell)
-        if self._stop:
+        if self._stop.is_set():
             raise self._stop.error()
 
     def more_is_longer(self, documents: str) -> bool:
