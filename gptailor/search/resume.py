@@ -62,10 +62,10 @@ def check_resumable(archive: Archive, config: Config, family: Family, documents:
 
 
 def check_config_file(run: Path, config: Config) -> None:
-    """Compares a configuration with the one that another island wrote into the run folder.
+    """Compares a configuration with the one that stands in the run folder, if there is one.
 
     Raises:
-        UsageError: they search something else; it tells the difference.
+        UsageError: the run searches something else; it tells the difference.
     """
     path = run / "config.yaml"
     if not path.is_file():
@@ -75,6 +75,6 @@ def check_config_file(run: Path, config: Config) -> None:
     )
     if different:
         raise UsageError(
-            f"The islands of {run} search with another configuration: {different} here. Name "
-            "another output for this one."
+            f"The run in {run} was started with another configuration: {different}. Name another "
+            "output."
         )

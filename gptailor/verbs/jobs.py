@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from gptailor.errors import UsageError
 
 if TYPE_CHECKING:
+    from gptailor.config import Config
     from gptailor.execution.launch import Launch
     from gptailor.execution.run_status import RunStatus
 
@@ -143,7 +144,7 @@ def launch(
         return Launched(output, script(asked, len(numbers)), (), _given(numbers), asked.num_ranks)
     _check_cluster(asked)
     numbers = _without_job(output, numbers)
-    _check_search(config, overrides, output, has_islands=islands is not None)
+    _check_search(config, overrides, parsed, output, has_islands=islands is not None)
     _check_writable(output)
     job_ids = submit(asked, numbers)
     _note_submitted(output, job_ids, numbers, parsed.search.evaluations)
@@ -224,27 +225,21 @@ def _without_job(output: Path, numbers: Sequence[int | None]) -> list[int | None
 
 
 def _check_search(
-    config: str | Path, overrides: Sequence[str], output: Path, *, has_islands: bool
+    config: str | Path,
+    overrides: Sequence[str],
+    parsed: Config,
+    output: Path,
+    *,
+    has_islands: bool,
 ) -> None:
     """Raises a `UsageError` for what would end the search within its first minute."""
     from gptailor.archive import Archive
-    from gptailor.config import read_config
-    from gptailor.search.difference import config_difference
+    from gptailor.search.resume import check_config_file
     from gptailor.search.run_folder import check_kind
     from gptailor.verbs.runs import check
 
     check_kind(output, has_islands=has_islands)
-    before = output / "config.yaml"
-    if before.is_file():
-        now = read_config(config, overrides)
-        difference = config_difference(
-            read_config(before).model_dump(mode="json"), now.model_dump(mode="json")
-        )
-        if difference:
-            raise UsageError(
-                f"The run in {output} was started with another configuration: {difference}. "
-                "Name another output."
-            )
+    check_config_file(output, parsed)
     Archive.check_not_in_use(output)
     problems = check(config, overrides)
     if problems:
