@@ -11,8 +11,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,7 +23,7 @@ from gptailor.execution.node_files import open_candidates, share
 from gptailor.execution.node_lock import node_lock, own_folder
 from gptailor.execution.page_cache import absent, read_all, whole
 from gptailor.models.family import Candidate
-from tests.models.tiny import HIDDEN, save_model, small_disk
+from tests.models.tiny import HIDDEN, mounted, save_model, small_disk
 
 MIB = 1 << 20
 
@@ -372,20 +370,6 @@ def test_on_the_cpu_files_are_mapped_unless_another_way_was_asked_for(
 
 
 # On disks of their own
-
-
-@contextmanager
-def mounted(folder: Path, *words: str) -> Iterator[Path]:
-    folder.mkdir(exist_ok=True)
-    done = subprocess.run(
-        ["mount", *words, str(folder)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        pytest.skip(f"nothing can be mounted: {done.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.system

@@ -220,20 +220,27 @@ def run_python(code: str, *arguments: object, **environment: str) -> Any:
 
 
 @contextmanager
-def small_disk(folder: Path, n_bytes: int) -> Iterator[Path]:
-    """A file system of that size at `folder`; skips the test where mounting is not permitted."""
-    folder.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", f"size={n_bytes}", "gptailor-test", str(folder)]
+def mounted(folder: Path, *words: str) -> Iterator[Path]:
+    """`mount WORDS FOLDER` for a while; skips the test where mounting is not permitted."""
+    folder.mkdir(exist_ok=True)
+    command = ["mount", *words, str(folder)]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
         pytest.skip(f"no mount: {error}")
     if done.returncode:
-        pytest.skip(f"a tmpfs can't be mounted: {done.stderr.strip()}")
+        pytest.skip(f"nothing can be mounted: {done.stderr.strip()}")
     try:
         yield folder
     finally:
         subprocess.run(["umount", str(folder)], check=True)
+
+
+@contextmanager
+def small_disk(folder: Path, n_bytes: int) -> Iterator[Path]:
+    """A file system of that size at `folder`; skips the test where mounting is not permitted."""
+    with mounted(folder, "-t", "tmpfs", "-o", f"size={n_bytes}", "gptailor-test"):
+        yield folder
 
 
 def free_bytes(folder: Path) -> int:

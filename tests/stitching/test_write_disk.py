@@ -23,6 +23,7 @@ from tests.models.tiny import (
     LAYER_SHAPES,
     free_bytes,
     load_model,
+    mounted,
     run_python,
     save_family,
     save_model,
@@ -184,14 +185,8 @@ def disk(folder: Path, kind: str, size: int) -> Iterator[Path]:
         with image.open("wb") as file:
             file.truncate(size)
         subprocess.run([tool, "-q", str(image)], check=True)
-        words = ["mount", "-o", "loop", str(image), str(folder)]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"{kind} can't be mounted: {done.stderr.strip()}")
-        try:
+        with mounted(folder, "-o", "loop", str(image)):
             yield folder
-        finally:
-            subprocess.run(["umount", str(folder)], check=True)
     finally:
         image.unlink(missing_ok=True)
 
