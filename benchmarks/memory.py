@@ -21,23 +21,10 @@ import time
 from pathlib import Path
 
 import yaml
+from stitch import layer_shapes
 
 HIDDEN, INTERMEDIATE, VOCABULARY, KV, LAYERS = 8192, 28672, 128256, 1024, 80
 LAYERS_PER_SHARD = 4
-
-
-def layer_shapes() -> dict[str, list[int]]:
-    return {
-        "input_layernorm.weight": [HIDDEN],
-        "mlp.down_proj.weight": [HIDDEN, INTERMEDIATE],
-        "mlp.gate_proj.weight": [INTERMEDIATE, HIDDEN],
-        "mlp.up_proj.weight": [INTERMEDIATE, HIDDEN],
-        "post_attention_layernorm.weight": [HIDDEN],
-        "self_attn.k_proj.weight": [KV, HIDDEN],
-        "self_attn.o_proj.weight": [HIDDEN, HIDDEN],
-        "self_attn.q_proj.weight": [HIDDEN, HIDDEN],
-        "self_attn.v_proj.weight": [KV, HIDDEN],
-    }
 
 
 def write_sparse_model(folder: Path) -> None:
@@ -47,10 +34,11 @@ def write_sparse_model(folder: Path) -> None:
     folder.mkdir(parents=True)
     ends = {"model.embed_tokens.weight": [VOCABULARY, HIDDEN]}
     parts = [ends]
+    in_layer = layer_shapes(HIDDEN, INTERMEDIATE, KV)
     for first in range(0, LAYERS, LAYERS_PER_SHARD):
         layers = range(first, first + LAYERS_PER_SHARD)
         parts.append(
-            {f"model.layers.{i}.{k}": shape for i in layers for k, shape in layer_shapes().items()}
+            {f"model.layers.{i}.{k}": shape for i in layers for k, shape in in_layer.items()}
         )
     parts.append({"model.norm.weight": [HIDDEN], "lm_head.weight": [VOCABULARY, HIDDEN]})
     weight_map = {}

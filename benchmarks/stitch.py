@@ -37,17 +37,18 @@ MERGES: dict[str, dict[str, Any]] = {
 HIDDEN, INTERMEDIATE, VOCABULARY, KV = 2048, 5632, 32000, 256
 
 
-def layer_shapes() -> dict[str, list[int]]:
+def layer_shapes(hidden: int, intermediate: int, kv: int) -> dict[str, list[int]]:
+    """Of a Llama layer: name within it → shape; `kv` is the width of keys and values."""
     return {
-        "input_layernorm.weight": [HIDDEN],
-        "mlp.down_proj.weight": [HIDDEN, INTERMEDIATE],
-        "mlp.gate_proj.weight": [INTERMEDIATE, HIDDEN],
-        "mlp.up_proj.weight": [INTERMEDIATE, HIDDEN],
-        "post_attention_layernorm.weight": [HIDDEN],
-        "self_attn.k_proj.weight": [KV, HIDDEN],
-        "self_attn.o_proj.weight": [HIDDEN, HIDDEN],
-        "self_attn.q_proj.weight": [HIDDEN, HIDDEN],
-        "self_attn.v_proj.weight": [KV, HIDDEN],
+        "input_layernorm.weight": [hidden],
+        "mlp.down_proj.weight": [hidden, intermediate],
+        "mlp.gate_proj.weight": [intermediate, hidden],
+        "mlp.up_proj.weight": [intermediate, hidden],
+        "post_attention_layernorm.weight": [hidden],
+        "self_attn.k_proj.weight": [kv, hidden],
+        "self_attn.o_proj.weight": [hidden, hidden],
+        "self_attn.q_proj.weight": [hidden, hidden],
+        "self_attn.v_proj.weight": [kv, hidden],
     }
 
 
@@ -57,8 +58,9 @@ def write_model(folder: Path, num_layers: int, seed: int) -> None:
 
     folder.mkdir(parents=True)
     shapes = {"model.embed_tokens.weight": [VOCABULARY, HIDDEN]}
+    in_layer = layer_shapes(HIDDEN, INTERMEDIATE, KV)
     for layer in sorted(range(num_layers), key=str):
-        shapes |= {f"model.layers.{layer}.{k}": v for k, v in layer_shapes().items()}
+        shapes |= {f"model.layers.{layer}.{k}": v for k, v in in_layer.items()}
     shapes |= {"model.norm.weight": [HIDDEN], "lm_head.weight": [VOCABULARY, HIDDEN]}
     header, position = {}, 0
     for name, shape in shapes.items():
