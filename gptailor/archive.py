@@ -59,6 +59,9 @@ class Score:
         stderr: standard error of `value`; None where lm-eval has none.
         num_documents: how many documents it is the mean of.
         weight: the task's weight in the accuracy objective.
+        values: of each document, always in the same order, so that two models can be compared
+            document by document; empty where `value` is not their mean.
+        chance: what guessing gives on these documents; None where that is not known.
     """
 
     task: str
@@ -67,6 +70,8 @@ class Score:
     stderr: float | None
     num_documents: int
     weight: float = 1.0
+    values: tuple[float, ...] = ()
+    chance: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,7 +317,7 @@ class Archive:
             outcome = Outcome(
                 status,
                 accuracy,
-                tuple(Score(**s) for s in json.loads(scores)),
+                tuple(_score(s) for s in json.loads(scores)),
                 reason,
                 Cost(**json.loads(cost)),
             )
@@ -324,6 +329,11 @@ class Archive:
 
     def _writing(self) -> _Transaction:
         return _Transaction(self._db, self.path)
+
+
+def _score(data: dict[str, Any]) -> Score:
+    """A score as it was written, maybe before it had values and chance."""
+    return Score(**{**data, "values": tuple(data.get("values", ()))})
 
 
 def _locked(folder: Path) -> int:

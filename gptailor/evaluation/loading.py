@@ -56,17 +56,29 @@ def load_model(folder: Path, tensors: Mapping[str, TensorInfo], dtype: torch.dty
         )
 
 
+def load_config(folder: Path) -> Any:
+    """What transformers makes of a folder's config.json: defaults filled in, lists written out.
+
+    Raises:
+        ModelError: transformers does not know it, or would run code of the folder.
+    """
+    from transformers import AutoConfig
+
+    _check_folder(folder)
+    with _explained(f"transformers can't load {folder}", folder), _quiet():
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
 def load_shell(folder: Path, tensors: Mapping[str, TensorInfo]) -> Any:
     """The same model on torch's meta device: shapes without memory.
 
     Raises:
         ModelError: transformers can't make it, or its sizes are not those of the weights.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    _check_folder(folder)
+    config = load_config(folder)
     with _explained(f"transformers can't load {folder}", folder):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with _quiet(), torch.device("meta"):
             shell = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         _check_sizes(folder, shell, tensors)
