@@ -13,11 +13,12 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from gptailor import document_values
 from gptailor.errors import ResourceError, UsageError
 from gptailor.recipe import KnownLayers, Recipe
 
@@ -60,7 +61,10 @@ class Score:
         num_documents: how many documents it is the mean of.
         weight: the task's weight in the accuracy objective.
         values: of each document, always in the same order, so that two models can be compared
-            document by document; empty where `value` is not their mean.
+            document by document; empty where `value` is no mean of them.
+        leaves: of a group or tag, (number of documents, weight) of each task whose values stand
+            one after the other; the weights add up to 1, and `value` is the mean of the tasks'
+            means with these weights. Empty for one task: `value` is the mean of `values`.
         chance: what guessing gives on these documents; None where that is not known.
     """
 
@@ -71,6 +75,7 @@ class Score:
     num_documents: int
     weight: float = 1.0
     values: tuple[float, ...] = ()
+    leaves: tuple[tuple[int, float], ...] = ()
     chance: float | None = None
 
 
@@ -270,7 +275,7 @@ class Archive:
                         outcome.reason,
                         outcome.accuracy,
                         parameters,
-                        json.dumps([asdict(s) for s in outcome.scores]),
+                        json.dumps([score_dict(s) for s in outcome.scores]),
                         json.dumps(asdict(outcome.cost)),
                         finished_at,
                     ),
@@ -314,14 +319,15 @@ class Archive:
         )
         for row in rows.fetchall():
             number, text, documents, status, reason, accuracy, scores, cost = row[:8]
-            outcome = Outcome(
-                status,
-                accuracy,
-                tuple(_score(s) for s in json.loads(scores)),
-                reason,
-                Cost(**json.loads(cost)),
-            )
             source = f"{self.path}, evaluation {number}"
+            try:
+                found = tuple(_score(s) for s in json.loads(scores))
+                outcome = Outcome(status, accuracy, found, reason, Cost(**json.loads(cost)))
+            except (ValueError, TypeError) as error:
+                raise UsageError(
+                    f"{source}, can't be read: it is damaged, or of another version of gptailor "
+                    f"({error})."
+                ) from error
             recipe = Recipe.from_dict(json.loads(text), source, known)
             yield Evaluation(
                 number, recipe, documents, outcome, row[8], arms.get(row[9], ()), row[10]
@@ -331,9 +337,17 @@ class Archive:
         return _Transaction(self._db, self.path)
 
 
+def score_dict(score: Score) -> dict[str, Any]:
+    """A score for JSON, its values as one short text."""
+    data = {field.name: getattr(score, field.name) for field in fields(Score)}
+    return {**data, "values": document_values.encode(score.values)}
+
+
 def _score(data: dict[str, Any]) -> Score:
-    """A score as it was written, maybe before it had values and chance."""
-    return Score(**{**data, "values": tuple(data.get("values", ()))})
+    """A score as it was written, maybe before it had values, leaves and chance."""
+    values = document_values.decode(data.get("values") or "")
+    leaves = tuple((count, weight) for count, weight in data.get("leaves", ()))
+    return Score(**{**data, "values": values, "leaves": leaves})
 
 
 def _locked(folder: Path) -> int:

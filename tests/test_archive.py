@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from gptailor import document_values
 from gptailor.archive import Archive, Cost, Evaluation, Outcome, Score
 from gptailor.errors import ResourceError, UsageError
 from gptailor.recipe import Merge, Recipe, Take
@@ -72,6 +73,78 @@ def test_it_is_found_by_what_it_builds(tmp_path: Path) -> None:
         assert found.recipe == written  # as it was written
 
 
+VALUES: list[tuple[float, ...]] = [
+    (),
+    (0.0,),
+    (1.0,),
+    (0.0,) * 9 + (1.0,),
+    tuple(float(i % 3 == 0) for i in range(1001)),
+    (0.25, -1e300, 5e-324, 1.0),
+]
+
+
+@pytest.mark.parametrize("values", VALUES, ids=len)
+def test_what_each_document_gave_is_found(values: tuple[float, ...], tmp_path: Path) -> None:
+    leaves = ((1, 0.25), (len(values) - 1, 0.75)) if len(values) > 1 else ()
+    score = Score("t", "acc,none", 0.5, 0.1, len(values), 2.0, values, leaves, 0.25)
+    outcome = Outcome("ok", 0.5, (score,), "", Cost())
+    with Archive(tmp_path) as archive:
+        archive.record(recipe(0), "search", 10, outcome)
+        (found,) = archive.evaluations()
+        (size,) = archive._db.execute("SELECT length(scores) FROM evaluations").fetchone()
+    assert found.outcome == outcome
+    assert size < 250 + (11 * len(values) if len(values) < 10 else len(values) / 5)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "bits",
+        "bits:8",
+        "bits:8:",
+        "bits:0:",
+        "bits:x:AA==",
+        "bits:²:AA==",
+        "bits:-8:AA==",
+        "bits:9:AA==",
+        "bits:7:gA==",
+        "bits:99999999999999999999999:AA==",
+        "bits:8:A",
+        "bits:8:é",
+        "float64:AA==",
+        "float64:",
+        "float64:AAAAAAAA+H8=",  # not a number
+        "float64:AAAAAAAA8H8=",  # infinity
+        "zip:AA==",
+    ],
+)
+def test_values_that_are_none(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        document_values.decode(text)
+    with Archive(tmp_path) as archive:
+        archive.record(recipe(0), "search", 10, OK)
+        with archive._db:
+            scores = f'[{{"task": "t", "metric": "m", "value": 1, "values": "{text}"}}]'
+            archive._db.execute("UPDATE evaluations SET scores = ?", (scores,))
+        with pytest.raises(UsageError, match=r"evaluation 1, can't be read: it is damaged"):
+            archive.evaluations()
+
+
+def test_an_archive_from_before_documents_had_values(tmp_path: Path) -> None:
+    """It is read as it was: without values, and nobody knows what guessing gives."""
+    old = (
+        '[{"task": "piqa", "metric": "acc,none", "value": 0.625, "stderr": 0.01,'
+        ' "num_documents": 100, "weight": 1.0}, {"task": "x", "metric": "ppl", "value": 3.5,'
+        ' "stderr": null, "num_documents": 7, "weight": 2.0}]'
+    )
+    with Archive(tmp_path) as archive:
+        one = archive.record(recipe(0, 1), "search", 1000, OK)
+        with archive._db:
+            archive._db.execute("UPDATE evaluations SET scores = ?", (old,))
+    with Archive(tmp_path, readonly=True) as archive:
+        assert archive.evaluations() == [one]
+
+
 def test_a_second_record_is_refused(tmp_path: Path) -> None:
     with Archive(tmp_path) as archive:
         first = archive.record(recipe(0), "search", 10, OK)
@@ -115,6 +188,7 @@ def test_meta(tmp_path: Path) -> None:
 
 HOLD = """
 import sys
+from gptailor import document_values
 from gptailor.archive import Archive
 with Archive(sys.argv[1]):
     print("open", flush=True)
@@ -219,6 +293,7 @@ def test_a_file_that_is_no_archive(tmp_path: Path) -> None:
 
 WRITE = """
 import sys
+from gptailor import document_values
 from gptailor.archive import Archive, Cost, Outcome, Score
 from gptailor.recipe import Recipe, Take
 scores = tuple(Score(f"task{i}", "acc,none", 0.5, 0.1, 100) for i in range(40))
@@ -264,6 +339,7 @@ def test_the_disk_is_waited_for(tmp_path: Path) -> None:
 HOT = """
 import os, shutil, sys
 from pathlib import Path
+from gptailor import document_values
 from gptailor.archive import Archive
 run, copy = map(Path, sys.argv[1:])
 with Archive(run) as archive:

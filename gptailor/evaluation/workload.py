@@ -23,6 +23,7 @@ import numpy as np
 from gptailor.archive import Score
 from gptailor.config import EvaluationConfig, TaskSpec
 from gptailor.errors import UsageError, unknown
+from gptailor.evaluation import per_document
 
 _LM_EVAL_SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
 """The seeds that `lm_eval.simple_evaluate` sets before it builds requests."""
@@ -81,6 +82,7 @@ class Workload:
             for name, task in self._tasks.items()
         }
         self._metrics = {spec.task: self._metric(spec, comparable) for spec in self.specs}
+        self._chances: dict[tuple[str, str], float | None] = {}  # (task, metric) → known so far
 
     @property
     def num_documents(self) -> int:
@@ -123,7 +125,8 @@ class Workload:
             lm: answers the requests; any `lm_eval.api.model.LM`.
 
         Returns:
-            As `results` of lm-eval: `{"task": {"acc,none": 0.5, "acc_stderr,none": 0.01, …}}`.
+            As `results` of lm-eval: `{"task": {"acc,none": 0.5, "acc_stderr,none": 0.01, …}}`. A
+            task (no group) also has "values": key of a metric → `Score.values`.
         """
         with _seeded():  # tasks that sample do so from the same state for every recipe
             return self._answered(lm)
@@ -169,8 +172,38 @@ class Workload:
             value = sum(v * w for v, w in zip(values, weights, strict=True)) / total
             if not math.isfinite(value):
                 raise FloatingPointError(f"{key} of {spec.task} is not a finite number")
-            scores.append(Score(spec.task, key, value, stderr, total, spec.weight))
+            shares = self._shares(spec.task, key, results)
+            by_document = per_document.joined(shares, key, value, results)
+            chance = self._chance(shares, name)
+            scores.append(
+                Score(spec.task, key, value, stderr, total, spec.weight, *by_document, chance)
+            )
         return tuple(scores)
+
+    def _shares(
+        self, name: str, key: str, results: Mapping[str, Mapping[str, Any]]
+    ) -> list[tuple[str, float]]:
+        """The tasks that a score is the mean of, with their weights."""
+        group = self._groups.get(name) if self._parts[name] == (name,) else None
+        if group is not None:
+            leaves = [task.task_name for task in group.get_all_tasks()]
+            return per_document.leaf_shares(group, leaves, key, results)
+        return per_document.leaf_shares(None, self._parts[name], key, results)
+
+    def _chance(self, shares: Sequence[tuple[str, float]], metric: str) -> float | None:
+        """What guessing gives, in the same mean; None where one of the tasks does not tell."""
+        total = 0.0
+        for name, weight in shares:
+            if (name, metric) not in self._chances:
+                documents = [document for _, document in self._documents[name]]
+                self._chances[name, metric] = per_document.chance(
+                    self._tasks[name], metric, documents
+                )
+            found = self._chances[name, metric]
+            if found is None:
+                return None
+            total += weight * found
+        return total
 
     def _load(self, include_path: str | None) -> None:
         manager = task_manager(include_path, [spec.task for spec in self.specs])
@@ -234,10 +267,13 @@ class Workload:
                     values[metric, filter_name].append(value)
         metrics: dict[str, Any] = {"name": name, "alias": name}
         metrics["sample_len"] = max(len(items) for items in values.values())
+        metrics["values"] = {}
         for (metric, filter_name), items in values.items():
             aggregate = _aggregation(task, metric)
             metrics[f"{metric},{filter_name}"] = aggregate(items)
             metrics[f"{metric}_stderr,{filter_name}"] = _stderr(aggregate, items)
+            found = per_document.document_values(aggregate, items)
+            metrics["values"][f"{metric},{filter_name}"] = found
         return metrics
 
 

@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from gptailor.archive import Cost, Documents, Evaluation, Outcome, Score, Status
+from gptailor import document_values
+from gptailor.archive import Cost, Documents, Evaluation, Outcome, Score, Status, score_dict
 from gptailor.errors import ModelError, UsageError
 from gptailor.evaluation.similarity import Similarity
 from gptailor.models.untrusted import check_depth, parse_json, shown
@@ -32,6 +33,10 @@ MAX_LINE_BYTES = 1 << 23
 
 MAX_REASON_CHARS = 20_000
 """Of a longer traceback the end is what says most."""
+
+MAX_VALUES_CHARS = 1 << 20
+"""An evaluation with more is told without the values of its documents. It is enough for six million
+that are right or wrong, or 98,000 others, and what it takes in memory is bearable."""
 
 MAX_NAME_CHARS = 1000
 MAX_LAYERS = 100_000
@@ -154,13 +159,18 @@ def from_line(line: bytes, path: Path, number: int, known: KnownLayers | None = 
 
 def _evaluation_dict(evaluation: Evaluation) -> dict[str, Any]:
     outcome, reason = evaluation.outcome, evaluation.outcome.reason
+    scores = [score_dict(score) for score in outcome.scores]
+    if sum(len(score["values"]) for score in scores) > MAX_VALUES_CHARS:
+        scores = [{**score, "values": "", "leaves": ()} for score in scores]
     return {
         "recipe": evaluation.recipe.to_dict(),
         "documents": evaluation.documents,
         "parameters": evaluation.parameters,
         "arms": evaluation.arms,
         "finished_at": evaluation.finished_at,
-        **asdict(outcome),
+        "status": outcome.status,
+        "scores": scores,
+        "cost": asdict(outcome.cost),
         "accuracy": _finite_or_none(outcome.accuracy),
         "reason": reason[-MAX_REASON_CHARS:].encode(errors="replace").decode(),
     }
@@ -183,7 +193,7 @@ def _read_evaluation(
     outcome = Outcome(
         status,
         None if accuracy is None else _number(accuracy, f"{where} accuracy"),
-        tuple(_read_score(score, f"{where} scores") for score in _list(data["scores"], where)),
+        _read_scores(data["scores"], f"{where} scores"),
         _text(data["reason"], f"{where} reason", MAX_REASON_CHARS, printable=False),
         _read_cost(data["cost"], f"{where} cost"),
     )
@@ -198,10 +208,21 @@ def _read_evaluation(
     )
 
 
-def _read_score(data: object, where: str) -> Score:
-    score = _object(data, where)
+_NEWER: dict[str, Any] = {"values": "", "leaves": [], "chance": None}
+"""What a score lacks that was written before there was such a thing."""
+
+
+def _read_scores(data: object, where: str) -> tuple[Score, ...]:
+    scores = [_NEWER | _object(score, where) for score in _list(data, where)]
+    values = [_text(s["values"], f"{where} values", MAX_VALUES_CHARS) for s in scores]
+    if sum(map(len, values)) > MAX_VALUES_CHARS:
+        raise UsageError(f"{where} have more than {MAX_VALUES_CHARS:,} characters of values.")
+    return tuple(_read_score(score, where) for score in scores)
+
+
+def _read_score(score: dict[str, Any], where: str) -> Score:
     _check_keys(score, {f.name for f in fields(Score)}, where)
-    stderr = score["stderr"]
+    stderr, chance = score["stderr"], score["chance"]
     return Score(
         _text(score["task"], where),
         _text(score["metric"], where),
@@ -209,7 +230,35 @@ def _read_score(data: object, where: str) -> Score:
         None if stderr is None else _number(stderr, where, finite=False),
         _count(score["num_documents"], where),
         _number(score["weight"], where),
+        *_read_values(score["values"], score["leaves"], where),
+        None if chance is None else _number(chance, where),
     )
+
+
+def _read_values(
+    text: str, leaves: object, where: str
+) -> tuple[tuple[float, ...], tuple[tuple[int, float], ...]]:
+    """What each document gave, and how many of them are which task's."""
+    try:
+        values = document_values.decode(text)
+    except ValueError as error:
+        raise UsageError(f"{where} values are {shown(text)}: {error}.") from error
+    found = []
+    for pair in _list(leaves, f"{where} leaves"):
+        match pair:
+            case [count, weight]:
+                found.append((_count(count, f"{where} leaves"), _number(weight, f"{where} leaves")))
+            case _:
+                raise UsageError(f"{where} leaves has {shown(pair)} in the place of a pair.")
+    counts, weights = [count for count, _ in found], [weight for _, weight in found]
+    if found and (
+        sum(counts) != len(values)
+        or min(counts) == 0
+        or min(weights) < 0.0
+        or abs(sum(weights) - 1.0) > 1e-6
+    ):
+        raise UsageError(f"{where} leaves don't fit the {len(values)} values.")
+    return values, tuple(found)
 
 
 def _read_cost(data: object, where: str) -> Cost:

@@ -96,6 +96,10 @@ def test_float32(
                     assert results[name][key] == value
                 else:
                     assert results[name][key] == pytest.approx(value, rel=1e-4), (name, key)
+    for name, samples in theirs["samples"].items():
+        for key, values in results[name]["values"].items():
+            if values:  # the metric is the mean of them
+                assert list(values) == [sample[key.partition(",")[0]] for sample in samples]
     mine, other = answers(evaluator), their_answers(theirs)
     assert set(mine) == set(other)
     for key, answer in mine.items():
@@ -175,3 +179,4 @@ def test_few_shot_examples_and_a_choice_of_documents(
     for score in outcome.scores:
         assert score.value == pytest.approx(theirs["results"][score.task]["acc,none"])
         assert score.stderr == pytest.approx(theirs["results"][score.task]["acc_stderr,none"])
+        assert list(score.values) == [s["acc"] for s in theirs["samples"][score.task]]

@@ -406,7 +406,11 @@ def journal_seeds() -> list[bytes]:
         for line in recipe_seeds()[:1]
     ]
     found = [Recipe.from_yaml(text.decode()) for text in recipes]
-    scores = (Score("t", "acc,none", 0.5, 0.1, 10), Score("u", "ppl", 3.0, None, 1, 2.0))
+    values = (1.0, 0.0, 0.5)
+    scores = (
+        Score("t", "acc,none", 0.5, 0.1, 3, 1.0, values, ((1, 0.5), (2, 0.5)), 0.25),
+        Score("u", "ppl", 3.0, None, 1, 2.0),
+    )
     rows = [
         Evaluation(0, made, documents, outcome, 5, ("dense:red",), 1.7e9)
         for made in found

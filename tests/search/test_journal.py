@@ -6,6 +6,7 @@ import json
 import math
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from gptailor.recipe import Merge, Recipe, Take
 from gptailor.search import journal as module
 from gptailor.search.journal import NAME, Journal, JournalReader, evaluations_in, read_journal
 from gptailor.search.journal_entry import (
+    MAX_LINE_BYTES,
     MAX_REASON_CHARS,
     Begun,
     Closed,
@@ -43,6 +45,7 @@ def recipe(*src_layers: int) -> Recipe:
 
 def evaluation(*src_layers: int, reason: str = "", documents: Any = "search") -> Evaluation:
     scores = (Score("t é", "ppl", math.inf, None, 7, 2.0), Score("u", "acc", 0.5, 0.1, 9))
+    scores += (Score("v", "acc", 0.5, 0.1, 3, 1.0, (0.0, 1.0, 0.5), ((1, 0.5), (2, 0.5)), 0.25),)
     cost = Cost(1.5, 0.25, 1.0, 107, 5000)
     outcome = Outcome("ok", 0.625, scores, "", cost)
     if reason:
@@ -83,6 +86,25 @@ def test_what_an_outcome_may_hold_can_be_told() -> None:
     found = from_line(to_line(odd)[:-1], Path("j"), 2)
     assert isinstance(found, Evaluation)
     assert found.outcome.accuracy is None  # as SQLite has it
+
+
+def test_a_score_from_before_documents_had_values() -> None:
+    found = from_line(line(scores=[GOOD_SCORE]), Path("j"), 2)
+    assert isinstance(found, Evaluation)
+    assert found.outcome.scores == (Score("t", "m", 1.0, None, 1),)
+
+
+def test_very_many_documents_are_told_without_their_values() -> None:
+    """A line has a bound, and an evaluation is worth more than what each document gave."""
+    values = tuple(0.1 * (i % 7) for i in range(100_000))
+    scores = (Score("t", "m", 0.3, 0.1, 100_000, 1.0, values, ((1, 0.5), (99_999, 0.5)), 0.25),)
+    one = evaluation(0)
+    one = replace(one, outcome=replace(one.outcome, scores=scores))
+    written = to_line(one)
+    assert len(written) < MAX_LINE_BYTES
+    found = from_line(written[:-1], Path("j"), 2)
+    assert isinstance(found, Evaluation)
+    assert found.outcome.scores == (replace(scores[0], values=(), leaves=()),)
 
 
 def test_written_and_read_on(tmp_path: Path) -> None:
@@ -198,6 +220,9 @@ GOOD_SCORE = {
 }  # fmt: skip
 
 
+BITS = "bits:3:Aw=="
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -244,6 +269,19 @@ GOOD_SCORE = {
         (line(reason="x" * (MAX_REASON_CHARS + 1)), "reason is "),
         (line(scores=[1]), "in the place of an object"),
         (line(scores=[{**GOOD_SCORE, "value": "x"}]), "which is no such number"),
+        (line(scores=[{**GOOD_SCORE, "values": [1]}]), "which is no such text"),
+        (line(scores=[{**GOOD_SCORE, "values": "bits:9:AA=="}]), "bits and their count differ"),
+        (line(scores=[{**GOOD_SCORE, "values": "float64:AAAAAAAA+H8="}]), "not finite"),
+        (line(scores=[{**GOOD_SCORE, "values": "A" * (1 << 20) + "A"}]), "which is no such text"),
+        (line(scores=[{**GOOD_SCORE, "values": "A" * (1 << 19)}] * 3), "characters of values"),
+        (line(scores=[{**GOOD_SCORE, "leaves": [[1, 1.0]]}]), "don't fit the 0 values"),
+        (line(scores=[{**GOOD_SCORE, "values": BITS, "leaves": [[2, 1]]}]), "don't fit the 3"),
+        (line(scores=[{**GOOD_SCORE, "values": BITS, "leaves": [[3, 9]]}]), "don't fit the 3"),
+        (line(scores=[{**GOOD_SCORE, "values": BITS, "leaves": [[0, 0], [3, 1]]}]), "don't fit"),
+        (line(scores=[{**GOOD_SCORE, "values": BITS, "leaves": [[3]]}]), "the place of a pair"),
+        (line(scores=[{**GOOD_SCORE, "values": BITS, "leaves": [[-3, 1]]}]), "is no count"),
+        (line(scores=[{**GOOD_SCORE, "chance": "x"}]), "which is no such number"),
+        (line(scores=[{**GOOD_SCORE, "chance": math.nan}]), "which is no such number"),
         (line(recipe={}), "schema is None"),
         (line(recipe=7), "line 2, recipe"),
     ],
