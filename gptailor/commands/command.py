@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,6 +25,11 @@ class Command:
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
     keeps: str = "nothing was left half-written"
+
+
+def say(text: str) -> None:
+    """Tells the person who waits, beside the result."""
+    print(text, file=sys.stderr)
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:

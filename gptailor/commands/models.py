@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 
-from gptailor.commands.command import Command, add_io, at_least_one
+from gptailor.commands.command import Command, add_io, at_least_one, say
 
 
 def _stitch(arguments: argparse.Namespace) -> int:
@@ -20,6 +20,7 @@ def _stitch(arguments: argparse.Namespace) -> int:
         sync=arguments.sync,
         threads=arguments.threads,
         max_shard_size=arguments.max_shard_size,
+        note=say,
     )
     print(json.dumps({"folder": str(out)}) if arguments.json else f"The model is in {out}.")
     return 0
@@ -38,6 +39,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         dtype=arguments.dtype,
         device=arguments.device,
+        note=say,
     )
     if arguments.json:
         print(json.dumps({"files": [str(path) for path in files]}))
@@ -59,6 +61,7 @@ def _eval(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         dtype=arguments.dtype,
         device=arguments.device,
+        note=say,
     )
     if arguments.json:
         print(json.dumps([dataclasses.asdict(score) for score in scores], indent=2))

@@ -6,10 +6,9 @@ import argparse
 import dataclasses
 import json
 import shlex
-import sys
 from typing import TYPE_CHECKING
 
-from gptailor.commands.command import Command, at_least_one
+from gptailor.commands.command import Command, at_least_one, say
 
 if TYPE_CHECKING:
     from gptailor.verbs.plans import Plan
@@ -25,7 +24,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         gpus_per_worker=arguments.gpus_per_worker,
         gpu_gib=arguments.gpu_gib,
         probe=arguments.probe,
-        note=lambda text: print(text, file=sys.stderr),
+        note=say,
     )
     if arguments.json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
@@ -102,7 +101,7 @@ def _memory_lines(plan: Plan) -> list[str]:
 def _prefetch(arguments: argparse.Namespace) -> int:
     from gptailor import verbs
 
-    found = verbs.prefetch(arguments.config, arguments.overrides)
+    found = verbs.prefetch(arguments.config, arguments.overrides, note=say)
     if arguments.json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
         return 0

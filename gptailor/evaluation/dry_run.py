@@ -14,6 +14,7 @@ from typing import Any
 
 from gptailor.config import Config, parse_config
 from gptailor.errors import GptailorError
+from gptailor.evaluation.family import open_family
 from gptailor.evaluation.judge import ResidentLM, plan_batches, read_inputs
 from gptailor.evaluation.loading import load_shell, load_tokenizer
 from gptailor.evaluation.workload import Workload, open_workloads
@@ -108,7 +109,7 @@ def main() -> int:
     """Reads a configuration from the standard input, writes sizes or an error to the output."""
     try:
         config = parse_config(json.load(sys.stdin), "the configuration")
-        dry_run = DryRun(config, Family(config.models, config.base))
+        dry_run = DryRun(config, open_family(config.models, config.base))
         found = {name: asdict(size) for name, size in dry_run.sizes().items()}
         print(json.dumps({"sizes": found}))
     except GptailorError as error:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from gptailor.config import Config
 from gptailor.errors import ModelError, ResourceError, UsageError
+from gptailor.evaluation.family import open_family
 from gptailor.execution.memory import available_bytes
 from gptailor.execution.node_lock import node_lock, own_folder
 from gptailor.execution.page_cache import Range, absent, read_all, whole
@@ -66,12 +67,12 @@ def open_candidates(
     """
     on_cpu = is_cpu(config.evaluation.device)
     io = "mmap" if on_cpu and checked_io(None) == "auto" else None
-    family = Family(config.models, config.base, io)
+    family = open_family(config.models, config.base, io)
     scratch = os.environ.get(STAGE_VARIABLE) if stage is None else stage
     if scratch:
         began = time.monotonic()
         folders = staged(list(family.candidates.values()), scratch_folder(scratch), keep_going)
-        family = Family(config.models, config.base, io, folders=folders)
+        family = open_family(config.models, config.base, io, folders=folders)
         if time.monotonic() - began > 1.0:
             note(f"Candidates are in {scratch} of {socket.gethostname()}: {_seconds(began)}.")
     if (on_cpu or workers_here > 1) and checked_io(None) != "direct":

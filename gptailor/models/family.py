@@ -1,7 +1,8 @@
 """A family: one base and its finetuned variants, opened and checked as a whole, headers only.
 
 All candidates must have the same layers with the same shapes, the same tying of embeddings and
-the same per-layer lists; then any layer of one can stand in for that layer of another.
+configs that mean the same; then any layer of one can stand in for that layer of another. What files
+alone do not tell stays open here and is settled by `evaluation.family.open_family`.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from gptailor.models.architecture import (
     Architecture,
     find_architecture,
     layer_count,
-    per_layer_lists,
     text_config,
 )
 from gptailor.models.calibration import Statistics, weights_digest
 from gptailor.models.checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo
+from gptailor.models.config_fields import Difference, differences, is_harmless
 from gptailor.models.untrusted import (
     MAX_CONFIG_BYTES,
     MAX_TOKENIZER_BYTES,
@@ -38,7 +39,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-_HEAD_KEYS = ("num_attention_heads", "num_key_value_heads", "head_dim", "n_head", "n_heads")
 
 
 class Candidate:
@@ -108,6 +108,11 @@ class Family:
         io: how weights are read, see `Checkpoint`.
         folders: name → where its files are, for those that are not where `models` says.
 
+    Attributes:
+        open_configs: name → how the candidate's config.json differs from the base's, where the
+            files alone do not tell whether that changes what is computed.
+        notes: sentences on what was found and changes nothing.
+
     Raises:
         ModelError: a candidate is unusable, or does not fit the base.
         UsageError: the base is not among the models, or there is no such `io`.
@@ -127,9 +132,14 @@ class Family:
         self.base_name = base
         places = {n: folders[n] if n in folders else resolve(ref) for n, ref in models.items()}
         self.candidates = {n: Candidate(n, place, io) for n, place in places.items()}
+        self.open_configs: dict[str, list[Difference]] = {}
+        self.notes: tuple[str, ...] = ()
         for candidate in self.candidates.values():
             if candidate is not self.base:
                 _check_fits(candidate, self.base)
+                found = list(differences(candidate.config, self.base.config))
+                if not all(map(is_harmless, found)):
+                    self.open_configs[candidate.name] = found
 
     @property
     def base(self) -> Candidate:
@@ -157,6 +167,20 @@ class Family:
         ends = (*self.architecture.embeddings, *self.architecture.head)
         outside = sum(self.base.tensors[name].n_elements for name in ends)
         return outside + sum(self.layer_parameters(src) for src in chosen)
+
+    def settle(self, notes: Iterable[str]) -> None:
+        """Notes that what was open has been judged and is without effect."""
+        self.open_configs = {}
+        self.notes = (*self.notes, *notes)
+
+    def check_settled(self) -> None:
+        """Raises a `ModelError` while something is open: nothing may be computed then."""
+        for name, found in self.open_configs.items():
+            first = next(difference for difference in found if not is_harmless(difference))
+            raise ModelError(
+                f"{self.candidates[name].folder}: config.json has {first}, and only transformers "
+                "can tell whether that matters: open the models by open_family."
+            )
 
     def check_intact(self) -> None:
         """Raises a `ModelError` if a file that weights were read from changed meanwhile."""
@@ -230,22 +254,6 @@ def _check_fits(candidate: Candidate, base: Candidate) -> None:
             raise ModelError(
                 f"{candidate.folder}: {name} has dtype {dtypes[0]}, but {dtypes[1]} in the base "
                 f"{base.folder}; only {', '.join(FLOAT_DTYPES)} can be mixed."
-            )
-    texts = [text_config(c.config) for c in (candidate, base)]
-    for key in _HEAD_KEYS:
-        counts = [text.get(key) for text in texts]
-        if None not in counts and counts[0] != counts[1]:
-            raise ModelError(
-                f"{candidate.folder}: config.json has {key} {shown(counts[0])}, but "
-                f"{shown(counts[1])} in the "
-                f"base {base.folder}, so the same tensors mean other things."
-            )
-    lists = [per_layer_lists(text_config(c.config), c.num_layers) for c in (candidate, base)]
-    for key in sorted(set(lists[0]) | set(lists[1])):
-        if lists[0].get(key) != lists[1].get(key):
-            raise ModelError(
-                f"{candidate.folder}: {key} of config.json differs from the base's, so the layers "
-                "are of different kinds."
             )
 
 

@@ -120,8 +120,10 @@ def check_recipe(recipe: Recipe, family: Family) -> None:
 
     Raises:
         UsageError: it does not, or a merge lacks statistics.
-        ModelError: statistics are corrupt, or belong to other weights.
+        ModelError: statistics are corrupt, or belong to other weights; or it is open whether the
+            models fit together.
     """
+    family.check_settled()
     _check_layers(recipe, family)
     _check_modules(recipe, family)
     _check_statistics(recipe, family)

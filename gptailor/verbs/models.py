@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptailor.errors import ModelError, UsageError, unknown
+from gptailor.evaluation.family import open_family
 from gptailor.models.calibration import METHODS as CALIBRATED
 from gptailor.models.family import Family
 from gptailor.recipe import DTYPES, Recipe, Take, read_recipe
@@ -27,6 +28,7 @@ def stitch(
     threads: int = 0,
     io: str | None = None,
     max_shard_size: str | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Writes the model that a recipe describes; returns its folder.
 
@@ -39,6 +41,7 @@ def stitch(
         threads: for merging; 0 for as many as there are cores.
         io: how weights are read: auto, mmap, pread or direct; None for what GPTAILOR_IO says.
         max_shard_size: of a file of weights, like 5GB; None for 50GB, as in transformers 5.
+        note: is told what a person should know of the models and of the result.
 
     Raises:
         UsageError, ModelError, ResourceError: see `stitching.write.write_model`.
@@ -53,7 +56,9 @@ def stitch(
         recipe, family, notes = _described(Path(source), io)
     else:
         recipe, notes = _point(Path(source), point)
-        family = Family(recipe.used_models, recipe.base, io)
+        family = open_family(recipe.used_models, recipe.base, io)
+    for text in family.notes:
+        note(text)
     write_model(
         recipe,
         family,
@@ -81,6 +86,7 @@ def calibrate(
     seed: int = 0,
     dtype: str = "float32",
     device: str = "auto",
+    note: Callable[[str], None] = lambda text: None,
 ) -> list[Path]:
     """Writes what fisher and regmean need to know of the models; returns the files.
 
@@ -94,6 +100,7 @@ def calibrate(
         seed: of the words that are drawn for fisher.
         dtype: of the models while they read.
         device: as in `search.yaml`.
+        note: is told what a person should know of the models.
 
     Raises:
         UsageError: there is nothing to do, no folder, or no text.
@@ -115,7 +122,9 @@ def calibrate(
     if not wanted:
         raise UsageError(f"{source} uses neither fisher nor regmean: name one with --method.")
     names = {base, *(name for some in wanted.values() for name in some)}
-    family = Family({name: ref for name, ref in models.items() if name in names}, base)
+    family = open_family({name: ref for name, ref in models.items() if name in names}, base)
+    for found in family.notes:
+        note(found)
     for candidate in family.candidates.values():
         if Path(out).resolve() == candidate.folder.resolve():
             raise UsageError(f"The output {out} is also an input ({candidate.name}).")
@@ -138,6 +147,7 @@ def evaluate(
     batch_size: int = 32,
     dtype: str = "auto",
     device: str = "auto",
+    note: Callable[[str], None] = lambda text: None,
 ) -> tuple[Score, ...]:
     """Scores one model folder, hub id or recipe, the same way as a search does.
 
@@ -148,6 +158,7 @@ def evaluate(
         num_fewshot: examples in the context; None for each task's own number.
         batch_size: sequences in one forward pass.
         dtype, device: as in `search.yaml`.
+        note: is told what a person should know of the models.
     """
     from gptailor.config import parse_evaluation
     from gptailor.evaluation.evaluator import Evaluator
@@ -156,13 +167,15 @@ def evaluate(
     if path.suffix in (".yaml", ".yml"):
         recipe, family, _ = _described(path)
     else:
-        family = Family({"model": str(source)}, "model")
+        family = open_family({"model": str(source)}, "model")
         found = family.base.tensors[family.architecture.embeddings[0]].dtype
         layers = tuple(Take("model", i) for i in range(family.num_layers))
         names = {name: dtype for dtype, name in DTYPES.items()}
         if found not in names:
             raise ModelError(f"{source} has weights of dtype {found}, which is not supported.")
         recipe = Recipe(family.refs, "model", layers, "model", "model", names[found])
+    for text in family.notes:
+        note(text)
     config = parse_evaluation(
         {
             "tasks": [{"task": task, "num_fewshot": num_fewshot} for task in tasks],
@@ -218,8 +231,8 @@ def _described(path: Path, io: str | None = None) -> tuple[Recipe, Family, str]:
             config = read_mergekit(path)
     if config is None:
         recipe = read_recipe(path).with_statistics_found()
-        return recipe, Family(recipe.used_models, recipe.base, io), ""
-    family = Family(config.models, config.base, io)
+        return recipe, open_family(recipe.used_models, recipe.base, io), ""
+    family = open_family(config.models, config.base, io)
     text = textwrap.indent(config.text.strip(), "    ")
     return to_recipe(config, family), family, f"Made from this mergekit configuration:\n\n{text}"
 

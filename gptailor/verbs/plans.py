@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptailor.errors import GptailorError, ModelError, ResourceError, UsageError
+from gptailor.evaluation.family import open_family
 from gptailor.models.family import Family
 from gptailor.models.untrusted import home_expanded, is_folder
 
@@ -65,11 +66,16 @@ class Prefetched:
     only_checked: bool
 
 
-def prefetch(config: str | Path, overrides: Sequence[str] = ()) -> Prefetched:
+def prefetch(
+    config: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    note: Callable[[str], None] = lambda text: None,
+) -> Prefetched:
     """Downloads what a search needs, then loads it where there is no network, as a job will.
 
     Models come from the hub unless they are local folders; tasks are loaded once, so that lm-eval
-    fetches their datasets.
+    fetches their datasets. `note` is told what a person should know of the models.
 
     Raises:
         UsageError: the configuration is wrong, or a task can't be had.
@@ -80,7 +86,9 @@ def prefetch(config: str | Path, overrides: Sequence[str] = ()) -> Prefetched:
     from gptailor.evaluation.dry_run import DryRun
 
     parsed = read_config(config, overrides)
-    family = Family(parsed.models, parsed.base)  # downloads
+    family = open_family(parsed.models, parsed.base)  # downloads
+    for text in family.notes:
+        note(text)
     sizes = DryRun(parsed, family).sizes()  # downloads
     found = _offline(parsed.model_dump_json())
     for name, size in sizes.items():
@@ -178,7 +186,9 @@ def plan(
     from gptailor.search.space import SearchSpace, find_calibration
 
     parsed = read_config(config, overrides)
-    family = Family(parsed.models, parsed.base)
+    family = open_family(parsed.models, parsed.base)
+    for text in family.notes:
+        note(text)
     calibration = find_calibration(parsed, family)
     space = SearchSpace(parsed.space, parsed.models, parsed.base, family.num_layers, calibration)
     sizes = DryRun(parsed, family).sizes()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptailor.errors import GptailorError, UsageError, unknown
+from gptailor.evaluation.family import open_family
 from gptailor.models.family import Family, resolve
 
 if TYPE_CHECKING:
@@ -145,9 +146,11 @@ def _search(
     wait_s = LOCK_WAIT_S if is_supervised() else 0.0
     say = print if crew is None else crew.say
     Archive.check_not_in_use(place, wait_s=wait_s, note=say)
-    family = Family(config.models, config.base)
+    family = open_family(config.models, config.base)
     _check_space(config, family)
     progress = Progress(config.search.evaluations, family.num_layers, log=log)
+    for text in family.notes:
+        progress.note(text)
     progress.note(f"Searching {family.num_layers} layers of {len(config.models)} models.")
     number = None if island is None else island[0]
     with Reporter(stop, config.search.evaluations, output, number) as reporter:
@@ -274,7 +277,7 @@ def _front(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
 
 def _check_together(config: Config) -> list[str]:
     try:
-        _check_space(config, Family(config.models, config.base))
+        _check_space(config, open_family(config.models, config.base))
     except GptailorError as error:
         return [str(error)]
     return []

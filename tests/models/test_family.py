@@ -93,25 +93,6 @@ def test_dtypes(base: Path, tmp_path: Path) -> None:
     assert f"{name} has dtype I64, but BF16 in the base" in text
 
 
-def test_per_layer_lists(tmp_path: Path) -> None:
-    kinds = ["full_attention"] * 4
-    base = save_model(tmp_path / "base", config={"layer_types": kinds})
-    same = save_model(tmp_path / "same", config={"layer_types": kinds})
-    Family({"base": str(base), "same": str(same)}, "base")
-    for name, config in (
-        ("changed", {"layer_types": [*kinds[:3], "sliding_attention"]}),
-        ("absent", {}),
-    ):
-        text = refused(base, save_model(tmp_path / name, config=config))
-        assert "layer_types of config.json differs from the base's" in text
-
-
-def test_heads(base: Path, tmp_path: Path) -> None:
-    """Shapes do not tell how many heads there are, but the weights mean another thing."""
-    other = save_model(tmp_path / "other", config={"num_attention_heads": 4})
-    assert "num_attention_heads 4, but 2 in the base" in refused(base, other)
-
-
 def test_padded_vocabulary_of_the_same_tokenizer(base: Path, tmp_path: Path) -> None:
     padded = save_model(tmp_path / "padded", vocab=VOCAB + 12)
     family = Family({"base": str(base), "padded": str(padded)}, "base")

@@ -1,0 +1,40 @@
+"""How everything that computes with a family opens it: files first, transformers where they leave
+something open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from gptailor.evaluation.agreement import compare_configs, note
+from gptailor.models.config_fields import ABSENT, differences
+from gptailor.models.family import Family
+
+
+def open_family(
+    models: Mapping[str, str],
+    base: str,
+    io: str | None = None,
+    *,
+    folders: Mapping[str, Path] = {},
+) -> Family:
+    """The opened candidates, judged: any layer of one can stand in for that layer of another.
+
+    Arguments as for `Family`; its `notes` say what differs without effect.
+
+    Raises:
+        ModelError: a candidate is unusable, or does not fit the base.
+        UsageError: the base is not among the models, or there is no such `io`.
+    """
+    family = Family(models, base, io, folders=folders)
+    notes = []
+    for candidate in family.candidates.values():
+        if candidate.name in family.open_configs:
+            harmless = compare_configs(candidate, family.base)
+        else:
+            found = differences(candidate.config, family.base.config)
+            harmless = [d for d in found if ABSENT not in (d.value, d.base_value)]
+        notes.append(note(candidate, harmless))
+    family.settle(filter(None, notes))
+    return family
