@@ -86,8 +86,9 @@ class JobRecord:
         evaluations_done: recipes that count, those found in the archive included.
         evaluations_new: recipes that this job evaluated.
         evaluations_failed: those of the new ones that have no score.
-        results: evaluations that it put into the archive since it was started last, those on the
-            holdout included.
+        results: what it put into the archive in this turn, however often its step was started:
+            evaluations, those on the holdout included, and measured candidates.
+        idle_turns: turns right before this one that asked for a requeue without any result.
         evaluations_total: what the run was asked for.
         evaluations_per_hour: of this job, lately; None until it is known.
         failures: the last few.
@@ -110,6 +111,7 @@ class JobRecord:
     evaluations_new: int = 0
     evaluations_failed: int = 0
     results: int = 0
+    idle_turns: int = 0
     evaluations_total: int = 0
     evaluations_per_hour: float | None = None
     failures: tuple[FailureRecord, ...] = ()

@@ -6,6 +6,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from gptailor.execution.job_record import (
     read,
 )
 from gptailor.execution.stop import Stop
+from gptailor.execution.verdict import gained
 from gptailor.search.island_folder import FOLDER
 
 if TYPE_CHECKING:
@@ -58,9 +60,9 @@ class Reporter:
             evaluations_total=total,
             ends_at=stop.job_ends_at,
             restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+            results=gained() or 0,
         )
         self._recorder: JobRecorder | None = None
-        self._before: JobRecord | None = None
         self._members: Sequence[Member] = ()
         self._rates: deque[tuple[float, int]] = deque()
         self._num_failures = 0
@@ -76,8 +78,8 @@ class Reporter:
         """
         self._members = members or self._members
         if self._recorder is None:
-            self._before = read(self._run_folder, self._first.job_id)
-            self._recorder = JobRecorder(self._run_folder, self._first)
+            idle = self._num_idle(read(self._run_folder, self._first.job_id))
+            self._recorder = JobRecorder(self._run_folder, replace(self._first, idle_turns=idle))
         nodes = [member.hello.place.node for member in self._members]
         hosts = dict.fromkeys((self._recorder.record.host, *nodes))
         changes = {"log": f"{self._logs_in}{log}"} if log else {}
@@ -98,12 +100,13 @@ class Reporter:
     def _look(self, recorder: JobRecorder, run: Run, state: JobState) -> None:
         progress = run.progress
         new = progress.done - progress.reused - progress.elsewhere
+        in_turn = gained()
         recorder.update(
             state=state,
             workers=self._workers(run),
             evaluations_done=progress.done,
             evaluations_new=new,
-            results=run.num_recorded,
+            results=run.num_gained if in_turn is None else in_turn,
             evaluations_per_hour=self._per_hour(run.executor.now(), new),
         )
         for worker, point, reason in run.failures[self._num_failures :]:
@@ -130,20 +133,29 @@ class Reporter:
             return
         if self._run is not None:
             self._look(self._recorder, self._run, self._recorder.record.state)
-        if isinstance(value, Requeue) and self._recorder.record.results == 0 and self._was_idle:
+        record = self._recorder.record
+        if isinstance(value, Requeue) and record.results == 0 and record.idle_turns > 0:
             error = StoppedEarly(
                 f"Job {self._first.job_id} was stopped before its time limit twice in a row "
-                "before one evaluation had ended: give it more time, or a signal nearer to its end."
+                "before the archive gained anything: give it more time, or a signal nearer to its "
+                "end."
             )
             self._recorder.end(exit_code_of(error))
             raise error from value
         self._recorder.end(exit_code_of(value))
 
-    @property
-    def _was_idle(self) -> bool:
-        """Whether the job's turn before this one asked for a requeue and had no result."""
-        before = self._before
-        return before is not None and before.exit_code == Requeue.exit_code and before.results == 0
+    def _num_idle(self, before: JobRecord | None) -> int:
+        """How many turns right before this one asked for a requeue and had no result.
+
+        Args:
+            before: what the program before this one left: of an earlier turn, or of an earlier step
+                of this turn, which was killed.
+        """
+        if before is None:
+            return 0
+        if before.exit_code == Requeue.exit_code:
+            return before.idle_turns + 1 if before.results == 0 else 0
+        return before.idle_turns if before.restarts == self._first.restarts else 0
 
     def _workers(self, run: Run) -> tuple[WorkerRecord, ...]:
         ago = time.time() - run.executor.now()  # from the executor's clock to Unix time

@@ -10,7 +10,9 @@ runs on this host, writes its exit code there as its last act.
 - A verdict, whatever it is, was meant: this program ends with it. 75 asks for a requeue, which is
   done here; where the site forbids it, 75 is the exit code.
 - No verdict: ranks were killed, or Slurm refused the step (it does once after an unclean death).
-  The step is started again in place, at most three times in a row without progress.
+  The step is started again in place, at most three times in a row in which the archive gained
+  nothing. That is read from a file, too: the path is in `GPTAILOR_GAINED`, and the search adds a
+  byte to it for each result when it is durable.
 
 SIGUSR2 (with `--signal=B:USR2@…`) and SIGTERM are handed on to srun, which hands them to all ranks.
 
@@ -34,7 +36,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from gptailor.execution.variables import ENDS_AT, VERDICT
+from gptailor.execution.variables import ENDS_AT, GAINED, VERDICT
 
 REQUEUE = 75
 STOPPED_EARLY = 5
@@ -43,9 +45,6 @@ MEANT = (0, 2, 3, 4, STOPPED_EARLY, REQUEUE)
 
 SRUN_ERROR = 222
 """srun's exit code for its own errors (SLURM_EXIT_ERROR), so that they differ from a program's."""
-
-PROGRESS_S = 300.0
-"""A step that lived so long has got somewhere: the count of restarts begins anew."""
 
 REQUEUE_WAIT_S = 120.0
 """Slurm ends a job that it requeues; so long that is waited for."""
@@ -56,9 +55,8 @@ class Supervisor:
 
     Args:
         command: the `srun` line, or anything else that starts the search.
-        max_restarts: in a row, without progress.
+        max_restarts: in a row, of steps that put nothing into the archive.
         restart_after_s: before the first restart; twice as long before the next, and so on.
-        progress_s: a try that lived so long counts as progress.
         max_requeues: of this job, preemptions included.
         environ: of this process.
     """
@@ -69,14 +67,12 @@ class Supervisor:
         *,
         max_restarts: int = 3,
         restart_after_s: float = 2.0,
-        progress_s: float = PROGRESS_S,
         max_requeues: int = 100,
         environ: Mapping[str, str] = os.environ,
     ) -> None:
         self.command = list(command)
         self.max_restarts = max_restarts
         self.restart_after_s = restart_after_s
-        self.progress_s = progress_s
         self.max_requeues = max_requeues
         self.environ = dict(environ)
         self.job = _job_id(self.environ)
@@ -99,17 +95,17 @@ class Supervisor:
             return 2
         folder = tempfile.mkdtemp(prefix="gptailor-")
         try:
-            return self._until_it_is_over(Path(folder) / "verdict")
+            return self._until_it_is_over(Path(folder) / "verdict", Path(folder) / "gained")
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _until_it_is_over(self, verdict_file: Path) -> int:
+    def _until_it_is_over(self, verdict_file: Path, gained_file: Path) -> int:
         restarts = 0
         while True:
             self.attempt += 1
-            began = time.monotonic()
+            gained_before, began = _size(gained_file), time.monotonic()
             try:
-                code = self._step(verdict_file)
+                code = self._step(verdict_file, gained_file)
             except OSError as error:
                 self._say(f"{self.command[0]} can't be started: {error.strerror}")
                 return 2
@@ -120,33 +116,35 @@ class Supervisor:
             if verdict is not None:
                 self._say(f"ended after {lived_s:.0f} s with exit code {verdict}")
                 return self._meant(verdict)
-            died = _how(code)
+            gained = _size(gained_file) - gained_before
+            died = f"{_how(code)} after {lived_s:.0f} s and {gained} new results"
             if self._is_preempted():
-                self._say(f"{died} after {lived_s:.0f} s, by preemption")
+                self._say(f"{died}, by preemption")
                 return self._requeue()
             if self.asked is not None:
-                self._say(f"{died} after {lived_s:.0f} s")
+                self._say(died)
                 return self._stopped(code)
-            restarts = 1 if lived_s >= self.progress_s else restarts + 1
+            restarts = 1 if gained > 0 else restarts + 1
             if restarts > self.max_restarts:
                 self._say(
-                    f"{died} after {lived_s:.0f} s; after {self.max_restarts} restarts without "
-                    "progress this is given up: look for the first error above and in logs/ of "
-                    "the run folder"
+                    f"{died}; after {self.max_restarts} restarts without one new result this is "
+                    "given up: look for the first error above and in logs/ of the run folder"
                 )
                 return code if 0 < code < 128 else STOPPED_EARLY
             wait_s = self.restart_after_s * 2 ** (restarts - 1)
-            self._say(f"{died} after {lived_s:.0f} s; starts again in {wait_s:g} s")
+            self._say(f"{died}; starts again in {wait_s:g} s")
             if not self._slept(wait_s):
                 return self._stopped(code)
 
-    def _step(self, verdict_file: Path) -> int:
+    def _step(self, verdict_file: Path, gained_file: Path) -> int:
         """Runs the command once; its exit code, 128 + N if signal N ended it."""
         verdict_file.unlink(missing_ok=True)
+        gained_file.touch()
         environ = {
             "SLURM_EXIT_ERROR": str(SRUN_ERROR),
             **self.environ,
             VERDICT: str(verdict_file),
+            GAINED: str(gained_file),
             **self._end_time(),
         }
         self._say(f"starts {shlex.join(self.command)}")
@@ -312,6 +310,13 @@ def _read_verdict(path: Path) -> int | None:
         return None
 
 
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # somebody cleans up too eagerly
+        return 0
+
+
 def _output(command: Sequence[str]) -> str:
     """What one of Slurm's programs prints; empty where there is none, or no answer."""
     try:
@@ -340,9 +345,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Runs a command inside a job, starts it again when it was killed, and asks "
         "for a requeue when it wants one.",
     )
-    parser.add_argument("--max-restarts", type=int, default=3, help="in a row (3)")
+    parser.add_argument(
+        "--max-restarts", type=int, default=3, help="in a row, without one new result (3)"
+    )
     parser.add_argument("--restart-after", type=float, default=2.0, help="seconds (2)")
-    parser.add_argument("--progress-after", type=float, default=PROGRESS_S, help="seconds (300)")
     parser.add_argument("--max-requeues", type=int, default=100, help="of the job (100)")
     parser.add_argument("command", nargs="+", help="-- and the command")
     arguments = parser.parse_args(argv)
@@ -350,7 +356,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.command,
         max_restarts=arguments.max_restarts,
         restart_after_s=arguments.restart_after,
-        progress_s=arguments.progress_after,
         max_requeues=arguments.max_requeues,
     )
     return supervisor.run()

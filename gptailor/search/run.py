@@ -18,6 +18,7 @@ from gptailor.errors import StoppedEarly
 from gptailor.evaluation.similarity import Similarity
 from gptailor.execution.executor import EvaluationJob, Finished, Job, SimilarityJob
 from gptailor.execution.stop import Stop
+from gptailor.execution.verdict import note_gain
 from gptailor.models.family import Family
 from gptailor.recipe import Recipe
 from gptailor.search.journal_entry import Measured
@@ -54,7 +55,8 @@ class Run:
     Attributes:
         scheduler: gives jobs to the executor's workers.
         failures: (worker, recipe's point, reason) of each evaluation that failed.
-        num_recorded: evaluations that this program put into the archive, on any documents.
+        num_gained: what this program put into the archive: evaluations, on any documents, and
+            measured candidates.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class Run:
         self._done = {(e.recipe.hash, e.documents): e for e in archive.evaluations()}
         self._counted: set[str] = set()
         self.failures: list[tuple[int, str, str]] = []
-        self.num_recorded = 0
+        self.num_gained = 0
         self.others = others or Alone()
         self._arrived: list[Evaluation] = []
         self._migration = Migration()
@@ -301,7 +303,7 @@ class Run:
                 rows.append((f.job.recipe, f.job.documents, parameters, f.result))
                 workers.append(f.worker)
         evaluations = self.archive.record_all(rows)
-        self.num_recorded += len(evaluations)
+        self._note_gain(len(evaluations))
         self.others.publish(evaluations)
         for worker, evaluation in zip(workers, evaluations, strict=True):
             self._done.setdefault((evaluation.recipe.hash, evaluation.documents), evaluation)
@@ -310,6 +312,11 @@ class Run:
                 self.failures.append((worker, evaluation.recipe.point, last))
                 self.progress.note(f"The evaluation of {evaluation.recipe.point} failed: {last}")
         return evaluations
+
+    def _note_gain(self, count: int) -> None:
+        """Counts what is durable now, also for whoever would start this program again."""
+        self.num_gained += count
+        note_gain(count)
 
     def _count(self, evaluation: Evaluation, is_new: bool, *, is_elsewhere: bool = False) -> None:
         if evaluation.recipe.hash not in self._counted:
@@ -375,6 +382,7 @@ class Run:
             ]
             kept.update((one.model, asdict(one.similarity)) for one in measured)
             self.archive.set_meta("similarity", json.dumps(kept))
+            self._note_gain(len(measured))
             self.others.publish_similarities(measured)
 
         begun: set[str] = set()

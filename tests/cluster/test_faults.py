@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from pathlib import Path
 
@@ -95,6 +96,46 @@ def test_scancel_and_resume(cluster: Cluster, tmp_path: Path, front: Front) -> N
     assert cluster.wait(again, timeout_s=300) == "COMPLETED"
     search.check(seen, later)
     assert search.front() == front
+    check_status(cluster, search, job)
+
+
+@pytest.mark.parametrize("islands", [0, 2], ids=["one search", "two islands"])
+def test_five_kills_each_after_a_new_result(
+    cluster: Cluster, tmp_path: Path, front: Front, islands: int
+) -> None:
+    """More than the three restarts in a row that a job has which gets nowhere."""
+    if islands:
+        search = make_search(
+            tmp_path / "search", seconds=1, evaluations=120, schedule="asynchronous"
+        )
+        job, *others = launch(
+            cluster, search, f"--islands={islands}", "--nodes=1", "--workers-per-node=1"
+        )
+    else:
+        search = make_search(tmp_path / "search", seconds=2)
+        job, others = submit(cluster, search), []
+
+    def mine() -> int:
+        return sum(folder == ("0" if islands else "run") for folder, *_ in search.rows())
+
+    seen = []
+    for _ in range(5):
+        before = mine()
+        wait_until(lambda: mine() > before, 200, "a new result")  # noqa: B023
+        seen.append(search.rows())
+        ranks = set(cluster.ranks(job).values())
+        cluster.kill_rank(job, search.busy(job))
+        wait_until(lambda: not ranks & set(cluster.ranks(job).values()), 60, "the step ends")  # noqa: B023
+    for one in (job, *others):
+        assert cluster.wait(one, timeout_s=400) == "COMPLETED"
+        assert cluster.sacct(one) == [("COMPLETED", 0)]
+    search.check(*seen)
+    said = "".join(path.read_text() for path in (tmp_path / "search").rglob("job*.log"))
+    assert (
+        len(re.findall(r"ended by SIG\w+ after \d+ s and [1-9]\d* new results; starts", said)) == 5
+    )
+    if not islands:
+        assert search.front() == front
     check_status(cluster, search, job)
 
 

@@ -32,6 +32,10 @@ def verdict(code):
 def on(number, then):
     signal.signal(number, lambda *_: (then(), os._exit(9)))
 
+def gain(count=1):
+    with open(os.environ["GPTAILOR_GAINED"], "ab") as file:
+        file.write(b"+" * count)
+
 def ready():
     tries.with_suffix(".ready").write_text(str(os.getpid()))
 
@@ -114,17 +118,35 @@ def test_a_verdict_of_an_earlier_try_does_not_count(tmp_path: Path) -> None:
 def test_what_always_dies_is_given_up(tmp_path: Path) -> None:
     code, tries, said = Supervised(tmp_path, "os._exit(137)").end()
     assert (code, tries) == (5, 4)
-    assert "after 3 restarts without progress this is given up" in said
+    assert "after 3 restarts without one new result this is given up" in said
 
 
 def test_what_always_breaks_keeps_its_exit_code(tmp_path: Path) -> None:
     assert Supervised(tmp_path, "raise RuntimeError", "--max-restarts", "1").end()[:2] == (1, 2)
 
 
-def test_a_step_that_lived_long_begins_the_count_anew(tmp_path: Path) -> None:
-    code = "time.sleep(0.2)\nif number < 5: os._exit(137)\nverdict(0)"
-    options = ("--max-restarts", "1", "--progress-after", "0.1")
-    assert Supervised(tmp_path, code, *options).end()[:2] == (0, 5)
+def test_a_step_with_new_results_begins_the_count_anew(tmp_path: Path) -> None:
+    """Nine deaths, most of them after a result: never more than one in a row without any."""
+    code = "if number % 2: gain(number)\nif number < 10: os._exit(137)\nverdict(0)"
+    result = Supervised(tmp_path, code, "--max-restarts", "2").end()
+    assert result[:2] == (0, 10)
+    for number in (1, 3, 5, 7, 9):
+        assert f"SIGKILL after 0 s and {number} new results; starts again in 0.05 s" in result[2]
+    assert result[2].count("SIGKILL after 0 s and 0 new results; starts again in 0.1 s") == 4
+
+
+def test_a_step_that_gains_nothing_more_is_given_up(tmp_path: Path) -> None:
+    """However long it lives, and whatever the steps before it gained."""
+    code = "if number < 3: gain(7)\nelse: time.sleep(0.2)\nos._exit(137)"
+    result = Supervised(tmp_path, code, "--max-restarts", "2").end()
+    assert result[:2] == (5, 4)
+    assert "after 2 restarts without one new result this is given up" in result[2]
+
+
+def test_a_search_that_can_not_tell_what_it_gained_is_started_again(tmp_path: Path) -> None:
+    """Somebody cleaned up: the supervisor puts the file back for the next try."""
+    code = "os.unlink(os.environ['GPTAILOR_GAINED'])\nif number < 3: os._exit(137)\nverdict(0)"
+    assert Supervised(tmp_path, code).end()[:2] == (0, 3)
 
 
 def test_usr2_is_handed_on(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from gptailor.errors import UsageError
 from gptailor.report import load_report
 from gptailor.search.island_folder import FOLDER, island_folder
 from gptailor.search.journal import NAME, evaluations_in, read_journal
+from gptailor.search.journal_entry import Measured
 from gptailor.search.run_folder import read_run
 from tests.search.test_run import write_config
 
@@ -48,8 +49,18 @@ class Fleet:
                 [sys.executable, "-c", SEARCH, *words],
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    "GPTAILOR_GAINED": str(self.gained(island)),
+                },
             )
+
+    def gained(self, island: int) -> Path:
+        """Where the island tells its supervisor what it gained."""
+        path = self.config.parent / f"gained-{island}"
+        path.touch()
+        return path
 
     def kill(self, island: int) -> None:
         self.processes[island].send_signal(signal.SIGKILL)
@@ -149,6 +160,10 @@ def test_an_island_is_lost(
         mine = archived(run, island)
         assert keys(mine) == keys(journal(run, island))
         assert len([e for e in mine if e.documents == "search"]) >= 8  # both worked
+        _, entries = read_journal(island_folder(run, island) / NAME)
+        measured = [entry for entry in entries if isinstance(entry, Measured)]
+        # what the others did is none of its own progress
+        assert fleet.gained(island).stat().st_size == len(mine) + len(measured)
     seen = Counter(key for island in range(COUNT) for key in keys(journal(run, island)))
     arms = [e for e in read_run(run).evaluations if e.arms and e.documents == "search"]
     assert len(arms) > 12

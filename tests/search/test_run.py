@@ -91,8 +91,16 @@ def test_accuracy_is_the_weighted_mean(finished: Path) -> None:
 
 
 def test_kill_9_and_resume_find_the_same_front(
-    finished: Path, models: dict[str, str], tasks_dir: Path, tmp_path: Path
+    finished: Path,
+    models: dict[str, str],
+    tasks_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Meanwhile a supervisor is told what the archive gains, by both parts of the run."""
+    gained = tmp_path / "gained"
+    gained.touch()
+    monkeypatch.setenv("GPTAILOR_GAINED", str(gained))
     config = write_config(tmp_path, models, tasks_dir, tmp_path / "run")
     command = [sys.executable, "-m", "gptailor.cli", "search", str(config)]
     with (tmp_path / "log").open("w") as log:
@@ -107,10 +115,13 @@ def test_kill_9_and_resume_find_the_same_front(
     process.wait()
     before = _count(archive)
     assert 45 <= before < EVALUATIONS, (tmp_path / "log").read_text()
+    # and four candidates that were measured; it may have been killed between disk and word
+    assert before + 4 - 1 <= gained.stat().st_size <= before + 4
     numbers = {(e.recipe.hash, e.documents): e.number for e in evaluations(tmp_path / "run")}
     verbs.search(config, resume=True)
     after = {(e.recipe.hash, e.documents): e.number for e in evaluations(tmp_path / "run")}
     assert all(after[key] == number for key, number in numbers.items())
+    assert len(after) + 4 - 1 <= gained.stat().st_size <= len(after) + 4
     assert front(tmp_path / "run") == front(finished)
     scored = [
         {e.recipe.hash: e.outcome.accuracy for e in evaluations(run) if e.documents == "search"}
