@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +17,22 @@ from gptailor.demo import PATH
 from gptailor.models.family import Family
 from gptailor.stitching.write import RECIPE_FILE
 
+SAID = re.compile(r"Searching 12 layers|Documents: |\d+/320 evaluations|Scoring \d+ recipes on the")
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return verbs.demo(tmp_path_factory.mktemp("demo") / "run", workers=2)
+    run = tmp_path_factory.mktemp("demo") / "run"
+    command = [sys.executable, "-m", "gptailor.cli", "demo", "--workers", "2", "--out", str(run)]
+    with run.with_name("stderr").open("w") as said:
+        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=said, check=True)
+    return run
+
+
+def test_it_says_how_far_it_is_and_nothing_else(run: Path) -> None:
+    """No library's warning, and none of Python's, as of semaphores that a worker leaves behind."""
+    for line in run.with_name("stderr").read_text().splitlines():
+        assert SAID.match(line), line
 
 
 def test_the_family_is_small_and_real() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -27,6 +28,9 @@ from gptailor.models.family import Family
 
 if TYPE_CHECKING:
     from gptailor.evaluation.evaluator import Evaluator
+
+LEAVE_S = 3.0
+"""How long workers without a job may take to leave."""
 
 T = TypeVar("T")
 
@@ -110,6 +114,7 @@ class LocalPool:
     def __init__(self, config: Config, num_workers: int) -> None:
         self.num_workers = num_workers
         threads = max(len(os.sched_getaffinity(0)) // num_workers, 1)
+        others = multiprocessing.active_children()
         self._pools = [  # a pool for each, so that a job can be given to the worker that it suits
             ProcessPoolExecutor(
                 1,
@@ -120,6 +125,7 @@ class LocalPool:
             for _ in range(num_workers)
         ]
         self._begun = [pool.submit(_workload) for pool in self._pools]
+        self._processes = [p for p in multiprocessing.active_children() if p not in others]
         self._running: dict[Future[Outcome | Similarity], tuple[int, Job]] = {}
 
     def workload(self) -> WorkloadInfo:
@@ -151,10 +157,13 @@ class LocalPool:
         return time.monotonic()
 
     def close(self) -> None:
-        """Ends the workers at once."""
+        """Ends the workers: those that have nothing to do leave in order, others at once."""
         for pool in self._pools:
             pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
+        is_idle = not self._running and all(future.done() for future in self._begun)
+        deadline = time.monotonic() + (LEAVE_S if is_idle else 0.0)
+        for process in self._processes:
+            process.join(max(deadline - time.monotonic(), 0.0))
             process.terminate()
             process.join()
 
@@ -193,11 +202,24 @@ def _start_worker(config: Config, threads: int, num_workers: int) -> None:
     try:
         import torch
 
+        without_process_locks()
         torch.set_num_threads(threads)
         family = open_candidates(config, workers_here=num_workers)
         _worker = Worker(config, family, num_workers)
     except Exception as error:
         _worker = error
+
+
+def without_process_locks() -> None:
+    """Gives tqdm, which most libraries use, a lock within this process, which is one of ours.
+
+    By itself it makes a semaphore of the system for each process that shows a bar. A worker that is
+    ended while it works, or killed, leaves that behind, and Python warns of it on everybody's
+    standard error when the search ends.
+    """
+    import tqdm
+
+    tqdm.tqdm.set_lock(threading.RLock())
 
 
 def _started() -> Worker:

@@ -97,9 +97,10 @@ def open_worker(orders: Orders, go_on: Callable[[], None], log: Log) -> tuple[Ev
     """Loads models and documents; this is where torch is imported."""
     import torch
 
-    from gptailor.execution.local import Worker
+    from gptailor.execution.local import Worker, without_process_locks
     from gptailor.execution.node_files import open_candidates
 
+    without_process_locks()
     placement = orders.placement
     if not os.environ.get("OMP_NUM_THREADS", "").isdecimal():
         torch.set_num_threads(placement.threads)
