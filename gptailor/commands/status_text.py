@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gptailor.errors import plain
+from gptailor.pareto import SMALL
 from gptailor.search.progress import duration
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def _head(status: RunStatus) -> str:
     if evaluated.holdout:
         parts.append(f"{evaluated.holdout} on the holdout")
     if evaluated.best is not None:
-        parts.append(f"best at ≤ 75 % of the parameters: {evaluated.best:.3f}")
+        parts.append(f"best at ≤ {100 * SMALL:.0f} % of the layers: {evaluated.best:.3f}")
     if status.evaluations_per_hour:
         parts.append(f"{status.evaluations_per_hour:.0f} per hour")
     if status.is_complete:

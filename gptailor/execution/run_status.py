@@ -22,12 +22,10 @@ from pathlib import Path
 from gptailor.errors import UsageError
 from gptailor.execution import slurm
 from gptailor.execution.job_record import JobRecord, read_all
+from gptailor.pareto import most_small_layers
 
 STALE_S = 120.0
 """A job that says nothing for so long is told as such; a record is rewritten every few seconds."""
-
-SMALL = 0.75
-"""The best accuracy is shown of models with at most this part of the parameters."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,8 @@ class Evaluated:
         failed: of these.
         holdout: recipes on the documents that the search does not see.
         total: what was asked for; 0 if nobody knows.
-        best: the best accuracy with at most 75 % of the parameters; None if there is none yet.
+        best: the best accuracy with at most 75 % of the layers, as the search's progress shows
+            it; None if there is none yet.
         note: why the numbers are not the archive's, in one sentence; empty if they are.
     """
 
@@ -246,8 +245,8 @@ def _in_journals(run: Path) -> Evaluated | None:
     except UsageError:
         return None
     search = [e for e in data.evaluations if e.documents == "search"]
-    full = max(data.family.get("parameters", {"": 0}).values())
-    small = [e.outcome.accuracy for e in search if e.parameters <= SMALL * full]
+    limit = most_small_layers(int(data.family.get("num_layers", 0)))
+    small = [e.outcome.accuracy for e in search if e.recipe.num_layers <= limit]
     states = [e.outcome.status for e in search]
     return Evaluated(
         done=len(search),
@@ -276,11 +275,11 @@ def _in_archive(path: Path) -> Evaluated | None:
                 )
             }
             meta = dict(db.execute("SELECT key, value FROM meta WHERE key IN ('config', 'family')"))
-            full = max(json.loads(meta.get("family", "{}")).get("parameters", {"": 0}).values())
+            num_layers = int(json.loads(meta.get("family", "{}")).get("num_layers", 0))
             (best,) = db.execute(
                 "SELECT max(accuracy) FROM evaluations WHERE documents = 'search'"
-                " AND parameters <= ?",
-                (SMALL * full,),
+                " AND json_array_length(recipe, '$.layers') <= ?",
+                (most_small_layers(num_layers),),
             ).fetchone()
         config = json.loads(meta.get("config", "{}"))
         total = int(config.get("search", {}).get("evaluations", 0))

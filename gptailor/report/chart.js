@@ -55,7 +55,9 @@ function pointLines(point) {
     `accuracy ${format.score(search.accuracy)} ${plusMinus(search.stderr)}`,
   ];
   if (search.retention_percent !== null) {
-    lines.push(`keeps ${format.percent(search.retention_percent)} of the best dense candidate`);
+    lines.push(`keeps ${keptText("search", search)} of the best dense candidate`);
+  } else if (search.above_chance_points !== null) {
+    lines.push(`${format.points(search.above_chance_points)} points above chance`);
   }
   if (holdout) lines.push(`holdout ${format.score(holdout.accuracy)} ${plusMinus(holdout.stderr)}`);
   lines.push(`${describeKind(point)}, ${point.point}`);
@@ -81,10 +83,12 @@ function frontChart(host, select) {
   const [x0, x1] = padded(xs, 0.035, 1);
   const [y0, y1] = padded(ys, 0.07, 0.005);
 
+  const hasKept = bestDense && !isNearChance("search");
+
   function draw(width) {
     const wide = width > 520;
     const height = Math.round(Math.min(500, Math.max(310, width * 0.62)));
-    const edge = { left: 50, right: bestDense ? 48 : 14, top: 40, bottom: 42 };
+    const edge = { left: 50, right: hasKept ? 48 : 14, top: 40, bottom: 42 };
     const x = scale(x0, x1, edge.left, width - edge.right);
     const y = scale(y0, y1, height - edge.bottom, edge.top);
     const [right, bottom] = [width - edge.right, height - edge.bottom];
@@ -129,13 +133,13 @@ function frontChart(host, select) {
 
     if (bestDense) {
       const best = bestDense.search.accuracy;
-      for (const value of best > 0 ? ticks((100 * y0) / best, (100 * y1) / best, height / 75) : []) {
+      for (const value of hasKept ? ticks((100 * y0) / best, (100 * y1) / best, height / 75) : []) {
         svg.append(s("text", { x: right + 8, y: y((value * best) / 100) + 4 }, `${value}${THIN}%`));
       }
       svg.append(
         s("line", { class: "dense-line", x1: edge.left, x2: right, y1: y(best), y2: y(best) }),
         s("text", { x: edge.left + 6, y: y(best) - 6 }, "best dense candidate"),
-        s("text", { class: "title", x: width - 2, y: 12, "text-anchor": "end" }, "kept"));
+        s("text", { class: "title", x: width - 2, y: 12, "text-anchor": "end" }, hasKept ? "kept" : ""));
     }
     svg.append(s("g", { "aria-hidden": "true" }, data.others.map(([id, number, layers, at, accuracy]) =>
       s("circle", {

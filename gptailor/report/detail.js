@@ -26,40 +26,45 @@ function commandLine(point) {
 }
 
 function keptFacts(point) {
-  const fact = (title, measured) => h("div", {}, h("dt", {}, title),
-    h("dd", {}, format.percent(measured.retention_percent),
-      h("small", {}, `accuracy ${format.score(measured.accuracy)} ${plusMinus(measured.stderr)}`)));
-  const missing = h("div", {}, h("dt", {}, "Kept, holdout"),
-    h("dd", {}, "–", h("small", {}, "not scored")));
-  return h("dl", { class: "kept" }, fact("Kept, search", point.search),
-    point.holdout ? fact("Kept, holdout", point.holdout) : missing);
+  const fact = (set) => {
+    const measured = point[set];
+    const title = h("dt", {}, `${keptTitle(set)}, ${set}`);
+    if (!measured) return h("div", {}, title, h("dd", {}, "–", h("small", {}, "not scored")));
+    const error = measured.retention_percent_stderr;
+    const sure = error === null ? "" : `±${THIN}${error.toFixed(1)}${THIN}%, `;
+    const accuracy = `accuracy ${format.score(measured.accuracy)} ${plusMinus(measured.stderr)}`;
+    const unit = isNearChance(set) && measured.above_chance_points !== null ? " points" : "";
+    return h("div", {}, title,
+      h("dd", {}, keptText(set, measured) + unit, h("small", {}, sure + accuracy)));
+  };
+  return h("dl", { class: "kept" }, fact("search"), fact("holdout"));
 }
 
-function scoreGroup(title, measured, dense) {
+function scoreGroup(title, set, measured) {
   if (!measured) return [];
-  const keyOf = (score) => `${score.task}\n${score.metric}`;
-  const theirs = new Map((dense ? dense.scores : []).map((x) => [keyOf(x), x.value]));
-  const row = (name, value, stderr, whole, attributes, hover) => h("tr", attributes,
+  const row = (name, value, stderr, whole, kept, attributes, hover) => h("tr", attributes,
     h("th", { class: "wrap left", scope: "row", title: hover }, name),
     h("td", {}, format.score(value), " ", h("small", {}, plusMinus(stderr))),
-    h("td", {}, format.score(whole)),
-    h("td", {}, whole > 0 && value !== null ? format.percent((100 * value) / whole) : "–"));
+    h("td", {}, format.score(whole)), h("td", {}, kept));
   const tasks = measured.scores.map((x) => {
     const weight = x.weight === 1 ? "" : h("small", {}, ` weight ${format.number(x.weight)}`);
-    const hover = `${x.metric}, ${format.count(x.num_documents)} documents, weight ${x.weight}`;
-    return row([x.task, weight], x.value, x.stderr, theirs.get(keyOf(x)), {}, hover);
+    const chance = x.chance === null ? "" : `, chance ${format.score(x.chance)}`;
+    const hover = `${x.metric}, ${format.count(x.num_documents)} documents, weight ${x.weight}${chance}`;
+    return row([x.task, weight], x.value, x.stderr, x.best_dense,
+      format.percent(x.retention_percent), {}, hover);
   });
   return h("tbody", {},
     h("tr", { class: "group" }, h("th", { colspan: 4, scope: "rowgroup" }, title)), tasks,
-    row("accuracy", measured.accuracy, measured.stderr, dense?.accuracy, { class: "total" }));
+    row("accuracy", measured.accuracy, measured.stderr, data.yardsticks[set].accuracy,
+      format.percent(measured.retention_percent), { class: "total" }));
 }
 
 function scores(point) {
   return h("div", { class: "scroll" }, h("table", {},
     h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Task"), h("th", { scope: "col" }, "Score"),
       h("th", { scope: "col" }, "Best dense"), h("th", { scope: "col" }, "Kept"))),
-    scoreGroup("Search documents", point.search, bestDense?.search),
-    scoreGroup("Holdout documents", point.holdout, bestDense?.holdout)));
+    scoreGroup("Search documents", "search", point.search),
+    scoreGroup("Holdout documents", "holdout", point.holdout)));
 }
 
 function detail(point) {
@@ -79,5 +84,7 @@ function detail(point) {
       + `to the embeddings. ${cut} cut, ${merged} merged.`),
     layerMap(point),
     h("h3", {}, "Scores"),
+    h("p", { class: "hint" }, "Each task is held against the dense candidate that is best at it; no "
+      + "percentage where that one is not clearly above chance."),
     scores(point));
 }

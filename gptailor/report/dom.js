@@ -41,6 +41,8 @@ const format = {
     if (value * 60 >= 1) return (value * 60).toFixed(1) + THIN + "min";
     return (value * 3600).toFixed(1) + THIN + "s";
   },
+  points: (value) => (value === null || value === undefined ? "–"
+    : `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(1)}`),
   number: (value) => String(Number(value.toPrecision(4))),
 };
 const plusMinus = (stderr) =>
@@ -117,5 +119,14 @@ const frontIds = new Set(data.front.map((point) => point.point));
 const points = [...data.front, ...data.control_arms.filter((p) => !frontIds.has(p.point))];
 const pointById = new Map(points.map((point) => [point.point, point]));
 const bestDense = pointById.get(data.best_dense) || null;
+
+// On each set of documents, what is kept of the best dense candidate there; points above chance
+// where that candidate is not clearly above it. `set` is "search" or "holdout".
+const isNearChance = (set) => data.yardsticks[set].is_near_chance;
+const keptTitle = (set) => (isNearChance(set) ? "Above chance" : "Kept");
+const keptValue = (set, measured) =>
+  (isNearChance(set) ? measured?.above_chance_points : measured?.retention_percent) ?? null;
+const keptText = (set, measured) =>
+  (isNearChance(set) ? format.points : format.percent)(keptValue(set, measured));
 const describeKind = (point) =>
   point.arms.length ? point.arms.join(", ") : "stitched by the search";

@@ -22,9 +22,11 @@ from gptailor.errors import ResourceError, UsageError
 from gptailor.files import write_whole
 from gptailor.merging.registry import get_method
 from gptailor.recipe import NO_LAYER, Layer, Recipe, Take, canonical_layer
-from gptailor.report.front import Measured, Point, Report
+from gptailor.report.front import Point, Report
 from gptailor.report.headline import headline
 from gptailor.report.ledger import Spent
+from gptailor.report.measured import Measured
+from gptailor.report.yardstick import Yardstick
 
 SCHEMA = "gptailor/front/1"
 _RECIPE_FILE = re.compile(r"[0-9a-f]{8}\.yaml")
@@ -69,9 +71,13 @@ _CSV_COLUMNS = (
     "accuracy",
     "accuracy_stderr",
     "retention_percent",
+    "retention_percent_stderr",
+    "above_chance_points",
     "holdout_accuracy",
     "holdout_accuracy_stderr",
     "holdout_retention_percent",
+    "holdout_retention_percent_stderr",
+    "holdout_above_chance_points",
     "arms",
     "evaluation",
 )
@@ -79,7 +85,11 @@ _CSV_COLUMNS = (
 
 def _csv_row(report: Report, point: Point) -> dict[str, object]:
     sizes = (point.id, point.parameters, report.size_percent(point), point.layers)
-    values = [*sizes, *_csv_measured(point.search), *_csv_measured(point.holdout)]
+    values = [
+        *sizes,
+        *_csv_measured(report.search, point.search),
+        *_csv_measured(report.holdout, point.holdout),
+    ]
     row: dict[str, object] = dict(
         zip(_CSV_COLUMNS, [*values, " ".join(point.arms), point.number], strict=True)
     )
@@ -90,10 +100,13 @@ def _csv_row(report: Report, point: Point) -> dict[str, object]:
     return row
 
 
-def _csv_measured(measured: Measured | None) -> tuple[float | None, float | None, float | None]:
+def _csv_measured(yardstick: Yardstick, measured: Measured | None) -> list[float | None]:
     if measured is None:
-        return (None, None, None)
-    return (measured.accuracy, measured.stderr, measured.retention)
+        return [None] * 5
+    kept = yardstick.kept(measured)
+    error = kept.stderr if kept else None
+    values = [measured.accuracy, measured.stderr, measured.retention, error, measured.above_chance]
+    return values
 
 
 def front_dict(report: Report) -> dict[str, Any]:
@@ -111,7 +124,11 @@ def front_dict(report: Report) -> dict[str, Any]:
         "largest_parameters": report.largest_parameters,
         "models": dict(report.models),
         "base": report.base,
-        "best_dense": report.best_dense.id if report.best_dense else None,
+        "best_dense": report.search.point,
+        "yardsticks": {
+            "search": _yardstick_dict(report.search),
+            "holdout": _yardstick_dict(report.holdout),
+        },
         "hypervolume": report.hypervolume[-1][1] if report.hypervolume else 0.0,
         "control_hypervolume": report.control_hypervolume,
         "cost": _spent_dict(report.cost),
@@ -133,8 +150,8 @@ def point_dict(report: Report, point: Point) -> dict[str, Any]:
         "parameters": point.parameters,
         "parameters_percent": report.size_percent(point),
         "layers": point.layers,
-        "search": _measured_dict(point.search),
-        "holdout": _measured_dict(point.holdout) if point.holdout else None,
+        "search": _measured_dict(report.search, point.search),
+        "holdout": _measured_dict(report.holdout, point.holdout) if point.holdout else None,
         "layer_map": layer_map(point.recipe),
         "ends": ends(point.recipe),
         "recipe": point.recipe.to_dict(),
@@ -223,16 +240,30 @@ def _remove_stale(folder: Path, keep: Iterable[str]) -> None:
                 path.unlink()
 
 
-def _measured_dict(measured: Measured) -> dict[str, Any]:
+def _yardstick_dict(yardstick: Yardstick) -> dict[str, Any]:
+    best = yardstick.best
+    return {
+        "point": yardstick.point,
+        "model": yardstick.name or None,
+        "accuracy": best.accuracy if best else None,
+        "is_near_chance": yardstick.is_near_chance,
+    }
+
+
+def _measured_dict(yardstick: Yardstick, measured: Measured) -> dict[str, Any]:
+    kept = yardstick.kept(measured)
     return {
         "accuracy": measured.accuracy,
         "stderr": measured.stderr,
         "retention_percent": measured.retention,
-        "scores": [_score_dict(score) for score in measured.scores],
+        "retention_percent_stderr": kept.stderr if kept else None,
+        "above_chance_points": measured.above_chance,
+        "scores": [_score_dict(yardstick, score) for score in measured.scores],
     }
 
 
-def _score_dict(score: Score) -> dict[str, Any]:
+def _score_dict(yardstick: Yardstick, score: Score) -> dict[str, Any]:
+    best = yardstick.tasks.get((score.task, score.metric))
     return {
         "task": score.task,
         "metric": score.metric,
@@ -240,6 +271,9 @@ def _score_dict(score: Score) -> dict[str, Any]:
         "stderr": score.stderr,
         "num_documents": score.num_documents,
         "weight": score.weight,
+        "chance": score.chance,
+        "best_dense": best.value if best else None,
+        "retention_percent": yardstick.kept_of_task(score),
     }
 
 

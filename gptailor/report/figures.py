@@ -72,8 +72,8 @@ def _draw_points(axes: Any, report: Report) -> None:
     others = [p for p in report.points if not p.arms and p.number not in numbers]
     if others:
         axes.scatter(*xy(others), s=9, c=_FAINT, lw=0, zorder=2, label="other evaluations")
-    if report.best_dense:
-        accuracy = report.best_dense.search.accuracy
+    if report.search.best:
+        accuracy = report.search.best.accuracy
         axes.axhline(accuracy, color=_DENSE, lw=0.8, ls=(0, (4, 3)), zorder=1.5)
         axes.annotate(
             "best dense candidate",

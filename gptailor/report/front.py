@@ -6,38 +6,21 @@ Accuracies are parts of 1, retention is in percent, sizes are parameter counts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gptailor.archive import Archive, Evaluation, Outcome, Score
+from gptailor.archive import Archive, Evaluation
 from gptailor.pareto import pareto_front
 from gptailor.recipe import Recipe
 from gptailor.report.ledger import Problem, Spent, problems, spent, total
+from gptailor.report.measured import Measured, measured_of
 from gptailor.report.volume import hypervolume_history
+from gptailor.report.yardstick import Yardstick, yardstick_of
 from gptailor.search.run_folder import RunData, data_of, read_run
 
 DENSE = "dense"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one recipe scored on one set of documents.
-
-    Attributes:
-        accuracy: weighted mean of the scores.
-        stderr: its standard error, the tasks taken as independent; None where a score has none.
-        scores: one for each task.
-        retention: accuracy in percent of the best dense candidate on the same documents; None
-            where no dense candidate was scored on them.
-    """
-
-    accuracy: float
-    stderr: float | None
-    scores: tuple[Score, ...]
-    retention: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +64,12 @@ class Point:
         """Whether it is a whole candidate."""
         return DENSE in self.kinds
 
+    @property
+    def dense_names(self) -> str:
+        """The candidate that it is; several where they are one model."""
+        pairs = [arm.partition(":") for arm in self.arms]
+        return ", ".join(name for kind, _, name in pairs if kind == DENSE)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -95,7 +84,8 @@ class Report:
         config: the resolved search configuration; empty where the run has none.
         points: every recipe that was scored on all search documents, oldest first.
         front: those of them that no other beats, smallest first.
-        best_dense: the dense candidate with the highest accuracy on the search documents.
+        search, holdout: what scores are held against: the best dense candidate on the documents
+            that the search saw, and the best on those it never saw, which may be another.
         problems: evaluations without a score, grouped by reason, the most frequent first.
         hypervolume: (number of the evaluation, hypervolume after it), as `volume` defines it.
         control_hypervolume: what the control arms alone reach.
@@ -111,12 +101,24 @@ class Report:
     config: Mapping[str, Any]
     points: tuple[Point, ...]
     front: tuple[Point, ...]
-    best_dense: Point | None
+    search: Yardstick
+    holdout: Yardstick
     problems: tuple[Problem, ...]
     hypervolume: tuple[tuple[int, float], ...]
     control_hypervolume: float
     spent: tuple[Spent, ...]
     finished_at: float | None
+
+    @property
+    def has_other_holdout_tasks(self) -> bool:
+        """Whether the holdout's tasks are others than the search's."""
+        searched = _tasks(p.search for p in self.points)
+        return bool(self.holdout_tasks) and set(self.holdout_tasks) != set(searched)
+
+    @property
+    def holdout_tasks(self) -> tuple[str, ...]:
+        """Names of the holdout's tasks, in order; empty where nothing was scored on them."""
+        return tuple(_tasks(p.holdout for p in self.points if p.holdout))
 
     @property
     def controls(self) -> tuple[Point, ...]:
@@ -163,10 +165,15 @@ def _report(data: RunData, run: str) -> Report:
     rows, family = data.evaluations, data.family
     points = _points(rows)
     num_layers = _num_layers(family, [row.recipe for row in rows])
-    dense = [p for p in points if p.is_dense and p.layers == num_layers]
-    best = max(dense, key=lambda p: (p.search.accuracy, -p.number), default=None)
-    points = tuple(_with_retention(p, best) for p in points)
-    best = next((p for p in points if best and p.number == best.number), None)
+    search, holdout = _yardsticks(points, rows, num_layers)
+    points = tuple(
+        replace(
+            p,
+            search=search.with_retention(p.search),
+            holdout=p.holdout and holdout.with_retention(p.holdout),
+        )
+        for p in points
+    )
     largest = _largest_parameters(family, rows)
     sizes = [(p.number, p.parameters, p.search.accuracy) for p in points]
     controls = [s for s, p in zip(sizes, points, strict=True) if p.arms]
@@ -181,7 +188,8 @@ def _report(data: RunData, run: str) -> Report:
         config=data.config,
         points=points,
         front=pareto_front(points, lambda p: (p.parameters, p.search.accuracy, p.recipe.hash)),
-        best_dense=best,
+        search=search,
+        holdout=holdout,
         problems=problems(rows),
         hypervolume=hypervolume_history(sizes, largest),
         control_hypervolume=control_history[-1][1] if control_history else 0.0,
@@ -194,7 +202,7 @@ def _points(rows: Sequence[Evaluation]) -> tuple[Point, ...]:
     holdouts = {
         row.recipe.hash: measured
         for row in rows
-        if row.documents == "holdout" and (measured := _measured(row.outcome))
+        if row.documents == "holdout" and (measured := measured_of(row.outcome))
     }
     return tuple(
         Point(
@@ -206,40 +214,25 @@ def _points(rows: Sequence[Evaluation]) -> tuple[Point, ...]:
             holdouts.get(row.recipe.hash),
         )
         for row in rows
-        if row.documents == "search" and (measured := _measured(row.outcome))
+        if row.documents == "search" and (measured := measured_of(row.outcome))
     )
 
 
-def _measured(outcome: Outcome) -> Measured | None:
-    accuracy = outcome.accuracy
-    if outcome.status != "ok" or accuracy is None or not math.isfinite(accuracy):
-        return None
-    return Measured(accuracy, _stderr(accuracy, outcome.scores), outcome.scores)
+def _yardsticks(
+    points: Sequence[Point], rows: Iterable[Evaluation], num_layers: int
+) -> tuple[Yardstick, Yardstick]:
+    """Of the search's documents and of the holdout's."""
+    dense = [p for p in points if p.is_dense and p.layers == num_layers]
+    tried = {row.recipe.hash for row in rows if row.documents == "holdout"}
+    missing = [p for p in dense if p.recipe.hash not in tried]
+    search = [(p.id, p.dense_names, p.search) for p in dense]
+    holdout = [(p.id, p.dense_names, p.holdout) for p in dense if p.holdout]
+    is_partial = bool(missing and tried)
+    return yardstick_of(search), yardstick_of(holdout, is_partial=is_partial)
 
 
-def _stderr(accuracy: float, scores: Sequence[Score]) -> float | None:
-    """√(Σ wᵢ² sᵢ²) / Σ wᵢ; None where that is not the error of this accuracy."""
-    weight = sum(s.weight for s in scores)
-    errors = [s.weight * s.stderr for s in scores if s.stderr is not None]
-    if weight <= 0.0 or len(errors) < len(scores):
-        return None
-    if abs(sum(s.weight * s.value for s in scores) / weight - accuracy) > 1e-6:
-        return None
-    error = math.hypot(*errors) / weight
-    return error if math.isfinite(error) else None
-
-
-def _with_retention(point: Point, best: Point | None) -> Point:
-    search = _kept(point.search, best.search if best else None)
-    holdout = point.holdout and _kept(point.holdout, best.holdout if best else None)
-    return Point(point.number, point.recipe, point.parameters, point.arms, search, holdout)
-
-
-def _kept(part: Measured, whole: Measured | None) -> Measured:
-    if whole is None or whole.accuracy <= 0.0:
-        return part
-    retention = 100.0 * part.accuracy / whole.accuracy
-    return Measured(part.accuracy, part.stderr, part.scores, retention)
+def _tasks(parts: Iterable[Measured]) -> dict[str, None]:
+    return dict.fromkeys(score.task for part in parts for score in part.scores)
 
 
 def _num_layers(family: Mapping[str, Any], recipes: Iterable[Recipe]) -> int:

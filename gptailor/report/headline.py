@@ -6,13 +6,15 @@ the layers (or below) that both have; at a size, a model with fewer layers count
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from gptailor.report.front import Measured, Point, Report
+from gptailor.pareto import most_small_layers
+from gptailor.report.front import Point, Report
+from gptailor.report.measured import Figure, Measured, figure
+from gptailor.report.yardstick import Yardstick
 
-TARGET = 0.75
-_ROUNDING = 0.02  # control arms round their size: 20 of 26 layers count as 75 %
+MAX_NAMES = 4
+"""So many of the holdout's tasks are named."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,6 @@ class Headline:
 
 def headline(report: Report) -> Headline:
     """The headline of a report; says honestly what is not known."""
-    controls = [p for p in report.points if p.arms and not p.is_dense]
-    stitched = [p for p in report.points if not p.arms and p.layers < report.num_layers]
     if not report.points:
         count = report.cost.evaluations
         return Headline(
@@ -43,8 +43,11 @@ def headline(report: Report) -> Headline:
             if count
             else "Nothing has been evaluated yet."
         )
+    smaller = [p for p in report.points if p.layers < report.num_layers]
+    controls = [p for p in smaller if p.arms and not p.is_dense]
+    stitched = [p for p in smaller if not p.arms]
     if not stitched:
-        return _controls_only(report, controls)
+        return _without_stitched(report, controls)
     size = _nearest({p.layers for p in stitched}, {p.layers for p in controls}, report.num_layers)
     point = _best([p for p in stitched if p.layers <= size])
     assert point is not None
@@ -52,44 +55,49 @@ def headline(report: Report) -> Headline:
     control = _best([p for p in controls if p.layers <= size]) if has_control else None
     at = "At" if point.layers == size else "With at most"
     place = f"{at} {_share(size, report.num_layers)} of the layers ({size} of {report.num_layers})"
-    kept = point.search.retention
-    if kept is None:
-        text = f"{place} the best stitched model has an accuracy of {point.search.accuracy:.3f}"
-        tail = f"has {control.search.accuracy:.3f}" if control else ""
-    else:
-        text = f"{place} the best stitched model keeps {kept:.0f} % of the best dense candidate"
-        tail = f"keeps {control.search.retention:.0f} %" if control else ""
+    kept = _told(report.search, point.search)
+    text = f"{place} the best stitched model {kept}{_of_dense(report.search)}"
     if not control:
         text += ". No simple pruning of that size was evaluated."
-    elif control.search.accuracy >= point.search.accuracy:
-        text += f"; the best simple pruning {tail}, so the search gained nothing at that size."
     else:
-        text += f"; the best simple pruning {tail}."
-    if kept is None:
-        text += " No dense candidate was evaluated to compare with."
-    return Headline(text, _note(point, control), point, control)
+        difference = report.search.difference(point.search, control.search)
+        text += f"; the best simple pruning {_told(report.search, control.search)}"
+        if control.search.accuracy >= point.search.accuracy:
+            text += ", so the search gained nothing at that size."
+        else:
+            text += f"; the difference is {_points(difference)}."
+    if report.search.best is None:
+        text += _why_no_percentages(report.search)
+    return Headline(text, _note(report, point, control), point, control)
 
 
-def _controls_only(report: Report, controls: list[Point]) -> Headline:
+def _without_stitched(report: Report, controls: list[Point]) -> Headline:
+    """Nothing stitched has fewer layers yet, but it may have all of them."""
+    whole = _best([p for p in report.points if not p.arms])
+    tail = ""
+    if whole is not None:
+        kept = _told(report.search, whole.search)
+        tail = f"the best stitched model has all {whole.layers} layers and {kept}"
     if not controls:
-        return Headline("Only whole candidates have been evaluated so far; nothing is smaller yet.")
+        if not tail:
+            return Headline(
+                "Only whole candidates have been evaluated so far; nothing is smaller yet."
+            )
+        text = f"Nothing smaller has been evaluated yet; {tail}{_of_dense(report.search)}."
+        return Headline(text + _why_no_percentages(report.search), point=whole)
     size = _nearest({p.layers for p in controls}, set(), report.num_layers)
     best = _best([p for p in controls if p.layers <= size])
     assert best is not None
-    kept = best.search.retention
-    value = (
-        f"has an accuracy of {best.search.accuracy:.3f}"
-        if kept is None
-        else f"keeps {kept:.0f} % of the best dense candidate"
-    )
-    share = _share(size, report.num_layers)
-    text = f"No stitched model has been evaluated yet; at {share} of the layers the best simple"
-    return Headline(f"{text} pruning {value}.", control=best)
+    text = "No smaller stitched model" if tail else "No stitched model"
+    text += f" has been evaluated yet; at {_share(size, report.num_layers)} of the layers the best"
+    text += f" simple pruning {_told(report.search, best.search)}{_of_dense(report.search)}"
+    text += f"; {tail}." if tail else "."
+    return Headline(text + _why_no_percentages(report.search), point=whole, control=best)
 
 
 def _nearest(sizes: set[int], control_sizes: set[int], num_layers: int) -> int:
     """The size to speak of: near 75 %, from below, and one that the control arms have too."""
-    limit = math.floor((TARGET + _ROUNDING) * num_layers)
+    limit = most_small_layers(num_layers)
     for candidates in (sizes & control_sizes, sizes):
         below = [size for size in candidates if size <= limit]
         if below:
@@ -98,34 +106,109 @@ def _nearest(sizes: set[int], control_sizes: set[int], num_layers: int) -> int:
 
 
 def _best(points: list[Point]) -> Point | None:
-    return max(points, key=lambda p: (p.search.accuracy, -p.parameters, -p.number), default=None)
+    """The most accurate; of equals the smallest, and then one that the holdout tells more of."""
+
+    def order(point: Point) -> tuple[float, int, bool, int]:
+        has_holdout = point.holdout is not None
+        return point.search.accuracy, -point.parameters, has_holdout, -point.number
+
+    return max(points, key=order, default=None)
 
 
 def _share(size: int, num_layers: int) -> str:
     return f"{100 * size / num_layers:.0f} %"
 
 
-def _note(point: Point, control: Point | None) -> str:
-    notes = []
-    if control and _within_noise(point.search, control.search):
-        notes.append("The difference is within the noise (two standard errors).")
+def _note(report: Report, point: Point, control: Point | None) -> str:
     mine, theirs = point.holdout, control.holdout if control else None
+    notes = []
+    if report.search.is_near_chance:
+        notes.append(_why_no_percentages(report.search).strip())
     if mine is None:
-        notes.append("The stitched model was not scored on holdout documents.")
-    elif mine.retention is None:
-        notes.append(f"On the holdout documents it has {mine.accuracy:.3f}.")
-    elif theirs is None or theirs.retention is None:
-        notes.append(f"On the holdout documents it keeps {mine.retention:.0f} %.")
+        if control:
+            notes += _doubts(report.search.difference(point.search, control.search))
+        notes.append(
+            "The stitched model was chosen on these documents, which flatters it, and was not "
+            "scored on a holdout."
+        )
     else:
-        kept = f"{mine.retention:.0f} % and {theirs.retention:.0f} %"
-        noise = _within_noise(mine, theirs)
-        tail = ", a difference within the noise (two standard errors)" if noise else ""
-        notes.append(f"On the holdout documents they keep {kept}{tail}.")
+        text = f"{_on_holdout(report)} the stitched model {_told(report.holdout, mine)}"
+        text += _of_dense(report.holdout, is_other=report.holdout.point != report.search.point)
+        difference = None
+        if theirs is not None:
+            difference = report.holdout.difference(mine, theirs)
+            text += f", the pruning {_told(report.holdout, theirs)}"
+            text += f"; the difference is {_points(difference)}"
+        notes.append(text + ".")
+        notes += _doubts(difference) if difference else []
+        if report.holdout.is_near_chance:
+            notes.append("No dense candidate is clearly above chance there.")
+        elif not report.holdout.has_percentages:
+            notes.append(_why_no_percentages(report.holdout).strip())
+    notes.append("± is one standard error.")
     return " ".join(notes)
 
 
-def _within_noise(a: Measured, b: Measured) -> bool:
-    """The standard errors are taken as independent, which overstates the noise a little."""
-    if a.stderr is None or b.stderr is None:
-        return False
-    return abs(a.accuracy - b.accuracy) < 2.0 * math.hypot(a.stderr, b.stderr)
+def _on_holdout(report: Report) -> str:
+    if not report.has_other_holdout_tasks:
+        return "On the holdout documents, which had no part in the choice,"
+    names = list(report.holdout_tasks)
+    listed = ", ".join(names[:MAX_NAMES])
+    if len(names) > MAX_NAMES:
+        listed += f" and {len(names) - MAX_NAMES} more"
+    return f"On the holdout, which has other tasks ({listed}) and had no part in the choice,"
+
+
+def _doubts(difference: Figure) -> list[str]:
+    """What a reader must know of a difference."""
+    notes = []
+    if difference.is_noise:
+        notes.append("That difference is within the noise (two standard errors).")
+    if difference.stderr is not None and not difference.is_paired:
+        notes.append(
+            "Its error takes the two models as independent, since there are no values by document."
+        )
+    return notes
+
+
+def _told(yardstick: Yardstick, measured: Measured) -> str:
+    """ "keeps 84 ± 3 %", "is 3.1 ± 2.0 points above chance" or "has an accuracy of 0.6 ± 0.02"."""
+    kept = yardstick.kept(measured)
+    if kept is not None:
+        return f"keeps {_number(kept)} %"
+    above = measured.above_chance
+    if yardstick.best is not None and above is not None:
+        side = "above" if above >= 0.0 else "below"
+        return f"is {_points(figure(abs(above), [(100.0, measured)]))} {side} chance"
+    error = figure(measured.accuracy, [(1.0, measured)]).stderr
+    return f"has an accuracy of {measured.accuracy:.3f}" + (f" ± {error:.3f}" if error else "")
+
+
+def _of_dense(yardstick: Yardstick, *, is_other: bool = False) -> str:
+    """What a percentage is of."""
+    if not yardstick.has_percentages:
+        return ""
+    return " of the best dense candidate" + (f" there ({yardstick.name})" if is_other else "")
+
+
+def _why_no_percentages(yardstick: Yardstick) -> str:
+    if yardstick.is_partial:
+        return " Not every dense candidate has been scored there yet, so there are no percentages."
+    if yardstick.best is None:
+        return " No dense candidate was evaluated to compare with."
+    if not yardstick.is_near_chance:
+        return ""
+    best = _told(yardstick, yardstick.best)
+    return f" The best dense candidate {best}, so a percentage of it would say nothing."
+
+
+def _points(found: Figure) -> str:
+    return f"{_number(found)} points"
+
+
+def _number(found: Figure) -> str:
+    """With as many decimals as its error bears, one at most."""
+    if found.stderr is None:
+        return f"{found.value:.0f}"
+    digits = 1 if 0.05 <= found.stderr < 0.95 else 0
+    return f"{found.value:.{digits}f} ± {found.stderr:.{digits}f}"

@@ -1,12 +1,18 @@
 // Puts the page together. `#point=ID` in the address chooses a point, so that one can be linked to.
 
+function bestDenseNames() {
+  const { search, holdout } = data.yardsticks;
+  const other = holdout.point && holdout.point !== search.point;
+  return search.model
+    + (other ? `; on the holdout ${holdout.model} ${format.score(holdout.accuracy)}` : "");
+}
+
 function facts(host) {
   const cost = data.cost;
   const lost = data.num_failed + data.num_infeasible;
   const entries = [
     ["Best dense candidate", bestDense ? format.score(bestDense.search.accuracy) : "–",
-      bestDense ? bestDense.arms.filter((a) => a.startsWith("dense:")).map((a) => a.slice(6)).join(", ")
-        : "not evaluated"],
+      bestDense ? bestDenseNames() : "not evaluated"],
     ["On the front", format.count(data.front.length),
       data.front.length ? `${sizeRange(data.front)} layers` : ""],
     ["Evaluations", format.count(cost.evaluations), lost ? `${lost} without a score` : ""],

@@ -36,8 +36,8 @@ def page_html(report: Report) -> str:
     data = page_data(report)
     return template.render(
         title=data["title"],
-        headline=data["headline"]["text"].replace(" %", "\u202f%"),
-        note=data["headline"]["note"].replace(" %", "\u202f%"),
+        headline=_unbroken(data["headline"]["text"]),
+        note=_unbroken(data["headline"]["note"]),
         style=Markup(style),
         script=Markup(script),
         data=Markup(json_for_script(data)),
@@ -72,6 +72,11 @@ def page_data(report: Report) -> dict[str, Any]:
             for p in report.problems
         ],
     }
+
+
+def _unbroken(text: str) -> str:
+    """With narrow spaces, where no line ends, within a number with its error and unit."""
+    return text.replace(" ± ", "\u202f±\u202f").replace(" %", "\u202f%")
 
 
 def json_for_script(value: object) -> str:

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from gptailor.report.front import Measured, Point, Report
+from gptailor.report.front import Point, Report
 from gptailor.report.headline import headline
+from gptailor.report.measured import Measured
+from gptailor.report.yardstick import Yardstick
 
 WIDTH = 100
-_HEADER = (
-    "point",
-    "layers",
-    "parameters",
-    "size %",
-    "accuracy",
-    "+/-",
-    "kept %",
-    "holdout",
-    "kept %",
-)
 _KIND_CHARS = 25
 
 
@@ -27,12 +18,14 @@ def front_table(report: Report) -> str:
     if report.points:
         rows = [("Front, smallest first", report.front), ("Control arms", report.controls)]
         widths = [8, 6, 12, 6, 8, 6, 6, 7, 6]
-        lines.append(_line(_HEADER, widths, "arm"))
+        lines.append(_line(_header(report), widths, "arm"))
         for title, points in rows:
             lines += ["-- " + title + " " + "-" * (WIDTH - len(title) - 4)]
             lines += [_line(_cells(report, p), widths, _arms(p)) for p in points]
             if not points:
                 lines.append("none")
+        if "points" in _header(report):
+            lines.append("points: of accuracy above chance, where no percentage would say anything")
         lines.append("")
     lines += _wrapped(f"{found.text} {found.note}".strip())
     cost = report.cost
@@ -48,14 +41,21 @@ def _cells(report: Report, point: Point) -> tuple[str, ...]:
     head = (point.id, str(point.layers), f"{point.parameters:,}", size)
     search, holdout = point.search, point.holdout
     stderr = "-" if search.stderr is None else f"{search.stderr:.3f}"
-    tail = (f"{holdout.accuracy:.3f}" if holdout else "-", _kept(holdout))
-    return (*head, f"{search.accuracy:.3f}", stderr, _kept(search), *tail)
+    tail = (f"{holdout.accuracy:.3f}" if holdout else "-", _kept(report.holdout, holdout))
+    return (*head, f"{search.accuracy:.3f}", stderr, _kept(report.search, search), *tail)
 
 
-def _kept(measured: Measured | None) -> str:
-    if measured is None or measured.retention is None:
+def _header(report: Report) -> tuple[str, ...]:
+    kept = ["points" if y.is_near_chance else "kept %" for y in (report.search, report.holdout)]
+    sizes = ("point", "layers", "parameters", "size %")
+    return (*sizes, "accuracy", "+/-", kept[0], "holdout", kept[1])
+
+
+def _kept(yardstick: Yardstick, measured: Measured | None) -> str:
+    if measured is None:
         return "-"
-    return f"{measured.retention:.1f}"
+    value = measured.above_chance if yardstick.is_near_chance else measured.retention
+    return "-" if value is None else f"{value:.1f}"
 
 
 def _arms(point: Point) -> str:
@@ -73,4 +73,4 @@ def _line(cells: tuple[str, ...], widths: list[int], last: str) -> str:
 def _wrapped(text: str) -> list[str]:
     import textwrap
 
-    return textwrap.wrap(text.encode("ascii", "replace").decode(), WIDTH)
+    return textwrap.wrap(text.replace("±", "+/-").encode("ascii", "replace").decode(), WIDTH)

@@ -9,15 +9,13 @@ from collections.abc import Callable
 from typing import TextIO
 
 from gptailor.archive import Evaluation
+from gptailor.pareto import SMALL, most_small_layers
 
 PLAIN_INTERVAL_S = 5.0
 """Without a terminal there is a line at most so often."""
 
 PLAIN_LINES = 100
 """Without a terminal there are at most about so many lines: a log of a night stays readable."""
-
-TARGET_SIZE = 0.75
-"""The size for which the best accuracy is shown, as part of the layers."""
 
 
 class Progress:
@@ -69,8 +67,8 @@ class Progress:
         self.reused += not is_new and not is_elsewhere
         self.elsewhere += is_elsewhere
         accuracy = evaluation.outcome.accuracy
-        small = evaluation.recipe.num_layers <= round(TARGET_SIZE * self.num_layers)
-        if accuracy is not None and small:
+        is_small = evaluation.recipe.num_layers <= most_small_layers(self.num_layers)
+        if accuracy is not None and is_small:
             self._best = accuracy if self._best is None else max(self._best, accuracy)
         last = self.done >= self.total
         is_due = now - self._shown_at >= PLAIN_INTERVAL_S
@@ -86,7 +84,7 @@ class Progress:
         best = "–" if self._best is None else f"{self._best:.3f}"
         parts = [
             f"{self.done}/{self.total} evaluations",
-            f"best at ≤ {TARGET_SIZE:.0%} of the layers: {best}",
+            f"best at ≤ {100 * SMALL:.0f} % of the layers: {best}",
         ]
         new = self.done - self.reused
         if self.reused:

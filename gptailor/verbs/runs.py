@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 LOCK_WAIT_S = 120.0
 """How long a search that is watched over waits for a lock that a dead node may have left."""
 
-DEMO_SIZE = 0.75
-"""The demo stitches the best model of at most this part of the layers."""
-
 
 def check(config: str | Path, overrides: Sequence[str] = ()) -> list[str]:
     """Why a search would fail, as far as configs, headers and task names tell; empty if it won't.
@@ -200,12 +197,13 @@ def _checked_place(config: Config, resume: bool, island: tuple[int, int] | None)
 
 
 def worth_a_holdout(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """The front, the dense candidates, and the best control arm of each size."""
+    """All dense candidates, and of each size the best model, stitched model and control arm."""
     ok = [e for e in evaluations if e.outcome.accuracy is not None]
-    arms = [e for e in ok if e.arms]
-    dense = [e for e in arms if any(arm.startswith("dense:") for arm in e.arms)]
-    chosen = {e.recipe.hash: e for e in (*_front(ok), *_front(arms), *dense)}
-    return list(chosen.values())
+    arms, stitched = [e for e in ok if e.arms], [e for e in ok if not e.arms]
+    # those that failed, too: what is kept on the holdout is of the best dense candidate there
+    dense = [e for e in evaluations if any(arm.startswith("dense:") for arm in e.arms)]
+    chosen = (*_front(ok), *_front(arms), *_front(stitched), *dense)
+    return list({e.recipe.hash: e for e in chosen}.values())
 
 
 def report(run: str | Path, out: str | Path | None = None) -> Path:
@@ -222,6 +220,7 @@ def demo(out: str | Path = "gptailor-demo", *, workers: int = 1) -> Path:
     """
     from gptailor.config import read_config
     from gptailor.demo import PATH
+    from gptailor.pareto import most_small_layers
     from gptailor.search.run_folder import read_run
 
     out = Path(out)
@@ -230,10 +229,9 @@ def demo(out: str | Path = "gptailor-demo", *, workers: int = 1) -> Path:
     search(config, resume=True, workers=workers)
     evaluations = [e for e in read_run(out).evaluations if e.documents == "search"]
     num_layers = max(e.recipe.num_layers for e in evaluations)
+    limit = most_small_layers(num_layers)
     small = [
-        e
-        for e in evaluations
-        if e.outcome.accuracy is not None and e.recipe.num_layers <= DEMO_SIZE * num_layers
+        e for e in evaluations if e.outcome.accuracy is not None and e.recipe.num_layers <= limit
     ]
     best = max(small, key=lambda e: (e.outcome.accuracy or 0.0, -e.parameters))
     place = out / "models" / best.recipe.point

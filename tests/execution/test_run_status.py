@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -18,12 +19,14 @@ import pytest
 
 from gptailor import cli, verbs
 from gptailor.archive import Archive, Cost, Outcome
+from gptailor.commands.status_text import status_text
 from gptailor.errors import UsageError
 from gptailor.execution.job_record import FailureRecord, JobRecord, WorkerRecord
 from gptailor.execution.run_status import STALE_S, look_at
 from gptailor.recipe import Recipe, Take
 from gptailor.search.journal import Journal
 from gptailor.search.journal_entry import Header
+from gptailor.search.progress import Progress
 
 HERE = socket.gethostname()
 
@@ -42,8 +45,9 @@ def process() -> Iterator[subprocess.Popen[bytes]]:
         started.kill()
 
 
-def recipe(layer: int) -> Recipe:
-    return Recipe({"base": "/m"}, "base", (Take("base", layer),), "base", "base")
+def recipe(layer: int, count: int = 1) -> Recipe:
+    layers = tuple(Take("base", layer + i) for i in range(count))
+    return Recipe({"base": "/m"}, "base", layers, "base", "base")
 
 
 def outcome(status: str, accuracy: float | None) -> Outcome:
@@ -55,11 +59,11 @@ def a_run(folder: Path) -> Path:
         archive.set_meta("config", json.dumps({"search": {"evaluations": 40}}))
         archive.set_meta("family", json.dumps({"num_layers": 9, "parameters": {"base": 100}}))
         archive.record(recipe(0), "search", 60, outcome("ok", 0.5))
-        archive.record(recipe(1), "search", 75, outcome("ok", 0.6))
-        archive.record(recipe(2), "search", 76, outcome("ok", 0.9))
+        archive.record(recipe(1, count=7), "search", 80, outcome("ok", 0.6))  # of 9 layers
+        archive.record(recipe(0, count=8), "search", 70, outcome("ok", 0.9))
         archive.record(recipe(3), "search", 70, outcome("failed", None))
         archive.record(recipe(4), "search", 70, outcome("infeasible", None))
-        archive.record(recipe(1), "holdout", 75, outcome("ok", 0.4))
+        archive.record(recipe(1, count=7), "holdout", 80, outcome("ok", 0.95))
     return folder
 
 
@@ -93,6 +97,17 @@ def test_the_archive_tells_what_was_evaluated(tmp_path: Path) -> None:
     assert evaluated.note == ""
 
 
+def test_status_and_progress_mean_the_same_best(tmp_path: Path) -> None:
+    """At most 75 % of the layers, whatever embeddings and layers of other sizes weigh."""
+    status = status_text(look_at(a_run(tmp_path)))
+    progress = Progress(40, 9, io.StringIO())
+    with Archive(tmp_path) as archive:
+        for evaluation in archive.evaluations("search"):
+            progress.update(evaluation, is_new=False)
+    best = "best at ≤ 75 % of the layers: 0.600"
+    assert best in status and best in progress.line(0.0)
+
+
 def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UsageError, match="holds no run"):
         look_at(tmp_path)
@@ -112,7 +127,7 @@ def test_a_search_that_runs_here(
     assert cli.main(["status", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "5 of 40 evaluations · 1 failed · 1 infeasible · 1 on the holdout" in out
-    assert "best at ≤ 75 % of the parameters: 0.600 · 70 per hour · about 30 min left" in out
+    assert "best at ≤ 75 % of the layers: 0.600 · 70 per hour · about 30 min left" in out
     assert "1/3 busy" in out
     assert "ValueError: no" in out
     assert "logs/rank-001.log" in out
@@ -281,12 +296,13 @@ def test_islands_are_counted_together(tmp_path: Path) -> None:
         header = Header(island, 2, {"search": {"evaluations": 40}}, "f", "d", family)
         with Archive(folder) as archive:
             archive.record(recipe(0), "search", 60, outcome("ok", 0.5))  # both, by accident
+            archive.record(recipe(0, count=8), "search", 60, outcome("ok", 0.9))
             archive.record(recipe(1 + island), "search", 70, outcome("ok", 0.6 + island / 10))
             archive.record(recipe(5 + island), "search", 70, outcome("failed", None))
             evaluations = archive.evaluations()
         Journal(folder, header, evaluations).close()
     evaluated = look_at(tmp_path).evaluated
-    assert (evaluated.done, evaluated.failed, evaluated.total) == (5, 2, 40)
+    assert (evaluated.done, evaluated.failed, evaluated.total) == (6, 2, 40)
     assert evaluated.best == 0.7
     with (tmp_path / "islands" / "0" / "journal.jsonl").open("a") as file:
         file.write("[]\n")

@@ -7,6 +7,7 @@ import math
 import random
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 from gptailor.archive import Archive, Cost, Outcome, Score
@@ -35,17 +36,35 @@ def recipe_of(layers: list[Layer], names: tuple[str, ...] = NAMES, end: str = ""
     return Recipe(refs, names[0], tuple(layers), end, end)
 
 
+def score_of(
+    task: str,
+    metric: str,
+    values: list[float],
+    weight: float = 1.0,
+    chance: float | None = 0.0,
+    *,
+    keep: bool = True,
+) -> Score:
+    """The score of these documents; without them where `keep` is False, as in old archives."""
+    value = sum(values) / len(values)
+    stderr = math.sqrt(value * (1 - value) / (len(values) - 1))
+    score = Score(task, metric, value, stderr, len(values), weight)
+    return replace(score, values=tuple(values), chance=chance) if keep else score
+
+
 def outcome(rng: random.Random, accuracies: dict[str, float], tasks: tuple = TASKS) -> Outcome:
+    """Answers of one model: a document that is hard for one is mostly hard for all."""
     count = 400
-    scores = tuple(
-        Score(task, metric, value, math.sqrt(value * (1 - value) / count), count, weight)
-        for task, metric, weight in tasks
-        for value in [min(0.98, max(0.01, accuracies[task] + rng.gauss(0, 0.006)))]
-    )
+    scores = []
+    for task, metric, weight in tasks:
+        hard = random.Random(task)
+        right = min(0.98, max(0.01, accuracies[task]))
+        values = [float(hard.random() + rng.gauss(0, 0.05) < right) for _ in range(count)]
+        scores.append(score_of(task, metric, values, weight))
     accuracy = sum(s.value * s.weight for s in scores) / sum(s.weight for s in scores)
     forward = rng.uniform(2.0, 3.5)
     cost = Cost(forward * 1.22, 0.3, forward, count * len(tasks), 61 * count * len(tasks))
-    return Outcome("ok", accuracy, scores, "", cost)
+    return Outcome("ok", accuracy, tuple(scores), "", cost)
 
 
 def skill_of(recipe: Recipe, names: tuple[str, ...] = NAMES, loss: float = 1.0) -> dict[str, float]:
@@ -169,3 +188,48 @@ def add_holdout(archive: Archive, rng: random.Random, names: tuple[str, ...]) ->
     for point in {p.id: p for p in (*report.front, *report.controls)}.values():
         skill = skill_of(point.recipe, names, loss=0.9)
         add(archive, point.recipe, "holdout", outcome(rng, skill, HOLDOUT))
+
+
+Sets = tuple[list[float], list[float] | None]
+"""What each document of the search and of the holdout gave."""
+
+
+def make_small(
+    folder: Path,
+    models: dict[str, tuple[Recipe, Sets]],
+    *,
+    chance: float | None = 0.0,
+    tasks: tuple[str, str] = ("seen", "fresh"),
+    keep: bool = True,
+) -> Path:
+    """A run of a few models; the name of a control arm begins with its kind, "dense:math"."""
+    with Archive(folder) as archive:
+        for name, (recipe, sets) in models.items():
+            if ":" in name:
+                archive.add_arm(name, recipe)
+            for documents, task, values in zip(("search", "holdout"), tasks, sets, strict=True):
+                if values is not None:
+                    score = score_of(task, "acc,none", values, 1.0, chance, keep=keep)
+                    add(
+                        archive, recipe, documents, Outcome("ok", score.value, (score,), "", Cost())
+                    )
+    return folder
+
+
+def right(count: int, of: int, begin: int = 0) -> list[float]:
+    """So many documents are right, from that one on."""
+    return [float((i - begin) % of < count) for i in range(of)]
+
+
+NINE = recipe_of([Take(("math", "code")[i % 2], i) for i in range(9)])
+CUT = recipe_of([Take("math", i + 3) for i in range(9)])
+
+
+def near_chance(level: int, less: int) -> dict[str, tuple[Recipe, Sets]]:
+    """On both sets another dense candidate is the best, and neither is clearly above chance."""
+    return {
+        "dense:math": (dense("math"), (right(level, 400), right(level - less, 400, 50))),
+        "dense:code": (dense("code"), (right(level - less, 400, 9), right(level, 400))),
+        "angular:0.75@math": (CUT, (right(level - 2 * less, 400), right(level - less, 400))),
+        "search": (NINE, (right(level + 60, 400), right(level + 55, 400))),
+    }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from report_browser import Browser
-from report_runs import add, make_run, recipe_of
+from report_runs import add, make_run, make_small, near_chance, recipe_of
 from test_report_page import HOSTILE, runs_without_a_front
 
 from gptailor.archive import Archive, Cost, Outcome, Score
@@ -154,6 +154,43 @@ def test_table_sorts_both_ways(browser: Browser, page: tuple[str, Report]) -> No
         script = "[...document.querySelectorAll('#table tbody tr')].map((r) => r.dataset.point)"
         values = [points[i].search.accuracy for i in browser.evaluate(script)]
         assert values == sorted(values, reverse=direction == "descending")
+
+
+def test_near_chance_no_percentage_is_shown(browser: Browser, tmp_path: Path) -> None:
+    """Neither in the panel, the table, the tooltip, nor at the chart's axis."""
+    index = write_report(make_small(tmp_path, near_chance(100, 5), chance=0.25))
+    show(browser, index.as_uri())
+    kept = browser.evaluate("[...document.querySelectorAll('.kept div')].map((x) => x.textContent)")
+    assert [text.partition("accuracy")[0] for text in kept] == [
+        "Above chance, search+15.0 points",
+        "Above chance, holdout+13.8 points",
+    ]
+    heads = browser.evaluate(
+        "[...document.querySelectorAll('#table thead th')].map((x) => x.textContent)"
+    )
+    assert heads[6] == "Above chance" and heads[8] == "Holdout above chance"
+    cells = browser.evaluate(
+        "[...document.querySelectorAll('#table tbody tr')].map((row) => "
+        "[6, 8].map((i) => row.children[i].textContent))"
+    )
+    assert sorted(cells) == [
+        ["+0.0", "−1.3"],
+        ["+15.0", "+13.8"],
+        ["−1.3", "+0.0"],
+        ["−2.5", "−1.3"],
+    ]
+    said = browser.evaluate(
+        "[...document.querySelectorAll('.mark')].map((x) => x.getAttribute('aria-label')).join()"
+    )
+    assert "points above chance" in said and "keeps" not in said
+    axis = browser.evaluate(
+        "[...document.querySelectorAll('#front-chart text')].map((x) => x.textContent)"
+    )
+    assert "kept" not in axis and not [text for text in axis if text.endswith("%")]
+    last = "document.querySelectorAll('#detail tbody td:last-child')"
+    kept = browser.evaluate(f"[...{last}].map((x) => x.textContent)")
+    assert kept[-4:] == ["–"] * 4
+    assert "; on the holdout code 0.250" in text(browser, "#facts")
 
 
 @pytest.mark.parametrize("width", [360, 1280])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sqlite3
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,9 @@ from gptailor.pareto import pareto_front
 from gptailor.recipe import NO_LAYER, Merge, Recipe, Take
 from gptailor.report import load_report, write_report
 from gptailor.report.export import ends, layer_map, write_atomically
-from gptailor.report.front import Measured, Point
+from gptailor.report.front import Point
 from gptailor.report.headline import headline
+from gptailor.report.measured import Measured
 from gptailor.report.volume import hypervolume_history
 
 sizes = st.integers(1, 12)
@@ -78,17 +80,18 @@ def test_a_larger_or_worse_than_nothing_model_adds_no_volume() -> None:
 
 def test_retention_is_in_percent_of_the_best_dense_candidate(run: Path) -> None:
     report = load_report(run)
-    best = report.best_dense
-    assert best is not None and best.holdout is not None
-    assert best.search.retention == pytest.approx(100.0)
     candidates = [p for p in report.points if p.is_dense]
     assert len(candidates) == len(NAMES)
-    assert best.search.accuracy == max(p.search.accuracy for p in candidates)
+    search = max(candidates, key=lambda p: p.search.accuracy)
+    holdout = max(candidates, key=lambda p: p.holdout.accuracy)  # type: ignore[union-attr]
+    assert search.holdout is not None and holdout.holdout is not None
+    assert (report.search.point, report.holdout.point) == (search.id, holdout.id)
+    assert search.search.retention == holdout.holdout.retention == 100.0
     for point in report.points:
-        kept = 100.0 * point.search.accuracy / best.search.accuracy
+        kept = 100.0 * point.search.accuracy / search.search.accuracy
         assert point.search.retention == pytest.approx(kept)
         if point.holdout:
-            kept = 100.0 * point.holdout.accuracy / best.holdout.accuracy
+            kept = 100.0 * point.holdout.accuracy / holdout.holdout.accuracy
             assert point.holdout.retention == pytest.approx(kept)
 
 
@@ -154,9 +157,22 @@ def test_files_hold_the_report(run: Path, tmp_path: Path) -> None:
         assert int(row["parameters"]) == entry["parameters"] == point.parameters
         assert float(row["accuracy"]) == entry["search"]["accuracy"] == point.search.accuracy
         assert float(row["retention_percent"]) == point.search.retention
+        kept = report.search.kept(point.search)
+        error = entry["search"]["retention_percent_stderr"]
+        assert float(row["retention_percent_stderr"]) == error == kept.stderr  # type: ignore[union-attr]
+        above = entry["search"]["above_chance_points"]
+        assert float(row["above_chance_points"]) == above == point.search.above_chance
         assert float(row["search:gsm:em,none"]) == point.search.scores[2].value
         assert float(row["holdout:boolq:acc,none:stderr"]) == point.holdout.scores[1].stderr  # type: ignore[union-attr]
-        assert [Score(**s) for s in entry["search"]["scores"]] == list(point.search.scores)
+        for data_of_score, score in zip(
+            entry["search"]["scores"], point.search.scores, strict=True
+        ):
+            assert data_of_score["retention_percent"] == report.search.kept_of_task(score)
+            names = {f.name for f in fields(Score)} & set(data_of_score)
+            assert {name: data_of_score[name] for name in names} == {
+                name: getattr(score, name) for name in names
+            }
+            assert {"value", "stderr", "chance", "num_documents"} < names
         assert Recipe.from_dict(entry["recipe"]).hash == point.recipe.hash
         text = (tmp_path / "recipes" / f"{point.id}.yaml").read_text()
         assert Recipe.from_yaml(text) == point.recipe
@@ -274,10 +290,16 @@ class TestHeadline:
         assert found.point is not None and found.control is not None
         assert found.point.layers == found.control.layers == 9
         kept, simple = found.point.search.retention, found.control.search.retention
-        assert found.text == (
-            f"At 75 % of the layers (9 of 12) the best stitched model keeps {kept:.0f} % of the "
-            f"best dense candidate; the best simple pruning keeps {simple:.0f} %."
+        assert kept is not None and simple is not None
+        told = re.fullmatch(
+            r"At 75 % of the layers \(9 of 12\) the best stitched model keeps (\d+) ± \d % of the "
+            r"best dense candidate; the best simple pruning keeps (\d+) ± \d %; the difference is "
+            r"(\d+) ± \d points\.",
+            found.text,
         )
+        assert told is not None, found.text
+        exact = (kept, simple, kept - simple)
+        assert all(abs(float(n) - x) <= 0.5 for n, x in zip(told.groups(), exact, strict=True))
         assert "holdout" in found.note
 
     def run_with(self, folder: Path, values: dict[str, tuple[Recipe, float]]) -> str:
@@ -292,6 +314,7 @@ class TestHeadline:
     nine = recipe_of([Take("math", i) for i in range(9)])
     other_nine = recipe_of([Take("base", i + 3) for i in range(9)])
     eight = recipe_of([Take("base", i) for i in range(8)])
+    full = recipe_of([Take(("math", "code")[i % 2], i) for i in range(LAYERS)])
 
     def test_says_when_the_search_gained_nothing(self, tmp_path: Path) -> None:
         text = self.run_with(
@@ -302,9 +325,10 @@ class TestHeadline:
                 "search": (self.nine, 0.39),
             },
         )
-        assert "keeps 78 %" in text and "keeps 80 %, so the search gained nothing" in text
+        assert "keeps 78 ± 5 %" in text and "keeps 80 ± 5 %, so the search gained nothing" in text
         assert "within the noise" in text
-        assert "not scored on holdout" in text
+        assert "no values by document" in text
+        assert "chosen on these documents, which flatters it, and was not scored on a hold" in text
 
     def test_a_smaller_model_that_is_better_counts(self, tmp_path: Path) -> None:
         text = self.run_with(
@@ -317,7 +341,7 @@ class TestHeadline:
             },
         )
         assert text.startswith("With at most 75 % of the layers (9 of 12) the best stitched")
-        assert "keeps 90 %" in text and "keeps 60 %." in text
+        assert "keeps 90 ± 5 %" in text and "keeps 60 ± 5 %; the difference is 30 ± 6" in text
 
     def test_says_what_is_missing(self, tmp_path: Path) -> None:
         text = self.run_with(
@@ -331,7 +355,19 @@ class TestHeadline:
         assert "Only whole candidates" in self.run_with(tmp_path / "a", values)
         values["angular:0.67"] = (self.eight, 0.4)
         text = self.run_with(tmp_path / "b", values)
-        assert "No stitched model" in text and "at 67 % of the layers" in text and "80 %" in text
+        assert (
+            "No stitched model" in text and "at 67 % of the layers" in text and "80 ± 5 %" in text
+        )
+        values["search"] = (self.full, 0.6)
+        text = self.run_with(tmp_path / "c", values)
+        assert text.startswith("No smaller stitched model has been evaluated yet; at 67 % of the ")
+        assert "; the best stitched model has all 12 layers and keeps 120 ± 6 %." in text
+        del values["angular:0.67"]
+        text = self.run_with(tmp_path / "d", values)
+        assert text.startswith(
+            "Nothing smaller has been evaluated yet; the best stitched model has all 12 layers and "
+            "keeps 120 ± 6 % of the best dense candidate."
+        )
 
     def test_nothing_at_all(self, tmp_path: Path) -> None:
         assert self.run_with(tmp_path / "a", {}).startswith("Nothing has been evaluated yet.")

@@ -30,7 +30,7 @@ def test_plain_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None
         now[0] += 1.0
         progress.update(evaluation(number, 6 if number > 3 else 8), is_new=True)
     lines = stream.getvalue().splitlines()
-    assert lines[0].startswith("1/20 evaluations · best at ≤ 75% of the layers: –")
+    assert lines[0].startswith("1/20 evaluations · best at ≤ 75 % of the layers: –")
     assert lines[-1].startswith("20/20 evaluations")
     assert 4 <= len(lines) <= 6  # at most one in five seconds
     assert "s left" in lines[1]
