@@ -30,6 +30,7 @@ from gptailor.report.export import write_front
 from gptailor.report.headline import headline
 from gptailor.report.measured import Figure, Measured, figure, measured_of
 from gptailor.report.page import page_html
+from gptailor.verbs.runs import worth_a_holdout
 
 # On the search's documents math is the best dense candidate, on the holdout it knows nothing.
 OTHER_IS_BEST: dict[str, tuple[Recipe, Sets]] = {
@@ -291,3 +292,20 @@ def test_of_equal_models_the_one_with_a_holdout_is_spoken_of(tmp_path: Path) -> 
     found = headline(load_report(make_small(tmp_path, models)))
     assert found.control is not None and found.control.id == CUT.point
     assert len(CUT.src_layers) == LAYERS - 3
+
+
+def test_what_is_scored_on_the_holdout(tmp_path: Path) -> None:
+    """All dense candidates, also those that failed; the best stitched model and arm of a size."""
+    weak = recipe_of([Take("chat", i) for i in range(9)])
+    models: dict[str, tuple[Recipe, Sets]] = {
+        **{name: (recipe, (sets[0], None)) for name, (recipe, sets) in OTHER_IS_BEST.items()},
+        "search": (NINE, (right(140, 500), None)),  # worse than the pruning of that size
+        "search2": (weak, (right(130, 500), None)),
+    }
+    with Archive(make_small(tmp_path, models)) as archive:
+        archive.add_arm("dense:chat", dense("chat"))
+        add(archive, dense("chat"), "search", Outcome("failed", None, (), "no", Cost()))
+        chosen = worth_a_holdout(archive.evaluations("search"))
+    names = {e.recipe.hash for e in chosen}
+    assert names == {r.hash for r in (*map(dense, ("math", "code", "chat")), NINE, CUT)}
+    assert len(chosen) == len(names)
