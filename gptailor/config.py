@@ -16,7 +16,7 @@ from gptailor.errors import UsageError, plain, unknown
 from gptailor.merging.registry import METHODS, get_method
 from gptailor.models.untrusted import home_expanded, is_folder
 from gptailor.recipe import DTYPES, absolute_ref
-from gptailor.strict_yaml import dump_yaml, load_yaml, read_text
+from gptailor.strict_yaml import dump_yaml, load_yaml, read_text, truth
 
 SEEDS = ("dense", "block_influence", "angular", "uniform", "paper", "random")
 """The control arms that a search can start from; the dense candidates are evaluated anyway."""
@@ -69,6 +69,11 @@ class Space(_Strict):
     merge: MergeSpace = MergeSpace()
     scale: Literal[False] = False
     dtype: str = "bfloat16"
+
+    @field_validator("scale", mode="before")
+    @classmethod
+    def _is_true(cls, value: object) -> object:
+        return truth(value)
 
     @field_validator("dtype")
     @classmethod

@@ -343,6 +343,12 @@ def as_mapping(value: object, where: str) -> dict[Any, Any]:
 
 def as_model(name: object, models: Mapping[str, str], where: str) -> str:
     """`name`, or a `UsageError` if no model of the recipe is called that."""
+    if isinstance(name, int) and not isinstance(name, bool):
+        name = str(name)
+    elif not isinstance(name, str) and isinstance(name, bool | float):
+        raise UsageError(
+            f"{where}: YAML reads the name of a model as {str(name).lower()}: put it in quotes."
+        )
     if not isinstance(name, str) or name not in models:
         raise unknown("model", name, models, where)
     return name

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gptailor.canonical import canonical_end, canonical_layer, hashed
-from gptailor.errors import UsageError, unknown
+from gptailor.errors import UsageError, plain, unknown
 from gptailor.layer import NO_LAYER, Layer, Merge, Take, as_mapping, as_model, read_entry
 from gptailor.merging.registry import get_method
 from gptailor.models.calibration import METHODS as CALIBRATED
@@ -211,8 +211,13 @@ class Recipe:
                 raise UsageError(f"{source}: the key {key!r} is missing.")
         models = as_mapping(data["models"], f"{source}: models")
         for name, ref in models.items():
-            if not isinstance(name, str) or not isinstance(ref, str):
+            if not isinstance(name, str):
                 raise UsageError(f"{source}: models must map names to folders or hub ids.")
+            if not isinstance(ref, str):
+                raise UsageError(
+                    f"{source}: models: {name} is {plain(repr(ref), 100)}, but must be a folder or "
+                    "a hub id."
+                )
             if not (name.isprintable() and ref.isprintable()):
                 raise UsageError(f"{source}: models: {name!r} has characters that can't be shown.")
         base = as_model(data["base"], models, f"{source}: base")

@@ -1,5 +1,9 @@
 """YAML as people type it, read strictly: a key that is written twice is an error.
 
+Keys are names, so they stay the text that they are: a model may be called `no`, `on`, `1e3` or
+`2026-01-01`, of which YAML makes a truth value, a number and a date. Among values only `true` and
+`false` are truth values, as in YAML 1.2; where one is needed, `truth` takes the older words, too.
+
 Recipes are passed around, so they are untrusted, too: anchors that stand for other anchors can make
 a page into gigabytes, and long numbers take quadratic time. Both are refused before they cost
 anything.
@@ -23,6 +27,10 @@ _MAX_NUMBER_CHARACTERS = 64
 class _StrictLoader(yaml.SafeLoader):
     """YAML in which a key that is written twice is an error, not a silent overwrite."""
 
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._flattened: dict[int, yaml.MappingNode] = {}
+
     def get_single_node(self) -> Any:
         """The document as nodes, refused if it would grow when its aliases are written out."""
         node = super().get_single_node()
@@ -31,6 +39,13 @@ class _StrictLoader(yaml.SafeLoader):
                 None, None, "too large once its aliases are written out", node.start_mark
             )
         return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Takes in what `<<` names; a key of the mapping's own stands above that."""
+        if id(node) not in self._flattened:
+            self._flattened[id(node)] = node
+            _check_unique(node)
+            super().flatten_mapping(node)
 
     def fetch_flow_collection_start(self, token: Any) -> None:
         """A bracket opens; the scanner looks at all open ones for each token that follows."""
@@ -69,19 +84,26 @@ def _construct_number(loader: _StrictLoader, node: yaml.ScalarNode) -> Any:
     return loader.construct_yaml_float(node)
 
 
-def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+def _check_unique(node: yaml.MappingNode) -> None:
+    seen = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is written twice", key.start_mark
+                )
+            seen.add(key.value)
+
+
+def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[str, Any]:
     loader.flatten_mapping(node)
-    pairs = [
-        (loader.construct_object(k, deep=True), loader.construct_object(v, deep=True))
-        for k, v in node.value
-    ]
-    result: dict[Any, Any] = {}
-    for key, value in pairs:
-        if key in result:
+    result = {}
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
             raise yaml.constructor.ConstructorError(
-                None, None, f"the key {key!r} is written twice", node.start_mark
+                None, None, "a key that is a list or a mapping", key.start_mark
             )
-        result[key] = value
+        result[key.value] = loader.construct_object(value, deep=True)
     return result
 
 
@@ -92,8 +114,24 @@ for _class in (_StrictLoader, _Dumper):
     _class.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
     )
+_BOOL, _DATE = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp"
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _DATE)]
+    for first, resolvers in _StrictLoader.yaml_implicit_resolvers.items()
+}
+_StrictLoader.add_implicit_resolver(
+    _BOOL, re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 for _tag in ("int", "float"):
     _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _construct_number)
+
+
+_TRUTH = {"yes": True, "on": True, "no": False, "off": False}
+
+
+def truth(value: object) -> object:
+    """A truth value for the words that YAML 1.1 has for it; anything else as it is."""
+    return _TRUTH.get(value.lower(), value) if isinstance(value, str) else value
 
 
 def read_text(path: Path) -> str:
@@ -126,6 +164,8 @@ def load_yaml(text: str, source: str) -> Any:
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
         if isinstance(error, (LookupError, AttributeError)):
             problem = "a value does not fit its tag"
+        if problem == "but found another document":
+            problem = "a second document begins here, but one is read: keep one in each file"
         raise UsageError(f"{source}{line}: {plain(problem)}.") from error
 
 

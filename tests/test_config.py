@@ -67,6 +67,22 @@ output: runs/smollm2
     assert config.search.seeds[0] == "block_influence"
 
 
+def test_words_that_older_yaml_takes_for_truth_values(tmp_path: Path) -> None:
+    """Names stay names, and truth values may be written in either way."""
+    path = tmp_path / "s.yaml"
+    path.write_text(
+        "models: {no: a/b, on: a/m, 2026-01-01: a/d}\nbase: no\nspace: {scale: off}\n"
+        "evaluation: {tasks: [piqa], apply_chat_template: yes, fewshot_as_multiturn: No}\n"
+    )
+    config = read_config(path, ["models.off=a/c"])
+    assert config.models == {"no": "a/b", "on": "a/m", "2026-01-01": "a/d", "off": "a/c"}
+    assert config.base == "no"
+    assert config.evaluation.apply_chat_template
+    assert not config.evaluation.fewshot_as_multiturn
+    path.write_text(config_yaml(config))
+    assert read_config(path) == config
+
+
 def test_defaults_need_only_three_keys() -> None:
     config = parse_config(GOOD, "s.yaml")
     assert config.objectives == ("accuracy", "parameters")

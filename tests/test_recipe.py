@@ -148,7 +148,7 @@ def test_keys() -> None:
         assert "must be a mapping" in refused(nothing)
     for layers in (None, [], {}, "x"):
         assert "layers must be a list with at least one entry" in refused(good | {"layers": layers})
-    assert "models must map names" in refused(good | {"models": {"base": 3, "red": "x"}})
+    assert "models: base is 3, but must be a folder" in refused(good | {"models": {"base": 3}})
     assert "models must map names" in refused(good | {"models": {1: "x", "base": "b"}})
     assert "models must be a mapping" in refused(good | {"models": ["base"]})
 
@@ -328,12 +328,18 @@ def test_the_order_of_weights_is_that_of_the_models() -> None:
 
 
 BAD_YAML = [
-    ("a: 1\nb: 2\na: 3\n", "line 1: the key 'a' is written twice"),
+    ("a: 1\nb: 2\na: 3\n", "line 3: the key 'a' is written twice"),
+    ("a: 1\n'a': 3\n", "line 2: the key 'a' is written twice"),
+    ("1: a\n'1': b\n", "line 2: the key '1' is written twice"),
+    ("x: &x {a: 1}\ny: {<<: *x, b: 1, b: 2}\n", "line 2: the key 'b' is written twice"),
+    ("x: &x {a: 1}\ny: {<<: {<<: *x, b: 1, b: 2}}\n", "line 2: the key 'b' is written twice"),
+    ("x: &x {a: 1}\ny: {<<: *x, <<: *x}\n", "line 2: the key '<<' is written twice"),
+    ("a: 1\n---\na: 2\n", "line 2: a second document begins here, but one is read: keep one in"),
     ("layers:\n  - {take: red, take: blue}\n", "the key 'take' is written twice"),
     ("a: [1\n", "line 2"),
-    ("? [a]\n: b\n", "unhashable"),
-    ("? {a: 1}\n: b\n", "unhashable"),
-    ("a: 2001-99-99\n", "month must be in 1..12"),
+    ("? [a]\n: b\n", "line 1: a key that is a list or a mapping"),
+    ("? {a: 1}\n: b\n", "line 1: a key that is a list or a mapping"),
+    ("a: !!timestamp 2001-99-99\n", "month must be in 1..12"),
     ("a: " + "9" * 5000 + "\n", "a number of 5000 characters"),
     ("a: !!python/object:os.system x\n", "could not determine a constructor"),
     ("a: \x00\n", "special characters are not allowed"),
@@ -352,6 +358,65 @@ def test_yaml(text: str, message: str) -> None:
     assert message in str(caught.value)
     assert str(caught.value).startswith("r.yaml")
     assert "\n" not in str(caught.value)
+
+
+def test_merge_keys_may_be_overridden() -> None:
+    """As in any YAML: a key of the mapping's own counts, then the first that was merged."""
+    text = """
+p: &p {take: red, layer: 0}
+q: &q {<<: *p, layer: 1}
+r: {<<: *q, layer: 2}
+s: {layer: 3, <<: [*q, {take: blue, scale: 2}]}
+t: {<<: &u {<<: *p, layer: 4}}
+u: *u
+"""
+    assert load_yaml(text, "r.yaml") == yaml.safe_load(text)
+    assert load_yaml(text, "r.yaml")["s"] == {"take": "red", "layer": 3, "scale": 2}
+
+
+AMBIGUOUS = ["no", "On", "OFF", "yes", "null", "~", "1e3", "007", "1_000", "0x1F", "2026-01-01"]
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_names_that_yaml_takes_for_something_else(name: str) -> None:
+    """As keys they are what they are; as values, unless YAML 1.2 has another meaning for them."""
+    text = f"""
+schema: gptailor/recipe/1
+models: {{base: ./base, {name}: ./x}}
+base: base
+layers:
+  - {{merge: linear, layer: 0, weights: {{{name}: 1.0, base: 0.5}}}}
+  - {{take: '{name}', layer: 1}}
+"""
+    recipe = Recipe.from_yaml(text)
+    assert list(recipe.models) == ["base", name]
+    assert recipe.layers[0].models == ("base", name)
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    unquoted = text.replace(f"'{name}'", name)
+    if name.lower() in ("no", "on", "off", "yes", "2026-01-01"):
+        assert Recipe.from_yaml(unquoted) == recipe
+    elif name == "1e3":
+        with pytest.raises(
+            UsageError, match=r"layers\[1\]: YAML reads the name .* as 1000\.0: put"
+        ):
+            Recipe.from_yaml(unquoted)
+
+
+def test_a_number_is_a_name_where_a_model_is_called_so() -> None:
+    data = entry(take=7, layer=0) | {"models": {"base": "./b", "7": "./x"}, "base": "base"}
+    assert Recipe.from_dict(data).layers[0].models == ("7",)
+    assert "YAML reads the name of a model as true: put it in quotes" in refused(
+        entry(take=True, layer=0)
+    )
+
+
+@pytest.mark.parametrize(("word", "value"), [("yes", 1.0), ("Off", 0.0), ("true", 1.0)])
+def test_truth_values_may_be_the_older_words(word: str, value: float) -> None:
+    text = Recipe.from_dict(entry(merge="linear", layer=0, weights={"red": 1, "blue": 1})).to_yaml()
+    text = text.replace("merge: linear,", f"merge: linear, normalize: {word},")
+    (found,) = Recipe.from_yaml(text).layers
+    assert isinstance(found, Merge)
+    assert found.number("normalize") == value
 
 
 @settings(max_examples=200, deadline=None)

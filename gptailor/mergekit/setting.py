@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gptailor.errors import UsageError, unknown
+from gptailor.strict_yaml import truth
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def _values(value: object, where: str) -> tuple[float, ...]:
 
 def _number(value: object, where: str) -> float:
     """A finite float; text is read as one, since YAML 1.1 takes 1e-5 for text."""
+    value = truth(value)
     try:
         number = float(value) if isinstance(value, (int, float, str)) else math.nan
     except (ValueError, OverflowError):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gptailor.errors import UsageError, unknown
+from gptailor.strict_yaml import truth
 
 Kind = Literal["number", "integer", "flag"]
 Value = float | tuple[float, ...]
@@ -51,6 +52,7 @@ class Parameter:
     def checked(self, value: object, where: str) -> float:
         """`value` as a float, or a `UsageError` that names the bounds."""
         if self.is_flag:
+            value = truth(value)
             if not isinstance(value, bool):
                 raise UsageError(f"{where}: {self.name} is {value!r}, but must be true or false.")
             return float(value)
