@@ -102,6 +102,21 @@ def plain(text: str, limit: int = 300) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
+def size(n_bytes: float) -> str:
+    """A number of bytes with three digits and a decimal unit."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 999.5:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:,.3g} TB"
+
+
+def sizes(one: float, other: float) -> tuple[str, str]:
+    """Two numbers of bytes that are not the same, so that they do not look so."""
+    texts = size(one), size(other)
+    return texts if texts[0] != texts[1] else (f"{one:,.0f} bytes", f"{other:,.0f} bytes")
+
+
 def unknown(kind: str, name: object, known: Iterable[object], where: str = "") -> UsageError:
     """A `UsageError` for a name that is not known, with the nearest right one.
 

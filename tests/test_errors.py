@@ -43,3 +43,8 @@ def test_unknown() -> None:
 @given(st.text(), st.lists(st.text(min_size=1, max_size=8), max_size=20))
 def test_unknown_takes_any_name(name: str, known: list[str]) -> None:
     assert repr(name) in str(errors.unknown("key", name, known))
+
+
+def test_two_sizes_never_look_alike() -> None:
+    assert errors.sizes(1500, 3e9) == ("1.5 kB", "3 GB")
+    assert errors.sizes(1_000_100, 1_000_200) == ("1,000,100 bytes", "1,000,200 bytes")

@@ -16,8 +16,7 @@ import pytest
 import yaml
 
 from gptailor import cli, verbs
-from gptailor.commands.plans import size
-from gptailor.errors import ModelError, UsageError
+from gptailor.errors import ModelError, UsageError, size
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -9,6 +9,7 @@ import shlex
 from typing import TYPE_CHECKING
 
 from gptailor.commands.command import Command, at_least_one, say
+from gptailor.errors import size
 
 if TYPE_CHECKING:
     from gptailor.verbs.plans import Plan
@@ -118,15 +119,6 @@ def _prefetch(arguments: argparse.Namespace) -> int:
         print(f"  export {variable}={shlex.quote(value)}")
     print("in its environment. Its nodes must see these folders under the same names.")
     return 0
-
-
-def size(n_bytes: float) -> str:
-    """A number of bytes with three digits and a decimal unit."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n_bytes < 999.5:
-            return f"{n_bytes:.3g} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:,.3g} TB"
 
 
 def _add_prefetch(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from gptailor.config import Config
-from gptailor.errors import ModelError, ResourceError, UsageError
+from gptailor.errors import ModelError, ResourceError, UsageError, size
 from gptailor.evaluation.family import open_family
 from gptailor.execution.memory import available_bytes
 from gptailor.execution.node_lock import node_lock, own_folder
@@ -101,8 +101,8 @@ def share(
     n_bytes, room = sum(path.stat().st_size for path in files), available_bytes()
     if n_bytes > _USABLE * room:
         note(
-            f"The candidates have {n_bytes / 1e9:.1f} GB, of which {socket.gethostname()} can't "
-            f"hold all in {room / 1e9:.1f} GB of memory: they are read when they are needed."
+            f"The candidates have {size(n_bytes)}, of which {socket.gethostname()} can't "
+            f"hold all in {size(room)} of memory: they are read when they are needed."
         )
         return 0
     try:
@@ -121,7 +121,7 @@ def share(
     except OSError as error:
         raise ModelError(f"{error.filename} can't be read: {error.strerror}.") from error
     if time.monotonic() - began > 1.0:
-        note(f"Read {done / 1e9:.1f} GB of candidates: {_seconds(began)}.")
+        note(f"Read {size(done)} of candidates: {_seconds(began)}.")
     return done
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from gptailor.errors import ModelError, ResourceError, UsageError
+from gptailor.errors import ModelError, ResourceError, UsageError, sizes
 from gptailor.execution.node_lock import node_lock, own_folder
 from gptailor.models.family import Candidate
 
@@ -106,8 +106,9 @@ def _check_room(candidates: Sequence[Candidate], root: Path) -> None:
     needed = sum(path.stat().st_size for c in candidates for path in _files(c))
     free = shutil.disk_usage(root).free
     if needed > free:
+        texts = sizes(needed, free)
         raise ResourceError(
-            f"The candidates need {needed / 1e9:.1f} GB in {root}, where {free / 1e9:.1f} GB are "
+            f"The candidates need {texts[0]} in {root}, where {texts[1]} are "
             "free: name another folder, or leave out --stage."
         )
 

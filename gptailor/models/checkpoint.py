@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gptailor.errors import ModelError, unknown
 from gptailor.models.untrusted import (
+    check_no_pointer,
     is_file,
     open_regular,
     parse_json,
@@ -241,9 +242,10 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], _Identity]:
                     f"{path} is truncated: it has {file_size} bytes, but 8 are needed."
                 )
             if n_header > MAX_HEADER_BYTES:
+                check_no_pointer(prefix, path)
                 raise ModelError(
-                    f"{path} is no safetensors file: its header would have {n_header} bytes, "
-                    f"more than the format's limit of {MAX_HEADER_BYTES}."
+                    f"{path} is no safetensors file: it does not begin with the length of a "
+                    f"header of at most {MAX_HEADER_BYTES:,} bytes."
                 )
             if 8 + n_header > file_size:
                 raise ModelError(

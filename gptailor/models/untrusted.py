@@ -26,6 +26,7 @@ MAX_JSON_VALUES = 12_000_000
 MAX_JSON_DEPTH = 100
 MAX_CONFIG_COUNT = 1024
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
 _COUNT = re.compile(r"layers?$|blocks$|experts$|^n_layer|depth$")
 
 _shown = reprlib.Repr()
@@ -57,7 +58,8 @@ def read_bytes(path: Path, limit: int) -> bytes:
     """All bytes of a small file.
 
     Raises:
-        ModelError: it is missing, no regular file, or has more than `limit` bytes.
+        ModelError: it is missing, no regular file, has more than `limit` bytes, or is what git
+            leaves in its place.
     """
     try:
         with open_regular(path) as file:
@@ -69,7 +71,22 @@ def read_bytes(path: Path, limit: int) -> bytes:
         raise ModelError(f"{path} can't be read: {error.strerror}.") from error
     if max(n_bytes, len(data)) > limit:
         raise ModelError(f"{path} has more than the {limit:,} bytes that such a file may have.")
+    check_no_pointer(data, path)
     return data
+
+
+def check_no_pointer(data: bytes, path: Path) -> None:
+    """Raises a `ModelError` for what git leaves in the place of a large file without git-lfs.
+
+    Args:
+        data: the beginning of the file, 8 bytes at least.
+        path: the file.
+    """
+    if data and _POINTER.startswith(data[: len(_POINTER)]) and len(data) >= 8:
+        raise ModelError(
+            f"{path} is a git-lfs pointer, not the file that it stands for: fetch that with "
+            "`git lfs pull`, or download the model again."
+        )
 
 
 def read_up_to(file: BinaryIO, n_bytes: int) -> bytes:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gptailor.errors import GptailorError, ResourceError, UsageError
+from gptailor.errors import GptailorError, ResourceError, UsageError, sizes
 from gptailor.models.family import Family
 
 
@@ -32,9 +32,10 @@ def check_space(folder: Path, n_bytes: int) -> None:
     stats = os.statvfs(folder)
     free = stats.f_bavail * stats.f_frsize
     if free < n_bytes:
+        there, needed = sizes(free, n_bytes)
         raise ResourceError(
-            f"The disk of {folder.parent} has {free / 1e9:.2f} GB free, but the model needs "
-            f"{n_bytes / 1e9:.2f} GB: free space or name another output."
+            f"The disk of {folder.parent} has {there} free, but the model needs "
+            f"{needed}: free space or name another output."
         )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptailor.errors import GptailorError, ModelError, ResourceError, UsageError
+from gptailor.errors import GptailorError, ModelError, ResourceError, UsageError, sizes
 from gptailor.evaluation.family import open_family
 from gptailor.models.family import Family
 from gptailor.models.untrusted import home_expanded, is_folder
@@ -91,8 +91,8 @@ def prefetch(
         note(text)
     sizes = DryRun(parsed, family).sizes()  # downloads
     found = _offline(parsed.model_dump_json())
-    for name, size in sizes.items():
-        if found[name]["digest"] != size.digest:
+    for name, work in sizes.items():
+        if found[name]["digest"] != work.digest:
             raise UsageError(
                 f"The {name} documents are others without a network: name fixed revisions of the "
                 "datasets in the tasks."
@@ -258,8 +258,9 @@ def _check_room(footprint: Footprint, device: str) -> None:
 
     room = available_bytes()
     if is_cpu(device) and footprint.model > 0.8 * room:
+        needed, there = sizes(footprint.model, room)
         raise ResourceError(
-            f"A model has {footprint.model / 1e9:.0f} GB, but {room / 1e9:.0f} GB of memory are "
+            f"A model has {needed}, but {there} of memory are "
             "free here: leave the probes out with --no-probe, or plan on a compute node."
         )
 

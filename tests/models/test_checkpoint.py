@@ -30,12 +30,21 @@ DUPLICATE = b'{"a":' + json.dumps(A).encode() + b',"a":' + json.dumps(A).encode(
 DUPLICATE_INSIDE = b'{"a":{"dtype":"F32","dtype":"F32","shape":[6],"data_offsets":[0,24]}}'
 NESTED = b'{"a":' + b"[" * 100_000
 
+POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"ab" * 32 + b"\nsize 12345\n"
+)
+
 MALFORMED: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "truncated: it has 0 bytes"),
     "prefix cut": (b"\x10\0\0", "truncated: it has 3 bytes, but 8"),
     "header cut": (file_bytes({"a": A})[:-5], "truncated: its header has"),
     "header beyond the file": ((10**6).to_bytes(8, "little") + b"{}", "its header has 1000000"),
-    "header beyond the limit": ((2**63).to_bytes(8, "little") + b"{}", "limit of 100000000"),
+    "header beyond the limit": (
+        (2**63).to_bytes(8, "little") + b"{}",
+        "header of at most 100,000,000 bytes",
+    ),
+    "a git-lfs pointer": (POINTER, "a git-lfs pointer, not the file that it stands for: fetch"),
+    "a web page": (b"<!DOCTYPE html><html>", "does not begin with the length of a header"),
     "a pickle": (b"\x80\x02}q\x00(X" + b"\xff" * 40, "no safetensors file"),
     "no header": (file_bytes(b""), "not valid JSON"),
     "not JSON": (file_bytes(b"{'a': 1}"), "not valid JSON"),

@@ -145,6 +145,18 @@ def test_a_broken_tokenizer(base: Path, tmp_path: Path, content: object) -> None
     assert str(path) in refused(base, path.parent)
 
 
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer.model", "model.safetensors.index.json"]
+)
+def test_a_git_lfs_pointer_is_named(base: Path, tmp_path: Path, name: str) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:12ab\nsize 4242\n"
+    other = save_model(tmp_path / "other", shards=2)
+    if name == "tokenizer.model":
+        (other / "tokenizer.json").unlink()
+    (other / name).write_text(pointer)
+    assert f"{other / name} is a git-lfs pointer" in refused(base, other)
+
+
 def test_config_is_missing_or_broken(base: Path) -> None:
     config = base / "config.json"
     for text in ("{", "[]", "\xff"):
