@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from gptailor.evaluation.agreement import compare_configs, note
+from gptailor.evaluation.tokenizers import compare_tokenizers
 from gptailor.models.config_fields import ABSENT, differences
 from gptailor.models.family import Family
 
@@ -28,6 +29,8 @@ def open_family(
         UsageError: the base is not among the models, or there is no such `io`.
     """
     family = Family(models, base, io, folders=folders)
+    for name in sorted(family.open_tokenizers):
+        compare_tokenizers(family.candidates[name], family.base)
     notes = []
     for candidate in family.candidates.values():
         if candidate.name in family.open_configs:

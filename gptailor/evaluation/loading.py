@@ -149,5 +149,11 @@ def _explained(what: str, folder: Path) -> Iterator[None]:
                 f"{what}: it needs Python code that comes with it, and gptailor never runs such "
                 "code: use a version of the model that transformers knows by itself."
             ) from error
+        if "does not recognize this architecture" in text:
+            raise ModelError(
+                f"{what}: this version of transformers does not know its architecture: install a "
+                "newer one; if it needs Python code that comes with it, gptailor never runs such "
+                "code."
+            ) from error
         reason = (text.strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{what}: {plain(reason)}") from error

@@ -25,7 +25,8 @@ from gptailor.evaluation.home import Home, Key, memory_bytes, open_homes, spread
 from gptailor.evaluation.loading import load_model
 from gptailor.evaluation.slots import Parameters, Slots, let_go, point
 from gptailor.models.architecture import cut_config, text_config
-from gptailor.models.family import Family, has_tokenizer
+from gptailor.models.family import Family
+from gptailor.models.side_files import has_tokenizer
 from gptailor.recipe import Layer, Recipe, Take
 from gptailor.stitching.compute import ComputedTensor
 from gptailor.stitching.plan import (

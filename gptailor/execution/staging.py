@@ -22,10 +22,10 @@ from pathlib import Path
 from gptailor.errors import ModelError, ResourceError, UsageError, sizes
 from gptailor.execution.node_lock import node_lock, own_folder
 from gptailor.models.family import Candidate
+from gptailor.models.side_files import side_files
+from gptailor.models.untrusted import is_file
 
 _MANIFEST = ".gptailor-copied-from.json"
-_SMALL = (".json", ".model", ".txt", ".jinja")
-"""Beside the weights: configuration, tokenizer, index."""
 _STREAMS = 4
 _PIECE_BYTES = 64 << 20
 
@@ -65,7 +65,7 @@ def staged(
     with node_lock(root / "lock", keep_going):
         for left in root.glob(".new-*"):  # nobody else copies now: its maker is dead
             shutil.rmtree(left, ignore_errors=True)
-        missing = [c for c in candidates if not _is_copy(places[c.name], _files(c))]
+        missing = [c for c in candidates if not _is_copy(places[c.name], c)]
         missing = list({places[c.name]: c for c in missing}.values())
         for candidate in missing:  # what it is a copy of is no more
             shutil.rmtree(places[candidate.name], ignore_errors=True)
@@ -80,30 +80,31 @@ def _name(folder: Path) -> str:
     return f"{folder.resolve().name[:60]}-{digest}"
 
 
-def _files(candidate: Candidate) -> list[Path]:
-    """What of a model's folder is needed."""
-    small = [p for p in candidate.folder.iterdir() if p.suffix in _SMALL and p.is_file()]
-    return sorted({*candidate.checkpoint.files, *small})
+def _files(candidate: Candidate) -> list[str]:
+    """What of a model's folder is needed, relative to it."""
+    names = ["config.json", "model.safetensors.index.json", *side_files(candidate.folder)]
+    small = [name for name in names if is_file(candidate.folder / name)]
+    return sorted({*small, *(path.name for path in candidate.checkpoint.files)})
 
 
-def _identity(files: Sequence[Path]) -> list[list[object]]:
-    stats = [(path.name, path.stat()) for path in files]
+def _identity(candidate: Candidate) -> list[list[object]]:
+    stats = [(name, (candidate.folder / name).stat()) for name in _files(candidate)]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
-def _is_copy(place: Path, files: Sequence[Path]) -> bool:
+def _is_copy(place: Path, candidate: Candidate) -> bool:
     """Whether all files are there, in the size that they had, of sources that did not change."""
     try:
         known = json.loads((place / _MANIFEST).read_text())
-        sizes = [(place / path.name).stat().st_size for path in files]
+        sizes = [(place / name).stat().st_size for name in _files(candidate)]
     except (OSError, ValueError):
         return False
-    now = _identity(files)
+    now = _identity(candidate)
     return bool(known == now and sizes == [size for _, size, _ in now])
 
 
 def _check_room(candidates: Sequence[Candidate], root: Path) -> None:
-    needed = sum(path.stat().st_size for c in candidates for path in _files(c))
+    needed = sum((c.folder / name).stat().st_size for c in candidates for name in _files(c))
     free = shutil.disk_usage(root).free
     if needed > free:
         texts = sizes(needed, free)
@@ -114,14 +115,16 @@ def _check_room(candidates: Sequence[Candidate], root: Path) -> None:
 
 
 def _copy(candidate: Candidate, place: Path, keep_going: Callable[[], None]) -> None:
-    files = _files(candidate)
-    before = _identity(files)
+    before = _identity(candidate)
     new = place.with_name(f".new-{place.name}")
     try:
         new.mkdir(mode=0o700)
         stop = threading.Event()
         with ThreadPoolExecutor(_STREAMS) as pool:
-            futures = [pool.submit(_copy_file, path, new / path.name, stop) for path in files]
+            futures = [
+                pool.submit(_copy_file, candidate.folder / name, new / name, stop)
+                for name in _files(candidate)
+            ]
             try:
                 while wait(futures, 0.2, FIRST_EXCEPTION).not_done:
                     keep_going()
@@ -133,7 +136,7 @@ def _copy(candidate: Candidate, place: Path, keep_going: Callable[[], None]) -> 
         for future in futures:
             if not future.cancelled():
                 future.result()
-        if _identity(files) != before:
+        if _identity(candidate) != before:
             raise ModelError(f"{candidate.folder} changed while it was copied: start again.")
         (new / _MANIFEST).write_text(json.dumps(before))
         new.rename(place)
@@ -152,6 +155,7 @@ def _copy(candidate: Candidate, place: Path, keep_going: Callable[[], None]) -> 
 
 def _copy_file(source: Path, to: Path, stop: threading.Event) -> None:
     """Copies inside the kernel, piece by piece, until it is whole or asked to stop."""
+    to.parent.mkdir(exist_ok=True)
     with source.open("rb") as inside, to.open("xb") as out:
         stat = os.fstat(inside.fileno())
         while not stop.is_set():

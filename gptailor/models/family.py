@@ -21,24 +21,16 @@ from gptailor.models.architecture import (
 from gptailor.models.calibration import Statistics, weights_digest
 from gptailor.models.checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo
 from gptailor.models.config_fields import Difference, differences, is_harmless
+from gptailor.models.leftovers import clean_config
+from gptailor.models.side_files import HUB_IGNORED, HUB_PATTERNS, read_vocabulary
 from gptailor.models.untrusted import (
     MAX_CONFIG_BYTES,
-    MAX_TOKENIZER_BYTES,
     check_config,
     home_expanded,
-    is_file,
     is_folder,
-    read_bytes,
     read_json,
     shown,
 )
-
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
-    "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 class Candidate:
@@ -59,8 +51,9 @@ class Candidate:
         self.checkpoint = Checkpoint(self.folder, io)
         self._statistics: dict[tuple[str, str], Statistics] = {}
         config_file = self.folder / "config.json"
-        self.config = read_json(config_file, MAX_CONFIG_BYTES)
-        check_config(self.config, len(self.tensors), config_file)
+        config = read_json(config_file, MAX_CONFIG_BYTES)
+        check_config(config, len(self.tensors), config_file)
+        self.config = clean_config(config, self.tensors.values(), self.folder)
         self.architecture: Architecture = find_architecture(self.checkpoint.tensors, self.folder)
         declared = layer_count(text_config(self.config))
         if declared not in (None, self.architecture.num_layers):
@@ -109,6 +102,8 @@ class Family:
         folders: name → where its files are, for those that are not where `models` says.
 
     Attributes:
+        open_tokenizers: names of candidates whose tokenizer's files do not show that it is the
+            base's.
         open_configs: name → how the candidate's config.json differs from the base's, where the
             files alone do not tell whether that changes what is computed.
         notes: sentences on what was found and changes nothing.
@@ -132,11 +127,14 @@ class Family:
         self.base_name = base
         places = {n: folders[n] if n in folders else resolve(ref) for n, ref in models.items()}
         self.candidates = {n: Candidate(n, place, io) for n, place in places.items()}
+        self.open_tokenizers: set[str] = set()
         self.open_configs: dict[str, list[Difference]] = {}
         self.notes: tuple[str, ...] = ()
         for candidate in self.candidates.values():
             if candidate is not self.base:
                 _check_fits(candidate, self.base)
+                if not _check_vocabulary(candidate, self.base):
+                    self.open_tokenizers.add(candidate.name)
                 found = list(differences(candidate.config, self.base.config))
                 if not all(map(is_harmless, found)):
                     self.open_configs[candidate.name] = found
@@ -170,11 +168,17 @@ class Family:
 
     def settle(self, notes: Iterable[str]) -> None:
         """Notes that what was open has been judged and is without effect."""
-        self.open_configs = {}
+        self.open_configs, self.open_tokenizers = {}, set()
         self.notes = (*self.notes, *notes)
 
     def check_settled(self) -> None:
         """Raises a `ModelError` while something is open: nothing may be computed then."""
+        for name in sorted(self.open_tokenizers):
+            raise ModelError(
+                f"{self.candidates[name].folder}: its tokenizer has other files than the base's, "
+                "and only transformers can tell whether they are one: open the models by "
+                "open_family."
+            )
         for name, found in self.open_configs.items():
             first = next(difference for difference in found if not is_harmless(difference))
             raise ModelError(
@@ -214,8 +218,14 @@ def resolve(ref: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision or None,
+                allow_patterns=list(HUB_PATTERNS),
+                ignore_patterns=list(HUB_IGNORED),
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
@@ -230,7 +240,6 @@ def _check_fits(candidate: Candidate, base: Candidate) -> None:
             f"{candidate.folder} has {candidate.num_layers} layers, but the base {base.folder} has "
             f"{base.num_layers}: a family needs the same depth."
         )
-    _check_vocabulary(candidate, base)
     if candidate.is_tied != base.is_tied:
         tied, untied = (candidate, base) if candidate.is_tied else (base, candidate)
         raise ModelError(
@@ -265,41 +274,23 @@ def _is_padding(
     return is_end and len(shape) == len(base) and shape[1:] == base[1:]
 
 
-def _check_vocabulary(candidate: Candidate, base: Candidate) -> None:
-    """Vocabularies must be the same up to rows that no token uses."""
-    known, found = _vocabulary(base.folder), _vocabulary(candidate.folder)
-    if known is not None and found is not None and known != found:
-        raise _other_vocabulary(candidate, base, "its tokenizer differs from the base's")
-    if known is None or found is None:
-        rows = [[c.tensors[n].shape for n in c.architecture.embeddings] for c in (candidate, base)]
-        if rows[0] != rows[1]:
-            what = "its embeddings have another size, and there is no tokenizer to tell why"
-            raise _other_vocabulary(candidate, base, what)
+def _check_vocabulary(candidate: Candidate, base: Candidate) -> bool:
+    """Vocabularies must be the same up to rows that no token uses.
 
+    Returns:
+        True if the tokenizers' files show it, or there are none; False if they have to be loaded.
 
-def _other_vocabulary(candidate: Candidate, base: Candidate, what: str) -> ModelError:
-    return ModelError(
-        f"{candidate.folder} has another vocabulary: {what} ({base.folder}). Leave it out, make it "
-        "the base, or resize its embeddings to the base's tokenizer first."
-    )
-
-
-def _vocabulary(folder: Path) -> object:
-    """Something that is equal for equal vocabularies; None if the folder has no tokenizer."""
-    path = next((folder / name for name in _VOCABULARIES if is_file(folder / name)), None)
-    if path is None:
-        return None
-    if path.name != "tokenizer.json":
-        return read_bytes(path, MAX_TOKENIZER_BYTES)
-    data = read_json(path, MAX_TOKENIZER_BYTES)
-    try:
-        vocabulary = data["model"]["vocab"]
-        added = {token["content"]: token["id"] for token in data.get("added_tokens") or ()}
-    except (KeyError, TypeError) as error:
-        raise ModelError(f"{path} has no vocabulary in the form of a tokenizer.json.") from error
-    return ({**vocabulary, **added},) if isinstance(vocabulary, dict) else (vocabulary, added)
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """True if the folder has a tokenizer that transformers could load."""
-    return any(is_file(folder / name) for name in _VOCABULARIES)
+    Raises:
+        ModelError: the embeddings are of another size, and there is no tokenizer to tell why.
+    """
+    known, found = read_vocabulary(base.folder), read_vocabulary(candidate.folder)
+    if known is not None and found is not None:
+        return known == found
+    rows = [[c.tensors[n].shape for n in c.architecture.embeddings] for c in (candidate, base)]
+    if rows[0] != rows[1]:
+        raise ModelError(
+            f"{candidate.folder} has another vocabulary: its embeddings have another size, and "
+            f"there is no tokenizer to tell why ({base.folder}). Leave it out, make it the base, "
+            "or resize its embeddings to the base's tokenizer first."
+        )
+    return True

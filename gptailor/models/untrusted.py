@@ -231,9 +231,9 @@ def check_link(path: Path) -> None:
     Raises:
         ModelError: the file is another one under a false name.
     """
-    target = path.resolve()
-    blobs = path.parent.resolve().parent.parent / "blobs"
-    if target.name != path.name and target.parent != blobs:
+    target, folder = path.resolve(), path.parent.resolve()
+    blobs = [place.parent.parent / "blobs" for place in (folder, folder.parent)]  # of subfolders
+    if target.name != path.name and target.parent not in blobs:
         raise ModelError(
             f"{path} is a link to {target}, a file of another name, and is not copied: put the "
             "file itself in its place."

@@ -62,7 +62,7 @@ def new_folder(out: Path, sync: bool) -> Iterator[Path]:
     try:
         yield folder
         if sync:
-            for path in [*folder.iterdir(), folder]:
+            for path in [*folder.rglob("*"), folder]:
                 _fsync(path)
         folder.rename(out)
         if sync:

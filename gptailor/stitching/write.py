@@ -13,8 +13,8 @@ from pathlib import Path
 
 from gptailor.errors import ModelError
 from gptailor.models.checkpoint import Checkpoint, read_error
-from gptailor.models.family import TOKENIZER_FILES, Family, has_tokenizer
-from gptailor.models.untrusted import MAX_TOKENIZER_BYTES, check_link, is_file, read_bytes
+from gptailor.models.family import Family
+from gptailor.models.side_files import copy_side_file, has_tokenizer, side_files
 from gptailor.recipe import Recipe
 from gptailor.stitching.card import model_card
 from gptailor.stitching.compute import ComputedTensor
@@ -32,8 +32,6 @@ from gptailor.stitching.layout import (
 from gptailor.stitching.plan import Plan, make_plan
 
 RECIPE_FILE = "gptailor_recipe.yaml"
-
-_TAG_ALONG = ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
 
 
 def write_model(
@@ -80,8 +78,8 @@ def write_model(
         sources = _Sources(family)
         check_space(folder, plan.n_bytes - _spared(shards, sources, can_share))
         write_shards(shards, family, folder, threads=threads, flush=sync)
-        for name in (*TOKENIZER_FILES, *_TAG_ALONG):
-            _copy_small(family.base.folder / name, folder / name)
+        for name in side_files(family.base.folder):
+            copy_side_file(family.base.folder / name, folder / name)
         texts = {
             "config.json": json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n",
             RECIPE_FILE: recipe.to_yaml(),
@@ -93,13 +91,6 @@ def write_model(
             (folder / name).write_text(text, encoding="utf-8")
         family.check_intact()
     return plan
-
-
-def _copy_small(source: Path, target: Path) -> None:
-    """Copies a file that is there; not what a link of a false name leads to, and nothing huge."""
-    if is_file(source):
-        check_link(source)
-        target.write_bytes(read_bytes(source, MAX_TOKENIZER_BYTES))
 
 
 def write_shards(

@@ -40,7 +40,8 @@ def check(config: str | Path, overrides: Sequence[str] = ()) -> list[str]:
         UsageError: the configuration itself is wrong.
     """
     from gptailor.config import read_config
-    from gptailor.models.family import Candidate, has_tokenizer
+    from gptailor.models.family import Candidate
+    from gptailor.models.side_files import has_tokenizer
 
     parsed = read_config(config, overrides)
     problems: list[str] = []

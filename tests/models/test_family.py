@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gptailor.errors import GptailorError, ModelError, UsageError
-from gptailor.models.family import Family, has_tokenizer, resolve
+from gptailor.models.family import Family, resolve
 from tests.models.tiny import (
     HIDDEN,
     LAYER_SHAPES,
@@ -114,23 +114,22 @@ def test_wider_embeddings_are_not_padding(base: Path, tmp_path: Path) -> None:
     assert f"{name} has the shape" in refused(base, save_model(tmp_path / "other", tensors=wide))
 
 
-def test_another_vocabulary(base: Path, tmp_path: Path) -> None:
+def test_another_vocabulary_stays_open(base: Path, tmp_path: Path) -> None:
     other = save_model(tmp_path / "other")
     words = [f"w{i}" for i in range(VOCAB - 4)]
     save_tokenizer(other, [words[1], words[0], *words[2:]])
-    assert "has another vocabulary: its tokenizer differs" in refused(base, other)
+    family = Family({"base": str(base), "other": str(other)}, "base")
+    with pytest.raises(ModelError, match="other: its tokenizer has other files than the base"):
+        family.check_settled()
 
 
-def test_added_tokens_count_and_their_order_does_not(base: Path, tmp_path: Path) -> None:
+def test_the_order_of_tokens_does_not_count(base: Path, tmp_path: Path) -> None:
     path = save_model(tmp_path / "other") / "tokenizer.json"
     data = json.loads(path.read_text())
     data["model"]["vocab"] = dict(reversed(data["model"]["vocab"].items()))
     data["added_tokens"] = [{"id": 1, "content": "<s>", "special": True}]
     path.write_text(json.dumps(data))
-    Family({"base": str(base), "other": str(path.parent)}, "base")
-    data["added_tokens"] = [{"id": VOCAB, "content": "<new>", "special": True}]
-    path.write_text(json.dumps(data))
-    assert "its tokenizer differs" in refused(base, path.parent)
+    Family({"base": str(base), "other": str(path.parent)}, "base").check_settled()
 
 
 @pytest.mark.parametrize(
@@ -199,11 +198,6 @@ def test_resolve_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
             resolve(ref)
         assert str(caught.value).startswith(f"{ref} is neither a folder nor a model")
         assert "\n" not in str(caught.value)
-
-
-def test_has_tokenizer(tmp_path: Path) -> None:
-    assert not has_tokenizer(save_model(tmp_path / "a", tokenizer=False))
-    assert has_tokenizer(save_model(tmp_path / "b"))
 
 
 def test_sharded_candidates(base: Path, tmp_path: Path) -> None:

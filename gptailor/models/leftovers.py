@@ -1,0 +1,92 @@
+"""What stands in a config.json and is not true of the folder: quantization that is over, and code
+that does not come along.
+
+A finetune that was trained on a quantized model and merged back often keeps the quantization in its
+config; a loader would then quantize the weights, or fail. Weights that really are quantized are
+refused: they can be neither merged nor cast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gptailor.errors import ModelError
+from gptailor.models.checkpoint import TensorInfo
+from gptailor.models.untrusted import shown
+
+_QUANTIZATION = ("quantization_config", "compression_config")
+_IN_THE_FORWARD_PASS = ("bitnet",)
+"""Methods that take weights as they are and round them each time they are used."""
+_MARKS = frozenset(
+    {
+        "qweight", "qzeros", "g_idx", "absmax", "nested_absmax", "quant_map", "SCB",
+        "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_packed", "weight_zero_point",
+        "bitsandbytes__nf4", "bitsandbytes__fp4",
+    }
+)  # fmt: skip
+"""Last parts of names that only quantized weights have."""
+
+
+def clean_config(
+    config: Mapping[str, Any], tensors: Iterable[TensorInfo], folder: Path
+) -> dict[str, Any]:
+    """A config without quantization that is over and without `auto_map` to files of the folder.
+
+    Args:
+        config: what config.json holds.
+        tensors: of the folder's files.
+        folder: for errors.
+
+    Raises:
+        ModelError: the weights are quantized.
+    """
+    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
+    declared = [part[key] for part in parts for key in _QUANTIZATION if part.get(key)]
+    info = next((info for info in tensors if _is_quantized(info, bool(declared))), None)
+    if info is not None:
+        method = next((d.get("quant_method") for d in declared if isinstance(d, dict)), None)
+        by = f" by {shown(method)}" if method else ""
+        raise ModelError(
+            f"{folder} is quantized{by} ({info.name} has the type {info.dtype}), so that it can't "
+            "be merged or cast: save it in bfloat16 first (dequantize() of transformers)."
+        )
+    return {
+        key: _cleaned(value) if isinstance(value, dict) else value
+        for key, value in _cleaned(config).items()
+    }
+
+
+def _cleaned(part: Mapping[str, Any]) -> dict[str, Any]:
+    result = {
+        key: value for key, value in part.items() if key not in _QUANTIZATION or _stays(value)
+    }
+    return without_local_code(result)
+
+
+def _stays(quantization: object) -> bool:
+    return (
+        isinstance(quantization, dict) and quantization.get("quant_method") in _IN_THE_FORWARD_PASS
+    )
+
+
+def without_local_code(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the entries of `auto_map` that name files beside it; "org/name--file.Class" stays."""
+    result = dict(data)
+    code = result.pop("auto_map", None)
+    if isinstance(code, dict):
+        code = {key: value for key, value in code.items() if "--" in str(value)}
+    elif "--" not in str(code):
+        code = None
+    return result | {"auto_map": code} if code else result
+
+
+def _is_quantized(info: TensorInfo, declared: bool) -> bool:
+    leaf = info.name.rpartition(".")[2]
+    if info.dtype.startswith("F8_") or leaf in _MARKS:
+        return True
+    if info.dtype in ("BOOL", "BF16", "F16", "F32", "F64") or len(info.shape) < 2:
+        return False
+    # masks of causal attention are integers in old files of GPT-2, and called bias
+    return leaf == "weight" or leaf.endswith("_blocks") or (declared and leaf[-4:] != "bias")

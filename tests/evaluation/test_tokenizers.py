@@ -1,0 +1,167 @@
+"""One tokenizer in several formats is one; another one is refused with the first difference."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gptailor.errors import ModelError
+from gptailor.evaluation.family import open_family
+from gptailor.models.family import Family
+from gptailor.recipe import Recipe, Take
+from gptailor.stitching.plan import make_plan
+from tests.models.tiny import save_model
+
+TEXT = ["the quick brown fox jumps over the lazy dog", "def f(x): return x + 1", "0123 456 789"] * 9
+
+
+@pytest.fixture(scope="module")
+def spm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tokenizer.model only."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("spm")
+    data = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT), model_writer=data, vocab_size=330, model_type="bpe",
+        byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    (folder / "tokenizer.model").write_bytes(data.getvalue())
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with vocab.json and merges.txt."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    folder = tmp_path_factory.mktemp("bpe")
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(TEXT, vocab_size=300, special_tokens=["<|endoftext|>"])
+    tokenizer.save_model(str(folder))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    return folder
+
+
+def model_with(place: Path, tokenizer: Path, names: list[str], vocab: int = 400) -> Path:
+    folder = save_model(place, tokenizer=False, vocab=vocab)
+    for name in names:
+        (folder / name).write_bytes((tokenizer / name).read_bytes())
+    return folder
+
+
+def in_json(folder: Path, place: Path) -> Path:
+    """The same tokenizer as transformers saves it."""
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(folder).save_pretrained(place)
+    assert {p.name for p in place.iterdir()} >= {"tokenizer.json", "tokenizer_config.json"}
+    return place
+
+
+def opened(base: Path, other: Path) -> Family:
+    return open_family({"base": str(base), "other": str(other)}, "base")
+
+
+def refused(base: Path, other: Path) -> str:
+    with pytest.raises(ModelError) as caught:
+        opened(base, other)
+    text = str(caught.value)
+    assert text.endswith(".")
+    assert "\n" not in text
+    return text
+
+
+CONFIG = "tokenizer_config.json"
+FORMATS = {"spm": ["tokenizer.model", CONFIG], "bpe": ["vocab.json", "merges.txt", CONFIG]}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_one_tokenizer_in_two_formats(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    source: Path = request.getfixturevalue(kind)
+    old = model_with(tmp_path / "old", source, FORMATS[kind])
+    new = model_with(tmp_path / "new", in_json(old, tmp_path / "json"), ["tokenizer.json", CONFIG])
+    for base, other in ((old, new), (new, old)):
+        family = Family({"base": str(base), "other": str(other)}, "base")
+        assert family.open_tokenizers == {"other"}
+        recipe = Recipe(family.refs, "base", (Take("other", 0),), "base", "base")
+        with pytest.raises(ModelError, match="only transformers can tell"):
+            make_plan(recipe, family)
+        make_plan(recipe, opened(base, other))
+
+
+def changed(path: Path, change: Callable[[dict[str, object]], object]) -> None:
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def test_another_tokenizer_in_another_format(spm: Path, bpe: Path, tmp_path: Path) -> None:
+    old = model_with(tmp_path / "old", spm, FORMATS["spm"])
+    new = model_with(tmp_path / "new", in_json(old, tmp_path / "json"), ["tokenizer.json", CONFIG])
+
+    def swap(data: dict[str, object]) -> None:
+        vocab = data["model"]["vocab"]  # type: ignore[index]
+        one, two = [token for token in vocab if len(token) > 1 and token[0] == "▁"][:2]
+        vocab[one], vocab[two] = vocab[two], vocab[one]
+
+    changed(new / "tokenizer.json", swap)
+    assert "in which '▁" in refused(old, new)
+    third = model_with(tmp_path / "third", bpe, FORMATS["bpe"])
+    text = refused(old, third)
+    assert "third has another vocabulary: its tokenizer differs from the base's" in text
+    assert "Leave it out, make it the base, or resize its embeddings" in text
+
+
+def test_tokens_more_or_less(spm: Path, tmp_path: Path) -> None:
+    old = model_with(tmp_path / "old", spm, FORMATS["spm"])
+    new = model_with(tmp_path / "new", in_json(old, tmp_path / "json"), ["tokenizer.json", CONFIG])
+    more = {"id": 340, "content": "<new>", "special": True, "single_word": False, "lstrip": False,
+            "rstrip": False, "normalized": False}  # fmt: skip
+    changed(new / "tokenizer.json", lambda data: data["added_tokens"].append(more))  # type: ignore[attr-defined]
+    assert "which has no '<new>'" in refused(old, new)
+    assert "which has '<new>', too" in refused(new, old)
+
+
+def test_the_same_tokens_and_another_splitting(bpe: Path, tmp_path: Path) -> None:
+    old = model_with(tmp_path / "old", bpe, FORMATS["bpe"])
+    new = model_with(tmp_path / "new", in_json(old, tmp_path / "json"), ["tokenizer.json", CONFIG])
+    changed(new / "tokenizer.json", lambda data: data["model"].update(merges=[]))  # type: ignore[attr-defined]
+    text = refused(old, new)
+    assert "which splits 'The quick brown fox jumps over the lazy dog.' in another way" in text
+    for name in ("tokenizer.json", CONFIG):  # the way out
+        (new / name).unlink()
+    opened(old, new)
+
+
+def test_an_added_token_in_another_file(bpe: Path, tmp_path: Path) -> None:
+    """Which token is added stands in tokenizer.json or only beside it."""
+    from transformers import AutoTokenizer
+
+    old = model_with(tmp_path / "old", in_json(bpe, tmp_path / "json"), ["tokenizer.json", CONFIG])
+    new = model_with(tmp_path / "new", tmp_path / "json", ["tokenizer.json", CONFIG])
+    tokenizer = AutoTokenizer.from_pretrained(old)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(old)
+    token = {"content": "<pad>", "special": True, "lstrip": False, "rstrip": False,
+             "normalized": False, "single_word": False}  # fmt: skip
+    changed(new / CONFIG, lambda data: data.update(added_tokens_decoder={"300": token}))
+    assert len(AutoTokenizer.from_pretrained(new)) == len(tokenizer)
+    assert Family({"base": str(old), "other": str(new)}, "base").open_tokenizers == {"other"}
+    opened(old, new)
+
+
+def test_a_tokenizer_that_cannot_be_loaded(spm: Path, tmp_path: Path) -> None:
+    old = model_with(tmp_path / "old", spm, FORMATS["spm"])
+    broken = model_with(tmp_path / "broken", spm, FORMATS["spm"])
+    (broken / "tokenizer.model").write_bytes(b"\x0a\x00nothing")
+    text = refused(old, broken)
+    assert "broken: its tokenizer has other files than the one of" in text
+    assert "can't be loaded" in text
