@@ -78,6 +78,10 @@ class Score:
     leaves: tuple[tuple[int, float], ...] = ()
     chance: float | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled with short values: workers send them, and a search keeps all that it gets."""
+        return _score, (score_dict(self),)
+
 
 @dataclass(frozen=True, slots=True)
 class Cost:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import pickle
 import shutil
 import signal
 import sqlite3
@@ -93,6 +94,9 @@ def test_what_each_document_gave_is_found(values: tuple[float, ...], tmp_path: P
         (found,) = archive.evaluations()
         (size,) = archive._db.execute("SELECT length(scores) FROM evaluations").fetchone()
     assert found.outcome == outcome
+    sent = pickle.dumps(outcome)
+    assert pickle.loads(sent) == outcome
+    assert len(sent) < 500 + (11 * len(values) if len(values) < 10 else len(values) / 5)
     assert size < 250 + (11 * len(values) if len(values) < 10 else len(values) / 5)
 
 

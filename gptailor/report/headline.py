@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gptailor.errors import plain
 from gptailor.pareto import most_small_layers
 from gptailor.report.front import Point, Report
 from gptailor.report.measured import Figure, Measured, figure
@@ -15,6 +16,8 @@ from gptailor.report.yardstick import Yardstick
 
 MAX_NAMES = 4
 """So many of the holdout's tasks are named."""
+
+MAX_NAME_CHARS = 60
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def _without_stitched(report: Report, controls: list[Point]) -> Headline:
     if not controls:
         if not tail:
             return Headline(
-                "Only whole candidates have been evaluated so far; nothing is smaller yet."
+                "Only models of full depth have been evaluated so far; nothing is smaller yet."
             )
         text = f"Nothing smaller has been evaluated yet; {tail}{_of_dense(report.search)}."
         return Headline(text + _why_no_percentages(report.search), point=whole)
@@ -152,7 +155,7 @@ def _note(report: Report, point: Point, control: Point | None) -> str:
 def _on_holdout(report: Report) -> str:
     if not report.has_other_holdout_tasks:
         return "On the holdout documents, which had no part in the choice,"
-    names = list(report.holdout_tasks)
+    names = [plain(name, MAX_NAME_CHARS) for name in report.holdout_tasks]
     listed = ", ".join(names[:MAX_NAMES])
     if len(names) > MAX_NAMES:
         listed += f" and {len(names) - MAX_NAMES} more"
@@ -188,7 +191,9 @@ def _of_dense(yardstick: Yardstick, *, is_other: bool = False) -> str:
     """What a percentage is of."""
     if not yardstick.has_percentages:
         return ""
-    return " of the best dense candidate" + (f" there ({yardstick.name})" if is_other else "")
+    return " of the best dense candidate" + (
+        f" there ({plain(yardstick.name, MAX_NAME_CHARS)})" if is_other else ""
+    )
 
 
 def _why_no_percentages(yardstick: Yardstick) -> str:

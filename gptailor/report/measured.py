@@ -93,25 +93,33 @@ def figure(value: float, terms: Terms) -> Figure:
 
 
 def _paired(terms: Terms) -> float | None:
-    """By document; None where they don't have the same documents with a value each."""
+    """By document; None where they don't have the same documents with a value each.
+
+    Neither where their numbers are out of all bounds: a journal may be anybody's.
+    """
     kinds = {
         tuple((s.task, s.metric, s.weight, len(s.values), s.leaves) for s in measured.scores)
         for _, measured in terms
     }
     if len(kinds) != 1 or not all(_is_mean(measured) for _, measured in terms):
         return None
-    variance = weight = 0.0
-    for scores in zip(*(measured.scores for _, measured in terms), strict=True):
-        if len(scores[0].values) < 2:
-            return None
-        factors = [factor for factor, _ in terms]
-        combined = [
-            sum(map(float.__mul__, factors, values))
-            for values in zip(*(score.values for score in scores), strict=True)
-        ]
-        variance += scores[0].weight ** 2 * _variance_of_mean(combined, scores[0].leaves)
-        weight += scores[0].weight
-    return math.sqrt(variance) / weight
+    errors = []
+    weight = sum(score.weight for score in terms[0][1].scores)
+    try:
+        for scores in zip(*(measured.scores for _, measured in terms), strict=True):
+            if len(scores[0].values) < 2:
+                return None
+            factors = [factor for factor, _ in terms]
+            combined = [
+                sum(map(float.__mul__, factors, values))
+                for values in zip(*(score.values for score in scores), strict=True)
+            ]
+            variance = _variance_of_mean(combined, scores[0].leaves)
+            errors.append(scores[0].weight / weight * math.sqrt(variance))
+    except (OverflowError, ValueError):
+        return None
+    error = math.hypot(*errors)
+    return error if math.isfinite(error) else None
 
 
 def _variance_of_mean(values: Sequence[float], leaves: Sequence[tuple[int, float]]) -> float:

@@ -65,7 +65,11 @@ class Yardstick:
         if self.best is None or self.is_near_chance:
             return figure(points, [(100.0, one), (-100.0, other)])
         whole = self.best.accuracy
-        terms = [(100.0 / whole, one), (-100.0 / whole, other), (-points / whole**2, self.best)]
+        terms = [
+            (100.0 / whole, one),
+            (-100.0 / whole, other),
+            (-points / whole / whole, self.best),
+        ]
         return figure(points / whole, terms)
 
 

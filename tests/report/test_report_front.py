@@ -352,7 +352,7 @@ class TestHeadline:
 
     def test_controls_only_and_dense_only(self, tmp_path: Path) -> None:
         values = {"dense:math": (dense("math"), 0.5)}
-        assert "Only whole candidates" in self.run_with(tmp_path / "a", values)
+        assert "Only models of full depth" in self.run_with(tmp_path / "a", values)
         values["angular:0.67"] = (self.eight, 0.4)
         text = self.run_with(tmp_path / "b", values)
         assert (

@@ -26,7 +26,7 @@ from report_runs import (
 from gptailor.archive import Archive, Cost, Outcome, Score
 from gptailor.recipe import Recipe, Take
 from gptailor.report import front_table, load_report
-from gptailor.report.export import write_front
+from gptailor.report.export import front_csv, front_dict, to_json, write_front
 from gptailor.report.headline import headline
 from gptailor.report.measured import Figure, Measured, figure, measured_of
 from gptailor.report.page import page_html
@@ -309,3 +309,35 @@ def test_what_is_scored_on_the_holdout(tmp_path: Path) -> None:
     names = {e.recipe.hash for e in chosen}
     assert names == {r.hash for r in (*map(dense, ("math", "code", "chat")), NINE, CUT)}
     assert len(chosen) == len(names)
+
+
+def test_names_in_the_headline_are_plain(tmp_path: Path) -> None:
+    """A model or task may be called anything; none of it reaches a terminal as a command."""
+    name = "\x1b[31m<img>\u202e" + "x" * 500
+    models = dict(OTHER_IS_BEST)
+    models[f"dense:{name}"] = models.pop("dense:code")
+    report = load_report(make_small(tmp_path, models, tasks=("seen", "\x1b]0;\x07" + "y" * 500)))
+    note = headline(report).note
+    assert note.isprintable() and "[31m<img>" in note and len(note) < 600
+    assert "\x1b" not in front_table(report) and "<img>" not in page_html(report)
+
+
+@pytest.mark.parametrize("odd", [1e300, -1e300, 5e-324, 0.0])
+@pytest.mark.parametrize("accuracy", [1e300, 5e-324, 0.5])
+def test_numbers_out_of_all_bounds_end_nothing(tmp_path: Path, odd: float, accuracy: float) -> None:
+    """An island's journal may be anybody's."""
+    with Archive(tmp_path) as archive:
+        for recipe, arm, values in (
+            (dense("math"), "dense:math", (odd, 1.0, 1.0)),
+            (CUT, "angular:0.75@math", (1.0, odd, 0.0)),
+            (NINE, "", (0.0, odd, -odd)),
+        ):
+            if arm:
+                archive.add_arm(arm, recipe)
+            leaves = ((1, 0.5), (2, 0.5)) if odd > 0.0 else ()
+            score = Score("t", "acc", accuracy, None, 3, odd or 1.0, values, leaves, odd)
+            add(archive, recipe, "search", Outcome("ok", accuracy, (score,), "", Cost()))
+    report = load_report(tmp_path)
+    assert headline(report).text and front_table(report)
+    to_json(front_dict(report))
+    assert front_csv(report)
