@@ -12,8 +12,9 @@ from torch import nn
 
 from gptailor.errors import GptailorError, ModelError, ResourceError
 from gptailor.evaluation.loading import load_model, load_tokenizer
-from gptailor.evaluation.resident import is_out_of_memory, module_name, pick_device
+from gptailor.evaluation.resident import is_out_of_memory, pick_device
 from gptailor.evaluation.statistics import fisher_information, gram_matrices
+from gptailor.evaluation.structure import module_names
 from gptailor.evaluation.text import Sequences, make_sequences, read_documents
 from gptailor.models.architecture import text_config
 from gptailor.models.calibration import SCHEMA, statistics_path, weights_digest, writing
@@ -105,26 +106,19 @@ def calibrate_model(
 
 
 def _load(candidate: Candidate, dtype: str) -> Any:
-    from transformers.utils import logging
-
-    had_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model = load_model(candidate.folder, candidate.tensors, getattr(torch, dtype))
-    finally:
-        if had_bars:
-            logging.enable_progress_bar()
-    return model.eval()
+    tensors = candidate.checkpoint.tensors
+    return load_model(candidate.folder, tensors, getattr(torch, dtype)).eval()
 
 
 def _known(model: Any, candidate: Candidate) -> dict[str, torch.Tensor]:
     """Name in the files → parameter or buffer, for all that can be merged."""
     state: Mapping[str, torch.Tensor] = model.state_dict(keep_vars=True)
+    names, _ = module_names(model, candidate.tensors)
     known = {}
     for name, info in candidate.tensors.items():
         if info.dtype not in FLOAT_DTYPES:
             continue
-        found = state.get(module_name(model, name))
+        found = state.get(names[name] or "")
         if found is None or tuple(found.shape) != info.shape:
             raise ModelError(
                 f"{candidate.folder}: transformers has no parameter of the shape "

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from gptailor.evaluation.agreement import compare_configs, note
+from gptailor.evaluation.lazy_reader import LazyReader
 from gptailor.evaluation.tokenizers import compare_tokenizers
 from gptailor.models.config_fields import ABSENT, differences
 from gptailor.models.family import Family
@@ -28,7 +29,7 @@ def open_family(
         ModelError: a candidate is unusable, or does not fit the base.
         UsageError: the base is not among the models, or there is no such `io`.
     """
-    family = Family(models, base, io, folders=folders)
+    family = Family(models, base, io, folders=folders, reader=LazyReader())
     for name in sorted(family.open_tokenizers):
         compare_tokenizers(family.candidates[name], family.base)
     notes = []

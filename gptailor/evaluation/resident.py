@@ -8,7 +8,7 @@ kept for the next recipe that has them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,9 @@ from gptailor.evaluation.device_weights import Backend, Group, GroupKey
 from gptailor.evaluation.footprint import CACHED_MODELS
 from gptailor.evaluation.home import Home, Key, memory_bytes, open_homes, spread_modules
 from gptailor.evaluation.loading import load_model
+from gptailor.evaluation.signature import Constants, carry_over
 from gptailor.evaluation.slots import Parameters, Slots, let_go, point
+from gptailor.evaluation.structure import Cut, Structure
 from gptailor.models.architecture import cut_config, text_config
 from gptailor.models.family import Family
 from gptailor.models.side_files import has_tokenizer
@@ -96,15 +98,22 @@ class ResidentModel:
             cache_bytes = min(CACHED_MODELS * base_bytes, part)
         self._cache_bytes = cache_bytes
         self.model = self._load_skeleton()
-        self._stack_name = self._module_name(family.architecture.prefix.rstrip("."))
-        stack = self.model.get_submodule(self._stack_name)
-        if not isinstance(stack, nn.ModuleList) or len(stack) != family.num_layers:
-            raise ModelError(f"{family.base.folder}: transformers keeps its layers elsewhere.")
+        base = family.base
+        self.structure = Structure(
+            base.folder, base.config, base.checkpoint.tensors, self.model.dtype
+        )
+        self._stack_name = self.structure.stack
+        self._check_supported()
+        self._configs = configs_of(self.model)
         self._full_config = self.model.config.to_dict()
-        self._check_names()
-        self._slots = Slots(list(stack), family.architecture.layers)
+        self._config_keys: set[str] = set()  # those that a cut has changed so far
+        self._layer_names = [self._module_suffixes(src) for src in range(family.num_layers)]
+        stack = self.model.get_submodule(self._stack_name)
+        self._slots = Slots(list(stack), self._layer_names)
         inside = {n for layer in family.architecture.layers for n in layer.values()}
-        self._outside = {n: self._module_name(n) for n in family.base.tensors if n not in inside}
+        self._outside = {n: self._module_name(n) for n in base.tensors if n not in inside}
+        self._outside_before: Constants = {}
+        self._ties = self._tied_pairs()
         for name in self._outside.values():
             let_go(self.model, name)
         self._tie()
@@ -140,6 +149,8 @@ class ResidentModel:
         """
         recipe = recipe.canonical()
         check_recipe(recipe, self.family)  # before anything is changed
+        src_layers = recipe.src_layers
+        cut = None if self.structure.is_uniform else self.structure.cut(src_layers)
         factors = scale_factors(recipe)
         known = {id(kept) for home in self.homes for kept in home.merged.values()}
         self._slots.forget_all_but(known.union(map(id, self._wrapped.values())))
@@ -168,16 +179,16 @@ class ResidentModel:
                 self._check_nan()
             finally:
                 self._forget_unchecked()
-        src_layers = recipe.src_layers
         stay = [key is not None for key in taken_keys]
-        modules = self._slots.arrange(list(zip(src_layers, layers, stay, strict=True)))
+        entries = list(zip(src_layers, layers, stay, strict=True))
+        modules = self._slots.arrange(entries, None if cut is None else cut.layers)
         parent, _, name = self._stack_name.rpartition(".")
         setattr(self.model.get_submodule(parent), name, nn.ModuleList(modules))
         for tensor_name, parameter in outside.items():
             point(self.model, self._outside[tensor_name], parameter)
         self._outside_now = outside
         self._tie()
-        self._cut_config(src_layers)
+        self._cut_config(src_layers, cut)
         model: nn.Module = self.model
         return model
 
@@ -198,17 +209,13 @@ class ResidentModel:
                     assert module.get_parameter(suffix).data_ptr() == expected[name].data_ptr()
 
     def _load_skeleton(self) -> Any:
-        from transformers.utils import logging
-
-        folder = self.family.base.folder
+        base = self.family.base
         dtype = getattr(torch, self._dtype) if self._dtype else "auto"
-        had_bars = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-        try:
-            model = load_model(folder, self.family.base.tensors, dtype)
-        finally:
-            if had_bars:
-                logging.enable_progress_bar()
+        model = load_model(base.folder, base.checkpoint.tensors, dtype)
+        if base.reading.unties:  # HFLM ties by the config once more
+            for config in configs_of(model):
+                if getattr(config, "tie_word_embeddings", False):
+                    config.tie_word_embeddings = False
         return model.eval().requires_grad_(False)
 
     def _evicted(self, group: Group) -> None:
@@ -219,10 +226,34 @@ class ResidentModel:
             if parameters.get(name) is parameter:
                 let_go(self.model, self._outside[name])
 
+    def _tied_pairs(self) -> list[tuple[str, str]]:
+        """Parameters that no file has, each with the one that it is.
+
+        Raises:
+            ModelError: layers share weights, or a weight is neither in the files nor tied.
+        """
+        held = set(self._outside.values())
+        for src, names in enumerate(self._layer_names):
+            held |= {f"{self._stack_name}.{src}.{suffix}" for suffix in names}
+        pairs = []
+        for tied, source in self.model.all_tied_weights_keys.items():
+            if tied in held and source in held:
+                continue  # different ones, see Reading.unties
+            name, of = (tied, source) if source in held else (source, tied)
+            if of in self._outside.values() and not name.startswith(f"{self._stack_name}."):
+                pairs.append((name, of))
+        open_ones = {n for n, _ in self.model.named_parameters(remove_duplicate=False)} - held
+        open_ones -= {name for name, _ in pairs}
+        if open_ones:
+            raise ModelError(
+                f"{self.family.base.folder}: {min(open_ones)} is in no file as it is in the model "
+                f"({self.model.config.model_type}), which a search can't do yet; stitching can."
+            )
+        return pairs
+
     def _tie(self) -> None:
-        if self.family.base.is_tied:
-            embeddings = self.model.get_input_embeddings().weight
-            self.model.get_output_embeddings().weight = embeddings
+        for name, source in self._ties:
+            point(self.model, name, self.model.get_parameter(source))
 
     def _home(self, src_layer: int | None) -> Home:
         return self.homes[0 if src_layer is None else self._home_of[src_layer]]
@@ -253,7 +284,7 @@ class ResidentModel:
             if group not in self._wrapped:
                 names = {name: name for name in group.tensors}
                 if key.src_layer is not None:
-                    names = dict(self.family.architecture.layers[key.src_layer])
+                    names = self._layer_names[key.src_layer]
                     plan_layer(Take(key.model, key.src_layer), 0, recipe, self.family)  # checks
                 self._wrapped[group] = {
                     suffix: nn.Parameter(group.tensors[name], requires_grad=False)
@@ -269,8 +300,13 @@ class ResidentModel:
         home = self._home(layer.src_layer)
         if key not in home.merged:
             plan = plan_layer(layer, 0, recipe, self.family, factor)
-            cut = len(self.family.architecture.name(0, ""))
-            self._merge(key, layer.src_layer, {t.name[cut:]: t for t in plan}, recipe)
+            begin = len(self.family.architecture.name(0, ""))
+            suffix_of = {
+                name[len(self.family.architecture.name(layer.src_layer, "")) :]: suffix
+                for suffix, name in self._layer_names[layer.src_layer].items()
+            }
+            tensors = {suffix_of[t.name[begin:]]: t for t in plan}
+            self._merge(key, layer.src_layer, tensors, recipe)
         home.merged.move_to_end(key)
         return home.merged[key]
 
@@ -368,38 +404,70 @@ class ResidentModel:
     def _handle(self, source: Source) -> _C.DeviceTensor:
         return self._borrowed[source.model].handle(source.info.name)
 
-    def _cut_config(self, src_layers: tuple[int, ...]) -> None:
-        """Gives the model's config object the cut layer count and per-layer lists."""
-        full = text_config(self._full_config)
-        cut = text_config(cut_config(self._full_config, src_layers))
-        config = self.model.config
-        if full is not self._full_config:
-            config = config.get_text_config()
-        for key, value in cut.items():
-            if value != full[key] or getattr(config, key, value) != value:
-                object.__setattr__(config, key, value)
+    def _cut_config(self, src_layers: tuple[int, ...], cut: Cut | None) -> None:
+        """Makes everything outside the layers what it is in the cut model: configs with layer
+        count and per-layer lists, and constants that follow from them."""
+        if cut is None:
+            full: Mapping[str, Any] = text_config(self._full_config)
+            text: Mapping[str, Any] = text_config(cut_config(self._full_config, src_layers))
+        else:
+            full = vars(self.structure.shell.config.get_text_config())
+            text = vars(cut.model_config.get_text_config())
+            carry_over(self.model, self._outside_before)
+            self._outside_before = carry_over(self.model, cut.outside)
+        self._config_keys |= {
+            key for key, value in text.items() if key[0] != "_" and value != full.get(key)
+        }
+        kind = type(self.model.config.get_text_config())
+        for config in self._configs:
+            if isinstance(config, kind):
+                for key in self._config_keys & text.keys():
+                    object.__setattr__(config, key, text[key])  # past checks of one by another
 
     def _module_name(self, tensor_name: str) -> str:
-        return module_name(self.model, tensor_name)
+        name = self.structure.module_names[tensor_name]
+        assert name is not None  # else it would have been ignored
+        return name
 
-    def _check_names(self) -> None:
-        """Every tensor of the file must be a parameter or buffer of the same shape."""
-        known = self.model.state_dict()
+    def _module_suffixes(self, src_layer: int) -> dict[str, str]:
+        """The layer's parameters as its module names them → the files' names."""
+        begin = len(f"{self._stack_name}.{src_layer}.")
+        names = self.family.architecture.layers[src_layer].values()
+        return {self._module_name(name)[begin:]: name for name in names}
+
+    def _check_supported(self) -> None:
+        """Raises a `ModelError` if parameters can't simply be pointed at the files' tensors."""
+        folder, kind = self.family.base.folder, self.model.config.model_type
         for name, info in self.family.base.tensors.items():
-            found = known.get(self._module_name(name))
-            if found is None or tuple(found.shape) != info.shape:
+            target = self.structure.module_names.get(name)
+            shape = None if target is None else tuple(_tensor(self.model, target).shape)
+            if name in self.structure.converted or shape != info.shape:
                 raise ModelError(
-                    f"{self.family.base.folder}: transformers has no parameter of the shape "
-                    f"{list(info.shape)} for {name}; this architecture is not supported yet."
+                    f"{folder}: transformers does not keep {name} as it is in the file, but fuses "
+                    f"or reshapes it on load ({kind}), which a search can't do yet; stitching can."
                 )
+        if written := self.structure.written:
+            raise ModelError(
+                f"{folder}: a model of this type ({kind}) writes into its own weights "
+                f"({written[0]}) while it runs, so that a search can't share them; stitching can."
+            )
 
 
-def module_name(model: Any, tensor_name: str) -> str:
-    """A checkpoint's name as the model has it: some files leave out the base model's prefix."""
-    first = tensor_name.partition(".")[0]
-    if hasattr(model, first):
-        return tensor_name
-    return f"{model.base_model_prefix}.{tensor_name}"
+def _tensor(model: nn.Module, name: str) -> torch.Tensor:
+    path, _, leaf = name.rpartition(".")
+    found: torch.Tensor = getattr(model.get_submodule(path), leaf)
+    return found
+
+
+def configs_of(model: nn.Module) -> list[Any]:
+    """The config objects that a model's modules look at, each once."""
+    found = {
+        id(config): config
+        for module in model.modules()
+        for config in (getattr(module, "config", None),)
+        if config is not None
+    }
+    return list(found.values())
 
 
 def pick_device(device: str) -> torch.device:

@@ -9,9 +9,12 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gptailor.errors import ModelError
 from gptailor.recipe import Recipe, Take
 
 if TYPE_CHECKING:
+    import torch
+
     from gptailor.evaluation.judge import ResidentLM
     from gptailor.evaluation.resident import ResidentModel
     from gptailor.evaluation.workload import Workload
@@ -20,6 +23,14 @@ NUM_SEQUENCES = 128
 """How many contexts are looked at: Block Influence is stable from a few dozen on."""
 
 BATCH_SIZE = 16
+
+
+def _hidden_state(value: Any) -> torch.Tensor:
+    """The first tensor of what a layer is given or gives: itself, or in a tuple or list."""
+    while isinstance(value, tuple | list):
+        value = value[0]
+    found: torch.Tensor = value
+    return found
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,12 @@ def measure(
 
     def look(state_BTH: torch.Tensor) -> None:
         nonlocal before_BTH
+        if state_BTH.shape[:2] != real_BT.shape:
+            raise ModelError(
+                f"{family.base.folder}: the layers of this architecture hand on states of shape "
+                f"{list(state_BTH.shape)} for {len(real_BT)} sequences, so that what they do can't "
+                "be measured: leave block_influence, angular and uniform out of search.seeds."
+            )
         state_BTH = state_BTH.float().to(lm.device)  # the layers may have several devices
         if before_BTH is not None:
             cosine_BT = F.cosine_similarity(before_BTH, state_BTH, dim=-1)
@@ -76,10 +93,10 @@ def measure(
         before_BTH = state_BTH
 
     def look_at_input(module: Any, args: Any, kwargs: Any) -> None:
-        look(args[0] if args else kwargs["hidden_states"])
+        look(_hidden_state(args or kwargs.get("hidden_states", tuple(kwargs.values()))))
 
     def look_at_output(module: Any, args: Any, output: Any) -> None:
-        look(output[0] if isinstance(output, tuple) else output)
+        look(_hidden_state(output))
 
     modules = resident.layers()
     hooks = [m.register_forward_pre_hook(look_at_input, with_kwargs=True) for m in modules]

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+
+from gptailor.evaluation.signature import Constants, carry_over
 
 Parameters = dict[str, nn.Parameter]
 """Suffix ("self_attn.q_proj.weight") → parameter."""
@@ -24,6 +27,7 @@ class Slot:
         self.parameters: Parameters | None = None
         self.stays = False  # its parameters will be asked for again
         self.last_used = 0
+        self._before: Constants = {}  # what constants of a place in the stack have replaced
         self._numbered = [
             m for m in module.modules() if isinstance(getattr(m, "layer_idx", None), int)
         ]
@@ -32,6 +36,14 @@ class Slot:
         """Tells attention modules their place in the cache of keys and values."""
         for module in self._numbered:
             module.layer_idx = out_layer  # type: ignore[assignment]
+
+    def place(self, constants: Constants | None, out_layer: int) -> None:
+        """Gives it the constants of its place in the stack; None where that is only its number."""
+        if constants is None:
+            self.number(out_layer)
+            return
+        carry_over(self.module, self._before)
+        self._before = carry_over(self.module, constants)
 
     def point(self, parameters: Parameters) -> None:
         """Makes these its parameters."""
@@ -46,9 +58,14 @@ class Slot:
         self.parameters = None
 
     def copied(self) -> Slot:
-        """Another module of the same kind, without parameters of its own."""
-        shared = {id(p): p for p in self.module.parameters()}
-        return Slot(copy.deepcopy(self.module, shared))
+        """Another module of the same kind, without parameters or configs of its own."""
+        shared: dict[int, Any] = {id(p): p for p in self.module.parameters()}
+        for module in self.module.modules():
+            if (config := getattr(module, "config", None)) is not None:
+                shared[id(config)] = config  # it changes with each recipe
+        slot = Slot(copy.deepcopy(self.module, shared))
+        slot._before = dict(self._before)
+        return slot
 
 
 class Slots:
@@ -66,12 +83,18 @@ class Slots:
         for pool, names in zip(self._pools, suffixes, strict=True):
             pool[0].empty(names)
 
-    def arrange(self, entries: Sequence[tuple[int, Parameters, bool]]) -> list[nn.Module]:
+    def arrange(
+        self,
+        entries: Sequence[tuple[int, Parameters, bool]],
+        constants: Sequence[Constants] | None = None,
+    ) -> list[nn.Module]:
         """A module for each output layer that points to its parameters.
 
         Args:
             entries: of each output layer: its source layer, which may come twice; its parameters;
                 and whether they are a candidate's own, so that a module may be kept for them.
+            constants: of each output layer, what its place in the stack makes of its source
+                layer's constants; None where that is only its number.
         """
         self._clock += 1
         chosen: list[Slot | None] = []
@@ -89,7 +112,7 @@ class Slots:
             slot.last_used, slot.stays = self._clock, stays
             if slot.parameters is not parameters:
                 slot.point(parameters)
-            slot.number(out_layer)
+            slot.place(None if constants is None else constants[out_layer], out_layer)
             modules.append(slot.module)
         return modules
 

@@ -10,8 +10,12 @@ from gptailor.models.checkpoint import Checkpoint
 NUM_TOKENS = 20
 
 
-def smoke_test(folder: str | Path) -> str:
+def smoke_test(folder: str | Path, name: str | Path | None = None) -> str:
     """Loads a model folder, runs one forward pass and generates 20 tokens.
+
+    Args:
+        folder: the model folder.
+        name: what it will be called, for errors.
 
     Returns:
         The generated text.
@@ -24,17 +28,17 @@ def smoke_test(folder: str | Path) -> str:
 
     from gptailor.evaluation.loading import load_model, load_tokenizer
 
-    folder = Path(folder)
+    folder, name = Path(folder), name or folder
     try:
         tokenizer = load_tokenizer(folder)
-        model = load_model(folder, Checkpoint(folder).tensors, "auto").eval()
+        model = load_model(folder, Checkpoint(folder).tensors, "auto", strict=True).eval()
         ids = tokenizer("The", return_tensors="pt").input_ids
         if ids.shape[1] == 0:
             ids = torch.zeros((1, 1), dtype=torch.long)
         with torch.inference_mode():
             logits = model(input_ids=ids).logits
             if not torch.isfinite(logits).all():
-                raise ModelError(f"{folder} was written, but its logits are not finite numbers.")
+                raise ModelError(f"{name} was not kept: its logits are not finite numbers.")
             out = model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -43,13 +47,17 @@ def smoke_test(folder: str | Path) -> str:
                 do_sample=False,
                 num_beams=1,  # whatever generation_config.json says: it may say 10**9
                 num_return_sequences=1,
-                pad_token_id=model.config.get_text_config().pad_token_id or 0,
+                pad_token_id=getattr(model.config.get_text_config(), "pad_token_id", None) or 0,
             )
     except (torch.OutOfMemoryError, MemoryError, ResourceError) as error:
         raise ResourceError(
-            f"{folder} was written, but does not fit into memory to be tested: use --no-verify."
+            f"{name} was not kept, as it does not fit into memory to be tested: use --no-verify."
         ) from error
-    except (ValueError, OSError, RuntimeError, KeyError, IndexError) as error:
+    except ModelError as error:
+        text = str(error).replace(str(folder), str(name))
+        known = text.startswith(f"{name} was")
+        raise ModelError(text if known else f"{name} was not kept: {text}") from error
+    except Exception as error:  # whatever the model's own code raises
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{folder} was written, but does not run: {reason}") from error
+        raise ModelError(f"{name} was not kept, as it does not run: {reason}") from error
     return str(tokenizer.decode(out[0], skip_special_tokens=True))

@@ -209,7 +209,7 @@ class WorkerRank:
 
     def _join(self, orders: Orders) -> dict[str, str]:
         """Takes its place in the run; returns digests of the model files."""
-        from gptailor.models.family import Family
+        from gptailor.evaluation.family import open_family
 
         self._orders = orders
         if not sees_token(Path(orders.run_folder, orders.token)):
@@ -234,7 +234,7 @@ class WorkerRank:
                 self._log.say(f"The cores can't be chosen: {error.strerror}.")
         if placement.visible_devices is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = placement.visible_devices
-        self._family = Family(orders.config.models, orders.config.base)
+        self._family = open_family(orders.config.models, orders.config.base)
         return file_digests(orders.config, self._family)
 
     def _load(self) -> None:

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from types import MappingProxyType
 from typing import Any, Literal
 
 from gptailor.errors import ModelError, UsageError
@@ -29,48 +30,20 @@ _NUMBER = r"(0|[1-9][0-9]{0,5})"
 _LAYER = re.compile(rf"{_NUMBER}\.")
 _MAX_NUMBERS = 8
 """How deep in a name a layer's number is looked for: layers lie outside, experts inside."""
-_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_blocks")
 _INDEX_LIST_KEYS = (
     "mlp_only_layers", "cross_attention_layers", "attn_layer_indices", "moe_layers",
-    "full_attn_idxs", "hybrid_layer_ids",
+    "full_attn_idxs", "hybrid_layer_ids", "local_layer_ids",
 )  # fmt: skip
-_PREFIX_COUNT_KEYS = ("first_k_dense_replace",)
-_PATTERN_KEYS: dict[str, tuple[object, str]] = {
-    # key → the value with which it has no effect on which layer is of which kind,
-    # and the list that stands above it where the config has one
-    "sliding_window_pattern": (None, "layer_types"),
-    "no_rope_layer_interval": (None, "no_rope_layers"),
-    "decoder_sparse_step": (1, "mlp_layer_types"),
-    "attn_layer_period": (None, "layer_types"),
-    "expert_layer_period": (None, "mlp_layer_types"),
-    "interleave_moe_layer_step": (1, "moe_layers"),
-    "full_attention_interval": (None, "layer_types"),
-    "num_kv_shared_layers": (0, ""),
-}
-_IMPLIED_LISTS: dict[str, tuple[str, ...]] = {
-    # list → the model types (of transformers) that fill it in by a rule where it is missing
-    "layer_types": (
-        "afmoe", "bailing_hybrid", "beam", "cohere2", "cohere2_moe", "cwm", "deepseek_v4",
-        "diffusion_gemma_text", "dots3_note_text", "embedding_gemma2_text", "exaone4",
-        "exaone_moe", "flint", "gemma2", "gemma3_text", "gemma3", "gemma3n_text", "gemma4_text",
-        "gemma4_unified_text", "glm5_next_text", "gpt_oss", "granite_swa", "granitemoe_swa",
-        "inkling2_text", "inkling_text", "kimi_linear", "kolibri1", "lfm3", "llama4_text",
-        "mimo_v2_flash", "minimax", "modernbert-decoder", "muse_glimmer_text", "muse_spark_text",
-        "neomme", "olmo3", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next",
-        "qwen4_exp_text", "t5gemma2_text", "vaultgemma",
-    ),
-    "no_rope_layers": ("llama4_text", "smollm3", "mistral_large4_text"),
-    "mlp_layer_types": (
-        "axk1", "axk2", "bailing_hybrid", "beam", "deepseek_v4", "dots3_note_text",
-        "ernie4_5_vl_moe_text", "exaone_moe", "glm4_moe_lite", "glm5_next_text", "hy_v3", "hy_v4",
-        "kimi_linear", "laguna", "mimo_v2_flash", "mistral_large4_text", "step3p5",
-        "unlimited_ocr_text",
-    ),
-    "indexer_types": ("hy_v4",),
-    "activation_sparsity_pattern": ("gemma3n_text",),
-    "layers_block_type": ("zamba", "zamba2"),
-    "attention_layers": ("gpt_neo",),
-}  # fmt: skip
+_PREFIX_COUNT_KEYS = (
+    "first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "num_hash_layers",
+    "max_window_layers",
+)  # fmt: skip
+_SUFFIX_COUNT_KEYS = ("num_kv_shared_layers",)
+_LAST_INDEX_KEYS = ("moe_layer_end_index",)
+_TILED_KEYS = ("block_types",)
+"""Lists that are repeated until there is an entry for each layer."""
+_LETTER_KEYS = ("hybrid_override_pattern",)
 
 
 @dataclass(frozen=True)
@@ -113,23 +86,21 @@ class Architecture:
         return found
 
 
-def find_architecture(tensors: Mapping[str, TensorInfo], where: object) -> Architecture:
+def find_architecture(
+    tensors: Mapping[str, TensorInfo], where: object, prefix: str | None = None
+) -> Architecture:
     """Finds the layer stack among a checkpoint's tensors.
 
     Args:
         tensors: the checkpoint's tensors.
         where: the model, for errors.
+        prefix: of the layers' tensors, up to the number; None for the group with most bytes.
 
     Raises:
         ModelError: there is no numbered stack, or a number is missing.
     """
-    n_bytes: dict[str, int] = defaultdict(int)
-    for name, info in tensors.items():
-        for match in islice(re.finditer(rf"(?:^|\.){_NUMBER}\.", name), _MAX_NUMBERS):
-            n_bytes[name[: match.start(1)]] += info.n_bytes
-    if not n_bytes:
-        raise ModelError(f"{where} has no numbered layers, so there is nothing to cut.")
-    prefix = max(n_bytes, key=lambda p: (n_bytes[p], -len(p)))
+    if prefix is None:
+        prefix = _largest_group(tensors, where)
     stack: dict[int, dict[str, str]] = defaultdict(dict)
     for name in tensors:
         if inside := _inside(name, prefix):
@@ -148,6 +119,28 @@ def find_architecture(tensors: Mapping[str, TensorInfo], where: object) -> Archi
         embeddings=tuple(n for n in outside if role_of(n) == "embeddings"),
         head=tuple(n for n in outside if role_of(n) == "head"),
     )
+
+
+def stacks_of(tensors: Iterable[str], num_layers: int) -> list[str]:
+    """Prefixes of all groups of tensors that are numbered from 0 to `num_layers` − 1, those that
+    lie in no other group; a model with towers for images or sound has several."""
+    numbers: dict[str, set[int]] = defaultdict(set)
+    for name in tensors:
+        for match in islice(re.finditer(rf"(?:^|\.){_NUMBER}\.", name), _MAX_NUMBERS):
+            numbers[name[: match.start(1)]].add(int(match.group(1)))
+    found = [prefix for prefix, n in numbers.items() if n == set(range(num_layers))]
+    return [p for p in found if not any(p != outer and p.startswith(outer) for outer in found)]
+
+
+def _largest_group(tensors: Mapping[str, TensorInfo], where: object) -> str:
+    """What stands before the number in the numbered group of tensors that has most bytes."""
+    n_bytes: dict[str, int] = defaultdict(int)
+    for name, info in tensors.items():
+        for match in islice(re.finditer(rf"(?:^|\.){_NUMBER}\.", name), _MAX_NUMBERS):
+            n_bytes[name[: match.start(1)]] += info.n_bytes
+    if not n_bytes:
+        raise ModelError(f"{where} has no numbered layers, so there is nothing to cut.")
+    return max(n_bytes, key=lambda p: (n_bytes[p], -len(p)))
 
 
 def _inside(name: str, prefix: str) -> re.Match[str] | None:
@@ -187,65 +180,87 @@ def per_layer_lists(config: Mapping[str, Any], num_layers: int) -> dict[str, lis
     }
 
 
-def cut_config(config: Mapping[str, Any], src_layers: Sequence[int]) -> dict[str, Any]:
-    """A config for the kept layers: layer count and every per-layer list cut to match.
+def implied_lists(
+    text: Mapping[str, Any], resolved: Mapping[str, Any], num_layers: int
+) -> dict[str, list[Any]]:
+    """Lists of layers that a config leaves to its class.
+
+    Args:
+        text: the part of a config.json that describes the layer stack.
+        resolved: the same with all defaults filled in.
+        num_layers: how many layers there are.
+    """
+    lists = per_layer_lists(resolved, num_layers)
+    lists |= {k: resolved[k] for k in _INDEX_LIST_KEYS if isinstance(resolved.get(k), list)}
+    return {key: value for key, value in lists.items() if text.get(key) is None}
+
+
+def cut_config(
+    config: Mapping[str, Any],
+    src_layers: Sequence[int],
+    implied: Mapping[str, list[Any]] = MappingProxyType({}),
+    num_layers: int | None = None,
+) -> dict[str, Any]:
+    """A config for the kept layers: layer count and all that it says of single layers.
+
+    What its keys mean is told by their names and sizes, so it is a proposal: whoever can, builds
+    the model and compares its layers (`evaluation.structure`).
 
     Args:
         config: what `config.json` holds.
         src_layers: the source layer of each output layer.
+        implied: per-layer lists that the config leaves to its class; they are written out.
+        num_layers: how many layers there are, for a config that leaves that to its class, too.
 
     Raises:
-        ModelError: the config has no layer count.
-        UsageError: the kind of a layer follows from its index by a rule that a cut would break.
+        ModelError: nothing tells the number of layers.
     """
     result = copy.deepcopy(dict(config))
     text = text_config(result)
-    num_layers = layer_count(text)
-    if num_layers is None:
-        raise ModelError(f"config.json names no layer count (one of {', '.join(_COUNT_KEYS)}).")
-    lists = per_layer_lists(text, num_layers)
-    if list(src_layers) != list(range(num_layers)):
-        _refuse_patterns(text, lists)
-    for key, values in lists.items():
+    declared = layer_count(text)
+    if declared is None:
+        if num_layers is None:
+            raise ModelError(f"config.json names no layer count (one of {', '.join(_COUNT_KEYS)}).")
+        declared = text[_COUNT_KEYS[0]] = num_layers
+    text |= copy.deepcopy(dict(implied))
+    whole = list(range(declared))
+    for key in _TILED_KEYS:
+        if isinstance(text.get(key), list) and text[key]:
+            text[key] = [text[key][src % len(text[key])] for src in whole]
+    for key, values in per_layer_lists(text, declared).items():
         text[key] = [values[src] for src in src_layers]
     for key in _INDEX_LIST_KEYS:
         if isinstance(text.get(key), list):
             named = {src for src in text[key] if isinstance(src, (int, float))}
             text[key] = [out for out, src in enumerate(src_layers) if src in named]
-    for key in _PREFIX_COUNT_KEYS:
-        if isinstance(text.get(key), int):
-            kinds = [src < text[key] for src in src_layers]
-            _check_prefix(key, kinds)
-            text[key] = sum(kinds)
-    if isinstance(text.get("max_window_layers"), int):
-        kinds = [src < text["max_window_layers"] for src in src_layers]
-        if text.get("use_sliding_window") and "layer_types" not in lists:
-            _check_prefix("max_window_layers", kinds)
-        text["max_window_layers"] = sum(kinds)
+    for key, value in text.items():
+        if "layer" in key and isinstance(value, dict) and _is_by_index(value, declared):
+            by_index = {int(k): v for k, v in value.items()}
+            text[key] = {
+                str(out): by_index[src] for out, src in enumerate(src_layers) if src in by_index
+            }
+        elif key in _LETTER_KEYS and isinstance(value, str) and len(value) == declared:
+            text[key] = "".join(value[src] for src in src_layers)
+        elif key in _PREFIX_COUNT_KEYS and type(value) is int:
+            text[key] = sum(src < value for src in src_layers)
+        elif key in _SUFFIX_COUNT_KEYS and type(value) is int:
+            text[key] = sum(src >= declared - value for src in src_layers)
+        elif key in _LAST_INDEX_KEYS and type(value) is int and value >= 0:
+            text[key] = sum(src <= value for src in src_layers) - 1
     for key in _COUNT_KEYS:
-        if key in text:
+        if type(text.get(key)) is int and text[key] == declared:
             text[key] = len(src_layers)
     return result
 
 
-def _check_prefix(key: str, kinds: Sequence[bool]) -> None:
-    if list(kinds) != sorted(kinds, reverse=True):
-        raise UsageError(f"{key} of config.json needs its first layers to stay in order.")
+def _is_by_index(value: Mapping[object, Any], num_layers: int) -> bool:
+    return bool(value) and all(str(k).isdecimal() and int(str(k)) < num_layers for k in value)
 
 
-def _refuse_patterns(text: Mapping[str, Any], lists: Iterable[str]) -> None:
-    """Raises a `UsageError` where a layer's kind follows from its index, which a cut changes."""
-    explicit = {*lists, *(key for key in _INDEX_LIST_KEYS if isinstance(text.get(key), list))}
-    rule = "so that a layer's kind follows from its index, and a cut would change it"
-    for key, (harmless, instead) in _PATTERN_KEYS.items():
-        if text.get(key) not in (None, harmless) and instead not in explicit:
-            hint = f": save the config with an explicit {instead} list first" if instead else ""
-            raise UsageError(f"config.json sets {key}, {rule}{hint}.")
-    if any(isinstance(text.get(key), int) for key in _PREFIX_COUNT_KEYS):
-        explicit.add("mlp_layer_types")
-    for key, model_types in _IMPLIED_LISTS.items():
-        if text.get("model_type") in model_types and key not in explicit:
-            raise UsageError(
-                f"config.json has no list {key}, {rule}: load and save the config with "
-                "transformers, which writes the list."
-            )
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that says that the output head has a matrix of its own."""
+    result = copy.deepcopy(dict(config))
+    for part in (result, text_config(result)):
+        if part is result or "tie_word_embeddings" in part:
+            part["tie_word_embeddings"] = False
+    return result

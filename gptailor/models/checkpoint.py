@@ -140,6 +140,25 @@ class Checkpoint:
         """The same for a tensor of any file that it knows."""
         return self.file(info.path).tensor(info.offset, info.shape, info.dtype)
 
+    def is_equal(self, name: str, other: str) -> bool:
+        """Whether two tensors have the same type, shape and bytes; raises as `tensor` does."""
+        first, second = self.tensors[name], self.tensors[other]
+        if (first.dtype, first.shape) != (second.dtype, second.shape):
+            return False
+        try:
+            with open_regular(first.path) as a, open_regular(second.path) as b:
+                a.seek(first.offset)
+                b.seek(second.offset)
+                left = first.n_bytes
+                while left > 0:
+                    size = min(left, 1 << 22)
+                    if read_up_to(a, size) != read_up_to(b, size):
+                        return False
+                    left -= size
+        except OSError as error:
+            raise read_error(error, first.path) from error
+        return True
+
     def add_file(self, path: Path) -> None:
         """Makes another safetensors file known, whose tensors are not the model's own."""
         self._header(path)

@@ -7,21 +7,24 @@ alone do not tell stays open here and is settled by `evaluation.family.open_fami
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gptailor.errors import ModelError, UsageError, unknown
 from gptailor.models.architecture import (
     Architecture,
+    cut_config,
     find_architecture,
     layer_count,
     text_config,
+    untied,
 )
 from gptailor.models.calibration import Statistics, weights_digest
 from gptailor.models.checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo
 from gptailor.models.config_fields import Difference, differences, is_harmless
 from gptailor.models.leftovers import clean_config
+from gptailor.models.reading import Reader, named_reading, plain_reading
 from gptailor.models.side_files import HUB_IGNORED, HUB_PATTERNS, read_vocabulary
 from gptailor.models.untrusted import (
     MAX_CONFIG_BYTES,
@@ -40,21 +43,40 @@ class Candidate:
         name: its name in the configuration.
         folder: its Hugging Face folder.
         io: how weights are read, see `Checkpoint`.
+        reader: tells what a loader makes of it; without one names and shapes decide.
+
+    Attributes:
+        tensors: those of its files that count.
+        reading: what is known of them.
 
     Raises:
         ModelError: config or weights are missing or corrupt.
     """
 
-    def __init__(self, name: str, folder: str | Path, io: str | None = None) -> None:
+    def __init__(
+        self, name: str, folder: str | Path, io: str | None = None, reader: Reader | None = None
+    ) -> None:
         self.name = name
         self.folder = Path(folder)
         self.checkpoint = Checkpoint(self.folder, io)
         self._statistics: dict[tuple[str, str], Statistics] = {}
         config_file = self.folder / "config.json"
         config = read_json(config_file, MAX_CONFIG_BYTES)
-        check_config(config, len(self.tensors), config_file)
-        self.config = clean_config(config, self.tensors.values(), self.folder)
-        self.architecture: Architecture = find_architecture(self.checkpoint.tensors, self.folder)
+        check_config(config, len(self.checkpoint.tensors), config_file)
+        self.config = clean_config(config, self.checkpoint.tensors.values(), self.folder)
+        self._reader = reader
+        plain = plain_reading(self.checkpoint, self.config)
+        if plain is None and reader is not None:
+            plain = reader.read(self.checkpoint, self.config)
+        self.reading = plain or named_reading(self.checkpoint)
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: info
+            for name, info in self.checkpoint.tensors.items()
+            if name not in self.reading.ignored
+        }
+        self.architecture: Architecture = find_architecture(
+            self.tensors, self.folder, self.reading.prefix
+        )
         declared = layer_count(text_config(self.config))
         if declared not in (None, self.architecture.num_layers):
             raise ModelError(
@@ -70,12 +92,48 @@ class Candidate:
     @property
     def is_tied(self) -> bool:
         """True if the output head is the embedding matrix, so that it has no tensor of its own."""
-        return not any(n.endswith(("lm_head.weight", "embed_out.weight")) for n in self.tensors)
+        return self.reading.is_tied
 
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """All its tensors."""
-        return self.checkpoint.tensors
+    def cut_config(self, src_layers: Sequence[int]) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """Its config for these layers, and notes on what else changes with them.
+
+        Raises:
+            UsageError: no config can describe them.
+        """
+        notes: tuple[str, ...] = ()
+        config = self.config
+        if self.reading.is_plain or self._reader is None:
+            config = cut_config(config, src_layers)
+        else:
+            config, notes = self._reader.cut_config(self.checkpoint, config, src_layers)
+        return (untied(config) if self.reading.unties else config), notes
+
+    def check_bears_cut(self) -> None:
+        """Raises a `UsageError` if not a single layer can be dropped."""
+        first: UsageError | None = None
+        for gone in range(self.num_layers - 1, -1, -1):
+            try:
+                self.cut_config([i for i in range(self.num_layers) if i != gone])
+            except UsageError as error:
+                first = first or error
+            else:
+                return
+        if first is not None and self.num_layers > 1:
+            raise first
+
+    def check_result(
+        self,
+        config: Mapping[str, Any],
+        tensors: Iterable[tuple[str, str, tuple[int, ...]]],
+    ) -> None:
+        """Compares name, type and shape of a result's tensors with the model of its config, unless
+        names leave nothing open.
+
+        Raises:
+            ModelError: a loader would make up a tensor, leave one out, or meet another shape.
+        """
+        if self._reader is not None and not self.reading.is_plain:
+            self._reader.check_result(config, tensors)
 
     def statistics(self, folder: str, method: str) -> Statistics:
         """What `gptailor calibrate` found out about it, opened once.
@@ -100,6 +158,7 @@ class Family:
         base: the name of the base.
         io: how weights are read, see `Checkpoint`.
         folders: name → where its files are, for those that are not where `models` says.
+        reader: see `Candidate`.
 
     Attributes:
         open_tokenizers: names of candidates whose tokenizer's files do not show that it is the
@@ -120,16 +179,17 @@ class Family:
         io: str | None = None,
         *,
         folders: Mapping[str, Path] = {},
+        reader: Reader | None = None,
     ) -> None:
         if base not in models:
             raise unknown("model", base, models, "base")
         self.refs = dict(models)
         self.base_name = base
         places = {n: folders[n] if n in folders else resolve(ref) for n, ref in models.items()}
-        self.candidates = {n: Candidate(n, place, io) for n, place in places.items()}
+        self.candidates = {n: Candidate(n, place, io, reader) for n, place in places.items()}
         self.open_tokenizers: set[str] = set()
         self.open_configs: dict[str, list[Difference]] = {}
-        self.notes: tuple[str, ...] = ()
+        self.notes = tuple(note for c in self.candidates.values() for note in c.reading.notes)
         for candidate in self.candidates.values():
             if candidate is not self.base:
                 _check_fits(candidate, self.base)

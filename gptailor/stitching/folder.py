@@ -7,7 +7,7 @@ import glob
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,8 +40,15 @@ def check_space(folder: Path, n_bytes: int) -> None:
 
 
 @contextmanager
-def new_folder(out: Path, sync: bool) -> Iterator[Path]:
+def new_folder(
+    out: Path, sync: bool, test: Callable[[Path], object] | None = None
+) -> Iterator[Path]:
     """A folder beside `out` that becomes `out` if all goes well, and vanishes if not.
+
+    Args:
+        out: the folder to make.
+        sync: flush everything to the disk before it gets its name.
+        test: is given the whole folder before that; what it raises makes it vanish.
 
     Raises:
         UsageError: `out` appeared meanwhile.
@@ -61,6 +68,8 @@ def new_folder(out: Path, sync: bool) -> Iterator[Path]:
         raise ResourceError(f"{out.parent} can't be written: {error.strerror}.") from error
     try:
         yield folder
+        if test is not None:
+            test(folder)
         if sync:
             for path in [*folder.rglob("*"), folder]:
                 _fsync(path)

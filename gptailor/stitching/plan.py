@@ -14,7 +14,7 @@ from typing import Any
 
 from gptailor.errors import ModelError, UsageError, unknown
 from gptailor.merging.registry import get_method
-from gptailor.models.architecture import cut_config, text_config
+from gptailor.models.architecture import text_config
 from gptailor.models.checkpoint import FLOAT_DTYPES, TensorInfo
 from gptailor.models.family import Family
 from gptailor.recipe import DTYPES, NO_LAYER, End, Layer, Merge, Recipe, Take
@@ -77,11 +77,13 @@ class Plan:
         recipe: the canonical recipe.
         config: of the result, cut to its layers.
         tensors: of the result; sources that lie side by side stay side by side.
+        notes: what a person should know of the cut, a sentence each.
     """
 
     recipe: Recipe
     config: dict[str, Any]
     tensors: tuple[OutTensor, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def n_bytes(self) -> int:
@@ -102,7 +104,7 @@ def make_plan(recipe: Recipe, family: Family) -> Plan:
     """
     recipe = recipe.canonical()
     check_recipe(recipe, family)
-    config = cut_config(family.base.config, recipe.src_layers)
+    config, notes = family.base.cut_config(recipe.src_layers)
     for key in ("dtype", "torch_dtype"):
         for part in (config, text_config(config)):
             if key in part or key == "dtype":
@@ -112,7 +114,7 @@ def make_plan(recipe: Recipe, family: Family) -> Plan:
         *_stack(recipe, family),
         *plan_end(recipe.head, family.architecture.head, recipe, family),
     ]
-    return Plan(recipe, config, tuple(tensors))
+    return Plan(recipe, config, tuple(tensors), notes)
 
 
 def check_recipe(recipe: Recipe, family: Family) -> None:

@@ -8,7 +8,7 @@ everything lies, `copying` how bytes get there, `folder` that it is all or nothi
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gptailor.errors import ModelError
@@ -43,6 +43,7 @@ def write_model(
     threads: int = 0,
     sync: bool = True,
     max_shard_size: str = MAX_SHARD_SIZE,
+    test: Callable[[Path], object] | None = None,
 ) -> Plan:
     """Writes the model that a recipe describes.
 
@@ -54,6 +55,7 @@ def write_model(
         threads: for merging; 0 for as many as there are cores.
         sync: flush everything to the disk before the folder gets its name.
         max_shard_size: no file of weights is larger, unless one tensor is; like 5GB or 500MiB.
+        test: is given the whole folder before it gets its name, and raises if it is unusable.
 
     Returns:
         The plan that was followed.
@@ -72,7 +74,8 @@ def write_model(
             "tokenizer_config.json there."
         )
     plan = make_plan(recipe, family)
-    with new_folder(out, sync) as folder:
+    family.base.check_result(plan.config, [(t.name, t.dtype, t.shape) for t in plan.tensors])
+    with new_folder(out, sync, test) as folder:
         can_share = SharingProbe(folder)
         shards = lay_out(plan.tensors, max_bytes, can_share)
         sources = _Sources(family)

@@ -36,7 +36,7 @@ def stitch(
         source: a recipe file, a mergekit YAML, or a run folder together with `point`.
         out: the folder to make; it must not exist.
         point: the point's id in the run, or the beginning of it.
-        verify: load the result, run it once and generate 20 tokens.
+        verify: load the result, run it once and generate 20 tokens before it gets its name.
         sync: flush to the disk before the folder gets its name.
         threads: for merging; 0 for as many as there are cores.
         io: how weights are read: auto, mmap, pread or direct; None for what GPTAILOR_IO says.
@@ -59,7 +59,7 @@ def stitch(
         family = open_family(recipe.used_models, recipe.base, io)
     for text in family.notes:
         note(text)
-    write_model(
+    plan = write_model(
         recipe,
         family,
         out,
@@ -67,12 +67,20 @@ def stitch(
         sync=sync,
         threads=threads,
         max_shard_size=MAX_SHARD_SIZE if max_shard_size is None else max_shard_size,
+        test=_smoke_test(out) if verify else None,
     )
-    if verify:
+    for text in plan.notes:
+        note(text)
+    return Path(out)
+
+
+def _smoke_test(out: str | Path) -> Callable[[Path], object]:
+    def test(folder: Path) -> None:
         from gptailor.evaluation.smoke import smoke_test
 
-        smoke_test(out)
-    return Path(out)
+        smoke_test(folder, out)
+
+    return test
 
 
 def calibrate(

@@ -40,14 +40,16 @@ def check(config: str | Path, overrides: Sequence[str] = ()) -> list[str]:
         UsageError: the configuration itself is wrong.
     """
     from gptailor.config import read_config
+    from gptailor.evaluation.lazy_reader import LazyReader
     from gptailor.models.family import Candidate
     from gptailor.models.side_files import has_tokenizer
 
     parsed = read_config(config, overrides)
     problems: list[str] = []
+    reader = LazyReader()
     for name, ref in parsed.models.items():
         try:
-            candidate = Candidate(name, resolve(ref))
+            candidate = Candidate(name, resolve(ref), reader=reader)
         except GptailorError as error:
             problems.append(str(error))
             continue
@@ -284,13 +286,12 @@ def _check_together(config: Config) -> list[str]:
 
 def _check_space(config: Config, family: Family) -> None:
     """Raises unless the space fits the family, and the family bears a cut."""
-    from gptailor.models.architecture import cut_config
     from gptailor.search.space import SearchSpace, find_calibration
 
     find_calibration(config, family)
     space = SearchSpace(config.space, config.models, config.base, family.num_layers)
     if space.min_layers < family.num_layers:
-        cut_config(family.base.config, range(family.num_layers - 1))
+        family.base.check_bears_cut()
 
 
 def _check_tasks(config: Config) -> list[str]:

@@ -15,9 +15,11 @@ from gptailor.models.architecture import (
     Architecture,
     cut_config,
     find_architecture,
+    implied_lists,
     per_layer_lists,
     role_of,
     text_config,
+    untied,
 )
 from gptailor.models.checkpoint import TensorInfo
 from tests.models.tiny import LAYER_SHAPES
@@ -181,8 +183,7 @@ def test_prefix_counts() -> None:
     moe = config(first_k_dense_replace=2)
     assert cut_config(moe, (0, 2, 3))["first_k_dense_replace"] == 1
     assert cut_config(moe, (2, 3))["first_k_dense_replace"] == 0
-    with pytest.raises(UsageError, match="first_k_dense_replace"):
-        cut_config(moe, (2, 0))
+    assert cut_config(config(num_dense_layers=2), (1, 2, 3))["num_dense_layers"] == 1
 
 
 def test_max_window_layers() -> None:
@@ -191,8 +192,6 @@ def test_max_window_layers() -> None:
     assert cut_config(qwen, (3, 0))["max_window_layers"] == 1  # without effect
     sliding = qwen | {"use_sliding_window": True}
     assert cut_config(sliding, (0, 3))["max_window_layers"] == 1
-    with pytest.raises(UsageError, match="max_window_layers"):
-        cut_config(sliding, (3, 0))
     assert cut_config(sliding | {"layer_types": KINDS}, (3, 0))["num_hidden_layers"] == 2
 
 
@@ -229,40 +228,44 @@ def test_config_without_a_count() -> None:
             cut_config(broken, (0,))
 
 
-@pytest.mark.parametrize(
-    ("keys", "allowed"),
-    [
-        ({"sliding_window_pattern": 6}, {"layer_types": KINDS}),
-        ({"no_rope_layer_interval": 4}, {"no_rope_layers": [1, 1, 1, 0]}),
-        ({"decoder_sparse_step": 2}, {"decoder_sparse_step": 1}),
-        ({"attn_layer_period": 8}, {"attn_layer_period": None}),
-        ({"expert_layer_period": 2}, {"expert_layer_period": None}),
-        ({"interleave_moe_layer_step": 2}, {"moe_layers": [1, 3]}),
-        ({"full_attention_interval": 4}, {"layer_types": KINDS}),
-        ({"num_kv_shared_layers": 2}, {"num_kv_shared_layers": 0}),
-    ],
-)
-def test_patterns_are_refused(keys: dict[str, Any], allowed: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=f"config.json sets {next(iter(keys))}"):
-        cut_config(config(**keys), (0, 2, 3))
-    assert cut_config(config(**keys), range(4)) == config(**keys)
-    assert cut_config(config(**keys | allowed), (0, 2, 3))["num_hidden_layers"] == 3
+def test_suffix_counts() -> None:
+    shared = config(num_kv_shared_layers=2, moe_layer_end_index=2)
+    cut = cut_config(shared, (0, 2, 3))
+    assert (cut["num_kv_shared_layers"], cut["moe_layer_end_index"]) == (2, 1)
+    cut = cut_config(shared | {"moe_layer_end_index": -1}, (0, 3))  # the last one
+    assert (cut["num_kv_shared_layers"], cut["moe_layer_end_index"]) == (1, -1)
 
 
-def test_a_list_excuses_only_its_own_pattern() -> None:
-    for keys in ({"decoder_sparse_step": 2}, {"num_kv_shared_layers": 2}):
-        with pytest.raises(UsageError, match=next(iter(keys))):
-            cut_config(config(layer_types=KINDS, **keys), (0, 2))
+def test_letters_tiles_and_tables_by_layer() -> None:
+    whole = config(
+        hybrid_override_pattern="ME*M",
+        block_types=["recurrent", "attention"],
+        per_layer_config={"1": {"head_dim": 4}, "3": {"head_dim": 8}},
+        id2label={"0": "yes", "1": "no"},
+    )
+    cut = cut_config(whole, (0, 2, 3))
+    assert cut["hybrid_override_pattern"] == "M*M"
+    assert cut["block_types"] == ["recurrent", "recurrent", "attention"]
+    assert cut["per_layer_config"] == {"2": {"head_dim": 8}}
+    assert cut["id2label"] == whole["id2label"]
 
 
-def test_a_missing_list_that_transformers_would_fill_in_is_refused() -> None:
+def test_lists_that_a_class_fills_in_are_written_out() -> None:
     gemma = config(model_type="gemma2", sliding_window=4096)
-    with pytest.raises(UsageError, match=r"config\.json has no list layer_types"):
-        cut_config(gemma, (0, 2, 3))
-    with pytest.raises(UsageError, match="no list layer_types"):
-        cut_config({"model_type": "gemma3", "text_config": gemma}, (0, 2, 3))
-    assert cut_config(gemma | {"layer_types": KINDS}, (0, 2))["layer_types"] == [KINDS[0]] * 2
-    assert cut_config(gemma, range(4)) == gemma
+    resolved = {**gemma, "layer_types": KINDS, "moe_layers": [1, 3], "eos_token_id": [1, 2, 3, 4]}
+    implied = implied_lists(gemma, resolved, 4)
+    assert implied == {"layer_types": KINDS, "moe_layers": [1, 3]}
+    assert implied_lists(resolved, resolved, 4) == {}
+    cut = cut_config(gemma, (0, 2, 3), implied)
+    assert cut["layer_types"] == [KINDS[0], KINDS[2], KINDS[3]]
+    assert cut["moe_layers"] == [2]
+    assert "layer_types" not in cut_config(gemma, (0, 2, 3))
+
+
+def test_a_config_that_ties_against_its_files_is_untied() -> None:
+    nested = {"tie_word_embeddings": True, "text_config": config(tie_word_embeddings=True)}
+    assert untied(nested)["text_config"]["tie_word_embeddings"] is False
+    assert untied(config()) == config(tie_word_embeddings=False)
 
 
 _values = st.none() | st.booleans() | st.integers(0, 9) | st.text(max_size=3)
@@ -371,14 +374,12 @@ def test_transformers_configs_stay_true(model_type: str) -> None:
     cut = cls(**cut_config(whole.to_dict(), KEPT))
     assert cut.num_hidden_layers == len(KEPT)
     assert kinds(cut) == expected
-    # older configs of the hub do not have the lists: refused, or right
-    lists = per_layer_lists(whole.to_dict(), 12)
-    old = {k: v for k, v in whole.to_dict().items() if k not in lists and k != "moe_layers"}
-    try:
-        old_cut = cut_config(old, KEPT)
-    except UsageError:
-        return
-    assert kinds(cls(**old_cut)) == expected
+    # older configs of the hub do not have the lists
+    lists = implied_lists({}, whole.to_dict(), 12)
+    old = {k: v for k, v in whole.to_dict().items() if k not in lists}
+    resolved = cls(**old).to_dict()
+    old_cut = cut_config(old, KEPT, implied_lists(old, resolved, 12))
+    assert kinds(cls(**old_cut)) == [kinds(cls(**old))[src] for src in KEPT]
 
 
 @pytest.mark.parametrize("model_type", ["llama4_text", "gemma3_text", "qwen3", "smollm3", "gpt2"])

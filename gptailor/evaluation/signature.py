@@ -1,0 +1,276 @@
+"""What a module is besides its weights: classes, shapes, and constants that it has computed itself.
+
+Two layers with equal signatures compute the same function of the same weights. A layer that moves
+in the stack can change: some modules compute constants from their index or from the depth, and for
+some the kind of a layer follows from its index. The first can be carried over, the second not.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+Place = tuple[str, str]
+"""A submodule's path within a layer, and the name of its attribute or buffer."""
+
+Constants = dict[Place, Any]
+"""Values that differ from those of the source layer."""
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"config", "name_or_path"}
+_ORDINAL = "layer_idx"
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What there is to know of a module besides its weights.
+
+    Attributes:
+        classes: path of each submodule → its class.
+        shapes: name of each parameter and saved buffer → shape.
+        constants: place → plain value, or tensor that no file has.
+    """
+
+    classes: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    constants: Mapping[Place, Any]
+
+    @property
+    def kind(self) -> Hashable:
+        """What layers of one kind have in common: classes, shapes, and words among constants."""
+        words = [(p, v) for p, v in self.constants.items() if isinstance(v, str | bool)]
+        parts = (self.classes.items(), self.shapes.items(), words)
+        return tuple(tuple(sorted(part)) for part in parts)
+
+
+@dataclass
+class Comparison:
+    """How a layer of a cut model differs from its source layer.
+
+    Attributes:
+        problems: what makes it another layer, each a clause for a sentence.
+        constants: what has to be set in the source layer to make it this one.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    constants: Constants = field(default_factory=dict)
+
+
+def signature(module: nn.Module, *, without: str = "") -> Signature:
+    """The signature of a module.
+
+    Args:
+        module: may have parameters on the meta device; buffers need values.
+        without: path of a submodule that is left out, with all below it.
+    """
+    classes: dict[str, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    constants: dict[Place, Any] = {}
+    for path, part in module.named_modules(remove_duplicate=False):
+        if without and (path == without or path.startswith(f"{without}.")):
+            continue
+        classes[path] = type(part).__name__
+        dot = f"{path}." if path else ""
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                shapes[dot + name] = tuple(parameter.shape)
+        for name, buffer in part._buffers.items():
+            if buffer is None:
+                continue
+            if name in part._non_persistent_buffers_set:
+                constants[path, name] = buffer
+            else:
+                shapes[dot + name] = tuple(buffer.shape)
+        for name, value in vars(part).items():
+            if name not in _OF_EVERY_MODULE:
+                kept = _kept(value)
+                if kept is not _SKIPPED:
+                    constants[path, name] = kept
+    return Signature(classes, shapes, constants)
+
+
+class _Skipped:
+    pass
+
+
+_SKIPPED = _Skipped()
+
+
+def _kept(value: Any) -> Any:
+    """The value of an attribute if it can be compared; functions by name, objects not at all."""
+    if value is None or isinstance(value, bool | int | float | str | torch.Tensor):
+        return value
+    if isinstance(value, torch.dtype | torch.Size):
+        return str(value)
+    if isinstance(value, list | tuple | set | frozenset):
+        parts = [_kept(item) for item in value]
+        if any(part is _SKIPPED for part in parts):
+            return _SKIPPED
+        return sorted(map(repr, parts)) if isinstance(value, set | frozenset) else parts
+    if type(value) is dict:
+        kept = {key: _kept(item) for key, item in value.items()}
+        return _SKIPPED if any(p is _SKIPPED for p in kept.values()) else kept
+    if isinstance(value, functools.partial):
+        return f"{_name(value.func)}{value.args}{value.keywords}"
+    if isinstance(value, Callable):  # type: ignore[arg-type]
+        return _SKIPPED if isinstance(value, nn.Module) else _name(value)
+    return _SKIPPED
+
+
+def _name(function: Any) -> str:
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '')}"
+
+
+def same(first: Any, second: Any) -> bool:
+    """Whether two constants are equal, tensors to the last bit."""
+    if isinstance(first, torch.Tensor) or isinstance(second, torch.Tensor):
+        return (
+            isinstance(first, torch.Tensor)
+            and isinstance(second, torch.Tensor)
+            and first.dtype == second.dtype
+            and first.shape == second.shape
+            and bool(torch.equal(first, second))
+        )
+    return type(first) is type(second) and bool(first == second)
+
+
+def is_alike(signatures: Sequence[Signature], other: Signature) -> bool:
+    """Whether all these layers are like another one, each numbered by its index and by no more."""
+    return all(
+        s.classes == other.classes
+        and s.shapes == other.shapes
+        and s.constants.keys() == other.constants.keys()
+        and all(
+            value == index if place[1] == _ORDINAL else same(value, other.constants[place])
+            for place, value in s.constants.items()
+        )
+        for index, s in enumerate(signatures)
+    )
+
+
+def compare_layer(
+    source: Sequence[Signature], cut: Sequence[Signature], src_layer: int, out_layer: int
+) -> Comparison:
+    """Compares a layer of the cut model with its source layer.
+
+    Args:
+        source: the layers of the whole model.
+        cut: the layers of the cut model.
+        src_layer: index of the source layer.
+        out_layer: index of the layer in the cut model.
+    """
+    was, now = source[src_layer], cut[out_layer]
+    found = Comparison()
+    for path in sorted(set(was.classes) | set(now.classes)):
+        old, new = was.classes.get(path), now.classes.get(path)
+        if old != new:
+            found.problems.append(f"its {path or 'module'} is {_said(new)} instead of {_said(old)}")
+    for name in sorted(set(was.shapes) | set(now.shapes)):
+        old_shape, new_shape = was.shapes.get(name), now.shapes.get(name)
+        if old_shape != new_shape and not found.problems:
+            found.problems.append(f"its {name} has shape {new_shape} instead of {old_shape}")
+    indices = (src_layer, len(source)), (out_layer, len(cut))
+    for place in sorted(set(was.constants) | set(now.constants)):
+        missing = object()
+        old, new = was.constants.get(place, missing), now.constants.get(place, missing)
+        if old is missing or new is missing:
+            if not found.problems:
+                found.problems.append(f"its {'.'.join(filter(None, place))} is there in one only")
+        elif same(old, new):
+            continue
+        elif (
+            place[1] == _ORDINAL
+            or _is_of_place(old, new, *indices)
+            or _is_formula(old, new, [s.constants.get(place) for s in source])
+        ):
+            found.constants[place] = new
+        else:
+            name = ".".join(filter(None, place))
+            found.problems.append(f"its {name} is {_said(new)} instead of {_said(old)}")
+    return found
+
+
+def compare_outside(was: Signature, now: Signature) -> Comparison:
+    """Compares what is outside the layers; what follows from the layers' kinds may change there."""
+    found = Comparison()
+    for name in sorted(set(was.shapes) | set(now.shapes)):
+        old_shape, new_shape = was.shapes.get(name), now.shapes.get(name)
+        if old_shape != new_shape:
+            found.problems.append(f"{name} has shape {new_shape} instead of {old_shape}")
+    found.problems += [
+        f"{path} is {_said(new)} instead of {_said(was.classes.get(path))}"
+        for path, new in sorted(now.classes.items())
+        if was.classes.get(path) != new
+    ]
+    for place, new in now.constants.items():
+        if place not in was.constants or not same(was.constants[place], new):
+            found.constants[place] = new
+    return found
+
+
+def _is_of_place(old: Any, new: Any, was: tuple[int, int], now: tuple[int, int]) -> bool:
+    """Whether integers only say where the layer stands: its index, or how many layers there are."""
+    if type(old) is not int or type(new) is not int:
+        return False
+    (src, depth), (out, cut_depth) = was, now
+    pairs = ((src, out), (depth, cut_depth), (depth - src, cut_depth - out))
+    if any(old - a == new - b and abs(old - a) <= 1 for a, b in pairs):
+        return True
+    double = old - 2 * src, new - 2 * out  # two of something in each layer
+    return double[0] == double[1] and 0 <= double[0] <= 2
+
+
+def _is_formula(old: Any, new: Any, of_all: Sequence[Any]) -> bool:
+    """Whether a number follows from index or depth by a formula, rather than telling a kind.
+
+    Kinds are few and come back: a value that several layers of the whole model share and others
+    don't, as a layer's own rotary base or sparsity, is one.
+    """
+    if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
+        if old.shape != new.shape or old.dtype != new.dtype:
+            return False
+    elif type(old) is not float or type(new) is not float:
+        return False
+    counts = Counter(_comparable(value) for value in of_all if type(value) is type(old))
+    is_one_of_kinds = len(counts) > 1 and max(counts.values()) > 1 and _comparable(new) in counts
+    return not is_one_of_kinds
+
+
+def _comparable(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.contiguous().view(torch.uint8).numpy().tobytes()
+    return value
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    if value is None:
+        return "none"
+    text = str(value)
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+def carry_over(module: nn.Module, constants: Constants) -> Constants:
+    """Sets constants in a module; returns what was there before, to be set back later."""
+    before: Constants = {}
+    for (path, name), value in constants.items():
+        try:
+            owner = module.get_submodule(path)
+            old = owner._buffers[name] if name in owner._buffers else getattr(owner, name)
+        except AttributeError:
+            continue  # a model that has put other modules in their place while it ran
+        before[path, name] = old
+        new = value
+        if isinstance(value, torch.Tensor) and isinstance(old, torch.Tensor):
+            new = value.to(old.device)
+        if name in owner._buffers:
+            owner._buffers[name] = new
+        else:
+            object.__setattr__(owner, name, new)
+    return before

@@ -1,0 +1,376 @@
+"""What transformers makes of a model folder and of a cut of it, found without reading weights.
+
+No table of architectures can be complete, so none is asked. A model is built on torch's meta device
+from the config as it is and from the config of a cut, and the layers that stay are compared with
+their source layers. What a loader would do with a folder's tensors is found by having transformers
+load tensors without memory: which are missing, which it leaves out.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import tempfile
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gptailor.errors import GptailorError, ModelError, UsageError
+from gptailor.evaluation.loading import build, load_config, load_shell, quiet
+from gptailor.evaluation.signature import (
+    Comparison,
+    Constants,
+    Signature,
+    compare_layer,
+    compare_outside,
+    is_alike,
+    signature,
+)
+from gptailor.models.architecture import cut_config, implied_lists, text_config
+from gptailor.models.checkpoint import TensorInfo
+
+_KEPT_CUTS = 1024
+"""Cuts that a structure remembers; the recipes of a search have most of them in common."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A cut that transformers builds as it is meant.
+
+    Attributes:
+        config: for its config.json.
+        model_config: what transformers makes of that.
+        layers: for each output layer, constants that its source layer has other values of.
+        outside: the same for what is outside the layers.
+    """
+
+    config: dict[str, Any]
+    model_config: Any
+    layers: tuple[Constants, ...] = ()
+    outside: Constants = field(default_factory=dict)
+
+    @property
+    def moved(self) -> set[str]:
+        """Names of constants by which kept layers differ from their source layers."""
+        return {
+            ".".join(filter(None, place))
+            for layer in self.layers
+            for place, value in layer.items()
+            if isinstance(value, float | torch.Tensor)
+        }
+
+
+class Structure:
+    """The modules of one model folder.
+
+    Args:
+        folder: the model folder.
+        config: what its config.json says.
+        tensors: its checkpoint's.
+        dtype: in which constants are computed; None for that of the config.
+
+    Attributes:
+        shell: the model on the meta device.
+        stack: the path of its layers.
+        num_layers: how many they are.
+        module_names: tensor of the files → parameter or buffer of the model, None if it has none.
+        converted: tensors that transformers fuses, splits or reshapes on load.
+
+    Raises:
+        ModelError: transformers can't build it, or keeps its layers in another way.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, TensorInfo],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.folder = folder
+        self._raw = dict(config)
+        self._tensors = tensors
+        self._dtype = dtype
+        self.shell = load_shell(folder, tensors)
+        self.stack = self._find_stack()
+        self.num_layers = len(self.shell.get_submodule(self.stack))
+        self.module_names, self.converted = module_names(self.shell, tensors)
+        self._cuts: dict[tuple[int, ...], Cut | str] = {}
+        self._passes: dict[frozenset[Hashable], str] = {}  # kinds of layers → why it fails
+
+    @cached_property
+    def prefix(self) -> str:
+        """What stands before the layer's number in the files' names.
+
+        Raises:
+            ModelError: the files name the layers in several ways.
+        """
+        numbered = re.compile(rf"{re.escape(self.stack)}\.([0-9]+)\.")
+        common: set[str] | None = None
+        for name, module_name in self.module_names.items():
+            if inside := numbered.match(module_name or ""):
+                places = re.finditer(rf"(?:^|(?<=\.)){inside[1]}\.", name)
+                found = {name[: place.start()] for place in places}
+                common = found if common is None else common & found
+        if not common:
+            raise ModelError(
+                f"{self.folder}: its files number the layers otherwise than transformers does, so "
+                "that it can't be cut."
+            )
+        return min(common, key=len)
+
+    def cut(self, src_layers: Sequence[int]) -> Cut:
+        """Builds the model of a cut and compares its layers with their source layers.
+
+        Args:
+            src_layers: the source layer of each output layer.
+
+        Raises:
+            UsageError: no config describes it: a layer would become one of another kind, or
+                transformers can't run it.
+        """
+        key = tuple(src_layers)
+        if key not in self._cuts:
+            if len(self._cuts) >= _KEPT_CUTS:
+                self._cuts.clear()
+            self._cuts[key] = self._try(key)
+        found = self._cuts[key]
+        if isinstance(found, str):
+            raise UsageError(found)
+        return found
+
+    @cached_property
+    def is_uniform(self) -> bool:
+        """Whether all layers are alike and depend neither on their index nor on the depth, so that
+        the layers of any cut are their source layers."""
+        probes = [(0,), (self.num_layers - 1,), tuple(range(0, self.num_layers, 2))]
+        if not is_alike(self._layers, self._layers[0]):
+            return False
+        for probe in probes:
+            try:
+                config = self._resolved(self._configs(probe)[0])
+                layers, outside = self._signatures(self._built(config))
+            except GptailorError:
+                return False
+            if len(layers) != len(probe) or not is_alike(layers, self._layers[0]):
+                return False
+            if compare_outside(self._outside, outside) != Comparison():
+                return False
+        return True
+
+    @cached_property
+    def _whole(self) -> tuple[list[Signature], Signature]:
+        return self._signatures(self._built(self.shell.config))
+
+    @property
+    def _layers(self) -> list[Signature]:
+        return self._whole[0]
+
+    @property
+    def _outside(self) -> Signature:
+        return self._whole[1]
+
+    @cached_property
+    def _implied(self) -> dict[str, list[Any]]:
+        """Per-layer lists that the config leaves to its class."""
+        resolved = self.shell.config.get_text_config().to_dict()
+        return implied_lists(text_config(self._raw), resolved, self.num_layers)
+
+    def _configs(self, src_layers: Sequence[int]) -> list[dict[str, Any]]:
+        """Proposals for the config.json of a cut, the one nearest to the file first."""
+        if list(src_layers) == list(range(self.num_layers)):
+            return [dict(self._raw)]
+        proposals = [cut_config(self._raw, src_layers, {}, self.num_layers)]
+        if self._implied:
+            proposals.insert(0, cut_config(self._raw, src_layers, self._implied, self.num_layers))
+        resolved = json.loads(json.dumps(self.shell.config.to_dict(), default=str))
+        return [*proposals, cut_config(resolved, src_layers, {}, self.num_layers)]
+
+    def _try(self, src_layers: tuple[int, ...]) -> Cut | str:
+        reasons = []
+        for proposal in self._configs(src_layers):
+            found = self._compared(proposal, src_layers)
+            if isinstance(found, Cut):
+                return found
+            reasons.append(found)
+        return reasons[0]
+
+    def _compared(self, proposal: dict[str, Any], src_layers: tuple[int, ...]) -> Cut | str:
+        kept = _shown(src_layers)
+        try:
+            config = self._resolved(proposal)
+            model = self._built(config)
+        except GptailorError as error:
+            return f"{self.folder} can't be cut to the layers {kept}: {error}"
+        if type(config) is not type(self.shell.config):
+            return f"{self.folder} can't be cut to the layers {kept}: it would be another model."
+        layers, outside = self._signatures(model)
+        if len(layers) != len(src_layers):
+            return (
+                f"{self.folder} can't be cut: config.json says how many layers there are in a way "
+                "that gptailor does not know."
+            )
+        constants = []
+        for out_layer, src_layer in enumerate(src_layers):
+            compared = compare_layer(self._layers, layers, src_layer, out_layer)
+            if compared.problems:
+                return (
+                    f"{self.folder} can't be cut to the layers {kept}: layer {out_layer} of the "
+                    f"result would not be what layer {src_layer} is ({compared.problems[0]}), as "
+                    "its kind follows from its place and config.json can't say otherwise; keep "
+                    "layers so that each stays of its kind."
+                )
+            constants.append(compared.constants)
+        around = compare_outside(self._outside, outside)
+        if around.problems:
+            return (
+                f"{self.folder} can't be cut to the layers {kept}: outside the layers "
+                f"{around.problems[0]}, which depends on the number of layers."
+            )
+        kinds = frozenset(layer.kind for layer in layers)
+        if kinds not in self._passes:
+            self._passes[kinds] = _dry_pass(config)[0] if self._runs else ""
+        if reason := self._passes[kinds]:
+            return f"{self.folder} can't be cut to the layers {kept}: it would not run: {reason}"
+        return Cut(proposal, config, tuple(constants), around.constants)
+
+    @property
+    def written(self) -> list[str]:
+        """Weights that a forward pass writes to, as far as a pass without values can tell."""
+        return self._whole_pass[1]
+
+    @property
+    def _runs(self) -> bool:
+        """Whether a pass of a cut without values tells anything: it does if the whole model's
+        does not fail."""
+        return not self._whole_pass[0]
+
+    @cached_property
+    def _whole_pass(self) -> tuple[str, list[str]]:
+        return _dry_pass(self.shell.config)
+
+    def _resolved(self, proposal: Mapping[str, Any]) -> Any:
+        """What transformers makes of a config.json; by a file, as some values only live there."""
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(proposal))
+            try:
+                return load_config(Path(folder))
+            except ModelError as error:
+                raise ModelError(str(error).replace(folder, str(self.folder))) from error
+
+    def _built(self, config: Any) -> Any:
+        return build(config, self.folder, self._dtype)
+
+    def _signatures(self, model: nn.Module) -> tuple[list[Signature], Signature]:
+        layers = model.get_submodule(self.stack)
+        assert isinstance(layers, nn.ModuleList)
+        return [signature(layer) for layer in layers], signature(model, without=self.stack)
+
+    def _find_stack(self) -> str:
+        """The path of the layers: the one list of modules whose length is the layer count.
+
+        Raises:
+            ModelError: there is none, or several.
+        """
+        text = self.shell.config.get_text_config()
+        declared = int(getattr(text, "num_hidden_layers", None) or 0)
+        lists = _lists_of(self.shell, declared)
+        if len(lists) > 1:
+            fewer = self._raw_with(declared - 1) if declared > 1 else None
+            if fewer is not None:
+                lists = [p for p in lists if p in _lists_of(fewer, declared - 1)]
+        if len(lists) != 1:
+            where = f"in {len(lists)} lists ({', '.join(lists)})" if lists else "elsewhere"
+            raise ModelError(
+                f"{self.folder}: transformers keeps its {declared} layers {where}, and gptailor "
+                "cuts models with one stack of layers only."
+            )
+        return lists[0]
+
+    def _raw_with(self, num_layers: int) -> Any:
+        """The model with fewer layers, the first ones; None if that can't be built."""
+        try:
+            config = cut_config(self._raw, range(num_layers), {}, num_layers + 1)
+            return build(self._resolved(config), self.folder, None)
+        except GptailorError:
+            return None
+
+
+def _lists_of(model: nn.Module, length: int) -> list[str]:
+    """Paths of the lists of that length that lie in no other one."""
+    found: list[str] = []
+    for path, module in model.named_modules():
+        is_inside = any(path.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) == length and not is_inside:
+            found.append(path)
+    return found
+
+
+def module_names(
+    shell: Any, tensors: Mapping[str, TensorInfo]
+) -> tuple[dict[str, str | None], set[str]]:
+    """By transformers' own renaming: tensor → parameter or buffer, and those that are converted.
+
+    Args:
+        shell: the model; its parameters may be on the meta device.
+        tensors: those of the files.
+
+    Returns:
+        For each tensor what it becomes, None if it is left out; the names of tensors that are
+        fused, split or reshaped on load, whose parameter is the first of what they become.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    transforms = get_model_conversion_mapping(shell)
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+    known = {**dict(shell.named_parameters(remove_duplicate=False)), **shell.state_dict()}
+    names: dict[str, str | None] = {}
+    converted = set()
+    for name in tensors:
+        target, pattern = rename_source_key(
+            name, renamings, converters, shell.base_model_prefix, known
+        )
+        names[name] = target if target in known else None
+        if pattern is not None and target in known:
+            converted.add(name)
+    return names, converted
+
+
+def _dry_pass(config: Any) -> tuple[str, list[str]]:
+    """A pass of a few tokens on the meta device, without values.
+
+    Returns:
+        Why it ends in an error, or empty; names of the weights that it writes to.
+    """
+    from transformers import AutoModelForCausalLM
+
+    reason = ""
+    for kwargs in ({"experts_implementation": "batched_mm"}, {}):  # others look at values
+        try:
+            with quiet(), torch.device("meta"), torch.no_grad():
+                model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **kwargs).eval()
+                versions = {name: p._version for name, p in model.named_parameters()}
+                model(input_ids=torch.zeros(1, 4, dtype=torch.long))
+            return "", [n for n, p in model.named_parameters() if p._version != versions[n]]
+        except Exception as error:  # whatever the model's own code raises
+            reason = reason or (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return reason, []
+
+
+def _shown(src_layers: Sequence[int]) -> str:
+    """Layers as ranges: 0-3, 5."""
+    runs: list[list[int]] = []
+    for src in src_layers:
+        if runs and src == runs[-1][-1] + 1:
+            runs[-1].append(src)
+        else:
+            runs.append([src])
+    return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)
