@@ -10,6 +10,7 @@ from typing import Any
 
 from gptailor.errors import ModelError
 from gptailor.models.family import Candidate
+from gptailor.models.rows import check_rows
 from gptailor.models.untrusted import shown
 
 _TEXTS = (
@@ -26,7 +27,8 @@ _TEXTS = (
 
 
 def compare_tokenizers(candidate: Candidate, base: Candidate) -> None:
-    """Raises a `ModelError` unless the candidate's tokenizer gives each text the base's tokens."""
+    """Raises a `ModelError` unless the candidate's tokenizer gives each text the base's tokens, and
+    its embeddings have a row for each of them."""
     from gptailor.evaluation.loading import load_tokenizer
 
     loaded = []
@@ -45,6 +47,7 @@ def compare_tokenizers(candidate: Candidate, base: Candidate) -> None:
             f"({base.folder}), {what}. Leave it out, make it the base, or resize its embeddings to "
             "the base's tokenizer first."
         )
+    check_rows(candidate, base, 1 + max(loaded[1].get_vocab().values(), default=-1))
 
 
 def _difference(mine: Any, bases: Any) -> str:

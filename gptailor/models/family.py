@@ -7,7 +7,9 @@ alone do not tell stays open here and is settled by `evaluation.family.open_fami
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,10 @@ from gptailor.models.architecture import (
 from gptailor.models.calibration import Statistics, weights_digest
 from gptailor.models.checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo
 from gptailor.models.config_fields import Difference, differences, is_harmless
+from gptailor.models.ends import Ends, find_ends
 from gptailor.models.leftovers import clean_config
 from gptailor.models.reading import Reader, named_reading, plain_reading
+from gptailor.models.rows import has_enough_rows, is_padding, uneven_tensors
 from gptailor.models.side_files import HUB_IGNORED, HUB_PATTERNS, read_vocabulary
 from gptailor.models.untrusted import (
     MAX_CONFIG_BYTES,
@@ -161,8 +165,9 @@ class Family:
         reader: see `Candidate`.
 
     Attributes:
+        uneven: names of embeddings and output heads that don't have as many rows in all candidates.
         open_tokenizers: names of candidates whose tokenizer's files do not show that it is the
-            base's.
+            base's, or that each of its tokens has a row.
         open_configs: name → how the candidate's config.json differs from the base's, where the
             files alone do not tell whether that changes what is computed.
         notes: sentences on what was found and changes nothing.
@@ -193,11 +198,13 @@ class Family:
         for candidate in self.candidates.values():
             if candidate is not self.base:
                 _check_fits(candidate, self.base)
-                if not _check_vocabulary(candidate, self.base):
+                is_known = _check_vocabulary(candidate, self.base)
+                if not is_known or not has_enough_rows(candidate, self.base):
                     self.open_tokenizers.add(candidate.name)
                 found = list(differences(candidate.config, self.base.config))
                 if not all(map(is_harmless, found)):
                     self.open_configs[candidate.name] = found
+        self.uneven = uneven_tensors(self.candidates.values(), self.base)
 
     @property
     def base(self) -> Candidate:
@@ -219,12 +226,30 @@ class Family:
         names = self.architecture.layers[src_layer].values()
         return sum(self.base.tensors[name].n_elements for name in names)
 
-    def parameters(self, src_layers: Iterable[int] | None = None) -> int:
-        """The parameter count of a model with these layers (default: all of them)."""
+    def parameters(self, src_layers: Iterable[int] | None = None, rows: int | None = None) -> int:
+        """The parameter count of a model.
+
+        Args:
+            src_layers: its layers; default: all of them.
+            rows: of its embeddings, where candidates differ in them; default: the base's.
+        """
         chosen = range(self.num_layers) if src_layers is None else src_layers
-        ends = (*self.architecture.embeddings, *self.architecture.head)
-        outside = sum(self.base.tensors[name].n_elements for name in ends)
+        outside = 0
+        for name in (*self.architecture.embeddings, *self.architecture.head):
+            info = self.base.tensors[name]
+            outside += info.n_elements
+            if rows is not None and name in self.uneven:
+                outside += (rows - info.shape[0]) * math.prod(info.shape[1:])
         return outside + sum(self.layer_parameters(src) for src in chosen)
+
+    @cached_property
+    def ends(self) -> Ends:
+        """Which candidates have the same embeddings and head; reads them when first asked for.
+
+        Raises:
+            ModelError: a file can't be read, or changed.
+        """
+        return find_ends(self)
 
     def settle(self, notes: Iterable[str]) -> None:
         """Notes that what was open has been judged and is without effect."""
@@ -313,7 +338,7 @@ def _check_fits(candidate: Candidate, base: Candidate) -> None:
         raise ModelError(f"{lacks.folder} lacks the tensor {name}, which {has.folder} has.")
     for name, info in base.tensors.items():
         shape = candidate.tensors[name].shape
-        if shape != info.shape and not _is_padding(name, base.architecture, shape, info.shape):
+        if shape != info.shape and not is_padding(name, candidate, base):
             raise ModelError(
                 f"{candidate.folder}: {name} has the shape {list(shape)}, but {list(info.shape)} "
                 f"in the base {base.folder}."
@@ -324,14 +349,6 @@ def _check_fits(candidate: Candidate, base: Candidate) -> None:
                 f"{candidate.folder}: {name} has dtype {dtypes[0]}, but {dtypes[1]} in the base "
                 f"{base.folder}; only {', '.join(FLOAT_DTYPES)} can be mixed."
             )
-
-
-def _is_padding(
-    name: str, architecture: Architecture, shape: tuple[int, ...], base: tuple[int, ...]
-) -> bool:
-    """True for a vocabulary matrix that differs in rows only; `_check_vocabulary` saw the rest."""
-    is_end = name in architecture.embeddings or name in architecture.head
-    return is_end and len(shape) == len(base) and shape[1:] == base[1:]
 
 
 def _check_vocabulary(candidate: Candidate, base: Candidate) -> bool:

@@ -165,3 +165,18 @@ def test_a_tokenizer_that_cannot_be_loaded(spm: Path, tmp_path: Path) -> None:
     text = refused(old, broken)
     assert "broken: its tokenizer has other files than the one of" in text
     assert "can't be loaded" in text
+
+
+def test_rows_for_all_tokens_of_a_format_that_only_its_tokenizer_can_read(
+    spm: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokens = 1 + max(AutoTokenizer.from_pretrained(spm).get_vocab().values())
+    base = model_with(tmp_path / "base", spm, FORMATS["spm"])
+    whole = model_with(tmp_path / "whole", spm, FORMATS["spm"], vocab=tokens)
+    short = model_with(tmp_path / "short", spm, FORMATS["spm"], vocab=tokens - 1)
+    assert Family({"base": str(base), "x": str(whole)}, "base").open_tokenizers == {"x"}
+    opened(base, whole)
+    assert not Family({"base": str(whole), "x": str(base)}, "base").open_tokenizers
+    assert f"has {tokens - 1} rows (400 in the base" in refused(base, short)

@@ -108,6 +108,25 @@ def test_padded_vocabulary_without_a_tokenizer(base: Path, tmp_path: Path) -> No
     assert "make it the base" in text
 
 
+def test_fewer_rows_than_tokens(base: Path, tmp_path: Path) -> None:
+    padded = save_model(tmp_path / "padded", vocab=VOCAB + 12)
+    family = Family({"padded": str(padded), "base": str(base)}, "padded")
+    assert family.uneven == {"model.embed_tokens.weight"}
+    text = refused(base, save_model(tmp_path / "short", vocab=VOCAB - 1))
+    assert f"has {VOCAB - 1} rows ({VOCAB} in the base" in text
+    assert f"the tokenizer has {VOCAB} tokens: resize its embeddings" in text
+
+
+def test_rows_that_are_no_tokens_are_not_padding(base: Path, tmp_path: Path) -> None:
+    """A table of positions has rows, too, and the model needs them."""
+    name = "model.embed_positions.weight"
+    models = [
+        save_model(tmp_path / str(n), tensors={name: ("BF16", (n, HIDDEN), b"\0" * n * HIDDEN * 2)})
+        for n in (64, 128)
+    ]
+    assert f"{name} has the shape [128, 16], but [64, 16] in the base" in refused(*models)
+
+
 def test_wider_embeddings_are_not_padding(base: Path, tmp_path: Path) -> None:
     name = "model.embed_tokens.weight"
     wide = {name: ("BF16", (VOCAB, 2 * HIDDEN), b"\0" * (VOCAB * HIDDEN * 4))}

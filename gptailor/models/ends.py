@@ -1,0 +1,118 @@
+"""The ends of a family: which candidates have the same embeddings, and which the same head.
+
+Finetunes with adapters leave both as they were, full finetunes change them. Names and shapes don't
+tell, so the tensors themselves are compared, piece by piece and up to the first difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gptailor.models.checkpoint import (
+    DTYPE_BITS,
+    FLOAT_DTYPES,
+    Checkpoint,
+    TensorInfo,
+    read_error,
+)
+
+if TYPE_CHECKING:
+    from gptailor.models.family import Family
+
+_PIECE = 4 << 20
+"""Elements that are compared at once: 16 MiB of float32."""
+
+
+@dataclass(frozen=True)
+class Ends:
+    """For each candidate the first one that has the same end; the base is the first of all.
+
+    Attributes:
+        embeddings: candidate → the one that stands for it.
+        head: the same for final norm and output head.
+    """
+
+    embeddings: Mapping[str, str]
+    head: Mapping[str, str]
+
+    @classmethod
+    def equal(cls, models: Sequence[str], base: str) -> Ends:
+        """Those of candidates that have the base's embeddings and head."""
+        return cls(dict.fromkeys(models, base), dict.fromkeys(models, base))
+
+    @property
+    def are_equal(self) -> bool:
+        """True if all candidates have the same embeddings and the same head."""
+        return all(len(set(end.values())) == 1 for end in (self.embeddings, self.head))
+
+
+def find_ends(family: Family) -> Ends:
+    """Compares the candidates' tensors outside the layers; memory stays flat.
+
+    Types may differ where the values are the same.
+
+    Raises:
+        ModelError: a file can't be read, or changed.
+    """
+    architecture = family.architecture
+    return Ends(_stand_ins(family, architecture.embeddings), _stand_ins(family, architecture.head))
+
+
+def _stand_ins(family: Family, names: Sequence[str]) -> dict[str, str]:
+    tensors = family.base.tensors
+    small_first = sorted(names, key=lambda name: tensors[name].n_bytes)
+    base_first = sorted(family.candidates, key=lambda model: model != family.base_name)
+    found: dict[str, str] = {}
+    for model in base_first:
+        for other in dict.fromkeys(found.values()):
+            pair = family.candidates[model].checkpoint, family.candidates[other].checkpoint
+            if all(_are_equal(*pair, name) for name in small_first):
+                found[model] = other
+                break
+        else:
+            found[model] = model
+    return {model: found[model] for model in family.candidates}
+
+
+def _are_equal(first: Checkpoint, second: Checkpoint, name: str) -> bool:
+    """Whether a tensor has the same shape and values in both."""
+    infos = first.tensors[name], second.tensors[name]
+    if infos[0].shape != infos[1].shape:
+        return False
+    same_type = infos[0].dtype == infos[1].dtype
+    if not same_type and not {info.dtype for info in infos} <= set(FLOAT_DTYPES):
+        return False
+    total = infos[0].n_elements
+    for begin in range(0, total, _PIECE):
+        count = min(_PIECE, total - begin)
+        mine, theirs = (
+            _read(checkpoint, info, begin, count)
+            for checkpoint, info in zip((first, second), infos, strict=True)
+        )
+        if same_type:
+            equal = mine == theirs
+        else:
+            equal = bool((_values(mine, infos[0]) == _values(theirs, infos[1])).all())
+        if not equal:
+            return False
+    return True
+
+
+def _read(checkpoint: Checkpoint, info: TensorInfo, begin: int, count: int) -> bytes:
+    """The bytes of elements [begin, begin + count)."""
+    item = DTYPE_BITS[info.dtype] // 8
+    try:
+        return checkpoint.file(info.path).read(info.offset + begin * item, count * item)
+    except OSError as error:
+        raise read_error(error, info.path) from error
+
+
+def _values(data: bytes, info: TensorInfo) -> Any:
+    """Elements as float32, which holds those of all types that can be merged."""
+    import numpy as np
+
+    if info.dtype == "BF16":
+        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(data, {"F16": np.float16, "F32": np.float32}[info.dtype]).astype("f4")
