@@ -1,6 +1,6 @@
 """The candidates' tensors on the device: mapped, or loaded once and kept within a budget.
 
-The unit is a group: the tensors of one source layer of one candidate, or those outside its layers.
+The unit is a group: the tensors of one source layer of one candidate, its embeddings, or its head.
 When the candidates do not all fit, the groups that are used most stay (`hot_set`), and the others
 are read again each time they are needed.
 """
@@ -17,6 +17,7 @@ from gptailor import _C
 from gptailor.errors import ModelError, ResourceError
 from gptailor.evaluation.footprint import weights_budget
 from gptailor.evaluation.hot_set import HotSet
+from gptailor.models.architecture import Role
 from gptailor.models.checkpoint import FLOAT_DTYPES, TensorInfo, read_error
 from gptailor.models.family import Family
 
@@ -31,18 +32,22 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 }  # fmt: skip
 
 
+Place = int | Role
+"""A source layer, or what lies outside the layers: "embeddings" or "head"."""
+
+
 class GroupKey(NamedTuple):
     """One group.
 
     Attributes:
         model: the candidate.
-        src_layer: None: what lies outside the layers.
+        place: where in the model.
         casts: types that its floating point tensors go through, one after the other; empty: as
             they are in the file.
     """
 
     model: str
-    src_layer: int | None
+    place: Place
     casts: tuple[torch.dtype, ...] = ()
 
 
@@ -150,8 +155,7 @@ class DeviceWeights:
             a merge included; None: no limit.
         on_evict: called with a group that goes, before its memory is needed; what still points
             into it must let go.
-        src_layers: those whose groups may be asked for, None being what lies outside the layers;
-            default: all.
+        places: those whose groups may be asked for; default: all.
     """
 
     def __init__(
@@ -160,20 +164,21 @@ class DeviceWeights:
         backend: Backend,
         budget_bytes: int | None = None,
         on_evict: Callable[[Group], None] = lambda group: None,
-        src_layers: Collection[int | None] | None = None,
+        places: Collection[Place] | None = None,
     ) -> None:
         self.family = family
         self.backend = backend
         self._on_evict = on_evict
         self._groups: dict[GroupKey, Group] = {}
-        self._names: dict[int | None, list[str]] = {
-            src: list(suffixes.values()) for src, suffixes in enumerate(_layers(family))
+        architecture = family.architecture
+        self._names: dict[Place, list[str]] = {
+            src: list(suffixes.values()) for src, suffixes in enumerate(architecture.layers)
         }
-        inside = {name for names in self._names.values() for name in names}
-        self._names[None] = [name for name in family.base.tensors if name not in inside]
+        self._names["embeddings"] = list(architecture.embeddings)
+        self._names["head"] = list(architecture.head)
         self._held: frozenset[GroupKey] = frozenset()
-        sources = self._names if src_layers is None else src_layers
-        keys = [GroupKey(m, src) for m in family.candidates for src in sources]
+        places = self._names if places is None else places
+        keys = [GroupKey(m, place) for m in family.candidates for place in places]
         total = sum(self.n_bytes(key) for key in keys)
         unlimited = budget_bytes is None or backend.is_mapped
         self.budget_bytes = 1 << 62 if unlimited else int(budget_bytes or 0)
@@ -182,12 +187,12 @@ class DeviceWeights:
         # Room for what is read for one merge and goes again.
         self._reserve = 0
         if self.streams:
-            layers = [src for src in sources if src is not None]
+            layers = [place for place in places if isinstance(place, int)]
             self._reserve = max(
                 sum(self.n_bytes(GroupKey(m, src)) for m in family.candidates) for src in layers
             )
         self._hot: HotSet[GroupKey] = HotSet(self.budget_bytes - self._reserve)
-        self._keys: dict[tuple[str, int | None, tuple[torch.dtype, ...]], GroupKey] = {}
+        self._keys: dict[tuple[str, Place, tuple[torch.dtype, ...]], GroupKey] = {}
 
     def n_bytes(self, key: GroupKey) -> int:
         """What a group takes on the device."""
@@ -197,11 +202,11 @@ class DeviceWeights:
             for info in self._infos(key)
         )
 
-    def key(self, model: str, src_layer: int | None, casts: Sequence[torch.dtype]) -> GroupKey:
+    def key(self, model: str, place: Place, casts: Sequence[torch.dtype]) -> GroupKey:
         """The group with its tensors cast; one that needs no cast is the file's own."""
-        wanted = (model, src_layer, tuple(casts))
+        wanted = (model, place, tuple(casts))
         if wanted not in self._keys:
-            raw = GroupKey(model, src_layer)
+            raw = GroupKey(model, place)
             kinds = {TORCH_DTYPES[i.dtype] for i in self._infos(raw) if i.dtype in FLOAT_DTYPES}
             is_raw = len(kinds.union(casts)) == 1 or not kinds
             self._keys[wanted] = raw if is_raw else raw._replace(casts=tuple(casts))
@@ -276,7 +281,7 @@ class DeviceWeights:
 
     def _infos(self, key: GroupKey) -> list[TensorInfo]:
         tensors = self.family.candidates[key.model].tensors
-        return [tensors[name] for name in self._names[key.src_layer] if name in tensors]
+        return [tensors[name] for name in self._names[key.place] if name in tensors]
 
     def _evict(self, keys: Iterable[GroupKey]) -> None:
         for key in keys:
@@ -300,11 +305,6 @@ def default_budget(device: torch.device, kept_bytes: int, workers: int) -> int:
     """
     free, total = torch.cuda.mem_get_info(device)
     return weights_budget(free, total, kept_bytes, workers)
-
-
-def _layers(family: Family) -> list[dict[str, str]]:
-    layers = family.architecture.layers
-    return [dict(layers[src]) for src in range(family.num_layers)]
 
 
 def _padded(n_bytes: int) -> int:

@@ -14,7 +14,7 @@ from gptailor.errors import ResourceError
 from gptailor.evaluation.spread import gib, layer_ranges, place_layers
 from gptailor.models.architecture import text_config
 from gptailor.models.checkpoint import DTYPE_BITS, FLOAT_DTYPES
-from gptailor.models.family import Family
+from gptailor.models.family import Candidate, Family
 from gptailor.recipe import DTYPES
 
 CACHED_MODELS = 8
@@ -77,10 +77,9 @@ def find_footprint(family: Family, dtype: str, *, batch_tokens: int, logits: int
         logits: rows of the vocabulary's width that a batch gives at most.
     """
     item = DTYPE_BITS[DTYPES[dtype]] // 8
-    tensors = family.base.tensors
 
-    def n_bytes(names: Any) -> int:
-        infos = [tensors[name] for name in names]
+    def n_bytes(names: Any, candidate: Candidate = family.base) -> int:
+        infos = [candidate.tensors[name] for name in names]
         return sum(i.n_elements * item if i.dtype in FLOAT_DTYPES else i.n_bytes for i in infos)
 
     architecture = family.architecture
@@ -94,7 +93,10 @@ def find_footprint(family: Family, dtype: str, *, batch_tokens: int, logits: int
             for name in base_first
         },
         layers=tuple(n_bytes(layer.values()) for layer in architecture.layers),
-        outside=n_bytes((*architecture.embeddings, *architecture.head)),
+        outside=sum(
+            max(n_bytes(end, candidate) for candidate in family.candidates.values())
+            for end in (architecture.embeddings, architecture.head)
+        ),
         activations=batch_tokens * (6 * hidden + 3 * inner) * item,
         logits=3 * logits * vocabulary * item,
         is_cast=any(

@@ -26,6 +26,7 @@ from gptailor.evaluation.device_weights import (
     GroupKey,
     LoadingBackend,
     MappedBackend,
+    Place,
     default_budget,
 )
 from gptailor.evaluation.slots import Parameters
@@ -120,8 +121,8 @@ def open_homes(
     for number, n_bytes in enumerate(budgets):
         how = backend if len(budgets) == 1 else None
         how = how or LoadingBackend(devices[number], pin_bytes=pin_bytes)
-        own: list[int | None] = [src for src, home in enumerate(home_of) if home == number]
-        own += [None] if number == 0 else []
+        own: list[Place] = [src for src, home in enumerate(home_of) if home == number]
+        own += ["embeddings", "head"] if number == 0 else []
         homes.append(Home(DeviceWeights(family, how, n_bytes, on_evict, own), cache_bytes))
     return homes, home_of
 
@@ -130,16 +131,21 @@ def _needed(family: Family, dtype: str | None) -> tuple[list[int], int, int, int
     """Bytes of each source layer of one model, of what is outside them, of what is read for one
     merge, and of all candidates."""
     weights = DeviceWeights(family, MappedBackend())  # knows sizes, loads nothing
-    sources: list[int | None] = [None, *range(family.num_layers)]
     casts = [getattr(torch, dtype)] if dtype else []
-    keys = [GroupKey(family.base_name, src) for src in sources]
-    if casts:
-        keys = [weights.key(family.base_name, src, casts) for src in sources]
-    outside, *layers = map(weights.n_bytes, keys)
-    of_all = [
-        sum(weights.n_bytes(GroupKey(model, src)) for model in family.candidates) for src in sources
-    ]
-    return layers, outside, max(of_all[1:]), sum(of_all)
+
+    def needed(model: str, place: Place) -> int:
+        return weights.n_bytes(
+            weights.key(model, place, casts) if casts else GroupKey(model, place)
+        )
+
+    def of_all(place: Place) -> int:
+        return sum(weights.n_bytes(GroupKey(model, place)) for model in family.candidates)
+
+    ends: tuple[Place, Place] = ("embeddings", "head")
+    outside = sum(max(needed(model, end) for model in family.candidates) for end in ends)
+    layers = [needed(family.base_name, src) for src in range(family.num_layers)]
+    merges = [of_all(src) for src in range(family.num_layers)]
+    return layers, outside, max(merges), sum(merges) + sum(map(of_all, ends))
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -19,7 +19,7 @@ from torch import nn
 from gptailor import _C
 from gptailor.errors import ModelError, ResourceError, UsageError
 from gptailor.evaluation.device_merge import can_merge, merge_on_gpu
-from gptailor.evaluation.device_weights import Backend, Group, GroupKey
+from gptailor.evaluation.device_weights import Backend, Group, GroupKey, Place
 from gptailor.evaluation.footprint import CACHED_MODELS
 from gptailor.evaluation.home import Home, Key, memory_bytes, open_homes, spread_modules
 from gptailor.evaluation.loading import load_model
@@ -38,6 +38,7 @@ from gptailor.stitching.plan import (
     make_plan,
     plan_layer,
     scale_factors,
+    vocabulary_rows,
 )
 
 
@@ -132,7 +133,7 @@ class ResidentModel:
             on_evict=self._evicted,
         )
         if len(self.homes) > 1:
-            devices = [self._home(src).device for src in (None, *range(family.num_layers))]
+            devices = [self._home(src).device for src in ("embeddings", *range(family.num_layers))]
             spread_modules(self.model, list(stack), self._outside.values(), devices)
         self._borrowed: dict[str, Group] = {}
         self._unchecked: list[tuple[Home, Key, list[OutTensor], torch.Tensor]] = []
@@ -163,7 +164,9 @@ class ResidentModel:
                 for layer, factor in zip(recipe.layers, factors, strict=True)
             ]
             outside_keys = [
-                self._key(t.sources[0].model, None, recipe) if t.merge is None else None
+                self._key(t.sources[0].model, self._end(t.name), recipe)
+                if t.merge is None
+                else None
                 for t in outside_plan
             ]
             taken = self._take(list(filter(None, taken_keys + outside_keys)), recipe)
@@ -173,7 +176,9 @@ class ResidentModel:
                     for key, layer, factor in zip(taken_keys, recipe.layers, factors, strict=True)
                 ]
                 outside = {
-                    t.name: self._merged_outside(t, recipe) if key is None else taken[key][t.name]
+                    t.name: self._merged_outside(t, recipe)
+                    if key is None
+                    else _taken(taken[key][t.name], t.shape)
                     for key, t in zip(outside_keys, outside_plan, strict=True)
                 }
                 self._check_nan()
@@ -188,7 +193,7 @@ class ResidentModel:
             point(self.model, self._outside[tensor_name], parameter)
         self._outside_now = outside
         self._tie()
-        self._cut_config(src_layers, cut)
+        self._cut_config(recipe, cut)
         model: nn.Module = self.model
         return model
 
@@ -223,7 +228,7 @@ class ResidentModel:
         parameters = self._wrapped.pop(group, {})
         self._slots.forget(parameters)
         for name, parameter in self._outside_now.items():
-            if parameters.get(name) is parameter:
+            if name in parameters and parameters[name].data_ptr() == parameter.data_ptr():
                 let_go(self.model, self._outside[name])
 
     def _tied_pairs(self) -> list[tuple[str, str]]:
@@ -255,13 +260,17 @@ class ResidentModel:
         for name, source in self._ties:
             point(self.model, name, self.model.get_parameter(source))
 
-    def _home(self, src_layer: int | None) -> Home:
-        return self.homes[0 if src_layer is None else self._home_of[src_layer]]
+    def _home(self, place: Place) -> Home:
+        return self.homes[self._home_of[place] if isinstance(place, int) else 0]
 
-    def _key(self, model: str, src_layer: int | None, recipe: Recipe) -> GroupKey:
+    def _end(self, tensor_name: str) -> Place:
+        is_first = tensor_name in self.family.architecture.embeddings
+        return "embeddings" if is_first else "head"
+
+    def _key(self, model: str, place: Place, recipe: Recipe) -> GroupKey:
         """A group as a recipe takes it: in the recipe's type, then that of the forward pass."""
         casts = getattr(torch, recipe.dtype), getattr(torch, self._dtype or recipe.dtype)
-        return self._home(src_layer).weights.key(model, src_layer, casts)
+        return self._home(place).weights.key(model, place, casts)
 
     def _plan_outside(self, recipe: Recipe) -> list[OutTensor]:
         """The tensors outside the layers."""
@@ -277,15 +286,15 @@ class ResidentModel:
         taken = {}
         groups: dict[GroupKey, Group] = {}
         for home in self.homes:
-            own = [key for key in keys if self._home(key.src_layer) is home]
+            own = [key for key in keys if self._home(key.place) is home]
             home.weights.hold(own)
             groups |= home.weights.get(own)
         for key, group in groups.items():
             if group not in self._wrapped:
                 names = {name: name for name in group.tensors}
-                if key.src_layer is not None:
-                    names = self._layer_names[key.src_layer]
-                    plan_layer(Take(key.model, key.src_layer), 0, recipe, self.family)  # checks
+                if isinstance(key.place, int):
+                    names = self._layer_names[key.place]
+                    plan_layer(Take(key.model, key.place), 0, recipe, self.family)  # checks
                 self._wrapped[group] = {
                     suffix: nn.Parameter(group.tensors[name], requires_grad=False)
                     for suffix, name in names.items()
@@ -311,22 +320,34 @@ class ResidentModel:
         return home.merged[key]
 
     def _merged_outside(self, tensor: OutTensor, recipe: Recipe) -> nn.Parameter:
-        key = (tensor.merge, tensor.name, recipe.base, recipe.dtype, tensor.statistics)
-        home = self._home(None)
+        key = (
+            tensor.merge,
+            tensor.name,
+            tensor.shape,
+            recipe.base,
+            recipe.dtype,
+            tensor.statistics,
+        )
+        place = self._end(tensor.name)
+        home = self._home(place)
         if key not in home.merged:
-            self._merge(key, None, {tensor.name: tensor}, recipe)
+            self._merge(key, place, {tensor.name: tensor}, recipe)
         home.merged.move_to_end(key)
         return home.merged[key][tensor.name]
 
-    def _merge(
-        self, key: Key, src_layer: int | None, tensors: dict[str, OutTensor], recipe: Recipe
-    ) -> None:
-        """Computes tensors that have one source layer, and keeps them for recipes to come."""
-        home = self._home(src_layer)
+    def _merge(self, key: Key, place: Place, tensors: dict[str, OutTensor], recipe: Recipe) -> None:
+        """Computes tensors that have one place, and keeps them for recipes to come.
+
+        Embeddings and heads are larger than layers: where candidates don't all fit on the device,
+        they are merged from the files by the CPU.
+        """
+        home = self._home(place)
         on_gpu = home.device.type == "cuda"
         read = [t for t in tensors.values() if not on_gpu or t.is_copy or can_merge(t)]
+        if home.weights.streams and not isinstance(place, int):
+            read = []
         models = {s.model for t in read for s in (*t.sources, t.base) if s is not None}
-        groups = home.weights.get([GroupKey(model, src_layer) for model in models])
+        groups = home.weights.get([GroupKey(model, place) for model in models])
         self._borrowed = {group_key.model: group for group_key, group in groups.items()}
         try:
             with home.current():
@@ -357,7 +378,7 @@ class ResidentModel:
                 data = self._borrowed[source.model].tensors[source.info.name]
                 # merged layers outlive the group
                 result[number] = data if home.weights.backend.is_mapped else data.clone()
-            elif home.device.type == "cuda" and can_merge(tensor):
+            elif home.device.type == "cuda" and self._borrowed and can_merge(tensor):
                 launched.append(number)
             else:
                 result[number] = self._compute(tensor).to(home.device)
@@ -392,29 +413,36 @@ class ResidentModel:
     def _compute(self, tensor: OutTensor) -> torch.Tensor:
         """In CPU memory."""
         is_loaded = self.device.type == "cpu" and not self.homes[0].weights.backend.is_mapped
-        opened = self._loaded if is_loaded else None
+        opened = self._loaded if is_loaded and self._borrowed else None
         job = ComputedTensor(tensor, self.family, torch.get_num_threads(), opened)
         buffer = _C.Buffer(max(tensor.n_bytes, 1))
         job.run(0, job.n_elements, buffer)
         return torch.utils.dlpack.from_dlpack(buffer.tensor(0, tensor.shape, tensor.dtype))
 
     def _loaded(self, source: Source) -> _C.Tensor:
-        return _C.Tensor.from_dlpack(self._borrowed[source.model].tensors[source.info.name])
+        tensor = self._borrowed[source.model].tensors[source.info.name]
+        return _C.Tensor.from_dlpack(_first_rows(tensor, source.info.shape))
 
     def _handle(self, source: Source) -> _C.DeviceTensor:
-        return self._borrowed[source.model].handle(source.info.name)
+        found = self._borrowed[source.model].handle(source.info.name)
+        if found.shape == source.info.shape:
+            return found
+        return found.tensor(0, source.info.shape, source.info.dtype)
 
-    def _cut_config(self, src_layers: tuple[int, ...], cut: Cut | None) -> None:
+    def _cut_config(self, recipe: Recipe, cut: Cut | None) -> None:
         """Makes everything outside the layers what it is in the cut model: configs with layer
-        count and per-layer lists, and constants that follow from them."""
+        count, per-layer lists and vocabulary, and constants that follow from them."""
         if cut is None:
             full: Mapping[str, Any] = text_config(self._full_config)
-            text: Mapping[str, Any] = text_config(cut_config(self._full_config, src_layers))
+            text: Mapping[str, Any] = text_config(cut_config(self._full_config, recipe.src_layers))
         else:
             full = vars(self.structure.shell.config.get_text_config())
             text = vars(cut.model_config.get_text_config())
             carry_over(self.model, self._outside_before)
             self._outside_before = carry_over(self.model, cut.outside)
+        rows = vocabulary_rows(recipe, self.family)
+        if rows is not None:
+            text = {**text, "vocab_size": rows}
         self._config_keys |= {
             key for key, value in text.items() if key[0] != "_" and value != full.get(key)
         }
@@ -468,6 +496,18 @@ def configs_of(model: nn.Module) -> list[Any]:
         if config is not None
     }
     return list(found.values())
+
+
+def _taken(parameter: nn.Parameter, shape: tuple[int, ...]) -> nn.Parameter:
+    """A candidate's own parameter, or one with its first rows."""
+    if parameter.shape == shape:
+        return parameter
+    return nn.Parameter(_first_rows(parameter, shape), requires_grad=False)
+
+
+def _first_rows(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """A view on as many rows as the shape has; the tensor itself where that is all of them."""
+    return tensor if tensor.shape == shape else tensor[: shape[0]]
 
 
 def pick_device(device: str) -> torch.device:

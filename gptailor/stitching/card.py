@@ -11,6 +11,7 @@ from gptailor.merging.registry import get_method
 from gptailor.models.family import Family
 from gptailor.models.untrusted import is_folder
 from gptailor.recipe import End, Layer, Merge, Recipe
+from gptailor.stitching.plan import count_parameters
 
 
 def model_card(recipe: Recipe, family: Family, notes: str = "") -> str:
@@ -29,7 +30,7 @@ def model_card(recipe: Recipe, family: Family, notes: str = "") -> str:
     }
     front_matter = yaml.safe_dump({k: v for k, v in front.items() if v}, sort_keys=False)
     kept, total = recipe.num_layers, family.num_layers
-    parameters = family.parameters(recipe.src_layers)
+    parameters = count_parameters(recipe, family)
     used = Counter(model for layer in recipe.layers for model in layer.used_models)
     models = "\n".join(
         f"| {name} | {_shown(ref)} | {used[name]} |" for name, ref in recipe.models.items()

@@ -209,4 +209,4 @@ def merge_arguments(tensor: OutTensor) -> tuple[str, dict[str, Any]]:
 
 
 def _open(source: Source, family: Family) -> _C.Tensor:
-    return family.candidates[source.model].checkpoint.tensor(source.info.name)
+    return family.candidates[source.model].checkpoint.tensor_at(source.info)

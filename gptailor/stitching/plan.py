@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gptailor.errors import ModelError, UsageError, unknown
@@ -98,8 +98,8 @@ def make_plan(recipe: Recipe, family: Family) -> Plan:
     """Resolves a recipe to tensors.
 
     Raises:
-        UsageError: a layer's index is out of range, a scale can't be folded, a module names no
-            tensor, or embeddings are of another size than the base's.
+        UsageError: a layer's index is out of range, a scale can't be folded, or a module names no
+            tensor.
         ModelError: a tensor that is merged has a dtype that can't be.
     """
     recipe = recipe.canonical()
@@ -109,6 +109,7 @@ def make_plan(recipe: Recipe, family: Family) -> Plan:
         for part in (config, text_config(config)):
             if key in part or key == "dtype":
                 part[key] = recipe.dtype
+    set_vocabulary(config, vocabulary_rows(recipe, family))
     tensors = [
         *plan_end(recipe.embeddings, family.architecture.embeddings, recipe, family),
         *_stack(recipe, family),
@@ -187,24 +188,58 @@ def plan_end(end: End, names: tuple[str, ...], recipe: Recipe, family: Family) -
     Args:
         end: a model's name or an entry, in canonical form.
         names: the tensors' names.
-        recipe: gives base and dtype.
+        recipe: gives base, dtype, and what the other end is made of, as both have equal rows.
         family: the candidates.
-
-    Raises:
-        UsageError: a source has another vocabulary than the base's tokenizer.
     """
-    entry = Take(end, NO_LAYER) if isinstance(end, str) else end
-    tensors = [_made(entry.at(name), name, name, recipe, family) for name in names]
-    for tensor in tensors:
-        expected = family.base.tensors[tensor.name].shape
-        for source in tensor.sources:
-            if source.info.shape != expected:
-                raise UsageError(
-                    f"{tensor.name} of {source.model} has the shape {list(source.info.shape)}, "
-                    f"but the base's tokenizer needs {list(expected)}: take embeddings and head "
-                    "from the base."
-                )
+    entry = _entry(end)
+    rows = vocabulary_rows(recipe, family)
+    tensors = [
+        _made(
+            entry.at(name), name, name, recipe, family, rows=rows if name in family.uneven else None
+        )
+        for name in names
+    ]
     return sorted(tensors, key=_position)
+
+
+def vocabulary_rows(recipe: Recipe, family: Family) -> int | None:
+    """Rows of embeddings and output head; None where all candidates have as many.
+
+    The fewest of all tensors that they are made of: what is left out is padding that no token uses.
+    So what is all of one model has that model's rows, and its scores.
+    """
+    if not family.uneven:
+        return None
+    architecture = family.architecture
+    found = []
+    for end, names in (
+        (recipe.embeddings, architecture.embeddings),
+        (recipe.head, architecture.head),
+    ):
+        for name in family.uneven.intersection(names):
+            entry = _entry(end).at(name)
+            takes_base = isinstance(entry, Merge) and entry.takes_base
+            for model in (*entry.models, *([recipe.base] if takes_base else [])):
+                found.append(family.candidates[model].tensors[name].shape[0])
+    return min(found)
+
+
+def set_vocabulary(config: dict[str, Any], rows: int | None) -> None:
+    """Writes into a config what `vocabulary_rows` gives."""
+    if rows is not None:
+        text_config(config)["vocab_size"] = rows
+        if "vocab_size" in config:
+            config["vocab_size"] = rows
+
+
+def count_parameters(recipe: Recipe, family: Family) -> int:
+    """The parameter count of the model that a recipe builds."""
+    rows = vocabulary_rows(recipe.canonical(), family) if family.uneven else None
+    return family.parameters(recipe.src_layers, rows)
+
+
+def _entry(end: End) -> Layer:
+    return Take(end, NO_LAYER) if isinstance(end, str) else end
 
 
 def tensor_key(name: str) -> int:
@@ -216,10 +251,16 @@ def tensor_key(name: str) -> int:
 
 
 def _made(
-    entry: Layer, out_name: str, name: str, recipe: Recipe, family: Family, factor: float = 1.0
+    entry: Layer,
+    out_name: str,
+    name: str,
+    recipe: Recipe,
+    family: Family,
+    factor: float = 1.0,
+    rows: int | None = None,
 ) -> OutTensor:
     """One tensor of the result: the tensor `name` of the models that an entry names."""
-    sources = tuple(_source(family, model, name) for model in entry.models)
+    sources = tuple(_source(family, model, name, rows) for model in entry.models)
     merge = entry if isinstance(entry, Merge) else None
     if merge is not None and sources[0].info.dtype not in FLOAT_DTYPES:
         sources, merge = sources[:1], None  # integer buffers are not merged
@@ -236,7 +277,11 @@ def _made(
         shape=sources[0].info.shape,
         sources=sources,
         merge=merge,
-        base=_source(family, recipe.base, name) if merge is not None and merge.takes_base else None,
+        base=(
+            _source(family, recipe.base, name, rows)
+            if merge is not None and merge.takes_base
+            else None
+        ),
         factor=factor,
         key=tensor_key(name) if merge is not None else 0,
         statistics=statistics,
@@ -256,7 +301,13 @@ def _statistics(
     assert recipe.calibration is not None  # check_recipe saw it
     folder = recipe.calibration.folder
     opened = [family.candidates[s.model].statistics(folder, merge.method) for s in sources]
-    found = [one.find(s.info) for one, s in zip(opened, sources, strict=True)]
+    found = []
+    for one, source in zip(opened, sources, strict=True):
+        whole = family.candidates[source.model].tensors[source.info.name]
+        info = one.find(whole)
+        if info is not None and merge.method == "fisher" and whole.shape != source.info.shape:
+            info = _cut(info, source.info.shape[0])
+        found.append(info)
     if None not in found:
         return tuple(filter(None, found))
     if any(found):
@@ -265,8 +316,15 @@ def _statistics(
     return ()
 
 
-def _source(family: Family, model: str, name: str) -> Source:
-    return Source(model, family.candidates[model].tensors[name])
+def _source(family: Family, model: str, name: str, rows: int | None = None) -> Source:
+    info = family.candidates[model].tensors[name]
+    return Source(model, info if rows is None else _cut(info, rows))
+
+
+def _cut(info: TensorInfo, rows: int) -> TensorInfo:
+    """The first rows of a tensor."""
+    n_bytes = info.n_bytes // info.shape[0] * rows
+    return replace(info, shape=(rows, *info.shape[1:]), n_bytes=n_bytes)
 
 
 def _dtype(info: TensorInfo, recipe: Recipe) -> str:

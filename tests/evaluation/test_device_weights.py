@@ -19,7 +19,7 @@ from gptailor.evaluation.device_weights import DeviceWeights, GroupKey, LoadingB
 from gptailor.evaluation.resident import ResidentModel
 from gptailor.models.checkpoint import TensorInfo
 from gptailor.models.family import Family
-from gptailor.recipe import Layer, Merge, Recipe, Take
+from gptailor.recipe import NO_LAYER, End, Layer, Merge, Recipe, Take
 from tests.conftest import save_llama
 
 CPU = torch.device("cpu")
@@ -74,7 +74,11 @@ def random_recipe(models: dict[str, str], rng: random.Random) -> Recipe:
             layers.append(Merge(method, src, weights, values))
     if rng.random() < 0.2:
         layers.append(layers[0])  # one source layer twice
-    ends = rng.choice(names), rng.choice(names)
+    ends: list[End] = [rng.choice(names), rng.choice(names)]
+    for end in range(2):
+        if rng.random() < 0.4:
+            weights = tuple((n, rng.choice([0.3, 1.0])) for n in names if n != "base")
+            ends[end] = Merge("task_arithmetic", NO_LAYER, weights, TA)
     return Recipe(models, "base", tuple(layers), *ends, rng.choice(["bfloat16", "float32"]))
 
 
@@ -85,7 +89,7 @@ def state(resident: ResidentModel) -> dict[str, torch.Tensor]:
 def test_a_group_is_what_the_file_holds(models: dict[str, str]) -> None:
     family = Family(models, "base")
     weights = DeviceWeights(family, LoadingBackend(CPU))
-    for src in (None, 0, 5):
+    for src in ("embeddings", "head", 0, 5):
         key = weights.key("red", src, (torch.bfloat16, torch.bfloat16))
         assert key == GroupKey("red", src)
         group = weights.get([key])[key]
@@ -134,7 +138,7 @@ def test_the_budget_holds_and_hot_layers_stay(models: dict[str, str]) -> None:
     family = Family(models, "base")
     everything = DeviceWeights(family, CountedBackend())
     layer = everything.n_bytes(GroupKey("base", 0))
-    outside = everything.n_bytes(GroupKey("base", None))
+    outside = everything.n_bytes(GroupKey("base", "embeddings"))
     n_models = len(models)
     budget = outside + (6 + n_models) * layer  # six layers stay, and one merge passes through
     backend = CountedBackend()
@@ -145,8 +149,8 @@ def test_the_budget_holds_and_hot_layers_stay(models: dict[str, str]) -> None:
     for _ in range(40):
         hot = [GroupKey("red", src) for src in range(4)]
         cold = GroupKey(rng.choice(list(models)), rng.randrange(4, 6))
-        weights.hold([*hot, cold, GroupKey("base", None)])
-        weights.get([*hot, cold, GroupKey("base", None)])
+        weights.hold([*hot, cold, GroupKey("base", "embeddings")])
+        weights.get([*hot, cold, GroupKey("base", "embeddings")])
         src = rng.randrange(6)
         borrowed = weights.get([GroupKey(name, src) for name in models])
         assert len(borrowed) == n_models
@@ -169,7 +173,7 @@ def test_too_small_a_budget_is_said(models: dict[str, str]) -> None:
     weights.hold([])
     small = DeviceWeights(family, LoadingBackend(CPU), 1000)
     with pytest.raises(ResourceError, match="fewer workers"):
-        small.get([GroupKey("red", None)])
+        small.get([GroupKey("red", "embeddings")])
 
 
 def test_a_failed_load_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -181,13 +185,13 @@ def test_a_failed_load_leaves_nothing_behind(tmp_path: Path) -> None:
     path = tmp_path / "red" / "model.safetensors"
     content, times = path.read_bytes(), path.stat()
     path.write_bytes(content[: len(content) // 2])
-    keys = [GroupKey("red", src) for src in (None, *range(6))]
+    keys = [GroupKey("red", src) for src in ("embeddings", "head", *range(6))]
     with pytest.raises(ModelError, match=r"red/model\.safetensors"):
         weights.get(keys)
     assert not any(key in weights for key in keys[2:])
     path.write_bytes(content)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert len(weights.get(keys)) == 7
+    assert len(weights.get(keys)) == 8
     assert all(key in weights for key in keys)
     weights = DeviceWeights(family, LoadingBackend(CPU))
     path.rename(tmp_path / "gone")

@@ -7,6 +7,7 @@ layer and not from the place that the layer has in the result.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptailor.errors import ModelError, UsageError
+from gptailor.models.calibration import (
+    Calibration,
+    statistics_path,
+    weights_digest,
+    writing,
+)
 from gptailor.models.family import Family
 from gptailor.recipe import NO_LAYER, Layer, Merge, Recipe, Take
 from gptailor.stitching.layout import coalesced
-from gptailor.stitching.plan import make_plan, scale_factors
+from gptailor.stitching.plan import count_parameters, make_plan, scale_factors
 from gptailor.stitching.write import write_model
 from tests.models.tiny import (
+    HIDDEN,
     LAYER_SHAPES,
     VOCAB,
     encoded,
@@ -188,15 +196,6 @@ def test_layers_that_are_not_there(numbered_models: dict[str, str]) -> None:
         make_plan(recipe(numbered_models, Take("red", 0)), few)
 
 
-def test_embeddings_of_another_size(tmp_path: Path) -> None:
-    models = save_family(tmp_path, ["base"])
-    models["padded"] = str(save_model(tmp_path / "padded", vocab=VOCAB + 12))
-    family = Family(models, "base")
-    make_plan(recipe(models, Take("padded", 1)), family)  # its layers can be used
-    with pytest.raises(UsageError, match="take embeddings and head from the base"):
-        make_plan(recipe(models, Take("base", 0), embeddings="padded"), family)
-
-
 @pytest.mark.parametrize("dtype", ["F64"])
 def test_dtypes_that_can_not_be_cast(tmp_path: Path, dtype: str) -> None:
     models = save_family(tmp_path, ["base", "red"], dtype=dtype)
@@ -299,14 +298,73 @@ def test_merged_embeddings_and_head(numbered_models: dict[str, str], tmp_path: P
     assert "| green | `green` (local) | 0 |" in card
 
 
-def test_merged_embeddings_of_another_size(tmp_path: Path) -> None:
-    models = save_family(tmp_path, ["base", "red"])
-    models["padded"] = str(save_model(tmp_path / "padded", vocab=VOCAB + 12))
-    family = Family(models, "base")
-    for method in ("linear", "task_arithmetic"):
-        merge = Merge(method, NO_LAYER, (("red", 0.5), ("padded", 0.5)))
-        with pytest.raises(UsageError, match="take embeddings and head from the base"):
-            make_plan(recipe(models, Take("base", 0), embeddings=merge), family)
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The tokenizer has 20 tokens; rows that no token uses are padding."""
+    root = tmp_path_factory.mktemp("uneven")
+    rows = {"base": VOCAB + 8, "few": VOCAB, "many": VOCAB + 12}
+    return {n: str(save_model(root / n, vocab=v, tied=False)) for n, v in rows.items()}
+
+
+TOKENS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "head", "rows"),
+    [
+        ("base", "base", VOCAB + 8),
+        ("many", "many", VOCAB + 12),
+        ("few", "few", VOCAB),
+        ("base", "many", VOCAB + 8),
+        ("few", "base", VOCAB),
+        ("many", Merge("linear", NO_LAYER, (("few", 0.5), ("many", 0.5))), VOCAB),
+        (Merge("linear", NO_LAYER, (("many", 0.5), ("few", 0.0))), "many", VOCAB + 12),
+        (Merge("task_arithmetic", NO_LAYER, (("many", 0.5),), TA), "many", VOCAB + 8),
+        ("many", Take("many", NO_LAYER, modules=(("norm", Take("few", NO_LAYER)),)), VOCAB + 12),
+    ],
+)
+def test_embeddings_and_head_have_the_rows_that_all_their_sources_have(
+    uneven: dict[str, str], tmp_path: Path, embeddings: Any, head: Any, rows: int
+) -> None:
+    made = recipe(uneven, Take("many", 1), Take("few", 2), embeddings=embeddings, head=head)
+    family = Family(uneven, "base")
+    plan = write_model(made, family, tmp_path / "out", sync=False)
+    found = load_model(tmp_path / "out")
+    assert found[TOKENS][1] == found[HEAD][1] == (rows, HIDDEN)
+    assert plan.config["vocab_size"] == rows
+    whole = {name: load_model(Path(folder)) for name, folder in uneven.items()}
+    for end, name in ((embeddings, TOKENS), (head, HEAD)):
+        tensor = by_name(plan)[name]
+        parts = [floats(whole[s.model][name])[:rows] for s in tensor.sources]
+        expected = parts[0]
+        if len(parts) == 2:
+            expected = (parts[0] + parts[1]) / 2
+        elif tensor.base is not None:
+            expected = (parts[0] + floats(whole["base"][name])[:rows]) / 2
+        else:
+            assert tensor.is_copy, end
+        assert np.abs(floats(found[name]) - expected).max() <= 2e-3
+    assert count_parameters(made, family) == sum(math.prod(e[1]) for e in found.values())
+
+
+def test_rows_without_a_token_are_cut_from_statistics_too(
+    uneven: dict[str, str], tmp_path: Path
+) -> None:
+    family = Family(uneven, "base")
+    merge = Merge("fisher", NO_LAYER, (("few", 1.0), ("many", 1.0)))
+    for name in ("few", "many"):
+        tensors = llama_tensors(name, vocab=family.candidates[name].tensors[HEAD].shape[0])
+        tensors |= {HEAD: (*tensors[TOKENS][:2], encoded(np.ones(tensors[TOKENS][1]), "BF16"))}
+        metadata = {"schema": "gptailor/calibration/1", "method": "fisher", "text": "t"}
+        metadata["weights"] = weights_digest(family.candidates[name].tensors)
+        shapes = {n: (t[0], t[1]) for n, t in tensors.items()}
+        with writing(statistics_path(tmp_path, "fisher", name), metadata, shapes) as file:
+            for n, t in tensors.items():
+                file.write(n, memoryview(t[2]))
+    made = recipe(uneven, Take("base", 0), head=merge, calibration=Calibration(str(tmp_path)))
+    write_model(made, family, tmp_path / "out", sync=False)
+    parts = [floats(load_model(Path(uneven[n]))[HEAD])[:VOCAB] for n in ("few", "many")]
+    assert np.abs(floats(load_model(tmp_path / "out")[HEAD]) - sum(parts) / 2).max() <= 2e-3
 
 
 def test_the_key_of_a_tensor_is_its_source(numbered_models: dict[str, str]) -> None:
