@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from gptailor.archive import Cost as ArchiveCost
 from gptailor.archive import Outcome, Score
 from gptailor.layer import Layer, Take
+from gptailor.models.ends import Ends
 from gptailor.models.family import Family
 from gptailor.recipe import Recipe
 
@@ -35,14 +36,16 @@ class PretendFamily(Family):
     """What a search asks of a family, without files."""
 
     def __init__(self) -> None:
-        pass
+        self.ends = Ends.equal(list(MODELS), "base")
+        self.uneven = frozenset()
 
     @property
     def num_layers(self) -> int:
         return NUM_LAYERS
 
-    def parameters(self, src_layers: Sequence[int] | None = None) -> int:
-        kept = NUM_LAYERS if src_layers is None else len(src_layers)
+    def parameters(self, src_layers: Iterable[int] | None = None, rows: int | None = None) -> int:
+        del rows
+        kept = NUM_LAYERS if src_layers is None else len(list(src_layers))
         return PARAMETERS - (NUM_LAYERS - kept) * LAYER_PARAMETERS
 
 

@@ -111,11 +111,11 @@ class Recipe:
         layers = list(known or (canonical_layer(e, self.base, self.models) for e in self.layers))
         if layers[-1].scale != 1.0:
             layers[-1] = replace(layers[-1], scale=1.0)  # the final norm does not see it
-        ends = {
-            "embeddings": canonical_end(self.embeddings, self.base, self.models),
-            "head": canonical_end(self.head, self.base, self.models),
-        }
-        changed: dict[str, Any] = {"layers": tuple(layers), **ends, "_cache": {}}
+        ends = self._cache.get("ends") or tuple(
+            canonical_end(end, self.base, self.models) for end in (self.embeddings, self.head)
+        )
+        changed: dict[str, Any] = {"layers": tuple(layers), "_cache": {}}
+        changed["embeddings"], changed["head"] = ends
         built = replace(self, **changed)
         if not any(_statistics_of(*_entries(built))):
             built = replace(built, calibration=None)
@@ -123,13 +123,18 @@ class Recipe:
             self._cache["canonical"] = built
         return built
 
-    def remember_canonical(self, layers: Sequence[Layer]) -> None:
+    def remember_canonical(
+        self, layers: Sequence[Layer], ends: tuple[End, End] | None = None
+    ) -> None:
         """Saves the work of `canonical` where its entries are known.
 
         Args:
             layers: what `canonical_layer` gives for each of `layers`.
+            ends: what `canonical_end` gives for embeddings and head, if that is known, too.
         """
         self._cache["layers"] = tuple(layers)
+        if ends is not None:
+            self._cache["ends"] = ends
 
     @property
     def hash(self) -> str:

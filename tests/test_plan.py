@@ -17,6 +17,7 @@ from gptailor.errors import ResourceError
 from gptailor.evaluation.evaluator import Evaluator
 from gptailor.evaluation.footprint import Footprint, find_footprint, plan_gpus
 from gptailor.evaluation.probe import probe_recipes
+from gptailor.models.ends import Ends
 from gptailor.models.family import Family
 from gptailor.recipe import Merge
 from gptailor.search.space import LEVELS, METHOD, SOURCE
@@ -129,17 +130,24 @@ def test_the_words_for_a_person_and_for_a_script(
 
 
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "slerp", "karcher", "sce"])
-def test_the_space_has_as_many_recipes_as_can_be_counted(method: str) -> None:
+@pytest.mark.parametrize("stand_ins", [("base", "base"), ("base", "green"), ("red", "green")])
+def test_the_space_has_as_many_recipes_as_can_be_counted(
+    method: str, stand_ins: tuple[str, str]
+) -> None:
     models = {name: f"/m/{name}" for name in ("base", "red", "green")}
-    space = make_space(4, 2, protect=(1,), methods=(method,), models=models)
+    of_each = dict(zip(models, ("base", *stand_ins), strict=True))
+    ends = Ends(dict.fromkeys(models, "base"), of_each)
+    space = make_space(4, 2, protect=(1,), methods=(method,), models=models, ends=ends)
     levels = range(len(space.weights) + 1)
-    entries = set()
+    entries, heads = set(), set()
     for source, m, *row in itertools.product(range(3), range(2), levels, levels, levels):
-        gene = space.blank()[0]
-        gene[SOURCE], gene[METHOD], gene[LEVELS:] = source, m, row
-        entries.add(space._layer(0, gene))
+        genome = space.blank()
+        genome[:, SOURCE], genome[:, METHOD], genome[:, LEVELS:] = source, m, row
+        recipe = space.decode(genome)
+        entries.add(recipe.layers[0])
+        heads.add(recipe.head)
     subsets = [s for n in range(2, 5) for s in itertools.combinations(range(4), n) if 1 in s]
-    count = sum(len(entries) ** len(s) for s in subsets)
+    count = sum(len(entries) ** len(s) for s in subsets) * len(heads)
     assert space.log10_size() == pytest.approx(math.log10(count))
 
 

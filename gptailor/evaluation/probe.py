@@ -37,14 +37,16 @@ def probe_recipes(space: SearchSpace) -> dict[str, Recipe]:
     """The recipes that are measured."""
     dense = space.blank()
     half = dense.copy()
-    if space.methods:
-        half[1::2, METHOD] = 1
-        half[1::2, LEVELS:] = 1 + len(space.weights) // 2
+    if space.methods:  # ends that differ, too: nothing that is merged is larger
+        is_merged = np.ones(len(half), dtype=bool)
+        is_merged[space.layer_rows] = np.arange(space.num_layers) % 2 == 1
+        half[is_merged, METHOD] = 1
+        half[is_merged, LEVELS:] = 1 + len(space.weights) // 2
     smallest = dense.copy()
     free = np.setdiff1d(np.arange(space.num_layers), space.protected)
     count = max(space.min_layers - len(space.protected), 0)
     gone = np.delete(free, np.linspace(0, len(free) - 1, count).round().astype(int))
-    smallest[gone, KEEP] = 0
+    smallest[space.layer_rows][gone, KEEP] = 0
     genomes = {"dense": dense, "half merged": half, "smallest": smallest}
     return {name: space.decode(genome) for name, genome in genomes.items()}
 

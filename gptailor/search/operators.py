@@ -1,7 +1,8 @@
 """Variation made for layer stacks: crossover in depth, mutations that a stack of layers can bear.
 
 Each operator is a function of genome and generator; the pymoo classes at the end only apply them.
-Genomes have the shape (L, G), see `space`; pymoo hands them over flat.
+Genomes have the shape (R, G), see `space`; pymoo hands them over flat. Rows of embeddings and head
+are varied like those of layers, and are always kept.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ CROSSOVER_RATE = 0.7
 
 
 def cross_depth(first: Genome, second: Genome, rng: np.random.Generator) -> tuple[Genome, Genome]:
-    """One- or two-point crossover in depth: the children swap a run of source layers."""
-    num_layers = len(first)
-    num_points = min(int(rng.integers(1, 3)), max(num_layers - 1, 0))
-    points = np.sort(rng.choice(np.arange(1, num_layers), num_points, replace=False))
-    begin = int(points[0]) if num_points else num_layers
-    end = int(points[1]) if num_points == 2 else num_layers
+    """One- or two-point crossover in depth: the children swap a run of rows."""
+    num_rows = len(first)
+    num_points = min(int(rng.integers(1, 3)), max(num_rows - 1, 0))
+    points = np.sort(rng.choice(np.arange(1, num_rows), num_points, replace=False))
+    begin = int(points[0]) if num_points else num_rows
+    end = int(points[1]) if num_points == 2 else num_rows
     children = first.copy(), second.copy()
     children[0][begin:end], children[1][begin:end] = second[begin:end], first[begin:end]
     return children
@@ -40,43 +41,44 @@ def drop(genome: Genome, space: SearchSpace, rng: np.random.Generator) -> None:
     """Drops one kept layer."""
     free = np.setdiff1d(space.kept(genome), space.protected)
     if len(free) and len(space.kept(genome)) > space.min_layers:
-        genome[rng.choice(free), KEEP] = 0
+        genome[space.layer_rows][rng.choice(free), KEEP] = 0
 
 
 def restore(genome: Genome, space: SearchSpace, rng: np.random.Generator) -> None:
     """Brings one dropped layer back, with the source or merge that it had."""
-    gone = np.flatnonzero(genome[:, KEEP] == 0)
+    gone = space.gone(genome)
     if len(gone) and len(space.kept(genome)) < space.max_layers:
-        genome[rng.choice(gone), KEEP] = 1
+        genome[space.layer_rows][rng.choice(gone), KEEP] = 1
 
 
 def swap(genome: Genome, space: SearchSpace, rng: np.random.Generator) -> None:
     """Drops one layer and brings another back: the size stays."""
     free = np.setdiff1d(space.kept(genome), space.protected)
-    gone = np.flatnonzero(genome[:, KEEP] == 0)
+    gone = space.gone(genome)
+    layers = genome[space.layer_rows]
     if len(free) and len(gone):
-        genome[rng.choice(free), KEEP] = 0
-        genome[rng.choice(gone), KEEP] = 1
+        layers[rng.choice(free), KEEP] = 0
+        layers[rng.choice(gone), KEEP] = 1
 
 
 def change_source(genome: Genome, space: SearchSpace, rng: np.random.Generator) -> None:
     """Takes one layer, or a short run of layers, from another model."""
-    layers = _run_of_kept(genome, space, rng)
-    genome[layers, SOURCE] = int(rng.integers(len(space.names)))
-    genome[layers, METHOD] = 0
+    rows = _run_of_kept(genome, rng)
+    genome[rows, SOURCE] = int(rng.integers(len(space.names)))
+    genome[rows, METHOD] = 0
 
 
 def toggle_merge(genome: Genome, space: SearchSpace, rng: np.random.Generator) -> None:
     """Merges layers that were taken, or takes layers that were merged."""
     if not space.methods:
         return
-    layers = _run_of_kept(genome, space, rng)
-    if not len(layers):
+    rows = _run_of_kept(genome, rng)
+    if not len(rows):
         return
-    if genome[layers[0], METHOD] > 0 and rng.random() < 0.5:
-        genome[layers, METHOD] = 0
+    if genome[rows[0], METHOD] > 0 and rng.random() < 0.5:
+        genome[rows, METHOD] = 0
     else:
-        genome[layers, METHOD:] = space.random_merge(rng)
+        genome[rows, METHOD:] = space.random_merge(rng)
 
 
 def reweight(genome: Genome, space: SearchSpace, rng: np.random.Generator) -> None:
@@ -88,15 +90,15 @@ def reweight(genome: Genome, space: SearchSpace, rng: np.random.Generator) -> No
     if not len(merged):
         toggle_merge(genome, space, rng)
         return
-    layers = merged if rng.random() < 0.3 else rng.choice(merged, 1)
+    rows = merged if rng.random() < 0.3 else rng.choice(merged, 1)
     column = LEVELS + int(rng.integers(len(space.names)))
     step = int(rng.choice([-1, 1]))
     highest = len(space.weights)
-    for layer in layers:
-        level = genome[layer, column]
+    for row in rows:
+        level = genome[row, column]
         in_or_out = 0 if level else highest
-        moved = level + step if space.has_weights(genome[layer]) else in_or_out
-        genome[layer, column] = np.clip(moved, 0, highest)
+        moved = level + step if space.has_weights(genome[row]) else in_or_out
+        genome[row, column] = np.clip(moved, 0, highest)
 
 
 MUTATIONS: tuple[Callable[[Genome, SearchSpace, np.random.Generator], None], ...] = (
@@ -118,11 +120,9 @@ def mutate(genome: Genome, space: SearchSpace, rng: np.random.Generator) -> Geno
     return space.repaired(genome, rng)
 
 
-def _run_of_kept(
-    genome: Genome, space: SearchSpace, rng: np.random.Generator
-) -> npt.NDArray[np.int64]:
-    """One kept layer (half of the time), a run of up to half of the kept layers, or all of them."""
-    kept = space.kept(genome)
+def _run_of_kept(genome: Genome, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """One kept row (half of the time), a run of up to half of the kept rows, or all of them."""
+    kept = np.flatnonzero(genome[:, KEEP])
     kind = rng.random()
     if not len(kept) or kind > 0.85:
         return kept

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from gptailor.archive import Archive
@@ -20,7 +21,8 @@ def check_resumable(archive: Archive, config: Config, family: Family, documents:
     batch size can change the last bits of a score.
 
     Raises:
-        UsageError: configuration, weights or documents are others than those of the run.
+        UsageError: configuration, weights or documents are others than those of the run, or its
+            control arms are not the models that they name.
     """
     fingerprint = family.fingerprint()
     calibration = find_calibration(config, family)
@@ -35,13 +37,18 @@ def check_resumable(archive: Archive, config: Config, family: Family, documents:
     old_config = before["config"]
     if old_config is None:
         models = {name: str(c.folder) for name, c in family.candidates.items()}
-        parameters = dict.fromkeys(models, family.parameters())
+        rows = {
+            name: next((c.tensors[tensor].shape[0] for tensor in family.uneven), None)
+            for name, c in family.candidates.items()
+        }
+        parameters = {name: family.parameters(rows=number) for name, number in rows.items()}
         description = {
             "num_layers": family.num_layers,
             "models": models,
             "parameters": parameters,
         }
         archive.set_meta("family", json.dumps(description))
+        archive.set_meta("ends", json.dumps(asdict(family.ends)))
         for key, value in reversed(now.items()):  # "config" comes last: it marks a run as begun
             archive.set_meta(key, value)
         return
@@ -58,6 +65,12 @@ def check_resumable(archive: Archive, config: Config, family: Family, documents:
                 f"The run in {archive.folder} can't be resumed, as {what} changed since it began: "
                 "name another output."
             )
+    if archive.get_meta("ends") is None and not family.ends.are_equal:
+        raise UsageError(
+            f"The run in {archive.folder} was begun by a version that gave all recipes, control "
+            "arms too, the base's embeddings and head, but those of the candidates differ: name "
+            "another output."
+        )
     archive.set_meta("config", now["config"])
 
 

@@ -28,6 +28,7 @@ from gptailor.search.others import Alone
 from gptailor.search.scheduler import Ask, Scheduler, Tell
 from gptailor.search.seeds import control_arms
 from gptailor.search.space import SearchSpace, find_calibration
+from gptailor.stitching.plan import count_parameters
 
 if TYPE_CHECKING:
     from gptailor.execution.executor import Executor
@@ -77,7 +78,7 @@ class Run:
         self.progress = progress
         calibration = find_calibration(config, family)
         self.space = SearchSpace(
-            config.space, config.models, config.base, family.num_layers, calibration
+            config.space, config.models, config.base, family.num_layers, calibration, family.ends
         )
         self.scheduler = Scheduler(executor, stop or Stop(), lambda: tick(self))
         self._done = {(e.recipe.hash, e.documents): e for e in archive.evaluations()}
@@ -98,6 +99,8 @@ class Run:
             ResourceError: memory or disk is exhausted; what was evaluated is kept.
         """
         search = self.config.search
+        if not self.space.ends.are_equal:
+            self.progress.note("Models differ in embeddings or head: recipes choose these, too.")
         self._look()
         self._has_begun = True
         arms = control_arms(
@@ -299,7 +302,7 @@ class Run:
         rows, workers = [], []
         for f in finished:
             if isinstance(f.job, EvaluationJob) and isinstance(f.result, Outcome):
-                parameters = self.family.parameters(f.job.recipe.src_layers)
+                parameters = count_parameters(f.job.recipe, self.family)
                 rows.append((f.job.recipe, f.job.documents, parameters, f.result))
                 workers.append(f.worker)
         evaluations = self.archive.record_all(rows)

@@ -11,19 +11,23 @@
   (GPTailor, arXiv 2506.20480, and the configurations published with it).
 - `random:SIZE@MODEL`: random layers of one random candidate are dropped.
 
-SIZE is the part of the layers that is kept.
+SIZE is the part of the layers that is kept. Each arm is the model that it names: where candidates
+differ in their embeddings, final norm or head, it has those of MODEL, or merges them as it merges
+layers.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from gptailor.evaluation.similarity import Similarity
-from gptailor.recipe import Layer, Merge, Recipe, Take
-from gptailor.search.space import SearchSpace
+from gptailor.recipe import NO_LAYER, End, Merge, Recipe, Take
+from gptailor.search.space import SearchSpace, is_gene
 
 
 def control_arms(
@@ -114,14 +118,35 @@ def _paper(space: SearchSpace, keep: int, rng: np.random.Generator) -> Recipe:
     weights = tuple((name, round(1 / len(variants), 6)) for name in variants)
     values = (("lambda", 1.0), ("normalize", 0.0))
     kept = np.setdiff1d(np.arange(num_layers), gone)
-    return space.recipe([Merge("task_arithmetic", int(i), weights, values) for i in kept])
+    # there, embeddings follow the lowest kept layer, final norm and head the highest
+    return _merged(space, Merge("task_arithmetic", NO_LAYER, weights, values), kept)
 
 
 def _taken(space: SearchSpace, model: str, kept: Sequence[int] | npt.NDArray[np.int64]) -> Recipe:
-    return space.recipe([Take(model, int(i)) for i in kept])
+    layers = [Take(model, int(i)) for i in kept]
+    return space.recipe(layers, space.ends.embeddings[model], space.ends.head[model])
 
 
 def _averaged(space: SearchSpace, kept: Sequence[int] | npt.NDArray[np.int64]) -> Recipe:
     weights = tuple((name, 1.0) for name in space.names)
-    layers: list[Layer] = [Merge("linear", int(i), weights, (("normalize", 1.0),)) for i in kept]
-    return space.recipe(layers)
+    return _merged(space, Merge("linear", NO_LAYER, weights, (("normalize", 1.0),)), kept)
+
+
+def _merged(
+    space: SearchSpace, merge: Merge, kept: Sequence[int] | npt.NDArray[np.int64]
+) -> Recipe:
+    """Every layer is that merge, and so is each end where candidates differ."""
+    layers = [replace(merge, src_layer=int(i)) for i in kept]
+    ends = [_merged_end(space, merge, end) for end in (space.ends.embeddings, space.ends.head)]
+    return space.recipe(layers, *ends)
+
+
+def _merged_end(space: SearchSpace, merge: Merge, stand_ins: Mapping[str, str]) -> End:
+    if not is_gene(stand_ins):
+        return space.base
+    weights: dict[str, float] = defaultdict(float)
+    for model, weight in merge.weights:
+        weights[stand_ins[model]] += weight
+    if merge.takes_base:
+        weights.pop(space.base, None)  # its difference from itself is nothing
+    return replace(merge, weights=tuple(weights.items()))

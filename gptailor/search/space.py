@@ -4,31 +4,38 @@ A genome has a row for each source layer (L) and a column for each gene (G = 3 +
 
     keep | source | method | level of model 0 | … | level of model K−1
 
-`keep` is 0 or 1. `source` is the model whose layer is taken when nothing is merged. `method` 0
-takes, m > 0 merges with the m-th method of the space. A level is 0 for a model that is not part of
-the merge, or 1 + the index of its weight; slerp makes its t of the two weights, and to a method
-that has no weights a level only says that the model is part of it. Genes that have no effect (the
-source of a dropped layer) are kept, so that a layer comes back as it was.
+Where the models differ in their embeddings, a row for these comes first, and where they differ in
+final norm or head, one for both comes last, so that rows are in the order of depth; else recipes
+have those of the base. R is the number of rows.
+
+`keep` is 0 or 1, and always 1 for embeddings and head. `source` is the model whose layer is taken
+when nothing is merged. `method` 0 takes, m > 0 merges with the m-th method of the space. A level is
+0 for a model that is not part of the merge, or 1 + the index of its weight; slerp makes its t of
+the two weights, and to a method that has no weights a level only says that the model is part of
+it. Genes that have no effect (the source of a dropped layer) are kept, so that a layer comes back
+as it was.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gptailor.canonical import canonical_layer
+from gptailor.canonical import canonical_end, canonical_layer
 from gptailor.config import Config, Space
 from gptailor.errors import UsageError
 from gptailor.merging.registry import Method, get_method
 from gptailor.models.calibration import Calibration
+from gptailor.models.ends import Ends
 from gptailor.models.family import Family
-from gptailor.recipe import Layer, Merge, Recipe, Take
+from gptailor.recipe import NO_LAYER, End, Layer, Merge, Recipe, Take
 
 Genome = npt.NDArray[np.int64]
-"""Shape (L, G)."""
+"""Shape (R, G)."""
 
 KEEP, SOURCE, METHOD, LEVELS = 0, 1, 2, 3
 
@@ -62,6 +69,11 @@ class SearchSpace:
         base: the base's name.
         num_layers: source layers of the family.
         calibration: what recipes with methods that need statistics are made with.
+        ends: which models have the same embeddings and head; default: all have the base's.
+
+    Attributes:
+        protected: source layers that are always kept, ascending.
+        layer_rows: the rows of a genome that stand for source layers.
 
     Raises:
         UsageError: the bounds do not fit the number of layers.
@@ -74,6 +86,7 @@ class SearchSpace:
         base: str,
         num_layers: int,
         calibration: Calibration | None = None,
+        ends: Ends | None = None,
     ) -> None:
         self.models = dict(models)
         self.calibration = calibration
@@ -99,29 +112,42 @@ class SearchSpace:
         can_merge = len(self.names) > 1
         self.methods: list[Method] = [get_method(m) for m in space.merge.methods if can_merge]
         self.weights = list(space.merge.lambdas)
-        self._parts: dict[tuple[int, bytes, int], tuple[Layer, Layer]] = {}
+        self.ends = ends or Ends.equal(self.names, base)
+        self._itself = {name: name for name in self.names}
+        first = int(is_gene(self.ends.embeddings))
+        self.layer_rows = slice(first, first + num_layers)
+        self._end_rows = {}
+        if first:
+            self._end_rows["embeddings"] = 0
+        if is_gene(self.ends.head):
+            self._end_rows["head"] = first + num_layers
+        self._parts: dict[tuple[str | int, bytes, int], tuple[End, End]] = {}
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(L, G): rows and columns of a genome."""
-        return self.num_layers, LEVELS + len(self.names)
+        """(R, G): rows and columns of a genome."""
+        return self.num_layers + len(self._end_rows), LEVELS + len(self.names)
 
     def log10_size(self) -> float:
         """Logarithm of how many recipes there are, at most: some merges with other weights build
         the same."""
         free, num_protected = self.num_layers - len(self.protected), len(self.protected)
-        entries = len(self.names) + sum(map(self._num_merges, self.methods))
+        entries = self._num_entries(len(self.names))
         smallest = max(self.min_layers, num_protected)
-        return math.log10(
-            sum(
-                math.comb(free, kept - num_protected) * entries**kept
-                for kept in range(smallest, self.max_layers + 1)
-            )
+        stacks = sum(
+            math.comb(free, kept - num_protected) * entries**kept
+            for kept in range(smallest, self.max_layers + 1)
         )
+        ends = [len(set(self._stand_ins(end).values())) for end in self._end_rows]
+        return math.log10(stacks * math.prod(map(self._num_entries, ends)))
 
-    def _num_merges(self, method: Method) -> int:
+    def _num_entries(self, num_models: int) -> int:
+        """How many entries of a recipe take or merge so many models."""
+        return num_models + sum(self._num_merges(method, num_models) for method in self.methods)
+
+    def _num_merges(self, method: Method, num_models: int) -> int:
         """How many merges of one layer a method makes."""
-        sources = len(self.names) - method.uses_base
+        sources = num_models - method.uses_base
         if method.name == "slerp":
             parts = {round(b / (a + b), 6) for a in self.weights for b in self.weights}
             return math.comb(sources, 2) * len(parts)
@@ -131,23 +157,37 @@ class SearchSpace:
 
     def kept(self, genome: Genome) -> npt.NDArray[np.int64]:
         """The source layers that a genome keeps, ascending."""
-        return np.flatnonzero(genome[:, KEEP])
+        return np.flatnonzero(genome[self.layer_rows, KEEP])
+
+    def gone(self, genome: Genome) -> npt.NDArray[np.int64]:
+        """The source layers that a genome drops, ascending."""
+        return np.flatnonzero(genome[self.layer_rows, KEEP] == 0)
 
     def decode(self, genome: Genome) -> Recipe:
         """The recipe that a genome stands for."""
-        parts = [self._part(i, genome[i]) for i in self.kept(genome).tolist()]
-        recipe = self.recipe([layer for layer, _ in parts])
-        recipe.remember_canonical([canonical for _, canonical in parts])
+        rows = genome[self.layer_rows]
+        parts: list[Any] = [self._part(i, rows[i]) for i in self.kept(genome).tolist()]
+        ends: Any = [
+            self._part(end, genome[self._end_rows[end]])
+            if end in self._end_rows
+            else (self.base, self.base)
+            for end in ("embeddings", "head")
+        ]
+        recipe = self.recipe([layer for layer, _ in parts], *(end for end, _ in ends))
+        canonical = tuple(end for _, end in ends)
+        recipe.remember_canonical([layer for _, layer in parts], canonical)
         return recipe
 
-    def recipe(self, layers: Sequence[Layer]) -> Recipe:
-        """A recipe of this family with these layers; embeddings and head are the base's."""
+    def recipe(
+        self, layers: Sequence[Layer], embeddings: End | None = None, head: End | None = None
+    ) -> Recipe:
+        """A recipe of this family with these layers; by default with the base's ends."""
         return Recipe(
             models=self.models,
             base=self.base,
             layers=tuple(layers),
-            embeddings=self.base,
-            head=self.base,
+            embeddings=self.base if embeddings is None else embeddings,
+            head=self.base if head is None else head,
             dtype=self.dtype,
             calibration=self.calibration,
         )
@@ -155,14 +195,15 @@ class SearchSpace:
     def encode(self, recipe: Recipe) -> Genome:
         """The nearest genome: exact for whatever `decode` can give, weights go to the grid."""
         genome = self.blank()
-        genome[:, KEEP] = 0
+        rows = genome[self.layer_rows]
+        rows[:, KEEP] = 0
         for layer in recipe.layers:
-            row = genome[layer.src_layer]
-            row[KEEP] = 1
-            if isinstance(layer, Take):
-                row[SOURCE] = self.names.index(layer.model)
-            else:
-                self._encode_merge(layer, row)
+            rows[layer.src_layer, KEEP] = 1
+            self._encode_entry(layer, rows[layer.src_layer])
+        for name, row in self._end_rows.items():
+            end: End = getattr(recipe, name)
+            entry = Take(end, NO_LAYER) if isinstance(end, str) else end
+            self._encode_entry(entry, genome[row])
         return genome
 
     def blank(self) -> Genome:
@@ -178,14 +219,16 @@ class SearchSpace:
         Layers are dropped or restored at random positions, so that no depth is favoured.
         """
         genome = genome.copy()
-        genome[self.protected, KEEP] = 1
+        genome[list(self._end_rows.values()), KEEP] = 1
+        layers = genome[self.layer_rows]
+        layers[self.protected, KEEP] = 1
         kept = self.kept(genome)
         if len(kept) > self.max_layers:
             free = np.setdiff1d(kept, self.protected)
-            genome[rng.choice(free, len(kept) - self.max_layers, replace=False), KEEP] = 0
+            layers[rng.choice(free, len(kept) - self.max_layers, replace=False), KEEP] = 0
         elif len(kept) < self.min_layers:
-            gone = np.flatnonzero(genome[:, KEEP] == 0)
-            genome[rng.choice(gone, self.min_layers - len(kept), replace=False), KEEP] = 1
+            gone = self.gone(genome)
+            layers[rng.choice(gone, self.min_layers - len(kept), replace=False), KEEP] = 1
         return genome
 
     def random_merge(self, rng: np.random.Generator) -> npt.NDArray[np.int64]:
@@ -202,27 +245,44 @@ class SearchSpace:
         method = self.methods[int(row[METHOD]) - 1]
         return method.weighted or method.name == "slerp"
 
-    def _part(self, src_layer: int, row: npt.NDArray[np.int64]) -> tuple[Layer, Layer]:
-        """A layer, and its canonical form; recipes of a search have most of them in common."""
+    def _part(self, place: str | int, row: npt.NDArray[np.int64]) -> tuple[End, End]:
+        """What a source layer, or an end, is made of, and its canonical form; recipes of a search
+        have most of them in common."""
         genes = row[METHOD:] if row[METHOD] else row[SOURCE:METHOD]
-        key = src_layer, genes.tobytes(), int(row[SOURCE])
+        key = place, genes.tobytes(), int(row[SOURCE])
         found = self._parts.get(key)
         if found is None:
-            layer = self._layer(src_layer, row)
             if len(self._parts) >= MAX_PARTS:
                 self._parts.clear()
-            found = self._parts[key] = layer, canonical_layer(layer, self.base, self.models)
+            found = self._parts[key] = self._made(place, row)
         return found
 
-    def _layer(self, src_layer: int, row: npt.NDArray[np.int64]) -> Layer:
-        take = Take(self.names[row[SOURCE]], src_layer)
+    def _made(self, place: str | int, row: npt.NDArray[np.int64]) -> tuple[End, End]:
+        if isinstance(place, int):
+            layer = self._entry(place, row, self._itself)
+            return layer, canonical_layer(layer, self.base, self.models)
+        entry = self._entry(NO_LAYER, row, self._stand_ins(place))
+        end = entry.model if isinstance(entry, Take) else entry
+        return end, canonical_end(end, self.base, self.models)
+
+    def _stand_ins(self, end: str) -> Mapping[str, str]:
+        """Model → the one that stands for it at an end."""
+        return self.ends.embeddings if end == "embeddings" else self.ends.head
+
+    def _entry(
+        self, src_layer: int, row: npt.NDArray[np.int64], stand_ins: Mapping[str, str]
+    ) -> Layer:
+        """What a row stands for. Models for which another one stands have no part in merges."""
+        take = Take(stand_ins[self.names[row[SOURCE]]], src_layer)
         if row[METHOD] == 0:
             return take
         method = self.methods[row[METHOD] - 1]
         levels = [
             (name, int(level))
             for name, level in zip(self.names, row[LEVELS:], strict=True)
-            if level > 0 and not (method.uses_base and name == self.base)
+            if level > 0
+            and stand_ins[name] == name
+            and not (method.uses_base and name == self.base)
         ]
         values = {p.name: p.search[0] for p in method.parameters}
         if len(levels) > method.max_sources:
@@ -238,7 +298,10 @@ class SearchSpace:
             weights = tuple((name, 1.0) for name, _ in weights)
         return Merge(method.name, src_layer, weights, tuple(values.items()))
 
-    def _encode_merge(self, layer: Merge, row: npt.NDArray[np.int64]) -> None:
+    def _encode_entry(self, layer: Layer, row: npt.NDArray[np.int64]) -> None:
+        if isinstance(layer, Take):
+            row[SOURCE] = self.names.index(layer.model)
+            return
         methods = [method.name for method in self.methods]
         strongest = max(layer.weights, key=lambda item: item[1])[0]
         row[SOURCE] = self.names.index(strongest)
@@ -259,3 +322,8 @@ class SearchSpace:
 
     def _nearest(self, weight: float) -> int:
         return int(np.argmin([abs(w - weight) for w in self.weights]))
+
+
+def is_gene(stand_ins: Mapping[str, str]) -> bool:
+    """True if models differ at an end."""
+    return len(set(stand_ins.values())) > 1

@@ -190,7 +190,9 @@ def plan(
     for text in family.notes:
         note(text)
     calibration = find_calibration(parsed, family)
-    space = SearchSpace(parsed.space, parsed.models, parsed.base, family.num_layers, calibration)
+    space = SearchSpace(
+        parsed.space, parsed.models, parsed.base, family.num_layers, calibration, family.ends
+    )
     sizes = DryRun(parsed, family).sizes()
     dtype = parsed.evaluation.dtype
     footprint = find_footprint(

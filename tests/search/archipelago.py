@@ -14,6 +14,7 @@ from typing import Any
 from gptailor.archive import Archive, Cost, Evaluation, Outcome
 from gptailor.config import Config, parse_config
 from gptailor.execution.executor import EvaluationJob, Finished, Job
+from gptailor.models.ends import Ends
 from gptailor.recipe import Recipe, Take
 from gptailor.search.island_folder import island_folder
 from gptailor.search.islands import Islands
@@ -115,7 +116,10 @@ def search(
 ) -> None:
     """What `gptailor search --island` does, without models; `ready` is called before it begins."""
     family: Any = SimpleNamespace(
-        num_layers=NUM_LAYERS, parameters=lambda layers=(): 100 * len(layers or range(NUM_LAYERS))
+        num_layers=NUM_LAYERS,
+        parameters=lambda layers=(), rows=None: 100 * len(layers or range(NUM_LAYERS)),
+        ends=Ends.equal(list(MODELS), "base"),
+        uneven=frozenset(),
     )
     with open_archive(run, island, config) as archive:
         others = Islands(run, island, count, archive)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gptailor.archive import Cost, Outcome, Score
 from gptailor.config import Space
+from gptailor.models.ends import Ends
 from gptailor.recipe import Merge, Recipe
 from gptailor.search.space import SearchSpace
 
@@ -18,6 +19,7 @@ def make_space(
     protect: tuple[int, ...] = (),
     methods: tuple[str, ...] = ALL,
     models: dict[str, str] | None = None,
+    ends: Ends | None = None,
 ) -> SearchSpace:
     space = Space.model_validate(
         {
@@ -25,7 +27,7 @@ def make_space(
             "merge": {"methods": methods, "lambdas": (0.3, 0.5, 0.7, 1.0)},
         }
     )
-    return SearchSpace(space, models or MODELS, "base", num_layers)
+    return SearchSpace(space, models or MODELS, "base", num_layers, ends=ends)
 
 
 def synthetic(recipe: Recipe) -> Outcome:
