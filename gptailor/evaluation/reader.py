@@ -62,6 +62,7 @@ class TransformersReader:
                 f"{'they are' if len(ignored) > 1 else 'it is'} left out."
             )
             reading = Reading(frozenset(ignored), prefix=structure.prefix, notes=(note,))
+        reading = replace(reading, shared=_shared(structure))
         reading = _tied(structure, checkpoint, reading)
         kept = [t for t in checkpoint.tensors.values() if t.name not in reading.ignored]
         found = rehearse(structure.shell, folder, [(t.name, t.dtype, t.shape) for t in kept])
@@ -142,6 +143,16 @@ def _tied(structure: Structure, checkpoint: Checkpoint, reading: Reading) -> Rea
     return tied_reading(
         checkpoint, ties, files.get(head, head), files.get(embeddings, embeddings), reading
     )
+
+
+def _shared(structure: Structure) -> str:
+    """A parameter of one layer that is also one of another layer, or empty."""
+    inside = re.compile(rf"{re.escape(structure.stack)}\.([0-9]+)\.")
+    for name, other in structure.shell.all_tied_weights_keys.items():
+        places = inside.match(name), inside.match(other)
+        if places[0] and places[1] and places[0][1] != places[1][1]:
+            return str(name)
+    return ""
 
 
 def _weight_name(shell: Any, module: Any) -> str | None:

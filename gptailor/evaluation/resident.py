@@ -23,6 +23,7 @@ from gptailor.evaluation.device_weights import Backend, Group, GroupKey, Place
 from gptailor.evaluation.footprint import CACHED_MODELS
 from gptailor.evaluation.home import Home, Key, memory_bytes, open_homes, spread_modules
 from gptailor.evaluation.loading import load_model
+from gptailor.evaluation.pointers import find_pointers
 from gptailor.evaluation.signature import Constants, carry_over
 from gptailor.evaluation.slots import Parameters, Slots, let_go, point
 from gptailor.evaluation.structure import Cut, Structure
@@ -104,17 +105,18 @@ class ResidentModel:
             base.folder, base.config, base.checkpoint.tensors, self.model.dtype
         )
         self._stack_name = self.structure.stack
-        self._check_supported()
+        pointers = find_pointers(self.structure, family)
+        self._layer_names, self._outside, self._ties = (
+            pointers.layers,
+            pointers.outside,
+            pointers.ties,
+        )
         self._configs = configs_of(self.model)
         self._full_config = self.model.config.to_dict()
         self._config_keys: set[str] = set()  # those that a cut has changed so far
-        self._layer_names = [self._module_suffixes(src) for src in range(family.num_layers)]
         stack = self.model.get_submodule(self._stack_name)
         self._slots = Slots(list(stack), self._layer_names)
-        inside = {n for layer in family.architecture.layers for n in layer.values()}
-        self._outside = {n: self._module_name(n) for n in base.tensors if n not in inside}
         self._outside_before: Constants = {}
-        self._ties = self._tied_pairs()
         for name in self._outside.values():
             let_go(self.model, name)
         self._tie()
@@ -230,31 +232,6 @@ class ResidentModel:
         for name, parameter in self._outside_now.items():
             if name in parameters and parameters[name].data_ptr() == parameter.data_ptr():
                 let_go(self.model, self._outside[name])
-
-    def _tied_pairs(self) -> list[tuple[str, str]]:
-        """Parameters that no file has, each with the one that it is.
-
-        Raises:
-            ModelError: layers share weights, or a weight is neither in the files nor tied.
-        """
-        held = set(self._outside.values())
-        for src, names in enumerate(self._layer_names):
-            held |= {f"{self._stack_name}.{src}.{suffix}" for suffix in names}
-        pairs = []
-        for tied, source in self.model.all_tied_weights_keys.items():
-            if tied in held and source in held:
-                continue  # different ones, see Reading.unties
-            name, of = (tied, source) if source in held else (source, tied)
-            if of in self._outside.values() and not name.startswith(f"{self._stack_name}."):
-                pairs.append((name, of))
-        open_ones = {n for n, _ in self.model.named_parameters(remove_duplicate=False)} - held
-        open_ones -= {name for name, _ in pairs}
-        if open_ones:
-            raise ModelError(
-                f"{self.family.base.folder}: {min(open_ones)} is in no file as it is in the model "
-                f"({self.model.config.model_type}), which a search can't do yet; stitching can."
-            )
-        return pairs
 
     def _tie(self) -> None:
         for name, source in self._ties:
@@ -451,40 +428,6 @@ class ResidentModel:
             if isinstance(config, kind):
                 for key in self._config_keys & text.keys():
                     object.__setattr__(config, key, text[key])  # past checks of one by another
-
-    def _module_name(self, tensor_name: str) -> str:
-        name = self.structure.module_names[tensor_name]
-        assert name is not None  # else it would have been ignored
-        return name
-
-    def _module_suffixes(self, src_layer: int) -> dict[str, str]:
-        """The layer's parameters as its module names them → the files' names."""
-        begin = len(f"{self._stack_name}.{src_layer}.")
-        names = self.family.architecture.layers[src_layer].values()
-        return {self._module_name(name)[begin:]: name for name in names}
-
-    def _check_supported(self) -> None:
-        """Raises a `ModelError` if parameters can't simply be pointed at the files' tensors."""
-        folder, kind = self.family.base.folder, self.model.config.model_type
-        for name, info in self.family.base.tensors.items():
-            target = self.structure.module_names.get(name)
-            shape = None if target is None else tuple(_tensor(self.model, target).shape)
-            if name in self.structure.converted or shape != info.shape:
-                raise ModelError(
-                    f"{folder}: transformers does not keep {name} as it is in the file, but fuses "
-                    f"or reshapes it on load ({kind}), which a search can't do yet; stitching can."
-                )
-        if written := self.structure.written:
-            raise ModelError(
-                f"{folder}: a model of this type ({kind}) writes into its own weights "
-                f"({written[0]}) while it runs, so that a search can't share them; stitching can."
-            )
-
-
-def _tensor(model: nn.Module, name: str) -> torch.Tensor:
-    path, _, leaf = name.rpartition(".")
-    found: torch.Tensor = getattr(model.get_submodule(path), leaf)
-    return found
 
 
 def configs_of(model: nn.Module) -> list[Any]:

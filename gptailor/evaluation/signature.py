@@ -106,15 +106,11 @@ def _kept(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str | torch.Tensor):
         return value
     if isinstance(value, torch.dtype | torch.Size):
-        return str(value)
-    if isinstance(value, list | tuple | set | frozenset):
-        parts = [_kept(item) for item in value]
-        if any(part is _SKIPPED for part in parts):
-            return _SKIPPED
-        return sorted(map(repr, parts)) if isinstance(value, set | frozenset) else parts
+        return value
+    if type(value) in (list, tuple, set, frozenset):
+        return value if all(_kept(item) is not _SKIPPED for item in value) else _SKIPPED
     if type(value) is dict:
-        kept = {key: _kept(item) for key, item in value.items()}
-        return _SKIPPED if any(p is _SKIPPED for p in kept.values()) else kept
+        return value if all(_kept(item) is not _SKIPPED for item in value.values()) else _SKIPPED
     if isinstance(value, functools.partial):
         return f"{_name(value.func)}{value.args}{value.keywords}"
     if isinstance(value, Callable):  # type: ignore[arg-type]
@@ -136,7 +132,13 @@ def same(first: Any, second: Any) -> bool:
             and first.shape == second.shape
             and bool(torch.equal(first, second))
         )
-    return type(first) is type(second) and bool(first == second)
+    if type(first) is not type(second):
+        return False
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(v, second[k]) for k, v in first.items())
+    return bool(first == second)
 
 
 def is_alike(signatures: Sequence[Signature], other: Signature) -> bool:

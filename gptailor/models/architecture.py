@@ -25,6 +25,11 @@ _EMBEDDINGS = re.compile(r"embed(?!_out)|(^|\.)(wte|wpe|tok_embeddings|emb)\b|in
 _RESIDUAL_WRITERS = re.compile(
     r"(^|\.)(o_proj|down_proj|out_proj|c_proj|dense|dense_4h_to_h|fc2|wo|w2)\.(weight|bias)$"
 )
+_PLAIN_PARTS = re.compile(
+    r"(^|\.)([a-z_]*norm[a-z_0-9]*|ln_[a-z0-9]+|[qkvo]_proj|qkv_proj|out_proj|query_key_value|dense"
+    r"|gate_proj|up_proj|down_proj|gate_up_proj|fc[12]|c_attn|c_proj|c_fc|dense_h_to_4h"
+    r"|dense_4h_to_h|w[123qkvo]|wqkv)\.(weight|bias)$"
+)
 _POST_NORMS = re.compile(r"post_feedforward|post_attention_norm\b|post_mlp|post_self_attn")
 _NUMBER = r"(0|[1-9][0-9]{0,5})"
 _LAYER = re.compile(rf"{_NUMBER}\.")
@@ -72,13 +77,14 @@ class Architecture:
         """Suffixes of the projections that write to the residual stream.
 
         Raises:
-            UsageError: they can't be told, or a norm follows them, so that no scale folds into
-                them exactly.
+            UsageError: they can't be told, a norm follows them, or the layer has parts of which it
+                is not known whether they write there, so that no scale folds into it exactly.
         """
         suffixes = tuple(self.layers[layer])
         found = tuple(s for s in suffixes if _RESIDUAL_WRITERS.search(s))
         weights = [s for s in found if s.endswith(".weight")]
-        if len(weights) != 2 or any(_POST_NORMS.search(s) for s in suffixes):
+        is_plain = all(_PLAIN_PARTS.search(s) for s in suffixes)
+        if len(weights) != 2 or not is_plain or any(_POST_NORMS.search(s) for s in suffixes):
             raise UsageError(
                 f"scale can't be folded into {self.prefix}{layer}: this architecture does not "
                 "write to the residual stream through exactly two plain projections."

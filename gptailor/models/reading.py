@@ -36,6 +36,7 @@ class Reading:
         is_tied: the output head is the embedding matrix.
         prefix: of the layers' tensors, up to the number; None for what has most bytes.
         unties: config.json ties the head, but the files hold another one: the result's must not.
+        shared: a tensor that several layers have in common; empty where each has its own.
         is_plain: a cut changes nothing in its config but the number of layers.
         notes: what a person should know, a sentence each.
     """
@@ -44,6 +45,7 @@ class Reading:
     is_tied: bool = False
     prefix: str | None = None
     unties: bool = False
+    shared: str = ""
     is_plain: bool = False
     notes: tuple[str, ...] = ()
 

@@ -128,6 +128,7 @@ def check_recipe(recipe: Recipe, family: Family) -> None:
     """
     family.check_settled()
     _check_layers(recipe, family)
+    _check_shared(recipe, family)
     _check_modules(recipe, family)
     _check_statistics(recipe, family)
 
@@ -347,6 +348,18 @@ def _check_layers(recipe: Recipe, family: Family) -> None:
     _check_opened([recipe.base], "base", family)
     for key, end in (("embeddings", recipe.embeddings), ("head", recipe.head)):
         _check_opened([end] if isinstance(end, str) else end.used_models, key, family)
+
+
+def _check_shared(recipe: Recipe, family: Family) -> None:
+    """Raises where layers that have weights in common would be made of different ones."""
+    shared = family.base.reading.shared
+    models = {layer.model if isinstance(layer, Take) else None for layer in recipe.layers}
+    parts = any(layer.modules or layer.scale != 1.0 for layer in recipe.layers)
+    if shared and (len(models) > 1 or None in models or parts):
+        raise UsageError(
+            f"Layers of {family.base.folder} have weights in common ({shared}), so that they can't "
+            "be merged or come from several models: take all layers from one."
+        )
 
 
 def _check_opened(models: Iterable[str], where: str, family: Family) -> None:

@@ -309,3 +309,24 @@ def test_a_quantization_that_is_left_over_is_not_applied(tmp_path: Path) -> None
     assert "quantization" not in (tmp_path / "out" / "config.json").read_text()
     logits = logits_of(resident.assemble(recipe(folder, 0, 3)))
     assert torch.equal(logits, logits_of(loaded(tmp_path / "out")))
+
+
+def test_layers_that_share_weights_come_from_one_model(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"num_mem_blocks": 1, "mamba_d_state": 4, "mamba_ngroups": 1}
+    sizes |= {"n_mamba_heads": 4, "mamba_headdim": 16, "use_mamba_kernels": False}
+    kinds = ["mamba", "hybrid", "mamba", "hybrid"]
+    folders = [
+        save_real(tmp_path / name, "zamba2", seed=seed, layers_block_type=kinds, **sizes)
+        for seed, name in enumerate(("base", "other"))
+    ]
+    models = {"base": str(folders[0]), "other": str(folders[1])}
+    family = Family(models, "base", reader=LazyReader())
+    assert family.base.reading.shared
+
+    def made(*names: str) -> Recipe:
+        layers = tuple(Take(name, i) for i, name in enumerate(names))
+        return Recipe(models, "base", layers, "base", "base", "float32")
+
+    with pytest.raises(UsageError, match="have weights in common"):
+        write_model(made("base", "other", "base", "base"), family, tmp_path / "mixed")
+    write_model(made(*["other"] * 4), family, tmp_path / "whole", test=smoke_test)

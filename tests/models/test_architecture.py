@@ -98,6 +98,14 @@ def test_norms_after_a_projection_forbid_scales() -> None:
         found(stack("model.layers.", gemma)).residual_writers(1)
 
 
+@pytest.mark.parametrize(
+    "part", ["self_attn.dense_bias", "mlp.experts.down_proj", "mlp.odd.weight"]
+)
+def test_parts_of_which_nobody_knows_where_they_write_forbid_scales(part: str) -> None:
+    with pytest.raises(UsageError, match="scale can't be folded"):
+        found(stack("model.layers.", [*LLAMA, part])).residual_writers(1)
+
+
 def test_a_smaller_stack_beside_the_layers_stays_whole() -> None:
     vision = stack("vision.encoder.layers.", ["w"], 30, size=1)
     architecture = found(stack("language.layers.", LLAMA) | vision)

@@ -1,0 +1,89 @@
+"""Which parameter of the model is which tensor of the files: what a resident model points at.
+
+It takes layers as they lie in the files. Where transformers fuses or reshapes tensors on load,
+where layers share weights, or where a model writes to them, a search is refused; stitching is not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gptailor.errors import ModelError
+from gptailor.evaluation.structure import Structure
+from gptailor.models.family import Family
+
+
+@dataclass(frozen=True)
+class Pointers:
+    """Where tensors of the files go.
+
+    Attributes:
+        layers: for each source layer, parameter as its module names it → tensor of the files.
+        outside: tensor of the files that is outside the layers → parameter.
+        ties: parameters that no file has, each with the one that it is.
+    """
+
+    layers: tuple[dict[str, str], ...]
+    outside: dict[str, str]
+    ties: tuple[tuple[str, str], ...]
+
+
+def find_pointers(structure: Structure, family: Family) -> Pointers:
+    """Finds them without weights.
+
+    Raises:
+        ModelError: a search can't be done with models of this kind.
+    """
+    base = family.base
+    kind = structure.shell.config.model_type
+    names = {name: _target(structure, name, base.folder) for name in base.tensors}
+    for name, target in names.items():
+        shape = tuple(_tensor(structure.shell, target).shape)
+        if name in structure.converted or shape != base.tensors[name].shape:
+            raise ModelError(
+                f"{base.folder}: transformers does not keep {name} as it is in the file, but fuses "
+                f"or reshapes it on load ({kind}), which a search can't do yet; stitching can."
+            )
+    if written := structure.written:
+        raise ModelError(
+            f"{base.folder}: a model of this type ({kind}) writes into its own weights "
+            f"({written[0]}) while it runs, so that a search can't share them; stitching can."
+        )
+    layers = []
+    for src_layer, tensors in enumerate(family.architecture.layers):
+        begin = len(f"{structure.stack}.{src_layer}.")
+        layers.append({names[name][begin:]: name for name in tensors.values()})
+    inside = {name for layer in layers for name in layer.values()}
+    outside = {name: target for name, target in names.items() if name not in inside}
+    held = set(names.values())
+    ties = []
+    for tied, source in structure.shell.all_tied_weights_keys.items():
+        if tied in held and source in held:
+            continue  # two different ones, see `Reading.unties`
+        name, of = (tied, source) if source in held else (source, tied)
+        if of in outside.values() and not name.startswith(f"{structure.stack}."):
+            ties.append((name, of))
+    parameters = {n for n, _ in structure.shell.named_parameters(remove_duplicate=False)}
+    left = parameters - held - {name for name, _ in ties}
+    if left:
+        raise ModelError(
+            f"{base.folder}: {min(left)} is in no file as it is in the model ({kind}), which a "
+            "search can't do yet; stitching can."
+        )
+    return Pointers(tuple(layers), outside, tuple(ties))
+
+
+def _target(structure: Structure, name: str, folder: object) -> str:
+    target = structure.module_names.get(name)
+    if target is None:
+        raise ModelError(f"{folder}: transformers does not use {name}.")
+    return target
+
+
+def _tensor(model: nn.Module, name: str) -> torch.Tensor:
+    path, _, leaf = name.rpartition(".")
+    found: torch.Tensor = getattr(model.get_submodule(path), leaf)
+    return found
