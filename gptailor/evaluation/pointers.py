@@ -47,11 +47,7 @@ def find_pointers(structure: Structure, family: Family) -> Pointers:
                 f"{base.folder}: transformers does not keep {name} as it is in the file, but fuses "
                 f"or reshapes it on load ({kind}), which a search can't do yet; stitching can."
             )
-    if written := structure.written:
-        raise ModelError(
-            f"{base.folder}: a model of this type ({kind}) writes into its own weights "
-            f"({written[0]}) while it runs, so that a search can't share them; stitching can."
-        )
+    structure.check_steady()
     layers = []
     for src_layer, tensors in enumerate(family.architecture.layers):
         begin = len(f"{structure.stack}.{src_layer}.")

@@ -106,6 +106,7 @@ class ResidentModel:
         )
         self._stack_name = self.structure.stack
         pointers = find_pointers(self.structure, family)
+        self.structure.check_steady(self.model)
         self._layer_names, self._outside, self._ties = (
             pointers.layers,
             pointers.outside,

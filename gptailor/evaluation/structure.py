@@ -240,10 +240,22 @@ class Structure:
             return f"{self.folder} can't be cut to the layers {kept}: it would not run: {reason}"
         return Cut(proposal, config, tuple(constants), around.constants)
 
-    @property
-    def written(self) -> list[str]:
-        """Weights that a forward pass writes to, as far as a pass without values can tell."""
-        return self._whole_pass[1]
+    def check_steady(self, model: Any = None) -> None:
+        """Raises a `ModelError` if a forward pass changes the model itself.
+
+        Args:
+            model: with weights, for the few that can't run without values; None: only those that
+                can are looked at.
+        """
+        reason, changed = self._whole_pass
+        if reason and model is not None:
+            changed = _pass(model)[1]
+        if changed:
+            kind = self.shell.config.model_type
+            raise ModelError(
+                f"{self.folder}: a model of this type ({kind}) {changed} while it runs, so that a "
+                "search can't share its layers; stitching can."
+            )
 
     @property
     def _runs(self) -> bool:
@@ -252,7 +264,7 @@ class Structure:
         return not self._whole_pass[0]
 
     @cached_property
-    def _whole_pass(self) -> tuple[str, list[str]]:
+    def _whole_pass(self) -> tuple[str, str]:
         return _dry_pass(self.shell.config)
 
     def _resolved(self, proposal: Mapping[str, Any]) -> Any:
@@ -344,25 +356,46 @@ def module_names(
     return names, converted
 
 
-def _dry_pass(config: Any) -> tuple[str, list[str]]:
-    """A pass of a few tokens on the meta device, without values.
-
-    Returns:
-        Why it ends in an error, or empty; names of the weights that it writes to.
-    """
+def _dry_pass(config: Any) -> tuple[str, str]:
+    """`_pass` of the model of a config on the meta device, without values."""
     from transformers import AutoModelForCausalLM
 
     reason = ""
     for kwargs in ({"experts_implementation": "batched_mm"}, {}):  # others look at values
         try:
-            with quiet(), torch.device("meta"), torch.no_grad():
+            with quiet(), torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **kwargs).eval()
-                versions = {name: p._version for name, p in model.named_parameters()}
-                model(input_ids=torch.zeros(1, 4, dtype=torch.long))
-            return "", [n for n, p in model.named_parameters() if p._version != versions[n]]
-        except Exception as error:  # whatever the model's own code raises
-            reason = reason or (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return reason, []
+        except Exception as error:  # whatever transformers raises
+            found = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        else:
+            found, changed = _pass(model)
+            if not found:
+                return "", changed
+        reason = reason or found
+    return reason, ""
+
+
+def _pass(model: Any) -> tuple[str, str]:
+    """A pass of a few tokens.
+
+    Returns:
+        Why it ends in an error, or empty; what it changes in the model, as a clause, or empty.
+    """
+    versions = {name: p._version for name, p in model.named_parameters()}
+    modules = {path: type(module) for path, module in model.named_modules()}
+    device = next(model.parameters()).device
+    try:
+        with quiet(), torch.no_grad():
+            model(input_ids=torch.zeros(1, 4, dtype=torch.long, device=device))
+    except Exception as error:  # whatever the model's own code raises
+        return (str(error).strip().splitlines() or [type(error).__name__])[0], ""
+    for name, parameter in model.named_parameters():
+        if versions.get(name, parameter._version) != parameter._version:
+            return "", f"writes into its own weights ({name})"
+    for path, module in model.named_modules():
+        if modules.get(path) is not type(module):
+            return "", f"replaces its own modules ({path})"
+    return "", ""
 
 
 def _shown(src_layers: Sequence[int]) -> str:

@@ -154,6 +154,13 @@ def test_weights_that_a_model_writes_to_are_not_shared(tmp_path: Path) -> None:
     write_model(recipe(folder, 0, 2), opened(folder), tmp_path / "out", test=smoke_test)
 
 
+def test_modules_that_a_model_replaces_are_not_shared(tmp_path: Path) -> None:
+    keys = {"is_decoder": True, "attention_type": "block_sparse", "block_size": 4}
+    folder = save_real(tmp_path / "m", "big_bird", num_random_blocks=1, **keys)
+    with pytest.raises(ModelError, match="replaces its own modules"):
+        ResidentModel(opened(folder), dtype="float32", device="cpu")
+
+
 def test_the_stack_is_the_one_whose_depth_the_config_tells(tmp_path: Path) -> None:
     """A vision tower of equal depth and more bytes stays whole."""
     from transformers import AutoConfig, AutoModelForImageTextToText
