@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptailor.errors import ModelError, UsageError, unknown
+from gptailor.errors import ModelError, ResourceError, UsageError, unknown
 from gptailor.evaluation.family import open_family
 from gptailor.models.calibration import METHODS as CALIBRATED
 from gptailor.models.family import Family
@@ -59,6 +59,8 @@ def stitch(
         family = open_family(recipe.used_models, recipe.base, io)
     for text in family.notes:
         note(text)
+    if verify:
+        _check_room(recipe, family, out)
     plan = write_model(
         recipe,
         family,
@@ -72,6 +74,19 @@ def stitch(
     for text in plan.notes:
         note(text)
     return Path(out)
+
+
+def _check_room(recipe: Recipe, family: Family, out: str | Path) -> None:
+    """Raises a `ResourceError` if there is no memory to test the result: before it is written."""
+    from gptailor.execution.memory import available_bytes
+
+    n_bytes = family.parameters(recipe.src_layers) * (4 if recipe.dtype == "float32" else 2)
+    room = available_bytes()
+    if n_bytes > room:
+        raise ResourceError(
+            f"{out} would take {n_bytes / 1e9:.1f} GB of memory to be tested, of which "
+            f"{room / 1e9:.1f} GB are free: use --no-verify."
+        )
 
 
 def _smoke_test(out: str | Path) -> Callable[[Path], object]:

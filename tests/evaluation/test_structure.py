@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gptailor.errors import ModelError, UsageError
+from gptailor.errors import ModelError, ResourceError, UsageError
 from gptailor.evaluation.lazy_reader import LazyReader
 from gptailor.evaluation.resident import ResidentModel
 from gptailor.evaluation.signature import carry_over, compare_layer, signature
@@ -337,3 +337,19 @@ def test_layers_that_share_weights_come_from_one_model(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="have weights in common"):
         write_model(made("base", "other", "base", "base"), family, tmp_path / "mixed")
     write_model(made(*["other"] * 4), family, tmp_path / "whole", test=smoke_test)
+
+
+def test_a_result_that_can_not_be_tested_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gptailor import verbs
+    from gptailor.execution import memory
+
+    folder = save_real(tmp_path / "m", "llama")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe(folder, 0, 2).to_yaml())
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
+    with pytest.raises(ResourceError, match="use --no-verify"):
+        verbs.stitch(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    verbs.stitch(path, tmp_path / "out", verify=False)
