@@ -13,7 +13,7 @@ from gptailor.models.family import Candidate
 from gptailor.models.rows import check_rows
 from gptailor.models.untrusted import shown
 
-_TEXTS = (
+TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
     "HELLO, World! It's 3.14159, 1,000,000 and 0x7f; e-mail: a_b@example.org?",
     "def f(x):\n    return [x ** 2 for x in range(10)]  # squares\n\n\tif x != y:\r\n",
@@ -64,7 +64,7 @@ def _difference(mine: Any, bases: Any) -> str:
     for token in sorted(added[0] ^ added[1]):
         if any(len(one.encode(token, add_special_tokens=False)) != 1 for one in (mine, bases)):
             return f"where {shown(token)} is one token in one of them only"
-    for text in _TEXTS:
+    for text in TEXTS:
         pieces = [one.encode(text, add_special_tokens=False) for one in (mine, bases)]
         if pieces[0] != pieces[1]:
             return (

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gptailor.execution.executor import Executor
     from gptailor.execution.launcher import Choice
     from gptailor.execution.stop import Stop
+    from gptailor.search.progress import Progress
 
 LOCK_WAIT_S = 120.0
 """How long a search that is watched over waits for a lock that a dead node may have left."""
@@ -149,9 +150,7 @@ def _search(
     family = open_family(config.models, config.base)
     _check_space(config, family)
     progress = Progress(config.search.evaluations, family.num_layers, log=log)
-    for text in family.notes:
-        progress.note(text)
-    progress.note(f"Searching {family.num_layers} layers of {len(config.models)} models.")
+    _introduce(family, progress)
     number = None if island is None else island[0]
     with Reporter(stop, config.search.evaluations, output, number) as reporter:
         executor: Executor
@@ -179,6 +178,15 @@ def _search(
             executor.close()
         write_report(output)
     return output
+
+
+def _introduce(family: Family, progress: Progress) -> None:
+    """Says what is searched, and what a person should know of it."""
+    from gptailor.evaluation.habits import habits
+
+    for text in (*family.notes, *habits(family)):
+        progress.note(text)
+    progress.note(f"Searching {family.num_layers} layers of {len(family.candidates)} models.")
 
 
 def _checked_place(config: Config, resume: bool, island: tuple[int, int] | None) -> Path:
