@@ -14,6 +14,7 @@ import yaml
 from gptailor import verbs
 from gptailor.archive import Archive
 from gptailor.config import Space
+from gptailor.evaluation.family import open_family
 from gptailor.evaluation.resident import ResidentModel
 from gptailor.models.family import Family
 from gptailor.recipe import NO_LAYER, Merge, Recipe, Take
@@ -22,6 +23,7 @@ from gptailor.search.space import SearchSpace
 from gptailor.stitching.write import write_model
 from tests.conftest import WORDS, save_llama
 from tests.evaluation.test_equals_lm_eval import lm_eval_results
+from tests.models.real import SMALL, SMALL_GPT2, loaded, logits_of, save_real
 from tests.search.simulated import similarity
 
 TASKS = ("t_shared", "t_long", "t_differing")
@@ -100,7 +102,34 @@ def test_what_is_merged_is_what_is_written(models: dict[str, str], tmp_path: Pat
                 assert torch.equal(found, stock(input_ids=ids).logits), arm
 
 
-@pytest.mark.parametrize("models", ["uneven"], indirect=True)
+@pytest.mark.parametrize(
+    ("kind", "small"),
+    [
+        ("gpt2", {**SMALL_GPT2, "vocab_size": 140}),  # a table of positions, tied
+        ("phi", {**SMALL, "vocab_size": 140}),  # the head and its bias have rows
+    ],
+)
+def test_other_architectures(kind: str, small: dict[str, int], tmp_path: Path) -> None:
+    models = {}
+    for seed, name in enumerate(("base", "red", "green")):
+        models[name] = str(save_real(tmp_path / name, kind, seed=seed, small=small))
+    resized(tmp_path / "red", 131)
+    resized(tmp_path / "green", 160)
+    family = open_family(models, "base")
+    resident = ResidentModel(family, device="cpu", dtype="float32")
+    for name in models:
+        layers = tuple(Take(name, i) for i in range(4))
+        recipe = Recipe(models, "base", layers, name, name, "float32")
+        found = logits_of(resident.assemble(recipe))
+        assert torch.equal(found, logits_of(loaded(tmp_path / name))), name
+    merge = Merge("task_arithmetic", NO_LAYER, (("green", 0.5),))
+    crossed = Recipe(models, "base", (Take("red", 1), Take("base", 2)), "green", merge, "float32")
+    write_model(crossed, family, tmp_path / "out", sync=False)
+    found = logits_of(resident.assemble(crossed))
+    assert torch.equal(found, logits_of(loaded(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("models", ["tied", "uneven"], indirect=True)
 def test_a_search_scores_them_as_eval_and_lm_eval_do(
     models: dict[str, str], tasks_dir: Path, tmp_path: Path
 ) -> None:
@@ -118,13 +147,12 @@ def test_a_search_scores_them_as_eval_and_lm_eval_do(
     config.write_text(yaml.safe_dump(data))
     with Archive(verbs.search(config), readonly=True) as archive:
         found = {arm: e for e in archive.evaluations("search") for arm in e.arms}
-    family = Family(models, "base")
-    for name in ("red", "green"):
-        evaluation = found[f"dense:{name}"]
-        scores = {score.task: score.value for score in evaluation.outcome.scores}
-        mine = verbs.evaluate(models[name], TASKS, include_path=str(tasks_dir), dtype="float32")
-        theirs = lm_eval_results(Path(models[name]), tasks_dir, TASKS, "float32", 4)["results"]
-        assert scores == {score.task: score.value for score in mine}
-        assert scores == {t: pytest.approx(theirs[t]["acc,none"]) for t in TASKS}
-        whole = sum(t.n_elements for t in family.candidates[name].tensors.values())
-        assert evaluation.parameters == whole
+    evaluation = found["dense:red"]
+    scores = {score.task: score.value for score in evaluation.outcome.scores}
+    mine = verbs.evaluate(models["red"], TASKS, include_path=str(tasks_dir), dtype="float32")
+    theirs = lm_eval_results(Path(models["red"]), tasks_dir, TASKS, "float32", 4)["results"]
+    assert scores == {score.task: score.value for score in mine}
+    assert scores == {t: pytest.approx(theirs[t]["acc,none"]) for t in TASKS}
+    for name, candidate in Family(models, "base").candidates.items():
+        whole = sum(t.n_elements for t in candidate.tensors.values())
+        assert found[f"dense:{name}"].parameters == whole
