@@ -56,10 +56,17 @@ function layerMap(point) {
       h("th", { class: "index", scope: "col" }, "source"),
       h("th", { class: "left", scope: "col", colspan: 2 }, "taken from"),
       h("th", { class: "index", scope: "col" }, "output"))),
-    h("tbody", {}, end("final norm and head", point.ends.head), rows.reverse(),
-      end("embeddings", point.ends.embeddings)));
+    h("tbody", {}, end(endNames.head, point.ends.head), rows.reverse(),
+      end(endNames.embeddings, point.ends.embeddings)));
 }
 
+const endNames = { embeddings: "embeddings", head: "final norm and head" };
+
+function isOfBase(entry) {
+  return !entry.method && entry.sources[0].model === data.base && !entry.modules.length;
+}
+
+// Embeddings and head are columns where any point has others than the base's.
 function matrix(host, select) {
   const front = [...data.front].reverse();
   if (!front.length) {
@@ -68,23 +75,32 @@ function matrix(host, select) {
   }
   const indices = Array.from({ length: data.num_layers }, (_, i) => i);
   const kept = indices.map(() => 0);
+  const [embeddings, head] = ["embeddings", "head"].map((key) =>
+    front.every((point) => isOfBase(point.ends[key])) ? [] : [key]);
   const rows = front.map((point) => {
     const cells = bySource(point).map((entries, src) => {
       if (entries.length) kept[src] += 1;
       const text = entries.length ? entries.map(inWords).join("; ") : "cut";
       return h("td", { title: `source layer ${src}: ${text}` }, bar(entries, true));
     });
+    const end = (key) => h("td", { title: `${endNames[key]}: ${inWords(point.ends[key])}` },
+      bar([point.ends[key]], true));
     const name = `${point.layers} layers, ${format.score(point.search.accuracy)}`;
     return h("tr", { "data-point": point.point, onclick: () => select(point.point) },
-      h("th", { scope: "row" }, h("button", { class: "plain", type: "button" }, name)), cells);
+      h("th", { scope: "row" }, h("button", { class: "plain", type: "button" }, name)),
+      embeddings.map(end), cells, head.map(end));
   });
-  const line = (title, values, every) => h("tr", {}, h("th", { scope: "row" }, title),
-    values.map((value, i) => h("td", {}, i % every ? "" : value)));
   const every = data.num_layers > 28 ? 5 : 1;
+  const line = (title, values, end) => h("tr", {}, h("th", { scope: "row" }, title),
+    embeddings.map(end), values.map((value, i) => h("td", {}, i % every ? "" : value)),
+    head.map(end));
+  const letter = (key) => h("td", { title: endNames[key] }, key[0].toUpperCase());
   const size = data.num_layers > 28 ? "long" : data.num_layers <= 16 ? "roomy" : "";
   host.append(h("table", { class: `matrix ${size}` }, h("tbody", {}, rows),
-    h("tfoot", {}, line("source layer", indices, every),
-      line(`kept, of ${front.length}`, kept, every))));
+    h("tfoot", {}, line("source layer", indices, letter),
+      line(`kept, of ${front.length}`, kept, () => h("td", {})))));
+  const ends = [...embeddings, ...head].map((key) => `${key[0].toUpperCase()}: ${endNames[key]}`);
+  if (ends.length) host.append(h("p", { class: "hint" }, ends.join(", ")));
   return {
     mark(id) {
       for (const row of rows) row.classList.toggle("selected", row.dataset.point === id);

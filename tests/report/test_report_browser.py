@@ -63,7 +63,9 @@ def test_draws_everything(browser: Browser, page: tuple[str, Report]) -> None:
     assert count(browser, ".mark") == count(browser, "#table tbody tr") == len(shown)
     assert count(browser, ".other") >= len(report.points) - len(shown)
     assert count(browser, ".matrix tbody tr") == len(report.front)
-    assert count(browser, ".matrix tbody td") == len(report.front) * report.num_layers
+    ends = ({p.recipe.embeddings for p in report.front}, {p.recipe.head for p in report.front})
+    columns = report.num_layers + sum(end != {report.base} for end in ends)
+    assert count(browser, ".matrix tbody td") == len(report.front) * columns
     assert count(browser, "#volume-chart path") == 2
     assert count(browser, "details.problem") == len(report.problems)
     assert text(browser, "h1").startswith("At 75")
@@ -102,6 +104,10 @@ def test_merges_of_every_kind_are_shown(browser: Browser, tmp_path: Path) -> Non
     with Archive(tmp_path) as archive:
         add(archive, replace(recipe, embeddings=end, head="chat", _cache={}), "search", SCORED)
     show(browser, write_report(tmp_path).as_uri())
+    ends = "[...document.querySelectorAll('.matrix tbody td')].map((cell) => cell.title)"
+    titles = [title.replace("\xa0", " ") for title in browser.evaluate(ends)]
+    assert titles[0] == "embeddings: karcher: math + chat, max_iter 10, tol 0.00001"
+    assert titles[-1] == "final norm and head: chat"
     rows = browser.evaluate(
         "[...document.querySelectorAll('.map .what')].map((cell) => cell.textContent)"
     )
