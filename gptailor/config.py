@@ -121,7 +121,8 @@ class EvaluationConfig(_Tasks):
         include_path: a folder with own tasks in lm-eval's YAML.
         holdout: tasks for the front only.
         rungs: documents in all, taken from every task alike; empty for all documents.
-        dtype: of the model while it is scored, "auto" for that of the recipe.
+        dtype: of the model while it is scored; "auto": that of the recipes, but float32 on a
+            processor that is slow at it.
         device: "auto", "cpu", "cuda", "cuda:1".
         batch_size: sequences in one forward pass.
         candidates_gib: how much of the device's memory the candidates' weights may have; default:
@@ -224,6 +225,11 @@ class Config(_Strict):
             if objective not in known:
                 raise unknown("objective", objective, known, "objectives")
         return self
+
+    def computed_in(self, dtype: str) -> Config:
+        """The same with `evaluation.dtype` as it was chosen."""
+        evaluation = self.evaluation.model_copy(update={"dtype": dtype})
+        return self.model_copy(update={"evaluation": evaluation})
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -76,7 +76,7 @@ def test_its_figures_are_those_of_real_evaluations(
 def test_probes_that_would_not_fit_are_refused(
     models: dict[str, str], tasks_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gptailor.execution.memory.available_bytes", lambda: 100_000)
+    monkeypatch.setattr("gptailor.evaluation.memory.available_bytes", lambda: 100_000)
     path = config_file(tmp_path, models, tasks_dir)
     with pytest.raises(ResourceError, match="leave the probes out with --no-probe"):
         verbs.plan(path)
@@ -116,7 +116,9 @@ def test_the_words_for_a_person_and_for_a_script(
     gpu = ["--gpu-gib", "0.0005", "--gpus-per-worker", "2"]
     assert cli.main(["plan", path, "--no-probe"]) == 0
     words = capsys.readouterr().out
-    assert "in the type of the forward pass" in words and "time        not measured" in words
+    assert "computed in float32, as evaluation.dtype says." in words
+    assert " dense in float32, " in words and "copies of the candidates in float32" in words
+    assert "time        not measured" in words
     assert cli.main(["plan", path, "--no-probe", *gpu]) == 0
     words = capsys.readouterr().out
     assert "the model is spread over 2 GPUs:" in words

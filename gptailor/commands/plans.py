@@ -48,8 +48,9 @@ def _plan_lines(plan: Plan) -> list[str]:
         )
     lines += [
         f"disk        {size(plan.node_bytes)} for {count} candidates, read once by each node",
-        f"model       {size(needs.model)} dense in the type of the forward pass, "
-        f"{size(needs.resident)} for all candidates",
+        f"type        {plan.why_dtype}",
+        f"model       {size(needs.model)} dense in {plan.dtype}, {size(needs.resident)} for all "
+        "candidates",
         f"batch       about {size(needs.activations)} inside a layer and {size(needs.logits)} of "
         "logits",
         *_memory_lines(plan),
@@ -81,8 +82,10 @@ def _memory_lines(plan: Plan) -> list[str]:
             f"            each may keep {size(plan.cpu_cache)} of merged layers",
         ]
         if plan.footprint.is_cast:
-            most = size(plan.footprint.resident)
-            lines.append(f"            and up to {most} in the type of the forward pass")
+            lines.append(
+                f"            and {size(plan.cpu_copies)} of copies of the candidates in "
+                f"{plan.dtype}, at least {size(plan.footprint.held)}"
+            )
         return lines
     gpus = plan.gpus
     where = "of each GPU" if len(gpus.parts) > 1 else "of one GPU"

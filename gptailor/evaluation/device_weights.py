@@ -2,7 +2,8 @@
 
 The unit is a group: the tensors of one source layer of one candidate, its embeddings, or its head.
 When the candidates do not all fit, the groups that are used most stay (`hot_set`), and the others
-are read again each time they are needed.
+are read again each time they are needed. Groups of mapped files take no memory; their copies in
+another type do, and are cast again where not all of them fit.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ class DeviceWeights:
         family: the candidates.
         backend: how their tensors get there.
         budget_bytes: what all groups on the device may have together, those that are only read for
-            a merge included; None: no limit.
+            a merge included, views on mapped files excluded; None: no limit.
         on_evict: called with a group that goes, before its memory is needed; what still points
             into it must let go.
         places: those whose groups may be asked for; default: all.
@@ -179,11 +180,10 @@ class DeviceWeights:
         self._held: frozenset[GroupKey] = frozenset()
         places = self._names if places is None else places
         keys = [GroupKey(m, place) for m in family.candidates for place in places]
-        total = sum(self.n_bytes(key) for key in keys)
-        unlimited = budget_bytes is None or backend.is_mapped
-        self.budget_bytes = 1 << 62 if unlimited else int(budget_bytes or 0)
+        total = sum(self._cost(key) for key in keys)
+        self.budget_bytes = 1 << 62 if budget_bytes is None else budget_bytes
         self.streams = total > self.budget_bytes
-        """The candidates do not all fit."""
+        """The candidates do not all fit as they are in their files."""
         # Room for what is read for one merge and goes again.
         self._reserve = 0
         if self.streams:
@@ -194,8 +194,12 @@ class DeviceWeights:
         self._hot: HotSet[GroupKey] = HotSet(self.budget_bytes - self._reserve)
         self._keys: dict[tuple[str, Place, tuple[torch.dtype, ...]], GroupKey] = {}
 
+    def _cost(self, key: GroupKey) -> int:
+        """What a group takes of the budget."""
+        return 0 if self.backend.is_mapped and not key.casts else self.n_bytes(key)
+
     def n_bytes(self, key: GroupKey) -> int:
-        """What a group takes on the device."""
+        """The size of a group's tensors."""
         size = torch.empty(0, dtype=key.casts[-1]).element_size() if key.casts else 0
         return sum(
             _padded(info.n_elements * size if size and info.dtype in FLOAT_DTYPES else info.n_bytes)
@@ -231,7 +235,9 @@ class DeviceWeights:
         passing = 0
         kept: list[GroupKey] = []
         for key in missing:
-            size, must = self.n_bytes(key), key in self._held
+            size, must = self._cost(key), key in self._held
+            if size == 0:
+                continue
             gone = self._hot.admit(key, size, held=protected, must=must)
             if gone is None and must:
                 raise self._too_small()
@@ -255,7 +261,7 @@ class DeviceWeights:
                 for never in set(missing[number:]) & set(kept):
                     self._hot.remove(never)
                 raise
-            if key in self._hot:
+            if key in self._hot or self._cost(key) == 0:
                 self._groups[key] = found[key]
         return found
 

@@ -6,11 +6,12 @@ the inside of its widest part, and the logits with their log-softmax.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from gptailor.errors import ResourceError
+from gptailor.evaluation.forward_dtype import ROOM
 from gptailor.evaluation.spread import gib, layer_ranges, place_layers
 from gptailor.models.architecture import text_config
 from gptailor.models.checkpoint import DTYPE_BITS, FLOAT_DTYPES
@@ -48,6 +49,12 @@ class Footprint:
         return sum(self.layers) + self.outside
 
     @property
+    def held(self) -> int:
+        """The most that one recipe holds: a model, whose final norm may be another candidate's than
+        its head, and comes with that one's head."""
+        return sum(self.layers) + self.outside * min(2, len(self.candidates))
+
+    @property
     def resident(self) -> int:
         """All candidates in the type of the forward pass."""
         return self.model * len(self.candidates)
@@ -60,6 +67,18 @@ class Footprint:
     def needed_at_once(self) -> int:
         """The least that weights need on a GPU: a model, and what is read for one merge."""
         return self.model + self.largest_merge
+
+    def cast_room(self, free_bytes: int, workers: int) -> int:
+        """What a worker on the CPU keeps of the candidates in the type of the forward pass, where
+        that is not the files': at least what a recipe needs, the rest is cast again when needed.
+
+        Args:
+            free_bytes: memory that the machine's programs can still take.
+            workers: that share the machine.
+        """
+        if not self.is_cast:
+            return 0
+        return min(self.resident, max(self.held, int(ROOM * free_bytes) // workers))
 
     def merged_cache(self, memory_bytes: int, workers: int) -> int:
         """What merged layers may keep of a device's memory that `workers` share."""
@@ -105,6 +124,11 @@ def find_footprint(family: Family, dtype: str, *, batch_tokens: int, logits: int
             for info in candidate.tensors.values()
         ),
     )
+
+
+def held_bytes(family: Family) -> Callable[[str], int]:
+    """Type of the forward pass → `Footprint.held`, without activations and logits."""
+    return lambda dtype: find_footprint(family, dtype, batch_tokens=0, logits=0).held
 
 
 def _widths(text: Mapping[str, Any]) -> tuple[int, int]:

@@ -10,7 +10,6 @@ two devices is tested with fake tensors, the results with homes that are all on 
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -29,6 +28,8 @@ from gptailor.evaluation.device_weights import (
     Place,
     default_budget,
 )
+from gptailor.evaluation.forward_dtype import PRECISE, ROOM
+from gptailor.evaluation.memory import available_bytes, total_bytes
 from gptailor.evaluation.slots import Parameters
 from gptailor.evaluation.spread import place_layers
 from gptailor.models.family import Family
@@ -100,7 +101,11 @@ def open_homes(
         ResourceError: a model does not fit on all devices together.
     """
     if devices[0].type == "cpu" and candidate_bytes is None:
-        return [Home(DeviceWeights(family, MappedBackend()), cache_bytes)], [0] * family.num_layers
+        layers, outside, _, _ = _needed(family, dtype or PRECISE)
+        held = sum(layers) + outside * min(2, len(family.candidates))  # see Footprint.held
+        room = max(held, int(ROOM * available_bytes()) // workers)
+        weights = DeviceWeights(family, MappedBackend(), room, on_evict)
+        return [Home(weights, cache_bytes)], [0] * family.num_layers
 
     def budget(device: torch.device) -> int:
         if candidate_bytes is not None:
@@ -149,10 +154,10 @@ def _needed(family: Family, dtype: str | None) -> tuple[list[int], int, int, int
 
 
 def memory_bytes(device: torch.device) -> int:
-    """All the memory that a device has."""
+    """All the memory that a device has, as far as this process may use it."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total_bytes()
 
 
 def _n_bytes(parameters: Iterable[nn.Parameter]) -> int:

@@ -55,9 +55,10 @@ class ResidentModel:
             merged layers with their parents: with room for a few hundred layers nine of ten are
             found again.
         candidate_bytes: how much memory the candidates may have on the device. On a GPU the default
-            is what is free there, less headroom. On the CPU they are mapped and cost none, unless
-            this is given: then they are read into memory, which is for file systems where mapped
-            files are slow. If not all of them fit, the layers that are used most stay.
+            is what is free there, less headroom. On the CPU they are mapped and cost none, but for
+            copies in the type of the forward pass, which have a share of what is free; unless this
+            is given: then they are read into memory, which is for file systems where mapped files
+            are slow. If not all of them fit, the layers that are used most stay.
         workers: how many of these share the device.
         backend: how the candidates get to the device; default: what suits the device.
         spread_over: devices to spread the layers over if a model does not fit on the first of them;

@@ -31,6 +31,7 @@ from gptailor.errors import (
     exit_code_of,
     is_disk_full,
 )
+from gptailor.evaluation.forward_dtype import Ability
 from gptailor.execution.channel import SHORTEST_S, Channel
 from gptailor.execution.executor import Job
 from gptailor.execution.handshake import (
@@ -70,6 +71,7 @@ class Member:
 
     Attributes:
         hello: what it said of itself.
+        ability: what its node can do; known when it has joined.
         device: what it computes on; empty until it is ready.
         job: what it does; None while it has nothing to do.
         since: seconds of the executor's clock at which it began, or became free.
@@ -77,6 +79,7 @@ class Member:
     """
 
     hello: Hello
+    ability: Ability | None = None
     device: str = ""
     job: Job | None = None
     since: float = 0.0
@@ -165,7 +168,7 @@ class Crew:
     def join(
         self, config: Config, family: Family, run_folder: str | Path, reporter: Reporter
     ) -> None:
-        """Has the ranks take part in a search: those who may say "ready" when they are.
+        """Has the ranks take part in a search; `load` is what follows.
 
         Args:
             config: of the search.
@@ -191,8 +194,11 @@ class Crew:
             self._join(config, family, folder, token)
         finally:
             token.unlink(missing_ok=True)
+
+    def load(self, dtype: str) -> None:
+        """Has the ranks load candidates and tasks, to compute in this type."""
         for rank in self.members:
-            self.channel.send(rank, "load")
+            self.channel.send(rank, "load", dtype)
 
     def tell_end(self) -> None:
         """Tells the ranks to leave; they do when they have nothing to do."""
@@ -238,6 +244,7 @@ class Crew:
         mine = file_digests(config, family)
         doubtful = {}
         for rank, content in self._answers("joined", ranks):
+            self.members[rank].ability = content[1]
             if first_difference(mine, content[0]) is not None:
                 doubtful[rank] = self.members[rank].hello
         if doubtful:  # copies have other times: then samples of the weights decide

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from gptailor.archive import Documents, Outcome
+from gptailor.evaluation.forward_dtype import Ability
 from gptailor.evaluation.similarity import Similarity
 from gptailor.recipe import Recipe
 
@@ -99,6 +100,14 @@ class Executor(Protocol):
 
     def now(self) -> float:
         """Seconds since any fixed moment, by the clock in which this executor waits."""
+        ...
+
+    def abilities(self) -> Sequence[Ability]:
+        """What each worker's machine can do; known before anything is loaded."""
+        ...
+
+    def load(self, dtype: str) -> None:
+        """Has the workers load candidates and tasks, to compute in this type."""
         ...
 
     def close(self) -> None:

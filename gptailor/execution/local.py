@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from gptailor.archive import Outcome
 from gptailor.config import Config
 from gptailor.errors import StoppedEarly
+from gptailor.evaluation.forward_dtype import Ability, find_ability
 from gptailor.evaluation.similarity import Similarity
 from gptailor.execution.executor import (
     Executor,
@@ -70,9 +71,24 @@ class InProcess:
 
     num_workers = 1
 
-    def __init__(self, config: Config, family: Family) -> None:
-        self._worker = Worker(config, family)
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._opened: Worker | None = None
         self._job: Job | None = None
+
+    def abilities(self) -> Sequence[Ability]:
+        """What this machine can do."""
+        return [find_ability(self._config.evaluation.device)]
+
+    def load(self, dtype: str) -> None:
+        """Loads candidates and tasks."""
+        config = self._config.computed_in(dtype)
+        self._opened = Worker(config, open_candidates(config))
+
+    @property
+    def _worker(self) -> Worker:
+        assert self._opened is not None, "load comes first"
+        return self._opened
 
     def workload(self) -> WorkloadInfo:
         """What will be evaluated."""
@@ -113,6 +129,7 @@ class LocalPool:
 
     def __init__(self, config: Config, num_workers: int) -> None:
         self.num_workers = num_workers
+        self._config = config
         threads = max(len(os.sched_getaffinity(0)) // num_workers, 1)
         others = multiprocessing.active_children()
         self._pools = [  # a pool for each, so that a job can be given to the worker that it suits
@@ -120,16 +137,27 @@ class LocalPool:
                 1,
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=_start_worker,
-                initargs=(config, threads, num_workers),
+                initargs=(threads,),
             )
             for _ in range(num_workers)
         ]
-        self._begun = [pool.submit(_workload) for pool in self._pools]
+        device = config.evaluation.device
+        self._abilities = [pool.submit(_ability, device) for pool in self._pools]
+        self._begun: list[Future[WorkloadInfo]] = []
         self._processes = [p for p in multiprocessing.active_children() if p not in others]
         self._running: dict[Future[Outcome | Similarity], tuple[int, Job]] = {}
 
+    def abilities(self) -> Sequence[Ability]:
+        """What this machine can do, as each worker finds it."""
+        return [self._result(future) for future in self._abilities]
+
+    def load(self, dtype: str) -> None:
+        """Has the workers load candidates and tasks."""
+        config = self._config.computed_in(dtype)
+        self._begun = [pool.submit(_load, config, self.num_workers) for pool in self._pools]
+
     def workload(self) -> WorkloadInfo:
-        """What will be evaluated."""
+        """What will be evaluated; waits for the first worker."""
         return self._result(self._begun[0])
 
     def free(self) -> Sequence[int]:
@@ -160,7 +188,8 @@ class LocalPool:
         """Ends the workers: those that have nothing to do leave in order, others at once."""
         for pool in self._pools:
             pool.shutdown(wait=False, cancel_futures=True)
-        is_idle = not self._running and all(future.done() for future in self._begun)
+        begun = [f.done() for f in self._abilities] + [f.done() for f in self._begun]
+        is_idle = not self._running and all(begun)
         deadline = time.monotonic() + (LEAVE_S if is_idle else 0.0)
         for process in self._processes:
             process.join(max(deadline - time.monotonic(), 0.0))
@@ -190,13 +219,16 @@ def _worker_died() -> StoppedEarly:
     )
 
 
-_worker: Worker | Exception
-"""The worker of this process, or why there is none; set once, when the pool starts it."""
+_worker: Worker
+"""The worker of this process."""
+
+_trouble: Exception | None = None
+"""Why this process can't be a worker."""
 
 
-def _start_worker(config: Config, threads: int, num_workers: int) -> None:
+def _start_worker(threads: int) -> None:
     """Never raises: an exception here would break the pool, and its reason would be lost."""
-    global _worker  # noqa: PLW0603  (a pool's process has no other place for its state)
+    global _trouble  # noqa: PLW0603  (a pool's process has no other place for its state)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm sends it to all processes of a step
     try:
@@ -204,10 +236,8 @@ def _start_worker(config: Config, threads: int, num_workers: int) -> None:
 
         without_process_locks()
         torch.set_num_threads(threads)
-        family = open_candidates(config, workers_here=num_workers)
-        _worker = Worker(config, family, num_workers)
     except Exception as error:
-        _worker = error
+        _trouble = error
 
 
 def without_process_locks() -> None:
@@ -222,22 +252,22 @@ def without_process_locks() -> None:
     tqdm.tqdm.set_lock(threading.RLock())
 
 
-def _started() -> Worker:
-    if isinstance(_worker, Exception):
-        raise _worker
-    return _worker
+def _ability(device: str) -> Ability:
+    if _trouble is not None:
+        raise _trouble
+    return find_ability(device)
 
 
-def _workload() -> WorkloadInfo:
-    return _started().workload()
+def _load(config: Config, num_workers: int) -> WorkloadInfo:
+    global _worker  # noqa: PLW0603
+    _worker = Worker(config, open_candidates(config, workers_here=num_workers), num_workers)
+    return _worker.workload()
 
 
 def _do(job: Job) -> Outcome | Similarity:
-    return _started().do(job)
+    return _worker.do(job)
 
 
 def open_executor(config: Config, num_workers: int) -> Executor:
     """One process for one worker, a pool for more."""
-    if num_workers == 1:
-        return InProcess(config, open_candidates(config))
-    return LocalPool(config, num_workers)
+    return InProcess(config) if num_workers == 1 else LocalPool(config, num_workers)

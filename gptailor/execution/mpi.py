@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from gptailor.archive import Outcome
 from gptailor.errors import UsageError
+from gptailor.evaluation.forward_dtype import Ability
 from gptailor.execution.channel import LONGEST_S, SHORTEST_S
 from gptailor.execution.crew import Crew, Member
 from gptailor.execution.executor import Finished, Job, WorkloadInfo, job_name
@@ -29,6 +30,14 @@ class MpiExecutor:
     def members(self) -> Sequence[Member]:
         """Who the workers are and what they do, in their order."""
         return self._members
+
+    def abilities(self) -> Sequence[Ability]:
+        """What the workers' nodes can do."""
+        return [member.ability for member in self._members if member.ability is not None]
+
+    def load(self, dtype: str) -> None:
+        """Has the ranks load candidates and tasks; those who may say "ready" when they are."""
+        self._crew.load(dtype)
 
     def workload(self) -> WorkloadInfo:
         """What will be evaluated; waits until the first worker has it in memory."""

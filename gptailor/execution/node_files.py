@@ -20,7 +20,8 @@ from pathlib import Path
 from gptailor.config import Config
 from gptailor.errors import ModelError, ResourceError, UsageError, size
 from gptailor.evaluation.family import open_family
-from gptailor.execution.memory import available_bytes
+from gptailor.evaluation.forward_dtype import is_cpu
+from gptailor.evaluation.memory import available_bytes
 from gptailor.execution.node_lock import node_lock, own_folder
 from gptailor.execution.page_cache import Range, absent, read_all, whole
 from gptailor.execution.staging import scratch_folder, staged
@@ -179,12 +180,3 @@ def _clock() -> float:
 
 def _seconds(began: float) -> str:
     return f"{time.monotonic() - began:.1f} s"
-
-
-def is_cpu(device: str) -> bool:
-    """Whether a configuration's `device` is the CPU on this machine."""
-    if device != "auto":
-        return device == "cpu"
-    import torch
-
-    return not torch.cuda.is_available()

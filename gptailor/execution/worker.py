@@ -12,12 +12,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from gptailor.archive import Outcome
 from gptailor.errors import GptailorError, ResourceError, UsageError, exit_code_of
+from gptailor.evaluation.forward_dtype import Ability, find_ability
 from gptailor.execution.channel import SHORTEST_S, Channel
 from gptailor.execution.executor import EvaluationJob, Job, WorkloadInfo
 from gptailor.execution.handshake import content_digests, file_digests, find_hello, sees_token
@@ -195,20 +196,20 @@ class WorkerRank:
         if kind == "clock":
             self._channel.send(0, "clock", time.time())
         elif kind == "join":
-            self._channel.send(0, "joined", self._join(content[0]))
+            self._channel.send(0, "joined", *self._join(content[0]))
         elif kind == "contents":
             assert self._orders is not None
             assert self._family is not None
             self._channel.send(0, "contents", content_digests(self._orders.config, self._family))
         elif kind == "load":
-            self._load()
+            self._load(content[0])
         elif kind == "job":
             self._do(content[0])
         else:
             raise AssertionError(f"unknown message {kind!r}")
 
-    def _join(self, orders: Orders) -> dict[str, str]:
-        """Takes its place in the run; returns digests of the model files."""
+    def _join(self, orders: Orders) -> tuple[dict[str, str], Ability]:
+        """Takes its place in the run; returns digests of the model files, and what it can do."""
         from gptailor.evaluation.family import open_family
 
         self._orders = orders
@@ -235,10 +236,12 @@ class WorkerRank:
         if placement.visible_devices is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = placement.visible_devices
         self._family = open_family(orders.config.models, orders.config.base)
-        return file_digests(orders.config, self._family)
+        ability = find_ability(orders.config.evaluation.device)
+        return file_digests(orders.config, self._family), ability
 
-    def _load(self) -> None:
+    def _load(self, dtype: str) -> None:
         assert self._orders is not None
+        self._orders = replace(self._orders, config=self._orders.config.computed_in(dtype))
         began = time.monotonic()
         self._worker, device = self._opens(self._orders, self._go_on, self._log)
         self._channel.send(0, "ready", self._worker.workload(), device)

@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 MAY_CHANGE = (
     "search.evaluations", "evaluation.batch_size", "evaluation.candidates_gib", "output",
 )  # fmt: skip
 
 
-def config_difference(old: object, new: object, path: str = "") -> str:
-    """The first key of two configurations that differs and may not; empty if there is none."""
+def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The first key of two configurations that differs and may not; empty if there is none.
+
+    `evaluation.dtype: auto` in a new one is what the run has.
+    """
+    evaluation = new.get("evaluation")
+    if isinstance(evaluation, Mapping):
+        theirs = dtype_of(old)
+        mine = evaluation.get("dtype", "auto")
+        new = {**new, "evaluation": {**evaluation, "dtype": theirs if mine == "auto" else mine}}
+        old = {**old, "evaluation": {**old.get("evaluation", {}), "dtype": theirs}}
+    return _difference(old, new, "")
+
+
+def dtype_of(config: Mapping[str, Any]) -> str:
+    """The type in which the evaluations of a run were computed, by the configuration it kept.
+
+    Runs of earlier versions kept "auto", and computed in the recipes' type.
+    """
+    found = config.get("evaluation", {}).get("dtype", "auto")
+    return str(config.get("space", {}).get("dtype", "bfloat16") if found == "auto" else found)
+
+
+def _difference(old: object, new: object, path: str) -> str:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in {**old, **new}:
-            found = config_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            found = _difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
             if found:
                 return found
         return ""

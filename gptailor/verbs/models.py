@@ -185,12 +185,14 @@ def evaluate(
     """
     from gptailor.config import parse_evaluation
     from gptailor.evaluation.evaluator import Evaluator
+    from gptailor.evaluation.footprint import held_bytes
+    from gptailor.evaluation.forward_dtype import choose, find_ability
 
-    path = Path(source)
+    path, whose = Path(source), "the recipe's"
     if path.suffix in (".yaml", ".yml"):
         recipe, family, _ = _described(path)
     else:
-        family = open_family({"model": str(source)}, "model")
+        family, whose = open_family({"model": str(source)}, "model"), "the model's"
         found = family.base.tensors[family.architecture.embeddings[0]].dtype
         layers = tuple(Take("model", i) for i in range(family.num_layers))
         names = {name: dtype for dtype, name in DTYPES.items()}
@@ -209,6 +211,10 @@ def evaluate(
         },
         "eval",
     )
+    ability = find_ability(config.device)
+    choice = choose(config.dtype, recipe.dtype, [ability], held_bytes(family), whose=whose)
+    note(choice.sentence)
+    config = config.model_copy(update={"dtype": choice.dtype})
     outcome = Evaluator(family, config, comparable=False).evaluate(recipe)
     if outcome.status == "infeasible":
         raise UsageError(outcome.reason)

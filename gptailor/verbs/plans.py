@@ -124,11 +124,15 @@ class Plan:
         recipes_log10: logarithm of the number of recipes, at most.
         evaluations: that the search makes.
         sizes: "search" and, if there is one, "holdout" → what one evaluation has to do.
+        dtype: in which evaluations are computed.
+        why_dtype: the sentence that says why.
         footprint: memory, see `Footprint`.
         node_bytes: that a node reads from the candidates' disk, once for all its workers.
         gpus: how a worker's GPUs are used; None: it evaluates on the CPU.
         why_not: the sentence that says why that is impossible, or empty.
         cpu_cache: what merged layers may keep of a worker's memory on the CPU, in bytes.
+        cpu_copies: what copies of the candidates in another type may keep of it, in bytes; 0 where
+            files and evaluations have the same type.
         device: where the probes were measured.
         probes: the measured evaluations; empty without.
         workers: that the following figures are for.
@@ -140,11 +144,14 @@ class Plan:
     recipes_log10: float
     evaluations: int
     sizes: dict[str, WorkloadSize]
+    dtype: str
+    why_dtype: str
     footprint: Footprint
     node_bytes: int
     gpus: GpuPlan | None
     why_not: str
     cpu_cache: int
+    cpu_copies: int
     device: str
     probes: list[Probe]
     workers: int
@@ -181,8 +188,9 @@ def plan(
     """
     from gptailor.config import read_config
     from gptailor.evaluation.dry_run import DryRun
-    from gptailor.evaluation.footprint import find_footprint, plan_gpus
-    from gptailor.execution.memory import available_bytes
+    from gptailor.evaluation.footprint import find_footprint, held_bytes, plan_gpus
+    from gptailor.evaluation.forward_dtype import Ability, choose, find_ability
+    from gptailor.evaluation.memory import available_bytes, total_bytes
     from gptailor.search.space import SearchSpace, find_calibration
 
     parsed = read_config(config, overrides)
@@ -194,10 +202,14 @@ def plan(
         parsed.space, parsed.models, parsed.base, family.num_layers, calibration, family.ends
     )
     sizes = DryRun(parsed, family).sizes()
-    dtype = parsed.evaluation.dtype
+    there = Ability("a GPU's node", "cuda", (), 0)  # that is planned for, and may not be here
+    ability = find_ability(parsed.evaluation.device) if gpu_gib is None else there
+    choice = choose(
+        parsed.evaluation.dtype, parsed.space.dtype, [ability] * workers, held_bytes(family)
+    )
     footprint = find_footprint(
         family,
-        parsed.space.dtype if dtype == "auto" else dtype,
+        choice.dtype,
         batch_tokens=max(size.batch_tokens for size in sizes.values()),
         logits=max(size.logits for size in sizes.values()),
     )
@@ -214,18 +226,21 @@ def plan(
         _check_room(footprint, parsed.evaluation.device)
         work = 2e-12 * family.parameters() * sizes["search"].tokens
         note(f"Measuring three evaluations of up to {work:,.3g} Tflop (--no-probe leaves it out).")
-        device, probes = _probes(parsed, space)
+        device, probes = _probes(parsed.computed_in(choice.dtype), space)
     seconds = sum(p.seconds for p in probes) / len(probes) if probes else None
     per_hour = None if seconds is None else workers * 3600.0 / seconds
     return Plan(
         recipes_log10=space.log10_size(),
         evaluations=parsed.search.evaluations,
         sizes=sizes,
+        dtype=choice.dtype,
+        why_dtype=choice.sentence,
         footprint=footprint,
         node_bytes=sum(p.stat().st_size for p in family_files(family)),
         gpus=gpus,
         why_not=why_not,
-        cpu_cache=footprint.merged_cache(available_bytes(), workers),
+        cpu_cache=footprint.merged_cache(total_bytes(), workers),
+        cpu_copies=footprint.cast_room(available_bytes(), workers),
         device=device,
         probes=probes,
         workers=workers,
@@ -255,8 +270,8 @@ def _gpu_bytes(device: str, gpu_gib: float | None) -> int | None:
 
 def _check_room(footprint: Footprint, device: str) -> None:
     """Raises a `ResourceError` where the probes would make the machine crawl: on a login node."""
-    from gptailor.execution.memory import available_bytes
-    from gptailor.execution.node_files import is_cpu
+    from gptailor.evaluation.forward_dtype import is_cpu
+    from gptailor.evaluation.memory import available_bytes
 
     room = available_bytes()
     if is_cpu(device) and footprint.model > 0.8 * room:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gptailor.archive import Evaluation
     from gptailor.config import Config
     from gptailor.execution.crew import Crew
-    from gptailor.execution.executor import Executor
+    from gptailor.execution.executor import Executor, WorkloadInfo
     from gptailor.execution.launcher import Choice
     from gptailor.execution.stop import Stop
     from gptailor.search.progress import Progress
@@ -162,7 +162,7 @@ def _search(
             crew.join(config, family, place, reporter)
             executor = MpiExecutor(crew)
         try:
-            info = executor.workload()  # before the archive is made: a wrong task leaves no run
+            config, info = _begun(config, family, place, executor, progress, island is not None)
             with Archive(place) as archive, ExitStack() as stack:
                 check_resumable(archive, config, family, info.digest)
                 others = stack.enter_context(open_islands(output, island, archive, progress.note))
@@ -187,6 +187,27 @@ def _introduce(family: Family, progress: Progress) -> None:
     for text in (*family.notes, *habits(family)):
         progress.note(text)
     progress.note(f"Searching {family.num_layers} layers of {len(family.candidates)} models.")
+
+
+def _begun(
+    config: Config,
+    family: Family,
+    place: Path,
+    executor: Executor,
+    progress: Progress,
+    is_island: bool,
+) -> tuple[Config, WorkloadInfo]:
+    """Has the workers load what they need; the configuration with the type that was chosen.
+
+    All of it comes before the archive is made: a wrong task leaves no run.
+    """
+    from gptailor.search.run_dtype import choose_dtype
+
+    abilities = executor.abilities()
+    choice = choose_dtype(config, family, place, abilities, is_island=is_island)
+    progress.note(choice.sentence)
+    executor.load(choice.dtype)
+    return config.computed_in(choice.dtype), executor.workload()
 
 
 def _checked_place(config: Config, resume: bool, island: tuple[int, int] | None) -> Path:

@@ -7,6 +7,7 @@ import os
 import random
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,39 @@ def test_the_budget_holds_and_hot_layers_stay(models: dict[str, str]) -> None:
         sum(load == ("red", "model.layers.2.input_layernorm.weight") for load in backend.loads) <= 1
     )
     assert len(backend.loads) > 40
+
+
+def test_copies_of_mapped_files_have_a_limit(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bfloat16 candidates in float32, where memory is just enough for one recipe."""
+    family = Family(models, "base")
+    plenty = ResidentModel(family, device="cpu", dtype="float32", cache_bytes=0)
+    monkeypatch.setattr("gptailor.evaluation.home.available_bytes", lambda: 0)
+    scarce = ResidentModel(family, device="cpu", dtype="float32", cache_bytes=0)
+    weights = scarce.homes[0].weights
+    one_model = sum(4 * t.n_elements for t in family.base.tensors.values())
+    assert weights.budget_bytes < 1.7 * one_model
+    rng = random.Random(0)
+    for number in range(30):
+        chosen = replace(random_recipe(models, rng), dtype="bfloat16")
+        plenty.assemble(chosen)
+        scarce.assemble(chosen)
+        expected, found = state(plenty), state(scarce)
+        assert list(found) == list(expected), number
+        for name, tensor in found.items():
+            assert torch.equal(tensor, expected[name]), (number, name)
+        scarce.check_pointers(chosen)
+        copies = [g for key, g in weights._groups.items() if key.casts]
+        size = sum(t.numel() * t.element_size() for g in copies for t in g.tensors.values())
+        assert 0 < size <= weights.budget_bytes
+    every = sum(
+        t.numel() * t.element_size()
+        for key, group in plenty.homes[0].weights._groups.items()
+        for t in group.tensors.values()
+        if key.casts
+    )
+    assert every > 2 * weights.budget_bytes  # so most of them were cast again and again
 
 
 def test_too_small_a_budget_is_said(models: dict[str, str]) -> None:

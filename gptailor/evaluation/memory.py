@@ -1,4 +1,4 @@
-"""How much memory the programs of a node may still take: of the machine, or of a control group."""
+"""How much memory a node's programs may have, and still take: of the machine, or of a group."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ _OWN_CGROUPS = Path("/proc/self/cgroup")
 
 def available_bytes() -> int:
     """What can be taken without swapping; clean page cache counts as available."""
-    return min(_machine(), _group_limit())
+    return min(_machine("MemAvailable"), _group_limit())
 
 
-def _machine() -> int:
+def total_bytes() -> int:
+    """What the programs of this control group may have together: all of the machine, or less."""
+    return min(_machine("MemTotal"), _group_limit())
+
+
+def _machine(what: str) -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
+        if line.startswith(f"{what}:"):
             return int(line.split()[1]) * 1024
     return _UNLIMITED
 
