@@ -60,6 +60,7 @@ def invented(orders: Orders, go_on: Callable[[], None], log: Log) -> tuple[Inven
     if FAULTS.get("slow") == rank:
         time.sleep(20)
         go_on()
+    log.say(f"Invents in {orders.config.evaluation.dtype}.")
     return Inventor(rank), "none"
 
 

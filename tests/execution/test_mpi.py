@@ -82,6 +82,21 @@ def test_an_asynchronous_search(tmp_path: Path) -> None:
     assert (record.evaluations_done, record.evaluations_new) == (60, 60)
 
 
+def test_all_ranks_compute_in_what_the_slowest_does_well(tmp_path: Path) -> None:
+    """One of three machines has no instructions for bfloat16, if the others have."""
+    path = mpi.write_search(tmp_path, evaluations=10)
+    parts = [["env", "ONEDNN_MAX_CPU_ISA=AVX2"]]
+    ended = mpi.wait(mpi.start(["search", str(path)], 3, parts=parts))
+    assert ended.code == 0, ended.stderr
+    assert ended.stderr.count("Evaluations are computed in float32, as the CPU of") == 1
+    assert "Evaluations are computed in float32" in mpi.log(tmp_path / "run", 0)
+    for rank in (1, 2, 3):
+        assert "Invents in float32." in mpi.log(tmp_path / "run", rank)
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["evaluation"][
+        "dtype"
+    ] == ("float32")
+
+
 @pytest.mark.parametrize(
     ("faults", "code", "words"),
     [
