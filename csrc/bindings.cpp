@@ -20,6 +20,7 @@ using namespace gptailor;
 namespace {
 
 PyObject* nan_error_type = nullptr;
+PyObject* range_error_type = nullptr;
 
 py::object decode_path(const std::string& path) {
   return py::reinterpret_steal<py::object>(
@@ -39,6 +40,13 @@ void raise_nan_error(const NanError& e) {
   else error.attr("source") = e.source == NanError::kBase ? "base" : "result";
   error.attr("element") = e.element;
   PyErr_SetObject(nan_error_type, error.ptr());
+}
+
+void raise_range_error(const RangeError& e) {
+  const py::object error = py::reinterpret_borrow<py::object>(range_error_type)(e.what());
+  error.attr("is_input") = e.is_input;
+  error.attr("element") = e.element;
+  PyErr_SetObject(range_error_type, error.ptr());
 }
 
 struct PyTensor {
@@ -150,7 +158,7 @@ struct PyMerge {
 
   PyMerge(const std::string& name, const std::vector<PyTensor>& sources, const std::optional<PyTensor>& base,
           const std::vector<PyTensor>& statistics, const std::string& out_dtype, const MergeOptions& options,
-          int64_t row_length, bool check_nan) {
+          int64_t row_length, bool check_nan, bool check_overflow) {
     check_source_count(sources.size());
     MergeJob job;
     job.n_sources = static_cast<int>(sources.size());
@@ -173,6 +181,7 @@ struct PyMerge {
     }
     job.out_dtype = mergeable(dtype_named(out_dtype), "out_dtype");
     job.check_nan = check_nan;
+    job.check_overflow = check_overflow;
     const Method method = method_named(name, job.n_sources, job.has_base, options);
     job.row_length = row_length_of(sources[0].tensor, row_length, method.sphere_by == Weights::columns);
     job.is_vector = row_length > 0 ? row_length == job.n_elements : sources[0].tensor.shape.size() < 2;
@@ -217,7 +226,7 @@ std::string py_copy_range(int src_fd, int64_t src_offset, int dst_fd, int64_t ds
 
 void py_merge_cuda(const std::string& name, const std::vector<py::object>& outs,
                    const std::vector<std::vector<py::object>>& sources, const std::vector<py::object>& bases,
-                   const std::vector<uint64_t>& keys, const std::optional<py::object>& nan, const MergeOptions& options,
+                   const std::vector<uint64_t>& keys, const std::optional<py::object>& found, const MergeOptions& options,
                    uintptr_t stream) {
   require_cuda();
   if (sources.size() != outs.size() || (!bases.empty() && bases.size() != outs.size()) ||
@@ -256,15 +265,15 @@ void py_merge_cuda(const std::string& name, const std::vector<py::object>& outs,
     if (!bases.empty()) c.base = input_of(take(bases[k], "bases" + at), "bases" + at, c.n_elements);
     c.key = keys.empty() ? 0 : keys[k];
   }
-  int* nan_flags = nullptr;
-  if (nan) {
-    const Tensor flags = take(*nan, "nan");
-    if (flags.dtype != DType::I32 || flags.n_elements != static_cast<int64_t>(outs.size()))
-      throw std::invalid_argument("nan must hold one I32 for each tensor");
-    nan_flags = reinterpret_cast<int*>(const_cast<std::byte*>(flags.data));
+  int* found_flags = nullptr;
+  if (found) {
+    const Tensor flags = take(*found, "found");
+    if (flags.dtype != DType::I32 || flags.n_elements != 2 * static_cast<int64_t>(outs.size()))
+      throw std::invalid_argument("found must hold two I32 for each tensor");
+    found_flags = reinterpret_cast<int*>(const_cast<std::byte*>(flags.data));
   }
   const py::gil_scoped_release nogil;
-  merge_cuda(method, n_sources, tensors, nan_flags, device, stream);
+  merge_cuda(method, n_sources, tensors, found_flags, device, stream);
 }
 
 void py_load(Loader& loader, const std::vector<std::tuple<std::filesystem::path, int64_t, py::object>>& requests,
@@ -314,6 +323,10 @@ PYBIND11_MODULE(_C, m) {
       "gptailor._C.NanError", "A NaN in an input, or made from infinities. Has .source and .element.",
       PyExc_ValueError, nullptr);
   m.attr("NanError") = py::reinterpret_borrow<py::object>(nan_error_type);
+  range_error_type = PyErr_NewExceptionWithDoc(
+      "gptailor._C.RangeError", "A finite number that is too large for the result. Has .is_input and .element.",
+      PyExc_ValueError, nullptr);
+  m.attr("RangeError") = py::reinterpret_borrow<py::object>(range_error_type);
   py::register_exception_translator([](std::exception_ptr p) {
     try {
       if (p) std::rethrow_exception(p);
@@ -321,6 +334,8 @@ PYBIND11_MODULE(_C, m) {
       raise_os_error(e);
     } catch (const NanError& e) {
       raise_nan_error(e);
+    } catch (const RangeError& e) {
+      raise_range_error(e);
     }
   });
 
@@ -402,14 +417,16 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init([](const std::string& method, const std::vector<PyTensor>& sources,
                        const std::optional<PyTensor>& base, const std::vector<PyTensor>& statistics,
                        const std::string& out_dtype, std::vector<double> weights, const py::dict& parameters, double factor, int64_t row_length, uint64_t key, bool check_nan,
-                       int threads) {
+                       bool check_overflow, int threads) {
              return std::make_unique<PyMerge>(
                  method, sources, base, statistics, out_dtype,
-                 MergeOptions{std::move(weights), numbers_of(parameters), factor, key, threads}, row_length, check_nan);
+                 MergeOptions{std::move(weights), numbers_of(parameters), factor, key, threads}, row_length, check_nan,
+                 check_overflow);
            }),
            py::arg("method"), py::arg("sources"), py::arg("base") = py::none(), py::kw_only(),
            py::arg("statistics") = py::tuple(), py::arg("out_dtype"), py::arg("weights") = py::tuple(), py::arg("parameters") = py::dict(), py::arg("factor") = 1.0,
-           py::arg("row_length") = 0, py::arg("key") = 0, py::arg("check_nan") = true, py::arg("threads") = 0)
+           py::arg("row_length") = 0, py::arg("key") = 0, py::arg("check_nan") = true,
+           py::arg("check_overflow") = true, py::arg("threads") = 0)
       .def_property_readonly("n_elements", [](const PyMerge& p) { return p.merger->job().n_elements; })
       .def("run", &PyMerge::run, py::arg("begin"), py::arg("count"), py::arg("out"), py::arg("out_offset") = 0)
       .def("write", &PyMerge::write, py::arg("begin"), py::arg("count"), py::arg("fd"), py::arg("offset"));
@@ -423,13 +440,13 @@ PYBIND11_MODULE(_C, m) {
       [](const std::string& method, const std::vector<py::object>& outs,
          const std::vector<std::vector<py::object>>& sources, const std::optional<std::vector<py::object>>& bases,
          std::vector<double> weights, const py::dict& parameters, double factor, const std::vector<uint64_t>& keys,
-         const std::optional<py::object>& nan, uintptr_t stream) {
-        py_merge_cuda(method, outs, sources, bases.value_or(std::vector<py::object>{}), keys, nan,
+         const std::optional<py::object>& found, uintptr_t stream) {
+        py_merge_cuda(method, outs, sources, bases.value_or(std::vector<py::object>{}), keys, found,
                       MergeOptions{std::move(weights), numbers_of(parameters), factor, 0, 0}, stream);
       },
       py::arg("method"), py::arg("outs"), py::arg("sources"), py::arg("bases") = py::none(), py::kw_only(),
       py::arg("weights") = py::tuple(), py::arg("parameters") = py::dict(), py::arg("factor") = 1.0,
-      py::arg("keys") = py::tuple(), py::arg("nan") = py::none(), py::arg("stream") = 0);
+      py::arg("keys") = py::tuple(), py::arg("found") = py::none(), py::arg("stream") = 0);
   py::class_<PyDeviceTensor>(m, "DeviceTensor")
       .def_static("from_dlpack", &PyDeviceTensor::from, py::arg("tensor"))
       .def_property_readonly("device", [](const PyDeviceTensor& t) { return t.foreign.device_id; })

@@ -90,4 +90,10 @@ GPTAILOR_HD uint16_t f32_to_f16(float value) {
   return static_cast<uint16_t>((u >= (143u << 23) ? special : finite) | sign);
 }
 
+// Whether a finite number becomes infinite as F16: from half a step above 65504 on.
+GPTAILOR_HD bool overflows_f16(float value) {
+  const uint32_t u = magnitude_bits(value);
+  return u >= 0x477ff000u && u < kInfBits;
+}
+
 }  // namespace gptailor

@@ -24,4 +24,12 @@ struct NanError : std::runtime_error {
   int64_t element;  // 0-based index of the first such element
 };
 
+// A finite number that is too large for the type of the result.
+struct RangeError : std::runtime_error {
+  RangeError(const std::string& what, bool is_input, int64_t element)
+      : std::runtime_error(what), is_input(is_input), element(element) {}
+  bool is_input;    // of input 0, which is only cast; otherwise it was computed
+  int64_t element;  // 0-based index of the first such element
+};
+
 }  // namespace gptailor

@@ -26,17 +26,23 @@ void load(const std::byte* in, DType dtype, int64_t n, float* __restrict out) {
   }
 }
 
-void store(const float* __restrict x, int64_t n, DType dtype, std::byte* out) {
+// Returns whether a finite number has become infinite as F16. Nothing of a checkpoint is too large for the others.
+bool store(const float* __restrict x, int64_t n, DType dtype, std::byte* out) {
   if (dtype == DType::F32) {
     memcpy(out, x, static_cast<size_t>(n) * 4);
-    return;
+    return false;
   }
   Unaligned16* __restrict y = reinterpret_cast<Unaligned16*>(out);
   if (dtype == DType::BF16) {
     for (int64_t i = 0; i < n; ++i) y[i] = f32_to_bf16(x[i]);
-  } else {
-    for (int64_t i = 0; i < n; ++i) y[i] = f32_to_f16(x[i]);
+    return false;
   }
+  uint32_t any = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    y[i] = f32_to_f16(x[i]);
+    any |= overflows_f16(x[i]) ? 1u : 0u;
+  }
+  return any != 0;
 }
 
 bool any_nan(const float* x, int64_t n) {

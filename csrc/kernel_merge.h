@@ -65,24 +65,28 @@ void finish(const Block* __restrict state, const float* __restrict base, const P
   }
 }
 
-bool copy(const MergeJob& job, const Slice& slice, std::byte* out) {
+unsigned found(const MergeJob& job, bool nan, bool overflow) {
+  return (nan ? kFoundNan : 0u) | (overflow && job.check_overflow ? kFoundOverflow : 0u);
+}
+
+unsigned copy(const MergeJob& job, const Slice& slice, std::byte* out) {
   const int64_t out_bytes = mergeable_bytes(job.out_dtype);
   const bool same = job.sources[0].dtype == job.out_dtype;
   if (same) memcpy(out, slice.sources[0], static_cast<size_t>(slice.n * out_bytes));
-  if (same && !job.check_nan) return false;
+  if (same && !job.check_nan) return 0;
   alignas(64) Block x;
-  bool nan = false;
+  bool nan = false, overflow = false;
   for (int64_t i = 0; i < slice.n; i += kBlock) {
     const int64_t n = slice.n - i < kBlock ? slice.n - i : kBlock;
     load_source(job, slice, 0, i, n, x);
     if (job.check_nan) nan |= any_nan(x, n);
-    if (!same) store(x, n, job.out_dtype, out + i * out_bytes);
+    if (!same) overflow |= store(x, n, job.out_dtype, out + i * out_bytes);
   }
-  return nan;
+  return found(job, nan, overflow);
 }
 
 template <class F>
-bool merge_as(const MergeJob& job, const Slice& slice, std::byte* out) {
+unsigned merge_as(const MergeJob& job, const Slice& slice, std::byte* out) {
   alignas(64) Block state[F::kState];
   alignas(64) Block x;
   alignas(64) Block base;
@@ -90,7 +94,7 @@ bool merge_as(const MergeJob& job, const Slice& slice, std::byte* out) {
   alignas(64) Block varied;
   const int64_t out_bytes = mergeable_bytes(job.out_dtype);
   const Params& p = job.params;
-  bool nan = false;
+  bool nan = false, overflow = false;
   for (int64_t i = 0; i < slice.n; i += kBlock) {
     const int64_t n = slice.n - i < kBlock ? slice.n - i : kBlock;
     for (int k = 0; k < F::kState; ++k)
@@ -118,12 +122,12 @@ bool merge_as(const MergeJob& job, const Slice& slice, std::byte* out) {
     }
     finish<F>(state, base, p, n, x);
     if (job.check_nan) nan |= any_nan(x, n);
-    store(x, n, job.out_dtype, out + i * out_bytes);
+    overflow |= store(x, n, job.out_dtype, out + i * out_bytes);
   }
-  return nan;
+  return found(job, nan, overflow);
 }
 
-bool merge(const MergeJob& job, const Slice& slice, std::byte* out) {
+unsigned merge(const MergeJob& job, const Slice& slice, std::byte* out) {
   if (job.is_copy) return copy(job, slice, out);
   switch (job.formula) {
     case Formula::linear: return merge_as<Linear>(job, slice, out);
@@ -134,7 +138,7 @@ bool merge(const MergeJob& job, const Slice& slice, std::byte* out) {
     case Formula::nearswap: return merge_as<NearSwap>(job, slice, out);
     case Formula::fisher: return merge_as<Fisher>(job, slice, out);
   }
-  return false;
+  return 0;
 }
 
 }  // namespace

@@ -38,6 +38,7 @@ struct MergeJob {
   DType out_dtype = DType::F32;
   bool is_copy = false;  // one source, taken as it is: no arithmetic, at most a cast
   bool check_nan = true;
+  bool check_overflow = true;
   Params params;
   const float* weights = nullptr;              // rows: [row][source]; columns: [source][column]
   const uint64_t* ranked[kMaxSources] = {};    // Keep::ranked: a bit for each element
@@ -66,10 +67,13 @@ struct Moments {
   double all, kept, kept_sq;  // sums of |d|, of |d| that is kept, of its square
 };
 
+inline constexpr unsigned kFoundNan = 1, kFoundOverflow = 2;
+
 struct Kernels {
   const char* name;
-  // Merges the slice and writes it to `out`. Returns whether a result is NaN (always false unless check_nan).
-  bool (*merge)(const MergeJob&, const Slice&, std::byte* out);
+  // Merges the slice and writes it to `out`. Returns kFoundNan if a result is NaN and check_nan, kFoundOverflow if a
+  // finite one is too large for out_dtype and check_overflow.
+  unsigned (*merge)(const MergeJob&, const Slice&, std::byte* out);
   // Inner products of the sources, or of their differences from the base, over at most kReduceBlock elements:
   // n_pairs(n_sources) sums, overwritten.
   void (*gram)(const MergeJob&, bool deltas, const Slice&, double* sums);

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cerrno>
 #include <cmath>
+#include <cstdio>
 #include <memory>
 #include <string>
 
@@ -66,27 +67,27 @@ void Merger::merge_tasks(int64_t begin, int64_t count, int64_t per_task,
                          const std::function<void(int64_t, int64_t, int)>& done) const {
   const int64_t n_tasks = (count + per_task - 1) / per_task, piece = task_elements(job_);
   const int64_t out_bytes = mergeable_bytes(job_.out_dtype);
-  std::atomic<int64_t> first_nan{n_tasks};
+  std::atomic<int64_t> first_bad{n_tasks};
   std::vector<Scratch> scratch(static_cast<size_t>(n_threads_));
   parallel_for(n_tasks, threads_for(count, n_threads_), [&](int64_t task, int thread) {
-    if (task > first_nan) return;  // never skips a task before the first one with a NaN
+    if (task > first_bad) return;  // never skips a task before the first one in which something is found
     const int64_t first = task * per_task, n = std::min(per_task, count - first);
     std::byte* out = room(first, n, thread);
-    bool nan = false;
+    unsigned found = 0;
     for (int64_t i = 0; i < n; i += piece) {
       const Slice slice =
           scratch[static_cast<size_t>(thread)].slice(job_, begin + first + i, std::min(piece, n - i));
-      nan = kernels().merge(job_, slice, out + i * out_bytes) || nan;
+      found |= kernels().merge(job_, slice, out + i * out_bytes);
     }
-    if (nan)
-      for (int64_t known = first_nan; task < known && !first_nan.compare_exchange_weak(known, task);) {
+    if (found != 0)
+      for (int64_t known = first_bad; task < known && !first_bad.compare_exchange_weak(known, task);) {
       }
     else
       done(first, n, thread);
   });
   check_intact();
-  if (first_nan < n_tasks)
-    raise_nan(begin + first_nan * per_task, begin + std::min(count, (first_nan + 1) * per_task), true);
+  if (first_bad < n_tasks)
+    raise_found(begin + first_bad * per_task, begin + std::min(count, (first_bad + 1) * per_task));
 }
 
 void Merger::run(int64_t begin, int64_t count, std::byte* out) const {
@@ -109,6 +110,35 @@ void Merger::write(int64_t begin, int64_t count, int fd, int64_t offset) const {
       [&](int64_t first, int64_t n, int thread) {
         write_all(fd, buffers[static_cast<size_t>(thread)].get(), n * out_bytes, offset + first * out_bytes);
       });
+}
+
+void Merger::raise_found(int64_t begin, int64_t end) const {
+  const int64_t piece = task_elements(job_);
+  Scratch scratch;
+  std::vector<std::byte> out(static_cast<size_t>(std::min(piece, end - begin) * mergeable_bytes(job_.out_dtype)));
+  for (int64_t i = begin; i < end; i += piece) {
+    const int64_t last = std::min(end, i + piece);
+    const unsigned found = kernels().merge(job_, scratch.slice(job_, i, last - i), out.data());
+    if (found & kFoundNan) raise_nan(i, last, true);
+    if (found & kFoundOverflow) raise_overflow(i, last);
+  }
+  check_intact();
+  throw NanError("an input changed", NanError::kResult, begin);
+}
+
+void Merger::raise_overflow(int64_t begin, int64_t end) const {
+  Scratch scratch;
+  std::vector<float> x(static_cast<size_t>(end - begin));
+  MergeJob one = job_;
+  one.out_dtype = DType::F32;
+  kernels().merge(one, scratch.slice(job_, begin, end - begin), reinterpret_cast<std::byte*>(x.data()));
+  size_t j = 0;
+  while (j + 1 < x.size() && !overflows_f16(x[j])) ++j;
+  char value[32];
+  std::snprintf(value, sizeof value, "%g", static_cast<double>(x[j]));
+  const int64_t element = begin + static_cast<int64_t>(j);
+  throw RangeError("element " + std::to_string(element) + " is " + value + ", but the largest number in float16 is 65504",
+                   job_.is_copy, element);
 }
 
 void Merger::raise_nan(int64_t begin, int64_t end, bool analysed) const {
@@ -137,7 +167,8 @@ void Merger::raise_nan(int64_t begin, int64_t end, bool analysed) const {
     if (job_.has_base) look(slice.base, job_.base.dtype, NanError::kBase, i, slice.n);
     for (int s = 0; s < job_.n_sources && job_.weights_by == Weights::elements; ++s)
       look(slice.statistics[s], job_.statistics[s].dtype, kMaxSources + s, i, slice.n);
-    if (!analysed || result.element >= 0 || !kernels().merge(one, slice, reinterpret_cast<std::byte*>(x.data())))
+    if (!analysed || result.element >= 0 ||
+        !(kernels().merge(one, slice, reinterpret_cast<std::byte*>(x.data())) & kFoundNan))
       continue;
     for (int64_t j = 0; j < slice.n && result.element < 0; ++j)
       if (std::isnan(x[static_cast<size_t>(j)])) result.offer(i + j, NanError::kResult);

@@ -16,7 +16,7 @@ class Merger {
   const MergeJob& job() const { return job_; }
 
   // Writes elements [begin, begin + count) to out. The result does not depend on the number of threads, nor on how the
-  // tensor is sliced. Throws NanError, OsError.
+  // tensor is sliced. Throws NanError, RangeError, OsError.
   void run(int64_t begin, int64_t count, std::byte* out) const;
 
   // The same, to a file at `offset`: each thread writes what it has computed while the others compute.
@@ -27,6 +27,9 @@ class Merger {
                    const std::function<std::byte*(int64_t first, int64_t n, int thread)>& room,
                    const std::function<void(int64_t first, int64_t n, int thread)>& done) const;
   void check_intact() const;
+  // Throws NanError or RangeError: looks for the piece of [begin, end) in which the kernel finds something.
+  [[noreturn]] void raise_found(int64_t begin, int64_t end) const;
+  [[noreturn]] void raise_overflow(int64_t begin, int64_t end) const;
   // Throws NanError: looks for what is no number among [begin, end). `analysed`: the job can be run.
   [[noreturn]] void raise_nan(int64_t begin, int64_t end, bool analysed) const;
 

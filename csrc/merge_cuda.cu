@@ -20,9 +20,9 @@ struct Copy {
   __device__ static float end(const float (&s)[kState], float, const Params&) { return s[0]; }
 };
 
-// W elements from i on. Returns whether a result is NaN.
+// W elements from i on. Returns kFoundNan and kFoundOverflow, as the CPU's kernels do.
 template <class F, Keep K, int W>
-__device__ __forceinline__ bool merge_at(const DeviceTensor& row, const Reduced& reduced, int64_t i, int n_sources,
+__device__ __forceinline__ unsigned merge_at(const DeviceTensor& row, const Reduced& reduced, int64_t i, int n_sources,
                                          const Params& p) {
   float base[W] = {};
   if constexpr (F::kUsesBase) load(row.base, row.base_dtype, i, base);
@@ -52,20 +52,21 @@ __device__ __forceinline__ bool merge_at(const DeviceTensor& row, const Reduced&
     for (int e = 0; e < W; ++e) F::step(state[e], x[e], weight, p);
   }
   float out[W];
-  bool nan = false;
+  bool nan = false, overflow = false;
 #pragma unroll
   for (int e = 0; e < W; ++e) {
     out[e] = F::end(state[e], base[e], p);
     nan = nan || is_nan(out[e]);
+    overflow = overflow || overflows_f16(out[e]);
   }
   store(out, row.out, row.out_dtype, i);
-  return nan;
+  return (nan ? kFoundNan : 0u) | (overflow && row.out_dtype == DType::F16 ? kFoundOverflow : 0u);
 }
 
 template <class F, Keep K>
 __global__ void __launch_bounds__(kThreads) merge_list(const DeviceTensor* __restrict__ rows, int n_rows,
                                                        int64_t n_tiles, int n_sources,
-                                                       const Reduced* __restrict__ reduced, int* nan_flags,
+                                                       const Reduced* __restrict__ reduced, int* found_flags,
                                                        const __grid_constant__ Params p) {
   for (int64_t tile = blockIdx.x; tile < n_tiles; tile += gridDim.x) {
     const int r = find_row(rows, n_rows, &DeviceTensor::first_tile, tile);
@@ -73,12 +74,15 @@ __global__ void __launch_bounds__(kThreads) merge_list(const DeviceTensor* __res
     const int64_t begin = (tile - row.first_tile) * kTile;
     const int64_t end = min(begin + kTile, row.n_elements);
     const int64_t vector_end = row.aligned ? end - (end - begin) % kVector : begin;
-    bool nan = false;
+    unsigned found = 0;
     for (int64_t i = begin + threadIdx.x * kVector; i < vector_end; i += kThreads * kVector)
-      nan = merge_at<F, K, kVector>(row, reduced[r], i, n_sources, p) || nan;
+      found |= merge_at<F, K, kVector>(row, reduced[r], i, n_sources, p);
     for (int64_t i = vector_end + threadIdx.x; i < end; i += kThreads)
-      nan = merge_at<F, K, 1>(row, reduced[r], i, n_sources, p) || nan;
-    if (nan && nan_flags != nullptr) nan_flags[row.index] = 1;  // whoever writes, writes the same
+      found |= merge_at<F, K, 1>(row, reduced[r], i, n_sources, p);
+    if (found != 0 && found_flags != nullptr) {  // whoever writes, writes the same
+      if (found & kFoundNan) found_flags[2 * row.index] = 1;
+      if (found & kFoundOverflow) found_flags[2 * row.index + 1] = 1;
+    }
   }
 }
 
@@ -171,7 +175,7 @@ Reduced start(const Method& m, int n_sources, int64_t n_elements, int n_which, s
 
 }  // namespace
 
-void merge_cuda(const Method& method, int n_sources, const std::vector<CudaTensor>& tensors, int* nan_flags, int device,
+void merge_cuda(const Method& method, int n_sources, const std::vector<CudaTensor>& tensors, int* found, int device,
                 uintptr_t stream_handle) {
   check_supported(method);
   unsigned sparse = 0;
@@ -233,7 +237,7 @@ void merge_cuda(const Method& method, int n_sources, const std::vector<CudaTenso
                      workspace.at<Histogram>(histograms_at), workspace.at<int>(unresolved_at));
   if (scales) queue_scales(on, keep, method.params, sparse, workspace.at<double>(partials_at));
   launch("launching the merge", stream, std::min<int64_t>(n_tiles, memory.n_processors() * 8), kernel, on.rows,
-         on.n_rows, n_tiles, n_sources, on.reduced, nan_flags, method.params);
+         on.n_rows, n_tiles, n_sources, on.reduced, found, method.params);
 }
 
 void require_cuda() {}

@@ -17,10 +17,11 @@ struct CudaTensor {
 };
 
 // All pointers are device memory of `device`; the method is that of every tensor of the list. Where the result of
-// tensors[k] holds a NaN, nan_flags[k] becomes 1 (nullptr: not looked for). Work is queued on `stream` (a cudaStream_t as
+// tensors[k] holds a NaN, found[2 * k] becomes 1; if a finite result is too large for F16, found[2 * k + 1] (nullptr: not
+// looked for). Work is queued on `stream` (a cudaStream_t as
 // an integer) and not waited for. Throws std::runtime_error with CUDA's message, and std::invalid_argument for a method
 // without a GPU path.
-void merge_cuda(const Method& method, int n_sources, const std::vector<CudaTensor>& tensors, int* nan_flags, int device,
+void merge_cuda(const Method& method, int n_sources, const std::vector<CudaTensor>& tensors, int* found, int device,
                 uintptr_t stream);
 
 // Throws std::runtime_error, saying how to get CUDA, if the build has none.

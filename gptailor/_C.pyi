@@ -22,6 +22,17 @@ class NanError(ValueError):
     source: int | Literal["base", "result"]
     element: int
 
+class RangeError(ValueError):
+    """A finite number that is too large for a result in float16.
+
+    Attributes:
+        is_input: it is one of the only input, which is cast; otherwise it was computed.
+        element: index of the first such element in the flattened tensor, 0-based.
+    """
+
+    is_input: bool
+    element: int
+
 class SupportsDLPack(Protocol):
     """A tensor of any library that implements DLPack."""
 
@@ -186,7 +197,7 @@ class Merge:
     The methods, their parameters and their formulas are those of `gptailor.merging`. They are
     computed in float32, in the order of the sources, without fused multiply-adds (sums over whole
     tensors in float64, in a fixed order), and rounded once to `out_dtype` (to nearest, ties to
-    even; beyond its range to infinity). The result depends neither on the number of threads nor on
+    even; beyond a range to infinity). The result depends neither on the number of threads nor on
     the slices in which it is asked for, nor on the CPU; but the few coefficients of methods on
     spheres, and widen's scores, use the C library's sine, arc cosine and exponential, whose last
     float64 bit may be another one elsewhere, which seldom changes a coefficient's float32.
@@ -212,6 +223,8 @@ class Merge:
             dimension of the first source.
         key: 64 bits that stand for the tensor in random masks.
         check_nan: raise where the result would be NaN. Without it NaN and infinity pass through.
+        check_overflow: raise where a finite result is too large for float16. Without it that
+            becomes infinity. What is infinite in an input may stay so.
         threads: at most that many; 0 means one for each core that the process may use. Small
             tensors are merged in the calling thread.
 
@@ -237,6 +250,7 @@ class Merge:
         row_length: int = 0,
         key: int = 0,
         check_nan: bool = True,
+        check_overflow: bool = True,
         threads: int = 0,
     ) -> None: ...
     @property
@@ -249,6 +263,7 @@ class Merge:
 
         Raises:
             NanError: an element of the slice is NaN; what `out` then holds there is undefined.
+            RangeError: one is too large for float16; the same.
             OSError: as above.
             ValueError: the elements are not within the tensor, or the bytes not within `out`, or
                 they overlap an input.
@@ -333,7 +348,7 @@ def merge_cuda(
     parameters: Mapping[str, float | Sequence[float]] = {},
     factor: float = 1.0,
     keys: Sequence[int] = (),
-    nan: SupportsDLPack | DeviceTensor | None = None,
+    found: SupportsDLPack | DeviceTensor | None = None,
     stream: int = 0,
 ) -> None:
     """Merge a whole list of tensors on one GPU with one method and one set of parameters.
@@ -354,8 +369,9 @@ def merge_cuda(
         sources: for each result its sources, 1 to 16, the same number everywhere.
         bases: one for each result, for the methods that take one.
         keys: 64 bits for each result, for random masks; empty means 0 for each.
-        nan: an I32 tensor of one element for each result, which becomes 1 where the result holds a
-            NaN and else stays; without it NaN is not looked for.
+        found: an I32 tensor of two elements for each result: the first becomes 1 where the result
+            holds a NaN, the second where a finite number is too large for its float16; else they
+            stay. Without it neither is looked for.
         stream: a CUDA stream handle (`torch.cuda.current_stream().cuda_stream`). All tensors must
             be ready in that stream's order, and stay alive until it has done the work.
 

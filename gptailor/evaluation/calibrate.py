@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gptailor.errors import GptailorError, ModelError, ResourceError
+from gptailor.evaluation.casting import check_range
 from gptailor.evaluation.loading import load_model, load_tokenizer
 from gptailor.evaluation.resident import is_out_of_memory, pick_device
 from gptailor.evaluation.statistics import fisher_information, gram_matrices
@@ -71,7 +72,7 @@ def calibrate_model(
 
     Raises:
         ModelError: transformers can't load it, stores its tensors under other names, or it computes
-            no finite numbers.
+            no finite numbers; or a weight is too large for `dtype`.
         ResourceError: it does not fit into memory, or the disk is full.
         UsageError: the device does not exist.
     """
@@ -86,8 +87,10 @@ def calibrate_model(
         "dtype": dtype,
     }
     try:
-        model = _load(candidate, dtype).to(pick_device(device))
+        model = _load(candidate, dtype)
         known = _known(model, candidate)
+        _check_numbers(known, candidate)
+        model.to(pick_device(device))
         if method == "fisher":
             metadata["seed"] = str(seed)
             _write_fisher(path, metadata, model, known, sequences, seed)
@@ -126,6 +129,15 @@ def _known(model: Any, candidate: Candidate) -> dict[str, torch.Tensor]:
             )
         known[name] = found
     return known
+
+
+def _check_numbers(known: Mapping[str, torch.Tensor], candidate: Candidate) -> None:
+    """Raises a `ModelError` for a number that was finite in the file and is not in float16."""
+    for name, loaded in known.items():
+        info = candidate.tensors[name]
+        if loaded.dtype is torch.float16 and info.dtype != "F16" and loaded.isinf().any():
+            exact = torch.utils.dlpack.from_dlpack(candidate.checkpoint.tensor(name))
+            check_range(exact, loaded, f"{info.path}: {name}")
 
 
 def _write_fisher(

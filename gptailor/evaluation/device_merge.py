@@ -45,15 +45,15 @@ def merge_on_gpu(
         device: that GPU; it is the current one.
 
     Returns:
-        The results, in one block of memory; and for each an int32, which is 1 if a merge has made
-        a NaN.
+        The results, in one block of memory; and [tensor, 2] int32: the first is 1 if the result
+        holds a NaN, the second if a finite number in it is too large for float16.
     """
     offsets, size = [], 0
     for tensor in tensors:
         offsets.append(size)
         size += -(-tensor.n_bytes // ALIGNMENT) * ALIGNMENT
     block = torch.empty(size, dtype=torch.uint8, device=device)
-    flags = torch.zeros(len(tensors), dtype=torch.int32, device=device)
+    flags = torch.zeros((len(tensors), 2), dtype=torch.int32, device=device)
     whole = _C.DeviceTensor.from_dlpack(block)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     launches: dict[tuple[Any, ...], list[int]] = {}
@@ -70,7 +70,7 @@ def merge_on_gpu(
             [[handle(source) for source in tensor.sources] for tensor in some],
             None if some[0].base is None else [handle(t.base) for t in some if t.base is not None],
             keys=[tensor.key for tensor in some],
-            nan=None if some[0].merge is None else flags[launched : launched + len(numbers)],
+            found=flags[launched : launched + len(numbers)],
             stream=stream,
             **arguments,
         )

@@ -16,6 +16,7 @@ import torch.utils.dlpack
 
 from gptailor import _C
 from gptailor.errors import ModelError, ResourceError
+from gptailor.evaluation.casting import cast
 from gptailor.evaluation.footprint import weights_budget
 from gptailor.evaluation.hot_set import HotSet
 from gptailor.models.architecture import Role
@@ -276,8 +277,9 @@ class DeviceWeights:
                 tensors = [self._groups[raw].tensors[info.name] for info in infos]
             else:
                 tensors = self.backend.load(self.family, key.model, infos)
+            names = [f"{info.path}: {info.name}" for info in infos] if key.casts else []
             for dtype in key.casts:
-                tensors = [t.to(dtype) if t.is_floating_point() else t for t in tensors]
+                tensors = cast(tensors, dtype, names)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ResourceError(
                 f"Layers of {key.model} found no place on {self.backend.device}: use fewer workers "

@@ -18,6 +18,7 @@ from torch import nn
 
 from gptailor import _C
 from gptailor.errors import ModelError, ResourceError, UsageError
+from gptailor.evaluation.casting import cast
 from gptailor.evaluation.device_merge import can_merge, merge_on_gpu
 from gptailor.evaluation.device_weights import Backend, Group, GroupKey, Place
 from gptailor.evaluation.footprint import CACHED_MODELS
@@ -31,7 +32,7 @@ from gptailor.models.architecture import cut_config, text_config
 from gptailor.models.family import Family
 from gptailor.models.side_files import has_tokenizer
 from gptailor.recipe import Layer, Recipe, Take
-from gptailor.stitching.compute import ComputedTensor
+from gptailor.stitching.compute import ComputedTensor, origin
 from gptailor.stitching.plan import (
     OutTensor,
     Source,
@@ -148,7 +149,7 @@ class ResidentModel:
         On a GPU it is ready in the order of the current stream.
 
         Raises:
-            ModelError: a tensor that is merged holds NaN.
+            ModelError: a tensor that is merged holds NaN, or a number is too large for float16.
             ResourceError: the device's memory, or the candidates' part of it, is too small.
             UsageError: the recipe does not fit the family.
         """
@@ -339,8 +340,9 @@ class ResidentModel:
         finally:
             self._borrowed = {}
         dtype = getattr(torch, self._dtype or recipe.dtype)
+        data = cast(data, dtype, [origin(t) for t in tensors.values()])
         parameters = {
-            name: nn.Parameter(t.to(dtype) if t.is_floating_point() else t, requires_grad=False)
+            name: nn.Parameter(t, requires_grad=False)
             for name, t in zip(tensors, data, strict=True)
         }
         home.keep(key, parameters)
@@ -363,8 +365,8 @@ class ResidentModel:
                 result[number] = self._compute(tensor).to(home.device)
         if launched:
             some = [tensors[n] for n in launched]
-            merged, nan = merge_on_gpu(some, self._handle, home.device)
-            self._unchecked.append((home, key, some, nan))
+            merged, found = merge_on_gpu(some, self._handle, home.device)
+            self._unchecked.append((home, key, some, found))
             result.update(zip(launched, merged, strict=True))
         return [result[number] for number in range(len(tensors))]
 
@@ -372,14 +374,14 @@ class ResidentModel:
         """Looks at what the GPU has found, once for a recipe: it waits for the merges.
 
         Raises:
-            ModelError: a merged tensor holds NaN.
+            ModelError: a merged tensor holds NaN, or a number is too large for float16.
         """
         if not self._unchecked:
             return
-        found = torch.cat([nan.to(self.device) for *_, nan in self._unchecked]).tolist()
+        found = torch.cat([flags.to(self.device) for *_, flags in self._unchecked]).tolist()
         tensors = [tensor for _, _, some, _ in self._unchecked for tensor in some]
-        for tensor, nan in zip(tensors, found, strict=True):
-            if nan:
+        for tensor, (nan, overflow) in zip(tensors, found, strict=True):
+            if overflow or (nan and tensor.merge is not None):
                 self._compute(tensor)  # says in which file, and where
                 raise ModelError(f"{tensor.name}: the merged tensor is not a number.")
         self._unchecked.clear()

@@ -34,8 +34,8 @@ class ComputedTensor:
         opened: gives the tensor of a source; default: a view on its mapped file.
 
     Raises:
-        ModelError: a source of a merge holds NaN (the message names file and tensor), or a file
-            changed or can't be read.
+        ModelError: a source of a merge holds NaN, or a number becomes too large for float16 (the
+            message names file and tensor), or a file changed or can't be read.
     """
 
     def __init__(
@@ -86,7 +86,8 @@ class ComputedTensor:
         """Computes elements [begin, begin + count) into the start of `out`.
 
         Raises:
-            ModelError: a source of a merge holds NaN, or a file changed or can't be read.
+            ModelError: a source of a merge holds NaN, a number is too large for float16, or a file
+                changed or can't be read.
         """
         try:
             self._job.run(begin, count, out, 0)
@@ -115,6 +116,8 @@ class ComputedTensor:
         from gptailor import _C
 
         if not isinstance(error, _C.NanError):
+            if isinstance(error, _C.RangeError):
+                return ModelError(f"{origin(self.tensor)}: {error}: use dtype bfloat16.")
             return UsageError(f"{self.tensor.name} can't be built: {error}.")
         index = getattr(error, "source", None)
         source = self.tensor.base if index == "base" else self.tensor.sources[0]
@@ -122,6 +125,15 @@ class ComputedTensor:
             source = self.tensor.sources[index]
         info = (source or self.tensor.sources[0]).info
         return ModelError(f"{info.path}: {info.name} can't be merged: {error}.")
+
+
+def origin(tensor: OutTensor) -> str:
+    """Where a tensor of a result comes from, for errors."""
+    info = tensor.sources[0].info
+    if tensor.merge is None:
+        return f"{info.path}: {info.name}"
+    models = [source.model for source in (*tensor.sources, tensor.base) if source is not None]
+    return f"{info.name}, merged from {', '.join(models)}"
 
 
 class RegMean:
@@ -154,6 +166,7 @@ class RegMean:
 
         Raises:
             NanError: an input holds NaN or infinity.
+            RangeError: the result is too large for float16.
             ValueError: the Gram matrices do not determine the result.
         """
         data = self._bytes(begin, count)
@@ -166,12 +179,19 @@ class RegMean:
     def _bytes(self, begin: int, count: int) -> memoryview:
         import torch
 
+        from gptailor import _C
+
         if self._solved is None:
             self._solved = self._solve()
-        dtype = getattr(torch, _TORCH_NAMES[self._out_dtype])
-        data: memoryview = (
-            self._solved[begin : begin + count].to(dtype).view(torch.uint8).numpy().data
-        )
+        exact = self._solved[begin : begin + count]
+        rounded = exact.to(getattr(torch, _TORCH_NAMES[self._out_dtype]))
+        if (rounded.isinf() & exact.isfinite()).any():
+            place = int((rounded.isinf() & exact.isfinite()).nonzero()[0])
+            raise _C.RangeError(
+                f"element {begin + place} is {float(exact[place]):g}, but the largest number in "
+                "float16 is 65504"
+            )
+        data: memoryview = rounded.view(torch.uint8).numpy().data
         return data
 
     def _solve(self) -> torch.Tensor:

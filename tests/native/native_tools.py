@@ -48,6 +48,7 @@ def run(
     row_length: int = 0,
     key: int = 0,
     check_nan: bool = True,
+    check_overflow: bool = True,
     threads: int = 0,
     parameters: Mapping[str, Any] | None = None,
     **named: Any,
@@ -70,6 +71,7 @@ def run(
         row_length=row_length,
         key=key,
         check_nan=check_nan,
+        check_overflow=check_overflow,
         threads=threads,
     )
     n, width = merge.n_elements, N_BYTES[out_dtype]

@@ -19,7 +19,9 @@ def holding(bits: np.ndarray, dtype: str) -> _C.Tensor:
 
 
 def cast(bits: np.ndarray, dtype: str, out_dtype: str) -> np.ndarray:
-    raw = run("linear", [holding(bits, dtype)], out_dtype=out_dtype, check_nan=False)
+    raw = run(
+        "linear", [holding(bits, dtype)], out_dtype=out_dtype, check_nan=False, check_overflow=False
+    )
     return raw.view(np.uint32 if out_dtype == "F32" else np.uint16)
 
 

@@ -330,13 +330,53 @@ def test_infinities() -> None:
     assert np.isnan(as_float(run("linear", [x, y], check_nan=False), "F32")[1])
 
 
-def test_overflow_of_the_output_type_is_infinity() -> None:
-    big = tensor(np.float32([70000.0, -1e30, 65519.0]), "F32")
-    assert as_float(run("linear", [big], out_dtype="F16"), "F16").tolist() == [
-        np.inf,
-        -np.inf,
-        65504.0,
-    ]
+def test_the_largest_numbers_of_float16() -> None:
+    """65520 lies half-way between 65504 and what would be 65536; all below is rounded down."""
+    fits = np.float32([65504.0, -65504.0, np.nextafter(np.float32(65520), np.float32(0)), np.inf])
+    got = as_float(run("linear", [tensor(fits, "F32")], out_dtype="F16"), "F16")
+    assert got.tolist() == [65504.0, -65504.0, 65504.0, np.inf]
+    for value in (65520.0, -65520.0, 1e30, float(np.finfo(np.float32).max)):
+        source = tensor(np.float32([1, value, 70000.0]), "F32")
+        with pytest.raises(_C.RangeError, match=r"element 1 is .*, but the largest number in"):
+            run("linear", [source], out_dtype="F16")
+        got = as_float(run("linear", [source], out_dtype="F16", check_overflow=False), "F16")
+        assert got[1] == np.copysign(np.inf, value)
+        assert np.isfinite(as_float(run("linear", [source], out_dtype="F32"), "F32")).all()
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "cast", "slerp"])
+@pytest.mark.parametrize("at", [0, 700, 65_536, THREADED - 1])
+def test_a_number_too_large_is_found_where_it_is(method: str, at: int) -> None:
+    x = np.ones((2, THREADED), np.float32)
+    x[:, at], x[:, -1] = -70144.0, 99840.0  # of bfloat16
+    options: dict[str, Any] = {"ties": {"density": 0.5}, "slerp": {"t": 0.5}}
+    base = None if method in ("linear", "slerp", "cast") else tensor(x[0] * 0, "F16")
+    factor = 1.0 if method in ("cast", "slerp", "ties") else 0.5
+    sources = [tensor(row, "BF16") for row in x[: 1 if method == "cast" else 2]]
+    o = options.get(method, {}) | {"factor": factor}
+    name = "linear" if method == "cast" else method
+    with pytest.raises(_C.RangeError) as error:
+        run(name, sources, base, out_dtype="F16", threads=3, **o)
+    assert (error.value.element, error.value.is_input) == (at, method == "cast")
+    assert isinstance(error.value, ValueError)
+    value = 99840 if at == THREADED - 1 else -70144
+    text = f"element {at} is {value}, but the largest number in float16 is 65504"
+    assert text in str(error.value)
+    passed = run(name, sources, base, out_dtype="F16", check_overflow=False, **o)
+    assert np.isinf(as_float(passed, "F16")[at])
+    for wide in ("BF16", "F32"):
+        assert np.isfinite(as_float(run(name, sources, base, out_dtype=wide, **o), wide)).all()
+
+
+def test_a_nan_is_told_before_a_number_too_large() -> None:
+    x = tensor(np.float32([70000.0, np.nan]), "F32")
+    y = tensor(np.ones(2, np.float32), "F32")
+    with pytest.raises(_C.NanError):
+        run("linear", [x, y], out_dtype="F16")
+    with pytest.raises(_C.RangeError, match="element 0 is 70001"):
+        run("linear", [x, y], out_dtype="F16", check_nan=False)
+    got = as_float(run("linear", [y], out_dtype="F16"), "F16")
+    assert got.tolist() == [1.0, 1.0]
 
 
 ONE = np.ones(4, np.float32)

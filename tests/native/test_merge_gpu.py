@@ -103,7 +103,7 @@ def test_a_list_of_tensors(case: tuple[str, int, bool, dict[str, Any]], shift: i
         torch.full((n + 1,), 7, dtype=TORCH[out_dtype], device=DEVICE)[shift : n + shift]
         for n in SIZES
     ]
-    nan = torch.zeros(len(SIZES), dtype=torch.int32, device=DEVICE)
+    found = torch.zeros((len(SIZES), 2), dtype=torch.int32, device=DEVICE)
     options = {"weights": weights, "parameters": parameters, "factor": 1.25 if shift else 1.0}
     _C.merge_cuda(
         method,
@@ -111,11 +111,11 @@ def test_a_list_of_tensors(case: tuple[str, int, bool, dict[str, Any]], shift: i
         sources,
         bases if with_base else None,
         keys=keys,
-        nan=nan,
+        found=found,
         stream=stream(),
         **options,
     )
-    assert not nan.any()
+    assert not found.any()
     for i, out in enumerate(outs):
         if method == "multislerp" and SIZES[i] == 1:
             continue  # directions in one dimension may cancel
@@ -173,13 +173,31 @@ def test_nan_is_flagged() -> None:
         ("model_stock", {}),
     ]:
         n_sources = 2 if method == "model_stock" else 1
-        nan = torch.zeros(4, dtype=torch.int32, device=DEVICE)
+        found = torch.zeros((4, 2), dtype=torch.int32, device=DEVICE)
         outs = [torch.empty_like(t) for t in tensors]
         sources = [[t] * n_sources for t in tensors]
-        _C.merge_cuda(method, outs, sources, bases, parameters=parameters, nan=nan, stream=stream())
-        assert nan.tolist() == [0, 0, 1, 1], method
-    with pytest.raises(ValueError, match="one I32 for each"):
-        _C.merge_cuda("ram", [outs[0]], [[tensors[0]]], [bases[0]], nan=nan)
+        options = {"parameters": parameters, "found": found, "stream": stream()}
+        _C.merge_cuda(method, outs, sources, bases, **options)
+        assert found.tolist() == [[0, 0], [0, 0], [1, 0], [1, 0]], method
+    with pytest.raises(ValueError, match="two I32 for each"):
+        _C.merge_cuda("ram", [outs[0]], [[tensors[0]]], [bases[0]], found=found)
+
+
+def test_numbers_too_large_for_float16_are_flagged() -> None:
+    """By the same numbers as on the CPU, for merges and casts, in each place of a tile."""
+    kinds = ["F16", "F16", "BF16", "F32", "F16", "F16"]
+    values = [65519.0, -65520.0, 70000.0, 70000.0, float("inf"), 99840.0]
+    places = [3, 19_999, 5, 6, 7, 0]
+    for method, n_sources, with_base in (("linear", 1, False), ("task_arithmetic", 1, True)):
+        sources = [torch.ones(20_000, device=DEVICE) for _ in kinds]
+        for tensor, value, place in zip(sources, values, places, strict=True):
+            tensor[place] = value
+        outs = [torch.empty(20_000, dtype=TORCH[kind], device=DEVICE) for kind in kinds]
+        bases = [torch.zeros(20_000, device=DEVICE) for _ in kinds] if with_base else None
+        found = torch.zeros((len(kinds), 2), dtype=torch.int32, device=DEVICE)
+        options = {"parameters": {"normalize": 0}, "found": found, "stream": stream()}
+        _C.merge_cuda(method, outs, [[t] * n_sources for t in sources], bases, **options)
+        assert found.tolist() == [[0, 0], [0, 1], [0, 0], [0, 0], [0, 0], [0, 1]], method
 
 
 @pytest.mark.parametrize("case", ON_THE_CPU, ids=lambda c: c[0])

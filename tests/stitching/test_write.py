@@ -24,6 +24,7 @@ from gptailor.recipe import DTYPES, Calibration, Layer, Merge, Recipe, Take, rea
 from gptailor.stitching.write import RECIPE_FILE, write_model
 from tests.calibrations import save_statistics
 from tests.models.tiny import (
+    FFN,
     LAYER_SHAPES,
     NAMES,
     Array,
@@ -221,18 +222,6 @@ def test_takes_are_copied_or_cast_once(
     for name, (model, source) in names.items():
         values = floats(inputs[model][source])
         assert out[name] == (out_dtype, values.shape, encoded(values, out_dtype)), name
-
-
-def test_a_cast_of_values_that_are_out_of_range_is_infinite_not_wrong(tmp_path: Path) -> None:
-    name = "model.layers.1.mlp.up_proj.weight"
-    values = np.full(LAYER_SHAPES["mlp.up_proj.weight"], 3.0)
-    values[0, :3] = 1e6, np.inf, 65504.0
-    tensors = {name: ("BF16", values.shape, encoded(values, "BF16"))}
-    models = {"base": str(save_model(tmp_path / "base", tensors=tensors))}
-    out = stitched(recipe(models, Take("base", 1), dtype="float16"), tmp_path / "out")
-    found = floats(out["model.layers.0.mlp.up_proj.weight"])
-    assert found[0, 0] == found[0, 1] == np.inf
-    assert np.all(found[1:] == 3.0)
 
 
 def test_a_passthrough_stitch_imports_nothing_heavy(models: dict[str, str], tmp_path: Path) -> None:
@@ -443,6 +432,57 @@ def test_nan_that_is_not_merged_is_copied(tmp_path: Path) -> None:
     assert copied["model.layers.0.mlp.up_proj.weight"] == values
     cast = stitched(recipe(models, Take("base", 2), dtype="float32"), tmp_path / "cast")
     assert np.isnan(floats(cast["model.layers.0.mlp.up_proj.weight"])).sum() == 1
+
+
+# Too large for float16
+
+
+def with_number(folder: Path, name: str, value: float, dtype: str = "BF16") -> Path:
+    values = drawn(folder.name, name, LAYER_SHAPES["mlp.down_proj.weight"])
+    values[3, 5], values[4, 0] = value, np.inf
+    tensors = {name: (dtype, values.shape, encoded(values, dtype))}
+    return save_model(folder, dtype=dtype, tensors=tensors)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+@pytest.mark.parametrize("how", ["taken", "merged", "scaled", "module"])
+def test_a_number_too_large_for_float16(how: str, dtype: str, tmp_path: Path) -> None:
+    name = "model.layers.2.mlp.down_proj.weight"
+    models = save_family(tmp_path, MODELS, dtype=dtype)
+    value = -70144.0 if how != "scaled" else 40192.0
+    with_number(tmp_path / "red", name, value, dtype)
+    merge = Merge("linear", 2, (("red", 1.0), ("green", 1.0)), (("normalize", 0.0),))
+    second: Layer = Take("red", 2)
+    if how == "merged":
+        second = merge
+    if how == "module":
+        second = Take("green", 2, modules=(("mlp.down_proj", Take("red", 2)),))
+    first = Take("green", 0, 0.5) if how == "scaled" else Take("green", 0)  # folded: times 2
+    made = recipe(models, first, second, dtype="float16")
+    with pytest.raises(ModelError) as caught:
+        write_model(made, Family(models, "base"), tmp_path / "out", sync=False)
+    text = str(caught.value)
+    path = tmp_path / "red" / "model.safetensors"
+    where = f"{path}: {name}" if how != "merged" else f"{name}, merged from green, red"
+    assert text.startswith(f"{where}: element {3 * FFN + 5} is ")
+    assert text.endswith("but the largest number in float16 is 65504: use dtype bfloat16.")
+    assert not (tmp_path / "out").exists()
+    for wide in ("bfloat16", "float32"):
+        write_model(
+            recipe(models, first, second, dtype=wide), Family(models, "base"),
+            tmp_path / wide, sync=False,
+        )  # fmt: skip
+
+
+def test_what_is_infinite_stays_so(tmp_path: Path) -> None:
+    """It was no number before; taken in its own type a tensor keeps its bytes."""
+    name = "model.layers.2.mlp.down_proj.weight"
+    models = {"base": str(with_number(tmp_path / "base", name, 1.0))}
+    for dtype in ("float16", "float32", "bfloat16"):
+        made = stitched(recipe(models, Take("base", 2), dtype=dtype), tmp_path / dtype)
+        entry = made["model.layers.0.mlp.down_proj.weight"]
+        assert np.argwhere(np.isinf(floats(entry))).tolist() == [[4, 0]]
+    assert entry == load_model(tmp_path / "base")[name]
 
 
 # Disk full, kill -9
