@@ -156,16 +156,20 @@ def is_alike(signatures: Sequence[Signature], other: Signature) -> bool:
 
 
 def compare_layer(
-    source: Sequence[Signature], cut: Sequence[Signature], src_layer: int, out_layer: int
+    source: Sequence[Signature],
+    cut: Sequence[Signature],
+    src_layers: Sequence[int],
+    out_layer: int,
 ) -> Comparison:
     """Compares a layer of the cut model with its source layer.
 
     Args:
         source: the layers of the whole model.
         cut: the layers of the cut model.
-        src_layer: index of the source layer.
+        src_layers: the source layer of each layer of the cut model.
         out_layer: index of the layer in the cut model.
     """
+    src_layer = src_layers[out_layer]
     was, now = source[src_layer], cut[out_layer]
     found = Comparison()
     for path in sorted(set(was.classes) | set(now.classes)):
@@ -188,6 +192,7 @@ def compare_layer(
         elif (
             place[1] == _ORDINAL
             or _is_of_place(old, new, *indices)
+            or _is_renumbered(old, new, src_layers)
             or _is_formula(old, new, [s.constants.get(place) for s in source])
         ):
             found.constants[place] = new
@@ -225,6 +230,17 @@ def _is_of_place(old: Any, new: Any, was: tuple[int, int], now: tuple[int, int])
         return True
     double = old - 2 * src, new - 2 * out  # two of something in each layer
     return double[0] == double[1] and 0 <= double[0] <= 2
+
+
+def _is_renumbered(old: Any, new: Any, src_layers: Sequence[int]) -> bool:
+    """Whether a table or list of layers says of the cut's what it said of their sources."""
+    if type(old) is not type(new) or not isinstance(new, dict | list):
+        return False
+    if any(type(key) is not int or not 0 <= key < len(src_layers) for key in new):
+        return False
+    if isinstance(new, dict):
+        return all(same(old.get(src_layers[key]), value) for key, value in new.items())
+    return [src_layers[key] for key in new] == [key for key in old if key in src_layers]
 
 
 def _is_formula(old: Any, new: Any, of_all: Sequence[Any]) -> bool:

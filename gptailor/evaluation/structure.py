@@ -218,7 +218,7 @@ class Structure:
             )
         constants = []
         for out_layer, src_layer in enumerate(src_layers):
-            compared = compare_layer(self._layers, layers, src_layer, out_layer)
+            compared = compare_layer(self._layers, layers, src_layers, out_layer)
             if compared.problems:
                 return (
                     f"{self.folder} can't be cut to the layers {kept}: layer {out_layer} of the "
@@ -338,18 +338,24 @@ def module_names(
         fused, split or reshaped on load, whose parameter is the first of what they become.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
 
     transforms = get_model_conversion_mapping(shell)
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     known = {**dict(shell.named_parameters(remove_duplicate=False)), **shell.state_dict()}
+    prefix = shell.base_model_prefix
     names: dict[str, str | None] = {}
     converted = set()
-    for name in tensors:
-        target, pattern = rename_source_key(
-            name, renamings, converters, shell.base_model_prefix, known
-        )
+    for name in sorted(tensors, key=dot_natural_key):  # some renamings wait for a first name
+        target, pattern = rename_source_key(name, renamings, converters, prefix, known)
+        if target not in known and name in known:
+            target, pattern = rename_source_key(name, [], [], prefix, known)
         names[name] = target if target in known else None
         if pattern is not None and target in known:
             converted.add(name)
