@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _PIECE = 4 << 20
 """Elements that are compared at once: 16 MiB of float32."""
 
+_QUICK_BYTES = 2_000_000_000
+
 
 @dataclass(frozen=True)
 class Ends:
@@ -46,6 +48,16 @@ class Ends:
     def are_equal(self) -> bool:
         """True if all candidates have the same embeddings and the same head."""
         return all(len(set(end.values())) == 1 for end in (self.embeddings, self.head))
+
+
+def announcements(family: Family) -> list[str]:
+    """What to say before `find_ends` reads for long; nothing where it won't."""
+    architecture = family.architecture
+    names = (*architecture.embeddings, *architecture.head)
+    n_bytes = sum(c.tensors[name].n_bytes for c in family.candidates.values() for name in names)
+    if n_bytes < _QUICK_BYTES or len(family.candidates) == 1:
+        return []
+    return [f"Comparing the models' embeddings and heads, at most {n_bytes / 1e9:.0f} GB."]
 
 
 def find_ends(family: Family) -> Ends:

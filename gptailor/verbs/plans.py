@@ -191,11 +191,12 @@ def plan(
     from gptailor.evaluation.footprint import find_footprint, held_bytes, plan_gpus
     from gptailor.evaluation.forward_dtype import Ability, choose, find_ability
     from gptailor.evaluation.memory import available_bytes, total_bytes
+    from gptailor.models.ends import announcements
     from gptailor.search.space import SearchSpace, find_calibration
 
     parsed = read_config(config, overrides)
     family = open_family(parsed.models, parsed.base)
-    for text in family.notes:
+    for text in (*family.notes, *announcements(family)):
         note(text)
     calibration = find_calibration(parsed, family)
     space = SearchSpace(

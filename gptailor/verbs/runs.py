@@ -183,10 +183,11 @@ def _search(
 def _introduce(family: Family, progress: Progress) -> None:
     """Says what is searched, and what a person should know of it."""
     from gptailor.evaluation.habits import habits
+    from gptailor.models.ends import announcements
 
-    for text in (*family.notes, *habits(family)):
+    what = f"Searching {family.num_layers} layers of {len(family.candidates)} models."
+    for text in (*family.notes, *habits(family), what, *announcements(family)):
         progress.note(text)
-    progress.note(f"Searching {family.num_layers} layers of {len(family.candidates)} models.")
 
 
 def _begun(

@@ -104,6 +104,16 @@ def test_other_padding_is_another_end(tmp_path: Path) -> None:
     assert family.uneven == {TOKENS, HEAD}
 
 
+def test_what_takes_long_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = {name: str(save_model(tmp_path / name)) for name in ("base", "red")}
+    family = Family(models, "base")
+    assert ends.announcements(family) == []
+    monkeypatch.setattr(ends, "_QUICK_BYTES", 1)
+    assert ends.announcements(Family({"base": models["base"]}, "base")) == []
+    (text,) = ends.announcements(family)
+    assert text == "Comparing the models' embeddings and heads, at most 0 GB."
+
+
 @pytest.mark.parametrize("at", [0, 6, 7, 13, VOCAB * HIDDEN - 1])
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
 def test_every_piece_is_compared(
