@@ -153,7 +153,8 @@ def _is_known(config: Any, key: str) -> bool:
 
 def _moves_positions(config: Any) -> bool:
     """True for architectures whose positions begin at the padding's id (RoBERTa's)."""
-    return "create_position_ids" in _sources(Path(inspect.getfile(type(config))).parent)
+    sources = _sources(Path(inspect.getfile(type(config))).parent)
+    return re.search(r"create_position_ids|[+*] self\.padding_idx", sources) is not None
 
 
 @lru_cache(maxsize=8)

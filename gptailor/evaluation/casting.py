@@ -10,28 +10,29 @@ from gptailor.errors import ModelError
 
 
 def cast(
-    tensors: Sequence[torch.Tensor], dtype: torch.dtype, names: Sequence[str]
+    tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype], names: Sequence[str]
 ) -> list[torch.Tensor]:
-    """The floating point tensors among some in another type; the others as they are.
+    """Tensors in other types, if they are of floating point; the others as they are.
 
     What is infinite stays so. Looks at the numbers where float16 takes the place of a wider type,
     which waits for a GPU once.
 
     Args:
         tensors: on one device.
-        dtype: the type.
+        dtypes: a type for each.
         names: of the tensors, for the error.
 
     Raises:
         ModelError: a finite number is too large for float16.
     """
-    result = [t.to(dtype) if t.is_floating_point() else t for t in tensors]
-    if dtype is torch.float16:
-        wide = [n for n, t in enumerate(tensors) if t.is_floating_point() and t.dtype != dtype]
-        found = [result[n].isinf().any() for n in wide]
-        if found and torch.stack(found).any():
-            for n in wide:
-                check_range(tensors[n], result[n], names[n])
+    pairs = zip(tensors, dtypes, strict=True)
+    result = [t.to(dtype) if t.is_floating_point() else t for t, dtype in pairs]
+    narrowed = [
+        n for n, t in enumerate(result) if t.dtype is torch.float16 and tensors[n].dtype != t.dtype
+    ]
+    if narrowed and torch.stack([result[n].isinf().any() for n in narrowed]).any():
+        for n in narrowed:
+            check_range(tensors[n], result[n], names[n])
     return result
 
 

@@ -33,6 +33,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 Place = int | Role
 """A source layer, or what lies outside the layers: "embeddings" or "head"."""
@@ -158,6 +159,7 @@ class DeviceWeights:
         on_evict: called with a group that goes, before its memory is needed; what still points
             into it must let go.
         places: those whose groups may be asked for; default: all.
+        kept: type of the forward pass → names of tensors that stay float32 in it.
     """
 
     def __init__(
@@ -167,10 +169,12 @@ class DeviceWeights:
         budget_bytes: int | None = None,
         on_evict: Callable[[Group], None] = lambda group: None,
         places: Collection[Place] | None = None,
+        kept: Callable[[torch.dtype], Collection[str]] = lambda dtype: (),
     ) -> None:
         self.family = family
         self.backend = backend
         self._on_evict = on_evict
+        self._kept = kept
         self._groups: dict[GroupKey, Group] = {}
         architecture = family.architecture
         self._names: dict[Place, list[str]] = {
@@ -196,25 +200,41 @@ class DeviceWeights:
         self._keys: dict[tuple[str, Place, tuple[torch.dtype, ...]], GroupKey] = {}
 
     def _cost(self, key: GroupKey) -> int:
-        """What a group takes of the budget."""
-        return 0 if self.backend.is_mapped and not key.casts else self.n_bytes(key)
+        """What a group takes of the budget: a view on a mapped file takes nothing."""
+        if not self.backend.is_mapped:
+            return self.n_bytes(key)
+        copies = [info for info in self._infos(key) if not self._is_view(key, info)]
+        return sum(self._size(key, info) for info in copies)
 
     def n_bytes(self, key: GroupKey) -> int:
         """The size of a group's tensors."""
-        size = torch.empty(0, dtype=key.casts[-1]).element_size() if key.casts else 0
-        return sum(
-            _padded(info.n_elements * size if size and info.dtype in FLOAT_DTYPES else info.n_bytes)
-            for info in self._infos(key)
-        )
+        return sum(self._size(key, info) for info in self._infos(key))
+
+    def _size(self, key: GroupKey, info: TensorInfo) -> int:
+        types = self._types(key, info)
+        return _padded(info.n_elements * types[-1].itemsize if types else info.n_bytes)
+
+    def _types(self, key: GroupKey, info: TensorInfo) -> list[torch.dtype]:
+        """The types that a tensor goes through, one for each of the group's casts."""
+        if info.dtype not in FLOAT_DTYPES:
+            return [TORCH_DTYPES[info.dtype]] * len(key.casts)
+        types = list(key.casts)
+        if types and self.family.candidates[key.model].stays_precise(info, DTYPE_NAMES[types[0]]):
+            types[0] = torch.float32
+        if types and info.name in self._kept(key.casts[-1]):
+            types[-1] = torch.float32
+        return types
+
+    def _is_view(self, key: GroupKey, info: TensorInfo) -> bool:
+        return all(dtype == TORCH_DTYPES[info.dtype] for dtype in self._types(key, info))
 
     def key(self, model: str, place: Place, casts: Sequence[torch.dtype]) -> GroupKey:
         """The group with its tensors cast; one that needs no cast is the file's own."""
         wanted = (model, place, tuple(casts))
         if wanted not in self._keys:
-            raw = GroupKey(model, place)
-            kinds = {TORCH_DTYPES[i.dtype] for i in self._infos(raw) if i.dtype in FLOAT_DTYPES}
-            is_raw = len(kinds.union(casts)) == 1 or not kinds
-            self._keys[wanted] = raw if is_raw else raw._replace(casts=tuple(casts))
+            key = GroupKey(model, place, tuple(casts))
+            is_raw = all(self._is_view(key, info) for info in self._infos(key))
+            self._keys[wanted] = key._replace(casts=()) if is_raw else key
         return self._keys[wanted]
 
     def hold(self, keys: Iterable[GroupKey]) -> None:
@@ -278,8 +298,9 @@ class DeviceWeights:
             else:
                 tensors = self.backend.load(self.family, key.model, infos)
             names = [f"{info.path}: {info.name}" for info in infos] if key.casts else []
-            for dtype in key.casts:
-                tensors = cast(tensors, dtype, names)
+            types = [self._types(key, info) for info in infos]
+            for step in range(len(key.casts)):
+                tensors = cast(tensors, [some[step] for some in types], names)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ResourceError(
                 f"Layers of {key.model} found no place on {self.backend.device}: use fewer workers "

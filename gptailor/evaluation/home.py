@@ -11,7 +11,7 @@ two devices is tested with fake tensors, the results with homes that are all on 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -80,6 +80,7 @@ def open_homes(
     workers: int,
     backend: Backend | None,
     on_evict: Callable[[Group], None],
+    kept: Callable[[torch.dtype], Collection[str]],
 ) -> tuple[list[Home], Sequence[int]]:
     """One home on the first device if a model fits there, else one on each device.
 
@@ -91,7 +92,7 @@ def open_homes(
         candidate_bytes: what candidates may have on each device; None: see `ResidentModel`.
         workers: how many share the first device.
         backend: how candidates get to the first device, if it is the only one; None: what suits.
-        on_evict: see `DeviceWeights`.
+        on_evict, kept: see `DeviceWeights`.
 
     Returns:
         The homes, and for each source layer the index of its home. What is outside the layers is
@@ -104,7 +105,7 @@ def open_homes(
         layers, outside, _, _ = _needed(family, dtype or PRECISE)
         held = sum(layers) + outside * min(2, len(family.candidates))  # see Footprint.held
         room = max(held, int(ROOM * available_bytes()) // workers)
-        weights = DeviceWeights(family, MappedBackend(), room, on_evict)
+        weights = DeviceWeights(family, MappedBackend(), room, on_evict, kept=kept)
         return [Home(weights, cache_bytes)], [0] * family.num_layers
 
     def budget(device: torch.device) -> int:
@@ -128,7 +129,8 @@ def open_homes(
         how = how or LoadingBackend(devices[number], pin_bytes=pin_bytes)
         own: list[Place] = [src for src, home in enumerate(home_of) if home == number]
         own += ["embeddings", "head"] if number == 0 else []
-        homes.append(Home(DeviceWeights(family, how, n_bytes, on_evict, own), cache_bytes))
+        weights = DeviceWeights(family, how, n_bytes, on_evict, own, kept)
+        homes.append(Home(weights, cache_bytes))
     return homes, home_of
 
 

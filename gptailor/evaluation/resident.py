@@ -23,6 +23,7 @@ from gptailor.evaluation.device_merge import can_merge, merge_on_gpu
 from gptailor.evaluation.device_weights import Backend, Group, GroupKey, Place
 from gptailor.evaluation.footprint import CACHED_MODELS
 from gptailor.evaluation.home import Home, Key, memory_bytes, open_homes, spread_modules
+from gptailor.evaluation.kept_types import KeptTypes
 from gptailor.evaluation.loading import load_model
 from gptailor.evaluation.pointers import find_pointers
 from gptailor.evaluation.signature import Constants, carry_over
@@ -125,6 +126,9 @@ class ResidentModel:
         self._tie()
         self.model.to(self.device)  # what no file has: rotary frequencies and the like
         self._outside_now: Parameters = {}
+        self._kept_types = KeptTypes(
+            self.structure.shell, base.folder, base.tensors.values(), self.structure.module_names
+        )
         self._outside_plans: dict[Key, list[OutTensor]] = {}
         self._wrapped: dict[Group, Parameters] = {}
         self.homes, self._home_of = open_homes(
@@ -136,6 +140,7 @@ class ResidentModel:
             workers=workers,
             backend=backend,
             on_evict=self._evicted,
+            kept=self._kept_types.names,
         )
         if len(self.homes) > 1:
             devices = [self._home(src).device for src in ("embeddings", *range(family.num_layers))]
@@ -340,7 +345,11 @@ class ResidentModel:
         finally:
             self._borrowed = {}
         dtype = getattr(torch, self._dtype or recipe.dtype)
-        data = cast(data, dtype, [origin(t) for t in tensors.values()])
+        kept = self._kept_types.names(dtype)
+        types = [
+            torch.float32 if t.sources[0].info.name in kept else dtype for t in tensors.values()
+        ]
+        data = cast(data, types, [origin(t) for t in tensors.values()])
         parameters = {
             name: nn.Parameter(t, requires_grad=False)
             for name, t in zip(tensors, data, strict=True)

@@ -32,8 +32,10 @@ _HARMLESS = NAMES | {
     "router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef",
     # heads of other tasks
     "architectures", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task",
-    "task_specific_params", "classifier_activation", "classifier_bias", "summary_type",
-    "summary_use_proj", "summary_activation", "summary_proj_to_labels",
+    "task_specific_params", "summary_type", "summary_use_proj", "summary_activation",
+    "summary_proj_to_labels",
+    # layers behind the stack that predict more tokens are left out
+    "num_nextn_predict_layers", "num_mtp_layers",
     # vocabularies are compared by what they hold
     "vocab_size", "tokenizer_class",
     # the files decide about it

@@ -98,6 +98,19 @@ class Candidate:
         """True if the output head is the embedding matrix, so that it has no tensor of its own."""
         return self.reading.is_tied
 
+    @cached_property
+    def main_dtype(self) -> str:
+        """The floating point type of most of its elements, as safetensors names it."""
+        elements = dict.fromkeys(FLOAT_DTYPES, 0)
+        for info in self.tensors.values():
+            if info.dtype in elements:
+                elements[info.dtype] += info.n_elements
+        return max(elements, key=lambda dtype: elements[dtype])
+
+    def stays_precise(self, info: TensorInfo, dtype: str) -> bool:
+        """True for a float32 tensor among others of the type `dtype`: it is precise on purpose."""
+        return info.dtype == "F32" and dtype == self.main_dtype != "F32"
+
     def cut_config(self, src_layers: Sequence[int]) -> tuple[dict[str, Any], tuple[str, ...]]:
         """Its config for these layers, and notes on what else changes with them.
 

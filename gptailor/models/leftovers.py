@@ -18,7 +18,7 @@ from gptailor.models.untrusted import shown
 
 _QUANTIZATION = ("quantization_config", "compression_config")
 _IN_THE_FORWARD_PASS = ("bitnet",)
-"""Methods that take weights as they are and round them each time they are used."""
+"""Methods that keep weights as they are in the files: what the config says is no leftover."""
 _MARKS = frozenset(
     {
         "qweight", "qzeros", "g_idx", "absmax", "nested_absmax", "quant_map", "SCB",
@@ -44,10 +44,16 @@ def clean_config(
     """
     parts = [config, *(value for value in config.values() if isinstance(value, dict))]
     declared = [part[key] for part in parts for key in _QUANTIZATION if part.get(key)]
+    methods = [d.get("quant_method") for d in declared if isinstance(d, dict)]
+    for method in methods:
+        if method in _IN_THE_FORWARD_PASS:
+            raise ModelError(
+                f"{folder}: config.json has its weights rounded whenever they are used "
+                f"({shown(method)}), which is not supported: take a model without it."
+            )
     info = next((info for info in tensors if _is_quantized(info, bool(declared))), None)
     if info is not None:
-        method = next((d.get("quant_method") for d in declared if isinstance(d, dict)), None)
-        by = f" by {shown(method)}" if method else ""
+        by = f" by {shown(methods[0])}" if methods and methods[0] else ""
         raise ModelError(
             f"{folder} is quantized{by} ({info.name} has the type {info.dtype}), so that it can't "
             "be merged or cast: save it in bfloat16 first (dequantize() of transformers)."
@@ -59,16 +65,7 @@ def clean_config(
 
 
 def _cleaned(part: Mapping[str, Any]) -> dict[str, Any]:
-    result = {
-        key: value for key, value in part.items() if key not in _QUANTIZATION or _stays(value)
-    }
-    return without_local_code(result)
-
-
-def _stays(quantization: object) -> bool:
-    return (
-        isinstance(quantization, dict) and quantization.get("quant_method") in _IN_THE_FORWARD_PASS
-    )
+    return without_local_code({k: v for k, v in part.items() if k not in _QUANTIZATION})
 
 
 def without_local_code(data: Mapping[str, Any]) -> dict[str, Any]:

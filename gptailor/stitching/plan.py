@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -274,7 +274,7 @@ def _made(
             merge = Merge("linear", merge.src_layer, shares, (("normalize", 0.0),))
     tensor = OutTensor(
         name=out_name,
-        dtype=_dtype(sources[0].info, recipe),
+        dtype=_dtype(sources, recipe, family),
         shape=sources[0].info.shape,
         sources=sources,
         merge=merge,
@@ -328,8 +328,14 @@ def _cut(info: TensorInfo, rows: int) -> TensorInfo:
     return replace(info, shape=(rows, *info.shape[1:]), n_bytes=n_bytes)
 
 
-def _dtype(info: TensorInfo, recipe: Recipe) -> str:
-    return DTYPES[recipe.dtype] if info.dtype in FLOAT_DTYPES else info.dtype
+def _dtype(sources: Sequence[Source], recipe: Recipe, family: Family) -> str:
+    """The recipe's type, but for integers, and for what all models keep in float32 beside it."""
+    dtype = DTYPES[recipe.dtype]
+    if sources[0].info.dtype not in FLOAT_DTYPES:
+        return sources[0].info.dtype
+    if all(family.candidates[s.model].stays_precise(s.info, dtype) for s in sources):
+        return "F32"
+    return dtype
 
 
 def _position(tensor: OutTensor) -> tuple[str, int]:

@@ -47,6 +47,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granite", _SIZES),
     "smollm3": ("smollm3", _SIZES),
     "roberta": ("roberta", _SIZES | {"is_decoder": True}),
+    "modernbert": ("modernbert-decoder", _SIZES | {"local_attention": 16}),
     "gpt2": (
         "gpt2",
         {"vocab_size": 96, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64},
@@ -174,6 +175,7 @@ OTHER_MODELS: list[tuple[str, str, Change]] = [
     ("granite", "attention_multiplier", {"attention_multiplier": 0.1}),
     ("smollm3", "no_rope_layers[0]", put("no_rope_layers", [0, 1, 1, 1])),
     ("roberta", "pad_token_id", {"pad_token_id": 5}),
+    ("modernbert", "classifier_activation", {"classifier_activation": "relu"}),
     ("gpt2", "layer_norm_epsilon", {"layer_norm_epsilon": 1e-1}),
     ("gpt2", "scale_attn_weights", {"scale_attn_weights": False}),
 ]
@@ -287,7 +289,7 @@ def test_other_words_for_the_same(
         assert not open_family(pair(one, two), "base").notes
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "gemma2", "gemma3"])
 def test_an_older_config_of_the_base(
     folder_of: Callable[[str], Path], tmp_path: Path, kind: str
 ) -> None:

@@ -53,13 +53,13 @@ def test_resident(large: dict[str, str], how: str, candidate_bytes: int | None) 
 
 def test_what_is_infinite_stays_so() -> None:
     tensors = [torch.tensor([1.0, float("inf"), float("nan"), -65519.0]), torch.tensor([7])]
-    narrow, whole = cast(tensors, torch.float16, ["a", "b"])
+    narrow, whole = cast(tensors, [torch.float16] * 2, ["a", "b"])
     assert narrow.dtype is torch.float16
     assert narrow[[0, 1, 3]].tolist() == [1.0, float("inf"), -65504.0]
     assert whole is tensors[1]
     with pytest.raises(ModelError, match="b: element 1 is -70000"):
-        cast([tensors[0], torch.tensor([[0.0], [-7e4]])], torch.float16, ["a", "b"])
-    assert cast([torch.tensor([7e4])], torch.bfloat16, ["a"])[0].isfinite().all()
+        cast([tensors[0], torch.tensor([[0.0], [-7e4]])], [torch.float16] * 2, ["a", "b"])
+    assert cast([torch.tensor([7e4])], [torch.bfloat16], ["a"])[0].isfinite().all()
 
 
 def test_calibration(large: dict[str, str], tmp_path: Path) -> None:
