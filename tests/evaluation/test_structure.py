@@ -348,7 +348,7 @@ def test_a_result_that_can_not_be_tested_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from gptailor import verbs
-    from gptailor.execution import memory
+    from gptailor.evaluation import memory
 
     folder = save_real(tmp_path / "m", "llama")
     path = tmp_path / "recipe.yaml"
