@@ -42,13 +42,15 @@ _NAMES = (
     "generation_config.json",
 )  # fmt: skip
 _SUFFIXES = (".tiktoken", ".jinja")
+_VERSIONED = "tokenizer.model."
+"""Mistral's names go on with a version, as tokenizer.model.v3."""
 _TEMPLATES = "additional_chat_templates"
 _LICENCES = ("license", "licence", "notice", "use_policy")
 _PAGES = ("", ".txt", ".md")
 
 HUB_PATTERNS = (
     "*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.spm", "*.bpe",
-    "*.codes", "*.tokenizer", "LICEN[SC]E*", "NOTICE*", "USE_POLICY*",
+    "*.codes", "*.tokenizer", "tokenizer.model.*", "LICEN[SC]E*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 """What is downloaded of a model on the hub."""
 HUB_IGNORED = ("*/*.safetensors", "*/*.json", "*/*.model", "*/*.txt")
@@ -59,8 +61,9 @@ def side_files(folder: Path) -> list[str]:
     """Names of the small files that belong to a model, relative to its folder, sorted."""
     found = [name for name in _NAMES if is_file(folder / name)]
     for path in folder.iterdir():
+        is_tokenizer = path.suffix in _SUFFIXES or path.name.startswith(_VERSIONED)
         is_licence = path.stem.lower() in _LICENCES and path.suffix.lower() in _PAGES
-        if path.name not in found and (path.suffix in _SUFFIXES or is_licence) and is_file(path):
+        if path.name not in found and (is_tokenizer or is_licence) and is_file(path):
             found.append(path.name)
     if is_folder(folder / _TEMPLATES):
         templates = (p for p in (folder / _TEMPLATES).iterdir() if p.suffix == ".jinja")

@@ -26,7 +26,7 @@ from tests.models.tiny import save_model
 MORE = [
     "qwen.tiktoken", "tekken.json", "sentencepiece.bpe.model", "chat_template.jinja",
     "preprocessor_config.json", "additional_chat_templates/rag.jinja", "LICENSE", "NOTICE.txt",
-    "generation_config.json", "USE_POLICY.md",
+    "generation_config.json", "USE_POLICY.md", "tokenizer.model.v3",
 ]  # fmt: skip
 NEVER = [
     "pytorch_model.bin", "modeling_x.py", "training_args.bin", "README.md", "optimizer.pt",
