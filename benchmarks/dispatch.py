@@ -16,7 +16,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from gptailor.archive import Archive, Cost, Outcome, Score
@@ -26,7 +25,6 @@ from gptailor.execution.channel import Channel
 from gptailor.execution.crew import Crew
 from gptailor.execution.executor import EvaluationJob, Job, WorkloadInfo
 from gptailor.execution.launcher import join
-from gptailor.execution.logs import Log
 from gptailor.execution.mpi import MpiExecutor
 from gptailor.execution.reporter import Reporter
 from gptailor.execution.stop import Stop
@@ -49,6 +47,12 @@ class Sleeper:
 
     def workload(self) -> WorkloadInfo:
         return WorkloadInfo({"search": 1}, "asleep")
+
+    def beat(self) -> None:
+        pass
+
+    def words(self) -> str:
+        return ""
 
     def do(self, job: Job) -> Outcome:
         assert isinstance(job, EvaluationJob)
@@ -138,7 +142,7 @@ def main() -> int:
     assert channel is not None
     if channel.rank > 0:
 
-        def opens(orders: Orders, go_on: Callable[[], None], log: Log) -> tuple[Sleeper, str]:
+        def opens(orders: Orders, *_: object) -> tuple[Sleeper, str]:
             return Sleeper(arguments.seconds), "none"
 
         run_worker(channel, opens)
@@ -163,6 +167,7 @@ def lead(channel: Channel, arguments: argparse.Namespace) -> int:
             reporter = Reporter(stop, config.search.evaluations, config.output)
             crew.join(config, family, config.output, reporter)
             executor = MpiExecutor(crew)
+            executor.load("float32")
             executor.workload()
             while len(executor.free()) < executor.num_workers:
                 executor.finished(1.0)

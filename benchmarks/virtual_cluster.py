@@ -166,6 +166,9 @@ class VirtualCluster:
         ratio = np.interp(chance(f"time {job.recipe.hash}"), PROBABILITIES, self._ratios)
         return float(ratio) * self._unit * (self._a + self._b * job.recipe.num_layers)
 
+    def words(self) -> dict[int, str]:
+        return {}
+
     def workload(self) -> WorkloadInfo:
         while not self._free:
             self.finished(PAUSE_S)

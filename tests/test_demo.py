@@ -17,7 +17,10 @@ from gptailor.demo import PATH
 from gptailor.models.family import Family
 from gptailor.stitching.write import RECIPE_FILE
 
-SAID = re.compile(r"Searching 12 layers|Documents: |\d+/320 evaluations|Scoring \d+ recipes on the")
+SAID = re.compile(
+    r"Searching 12 layers|Evaluations are computed in float32, |Documents: "
+    r"|Measuring what the layers|\d+/320 evaluations|Scoring \d+ recipes on the|.* \(\d+ (s|min)\)$"  # the last: what is slow
+)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from gptailor.commands.command import Command, at_least_one
+from gptailor.commands.command import Command, at_least_one, say
 
 if TYPE_CHECKING:
     from gptailor.verbs.jobs import Launched
@@ -17,6 +17,7 @@ def _launch(arguments: argparse.Namespace) -> int:
 
     launched = verbs.launch(
         arguments.config,
+        note=say,
         overrides=arguments.overrides,
         time=arguments.time,
         nodes=arguments.nodes,
@@ -88,7 +89,7 @@ def _status(arguments: argparse.Namespace) -> int:
 def _cancel(arguments: argparse.Namespace) -> int:
     from gptailor import verbs
 
-    done = verbs.cancel(arguments.run_folder, wait_s=arguments.wait)
+    done = verbs.cancel(arguments.run_folder, wait_s=arguments.wait, note=say)
     if arguments.json:
         elsewhere = [{"job": job, "host": host} for job, host in done.elsewhere]
         print(json.dumps({"ended": done.ended, "left": done.left, "elsewhere": elsewhere}))

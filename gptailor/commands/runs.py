@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 
-from gptailor.commands.command import Command, add_io, add_stage, add_workers
+from gptailor.commands.command import Command, add_io, add_stage, add_workers, say
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -51,7 +51,7 @@ def _search(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from gptailor import verbs
 
-    page = verbs.report(arguments.run_folder, arguments.out)
+    page = verbs.report(arguments.run_folder, arguments.out, note=say)
     if arguments.json:
         print((page.parent.parent / "front.json").read_text())
     else:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptailor.errors import plain
 from gptailor.pareto import SMALL
-from gptailor.search.progress import duration
+from gptailor.patience import duration
 
 if TYPE_CHECKING:
     from gptailor.execution.job_record import WorkerRecord
@@ -133,7 +133,7 @@ def _workers(job: JobStatus) -> list[str]:
 
 def _does(worker: WorkerRecord) -> str:
     if worker.job is not None:
-        return plain(worker.job, 40)
+        return plain(worker.job, 60)
     return "waits" if worker.device else "starts"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 from gptailor.errors import GptailorError, ModelError, ResourceError
 from gptailor.evaluation.casting import check_range
 from gptailor.evaluation.loading import load_model, load_tokenizer
+from gptailor.evaluation.memory import available_bytes
 from gptailor.evaluation.resident import is_out_of_memory, pick_device
 from gptailor.evaluation.statistics import fisher_information, gram_matrices
 from gptailor.evaluation.structure import module_names
@@ -21,6 +21,7 @@ from gptailor.models.architecture import text_config
 from gptailor.models.calibration import SCHEMA, statistics_path, weights_digest, writing
 from gptailor.models.checkpoint import FLOAT_DTYPES
 from gptailor.models.family import Candidate
+from gptailor.patience import Say, slowly
 
 
 def read_sequences(
@@ -54,6 +55,7 @@ def calibrate_model(
     device: str = "auto",
     dtype: str = "float32",
     seed: int = 0,
+    note: Say = lambda text: None,
 ) -> Path:
     """Runs a model on sequences and writes its statistics; returns the file.
 
@@ -69,6 +71,7 @@ def calibrate_model(
         device: "auto", "cpu", "cuda", "cuda:1".
         dtype: of the model while it reads: a key of `DTYPES`.
         seed: of the words that are drawn for fisher.
+        note: is told how far it is, if it takes long.
 
     Raises:
         ModelError: transformers can't load it, stores its tensors under other names, or it computes
@@ -86,16 +89,28 @@ def calibrate_model(
         "sequences": str(len(sequences.tokens)),
         "dtype": dtype,
     }
+    num_read = 0
+
+    def count(*_: object) -> None:
+        nonlocal num_read
+        num_read += 1
+
+    def how_far() -> str:  # more than all where matrices don't fit together: read again
+        return f"{num_read} of {len(sequences.tokens)} sequences"
+
     try:
-        model = _load(candidate, dtype)
-        known = _known(model, candidate)
-        _check_numbers(known, candidate)
-        model.to(pick_device(device))
-        if method == "fisher":
-            metadata["seed"] = str(seed)
-            _write_fisher(path, metadata, model, known, sequences, seed)
-        else:
-            _write_regmean(path, metadata, model, known, sequences)
+        with slowly(f"Loading {candidate.name}", note):
+            model = _load(candidate, dtype)
+            known = _known(model, candidate)
+            _check_numbers(known, candidate)
+            model.to(pick_device(device))
+        model.register_forward_hook(count)
+        with slowly(f"Calibrating {candidate.name} for {method}", note, how_far):
+            if method == "fisher":
+                metadata["seed"] = str(seed)
+                _write_fisher(path, metadata, model, known, sequences, seed)
+            else:
+                _write_regmean(path, metadata, model, known, sequences)
     except FloatingPointError as error:
         raise ModelError(f"{candidate.folder} can't be calibrated: {error}.") from error
     except (MemoryError, RuntimeError) as error:
@@ -184,7 +199,7 @@ def _write_regmean(
     if not linears:
         raise ModelError(f"{path.name}: the model has no linear layers, so regmean is an average.")
     shapes = {name: ("F32", (m.in_features,) * 2) for name, m in linears.items()}
-    budget = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 2
+    budget = available_bytes() // 2
     device = next(model.parameters()).device
     if device.type == "cuda":
         budget = torch.cuda.mem_get_info(device)[0] // 2

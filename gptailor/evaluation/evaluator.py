@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections.abc import Callable
 from typing import Literal
 
 from gptailor.archive import Cost, Documents, Outcome, Score
@@ -27,6 +28,7 @@ class Evaluator:
         seed: of the choice of documents.
         comparable: refuse metrics that can't be part of an accuracy.
         workers: how many evaluators share the device.
+        says: is told what is loaded.
 
     Raises:
         UsageError, ModelError, ResourceError: the family or the tasks can't be used.
@@ -40,8 +42,10 @@ class Evaluator:
         seed: int = 0,
         comparable: bool = True,
         workers: int = 1,
+        says: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.family = family
+        says("loading the base")
         gib = config.candidates_gib
         self.resident = ResidentModel(
             family,
@@ -50,6 +54,7 @@ class Evaluator:
             candidate_bytes=None if gib is None else int(gib * 2**30),
             workers=workers,
         )
+        says("loading tokenizer and tasks")
         tokenizer = load_tokenizer(family.base.folder)
         self.lm = ResidentLM(self.resident.model, tokenizer, config.batch_size)
         self.workloads = open_workloads(config, self.lm, seed=seed, comparable=comparable)
@@ -99,14 +104,18 @@ class Evaluator:
         accuracy = weighted_mean(scores) if status == "ok" else None
         return Outcome(status, accuracy, scores, reason, cost)
 
-    def similarity(self, model: str, dtype: str) -> Similarity:
+    def similarity(
+        self, model: str, dtype: str, far: Callable[[int, int], None] = lambda done, of: None
+    ) -> Similarity:
         """Measures the layers of one dense candidate on contexts of the search documents.
+
+        `far` is told how many of how many contexts are done.
 
         Raises:
             ResourceError: memory is exhausted.
         """
         try:
-            return measure(self.resident, self.lm, self.workloads["search"], model, dtype)
+            return measure(self.resident, self.lm, self.workloads["search"], model, dtype, far)
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise ResourceError(

@@ -6,6 +6,7 @@ Shapes: B sequences, T tokens, H hidden size, L layers.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,12 @@ class Similarity:
 
 
 def measure(
-    resident: ResidentModel, lm: ResidentLM, workload: Workload, model: str, dtype: str
+    resident: ResidentModel,
+    lm: ResidentLM,
+    workload: Workload,
+    model: str,
+    dtype: str,
+    far: Callable[[int, int], None] = lambda done, of: None,
 ) -> Similarity:
     """Runs contexts of the search documents through one dense candidate.
 
@@ -58,6 +64,7 @@ def measure(
         workload: gives the contexts.
         model: the candidate's name.
         dtype: of the recipe.
+        far: is told how many of how many contexts are done.
 
     Returns:
         Block Influence (ShortGPT, eq. 1) and angular distances (Gromov et al., eq. 5).
@@ -105,6 +112,7 @@ def measure(
     batch_size = min(BATCH_SIZE, int(lm.batch_size))
     try:
         for begin in range(0, len(sequences), batch_size):
+            far(begin, len(sequences))
             batch = sequences[begin : begin + batch_size]
             length = len(batch[-1])
             lengths_B = torch.tensor([len(tokens) for tokens in batch], device=lm.device)

@@ -56,9 +56,9 @@ if TYPE_CHECKING:
     from gptailor.execution.reporter import Reporter
     from gptailor.models.family import Family
 
-NOTE_AFTER_S = 30.0
+NOTE_EVERY_S = 10.0
 ANSWER_LIMIT_S = 600.0
-"""A rank that does not answer is named after the first time, and given up after the second."""
+"""Ranks that do not answer are named so often, and given up after that time."""
 
 END_S = 60.0
 HURRIED_END_S = 2.0
@@ -75,6 +75,7 @@ class Member:
         device: what it computes on; empty until it is ready.
         job: what it does; None while it has nothing to do.
         since: seconds of the executor's clock at which it began, or became free.
+        words: what it says of its work.
         times: where its time went; known at the end.
     """
 
@@ -83,6 +84,7 @@ class Member:
     device: str = ""
     job: Job | None = None
     since: float = 0.0
+    words: str = ""
     times: Times | None = None
 
     @property
@@ -269,7 +271,7 @@ class Crew:
         Raises:
             StoppedEarly: one of them does not answer, or a signal came.
         """
-        missing, began, is_noted = set(ranks), time.monotonic(), False
+        missing, began, note_after_s = set(ranks), time.monotonic(), NOTE_EVERY_S
         while missing:
             found = self.receive()
             if found is not None:
@@ -284,9 +286,10 @@ class Crew:
             if waited_s > ANSWER_LIMIT_S:
                 names = self._names(missing)
                 raise StoppedEarly(f"No answer ({kind}) within {waited_s:.0f} s from {names}.")
-            if waited_s > NOTE_AFTER_S and not is_noted:
-                is_noted = True
-                self.say(f"Waiting for {self._names(missing)} ({kind}).")
+            if waited_s > note_after_s:
+                note_after_s += NOTE_EVERY_S
+                what = f"{len(missing)} of {len(ranks)} ranks: {self._names(missing)}"
+                self.say(f"Waiting for {what} ({kind}, {waited_s:.0f} s).")
             time.sleep(SHORTEST_S)
 
     def _names(self, ranks: Iterable[int]) -> str:

@@ -6,7 +6,7 @@ process, processes of this machine, the ranks of an MPI program, or a simulation
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -108,6 +108,13 @@ class Executor(Protocol):
 
     def load(self, dtype: str) -> None:
         """Has the workers load candidates and tasks, to compute in this type."""
+        ...
+
+    def words(self) -> Mapping[int, str]:
+        """What workers say of their work: "48 of 128 contexts", "loading the base".
+
+        Those that say nothing are absent. May be called from any thread.
+        """
         ...
 
     def close(self) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gptailor.archive import Outcome
 from gptailor.config import Config
@@ -18,6 +19,7 @@ from gptailor.errors import StoppedEarly
 from gptailor.evaluation.forward_dtype import Ability, find_ability
 from gptailor.evaluation.similarity import Similarity
 from gptailor.execution.executor import (
+    EvaluationJob,
     Executor,
     Finished,
     Job,
@@ -26,9 +28,15 @@ from gptailor.execution.executor import (
 )
 from gptailor.execution.node_files import open_candidates
 from gptailor.models.family import Family
+from gptailor.patience import Say
 
 if TYPE_CHECKING:
     from gptailor.evaluation.evaluator import Evaluator
+
+WORDS_BYTES = 200
+"""What a worker says of its work has room for so much, in memory that it shares."""
+
+WORDS_S = 0.5
 
 LEAVE_S = 3.0
 """How long workers without a job may take to leave."""
@@ -43,15 +51,30 @@ class Worker:
         config: models, tasks, device.
         family: the opened candidates.
         num_workers: how many share the device.
+        says: is told what is loaded.
+
+    Attributes:
+        beat: called in the midst of a job, between two forward passes.
     """
 
-    def __init__(self, config: Config, family: Family, num_workers: int = 1) -> None:
+    def __init__(
+        self,
+        config: Config,
+        family: Family,
+        num_workers: int = 1,
+        says: Say = lambda text: None,
+    ) -> None:
+        says("loading libraries")
         from gptailor.evaluation.evaluator import Evaluator
 
         self._config = config
         self.evaluator: Evaluator = Evaluator(
-            family, config.evaluation, seed=config.search.seed, workers=num_workers
+            family, config.evaluation, seed=config.search.seed, workers=num_workers, says=says
         )
+        self.beat: Callable[[], None] = lambda: None
+        self.evaluator.lm.model.register_forward_hook(lambda *_: self.beat())
+        self._how_far: Callable[[], str] = lambda: ""
+        self._usual: dict[str, int] = {}  # tokens of an evaluation on these documents
 
     def workload(self) -> WorkloadInfo:
         """What will be evaluated."""
@@ -61,9 +84,29 @@ class Worker:
 
     def do(self, job: Job) -> Outcome | Similarity:
         """Does a job; raises like `Evaluator`."""
-        if isinstance(job, SimilarityJob):
-            return self.evaluator.similarity(job.model, self._config.space.dtype)
-        return self.evaluator.evaluate(job.recipe, job.documents)
+        try:
+            if isinstance(job, SimilarityJob):
+                return self.evaluator.similarity(job.model, self._config.space.dtype, self._counts)
+            return self._evaluate(job)
+        finally:
+            self._how_far = lambda: ""
+
+    def words(self) -> str:
+        """How far the job is; empty if nobody knows. May be called from another thread."""
+        return self._how_far()
+
+    def _evaluate(self, job: EvaluationJob) -> Outcome:
+        lm, before = self.evaluator.lm, self.evaluator.lm.num_tokens
+        usual = self._usual.get(job.documents)
+        of = "" if usual is None else f" of about {usual:,}"
+        self._how_far = lambda: f"{lm.num_tokens - before:,}{of} tokens"
+        outcome = self.evaluator.evaluate(job.recipe, job.documents)
+        if outcome.status == "ok":
+            self._usual[job.documents] = outcome.cost.num_tokens
+        return outcome
+
+    def _counts(self, done: int, of: int) -> None:
+        self._how_far = lambda: f"{done} of {of} contexts"
 
 
 class InProcess:
@@ -74,6 +117,7 @@ class InProcess:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._opened: Worker | None = None
+        self._loads = ""
         self._job: Job | None = None
 
     def abilities(self) -> Sequence[Ability]:
@@ -83,7 +127,16 @@ class InProcess:
     def load(self, dtype: str) -> None:
         """Loads candidates and tasks."""
         config = self._config.computed_in(dtype)
-        self._opened = Worker(config, open_candidates(config))
+        family = open_candidates(config, says=self._say)
+        self._opened = Worker(config, family, says=self._say)
+
+    def _say(self, text: str) -> None:
+        self._loads = text
+
+    def words(self) -> Mapping[int, str]:
+        """What the worker says of its work."""
+        text = self._loads if self._opened is None else self._opened.words()
+        return {0: text} if text else {}
 
     @property
     def _worker(self) -> Worker:
@@ -132,14 +185,16 @@ class LocalPool:
         self._config = config
         threads = max(len(os.sched_getaffinity(0)) // num_workers, 1)
         others = multiprocessing.active_children()
+        context = multiprocessing.get_context("spawn")
+        self._words = [context.RawArray(ctypes.c_char, WORDS_BYTES) for _ in range(num_workers)]
         self._pools = [  # a pool for each, so that a job can be given to the worker that it suits
             ProcessPoolExecutor(
                 1,
-                mp_context=multiprocessing.get_context("spawn"),
+                mp_context=context,
                 initializer=_start_worker,
-                initargs=(threads,),
+                initargs=(threads, words),
             )
-            for _ in range(num_workers)
+            for words in self._words
         ]
         device = config.evaluation.device
         self._abilities = [pool.submit(_ability, device) for pool in self._pools]
@@ -179,6 +234,11 @@ class LocalPool:
             worker, job = self._running.pop(future)  # a failed one stays for the next call
             found.append(Finished(worker, job, self._result(future)))
         return found
+
+    def words(self) -> Mapping[int, str]:
+        """What the workers say of their work."""
+        found = (bytes(words.value).decode(errors="replace") for words in self._words)
+        return {worker: text for worker, text in enumerate(found) if text}
 
     def now(self) -> float:
         """Seconds of the machine's monotonic clock."""
@@ -222,13 +282,19 @@ def _worker_died() -> StoppedEarly:
 _worker: Worker
 """The worker of this process."""
 
+_words: Any
+"""Where this process writes what it says of its work."""
+
+_said_at = float("-inf")
+
 _trouble: Exception | None = None
 """Why this process can't be a worker."""
 
 
-def _start_worker(threads: int) -> None:
+def _start_worker(threads: int, words: Any) -> None:
     """Never raises: an exception here would break the pool, and its reason would be lost."""
-    global _trouble  # noqa: PLW0603  (a pool's process has no other place for its state)
+    global _trouble, _words  # noqa: PLW0603  (a pool's process has no other place for its state)
+    _words = words
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm sends it to all processes of a step
     try:
@@ -260,12 +326,29 @@ def _ability(device: str) -> Ability:
 
 def _load(config: Config, num_workers: int) -> WorkloadInfo:
     global _worker  # noqa: PLW0603
-    _worker = Worker(config, open_candidates(config, workers_here=num_workers), num_workers)
+    family = open_candidates(config, workers_here=num_workers, says=_say)
+    _worker = Worker(config, family, num_workers, _say)
+    _worker.beat = _beat
+    _say("")
     return _worker.workload()
 
 
 def _do(job: Job) -> Outcome | Similarity:
-    return _worker.do(job)
+    try:
+        return _worker.do(job)
+    finally:
+        _say("")
+
+
+def _say(text: str) -> None:
+    _words.value = text.encode()[: WORDS_BYTES - 1]
+
+
+def _beat() -> None:
+    global _said_at  # noqa: PLW0603
+    if time.monotonic() - _said_at >= WORDS_S:
+        _said_at = time.monotonic()
+        _say(_worker.words())
 
 
 def open_executor(config: Config, num_workers: int) -> Executor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from gptailor.archive import Outcome
 from gptailor.errors import UsageError
@@ -73,6 +73,11 @@ class MpiExecutor:
             time.sleep(max(min(pause, deadline - time.monotonic()), 0))
             pause = min(1.2 * pause, LONGEST_S)
 
+    def words(self) -> Mapping[int, str]:
+        """What the workers say of their work."""
+        found = ((worker, member.words) for worker, member in enumerate(self._members))
+        return {worker: text for worker, text in found if text}
+
     def now(self) -> float:
         """Seconds of the machine's monotonic clock."""
         return time.monotonic()
@@ -88,6 +93,10 @@ class MpiExecutor:
             return None
         rank, (kind, *content) = found
         worker, member = rank - 1, self._members[rank - 1]
+        if kind == "says":
+            member.words = content[0]
+            return True
+        member.words = ""
         if kind == "ready":
             self._take_ready(worker, *content)
             return True

@@ -27,6 +27,7 @@ from gptailor.execution.page_cache import Range, absent, read_all, whole
 from gptailor.execution.staging import scratch_folder, staged
 from gptailor.models.checkpoint import checked_io
 from gptailor.models.family import Family
+from gptailor.patience import Say
 
 STAGE_VARIABLE = "GPTAILOR_STAGE"
 """A folder of the node's own disk, to which candidates are copied before they are opened."""
@@ -43,7 +44,8 @@ def open_candidates(
     workers_here: int = 1,
     stage: str | None = None,
     keep_going: Callable[[], None] = lambda: None,
-    note: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+    note: Say = lambda text: print(text, file=sys.stderr),
+    says: Say = lambda text: None,
 ) -> Family:
     """The family of a search, for a worker that will evaluate with it.
 
@@ -56,7 +58,8 @@ def open_candidates(
         workers_here: how many processes of this node call this.
         stage: as `GPTAILOR_STAGE`, which is what None means.
         keep_going: called while it waits or reads; what it raises ends that.
-        note: is told what a person who waits should know.
+        note: is told what a person should know.
+        says: is told what is done, and how far it is.
 
     Returns:
         The family; names and references are the configuration's, also where the files are copies.
@@ -66,18 +69,20 @@ def open_candidates(
         ResourceError: there is no room for the copies.
         UsageError: there is no such scratch folder.
     """
+    says(f"opening {len(config.models)} candidates")
     on_cpu = is_cpu(config.evaluation.device)
     io = "mmap" if on_cpu and checked_io(None) == "auto" else None
     family = open_family(config.models, config.base, io)
     scratch = os.environ.get(STAGE_VARIABLE) if stage is None else stage
     if scratch:
         began = time.monotonic()
-        folders = staged(list(family.candidates.values()), scratch_folder(scratch), keep_going)
+        candidates = list(family.candidates.values())
+        folders = staged(candidates, scratch_folder(scratch), keep_going, says)
         family = open_family(config.models, config.base, io, folders=folders)
         if time.monotonic() - began > 1.0:
             note(f"Candidates are in {scratch} of {socket.gethostname()}: {_seconds(began)}.")
     if (on_cpu or workers_here > 1) and checked_io(None) != "direct":
-        share(_paths(family, config), keep_going=keep_going, note=note)
+        share(_paths(family, config), keep_going=keep_going, note=note, says=says)
     return family
 
 
@@ -85,7 +90,8 @@ def share(
     paths: Iterable[Path],
     *,
     keep_going: Callable[[], None] = lambda: None,
-    note: Callable[[str], None] = lambda text: None,
+    note: Say = lambda text: None,
+    says: Say = lambda text: None,
 ) -> int:
     """Makes sure that files are in the page cache; one process of the node reads, others wait.
 
@@ -106,18 +112,20 @@ def share(
             f"hold all in {size(room)} of memory: they are read when they are needed."
         )
         return 0
+    says("looking which files are in memory")
     try:
         if not _absent(files, unless_since=None):
             return 0  # without waiting for anybody
         with contextlib.ExitStack() as stack:
             fd = None
             with contextlib.suppress(ResourceError, UsageError):  # without it it is only slower
+                says("waiting for another process that reads the candidates")
                 fd = stack.enter_context(node_lock(_lock_file(files), keep_going))
             finished = _read_time(fd)
             if finished >= came:
                 return 0  # the others were waiting for this
             began = time.monotonic()
-            done = read_all(_absent(files, unless_since=finished), keep_going)
+            done = read_all(_absent(files, unless_since=finished), keep_going, says)
             _write_time(fd)
     except OSError as error:
         raise ModelError(f"{error.filename} can't be read: {error.strerror}.") from error

@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from gptailor.patience import Say
+
 Range = tuple[int, int]
 """(offset of the first byte, number of bytes)."""
 
@@ -52,13 +54,16 @@ def absent(path: Path) -> list[Range] | None:
 
 
 def read_all(
-    ranges: Iterable[tuple[Path, Range]], keep_going: Callable[[], None] = lambda: None
+    ranges: Iterable[tuple[Path, Range]],
+    keep_going: Callable[[], None] = lambda: None,
+    says: Say = lambda text: None,
 ) -> int:
     """Reads parts of files, so that they are in the page cache; returns how many bytes it read.
 
     Args:
         ranges: what to read, in this order as far as `STREAMS` readers keep one.
         keep_going: called now and then in this thread; what it raises ends the reading.
+        says: is told how far it is, as often.
 
     Raises:
         OSError: a file can't be read.
@@ -69,9 +74,15 @@ def read_all(
         for at in range(begin, begin + n_bytes, _PART_BYTES)
     ]
     stop = threading.Event()
+    read_so_far = 0
+    n_bytes_all = sum(n_bytes for _, _, n_bytes in parts)
     buffers = threading.local()
 
+    def tell() -> None:
+        says(f"reading the candidates, {read_so_far / 1e9:.1f} of {n_bytes_all / 1e9:.1f} GB")
+
     def read(path: Path, at: int, n_bytes: int) -> int:
+        nonlocal read_so_far
         if not hasattr(buffers, "bytes"):
             buffers.bytes = memoryview(bytearray(_READ_BYTES))
         done = 0
@@ -83,6 +94,7 @@ def read_all(
                 if got == 0:
                     break  # it became shorter: whoever opens it will say so
                 done += got
+                read_so_far += got  # by several threads: what is lost is lost for a line of text
         return done
 
     with ThreadPoolExecutor(STREAMS) as pool:
@@ -92,6 +104,7 @@ def read_all(
             for future in futures:
                 while not wait([future], 0.2).done:
                     keep_going()
+                    tell()
                 total += future.result()
         except BaseException:
             stop.set()

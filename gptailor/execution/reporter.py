@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -68,6 +69,7 @@ class Reporter:
         self._num_failures = 0
         self._ticked_at = float("-inf")
         self._run: Run | None = None
+        self._lock = threading.Lock()
 
     def begin(self, *, log: str = "", members: Sequence[Member] = ()) -> None:
         """Makes the file, if that is not done yet.
@@ -85,8 +87,26 @@ class Reporter:
         changes = {"log": f"{self._logs_in}{log}"} if log else {}
         self._recorder.update(hosts=tuple(hosts), **changes)
 
+    def loading(self, words: Mapping[int, str]) -> None:
+        """Notes what workers say that load candidates and tasks; may be called from a thread."""
+        if self._recorder is None or not self._members:
+            return
+        with self._lock:
+            records = [
+                WorkerRecord(m.hello.rank, m.hello.place.node, m.hello.pid, job=words.get(worker))
+                for worker, m in enumerate(self._members)
+            ]
+            self._recorder.update(workers=tuple(records))
+
     def tick(self, run: Run) -> None:
-        """Notes how far a search is."""
+        """Notes how far a search is; may be called from a thread, too."""
+        if self._lock.acquire(blocking=False):  # else somebody is at it
+            try:
+                self._tick(run)
+            finally:
+                self._lock.release()
+
+    def _tick(self, run: Run) -> None:
         state: JobState = "draining" if self._stop.is_set() else "running"
         now = run.executor.now()
         self._run = run
@@ -132,7 +152,8 @@ class Reporter:
         if self._recorder is None:
             return
         if self._run is not None:
-            self._look(self._recorder, self._run, self._recorder.record.state)
+            with self._lock:
+                self._look(self._recorder, self._run, self._recorder.record.state)
         record = self._recorder.record
         if isinstance(value, Requeue) and record.results == 0 and record.idle_turns > 0:
             error = StoppedEarly(
@@ -159,11 +180,13 @@ class Reporter:
 
     def _workers(self, run: Run) -> tuple[WorkerRecord, ...]:
         ago = time.time() - run.executor.now()  # from the executor's clock to Unix time
-        running = run.scheduler.running
+        running, words = dict(run.scheduler.running), run.executor.words()
         records = []
         for worker in range(run.executor.num_workers):
             now = running.get(worker)
             name = None if now is None else job_name(now.job)
+            if name is not None and worker in words:
+                name = f"{name}: {words[worker]}"
             since = None if now is None else ago + now.began
             if not self._members:
                 records.append(WorkerRecord(worker, job=name, since=since))

@@ -24,6 +24,7 @@ from gptailor.execution.node_lock import node_lock, own_folder
 from gptailor.models.family import Candidate
 from gptailor.models.side_files import side_files
 from gptailor.models.untrusted import is_file
+from gptailor.patience import Say
 
 _MANIFEST = ".gptailor-copied-from.json"
 _STREAMS = 4
@@ -46,7 +47,10 @@ def scratch_folder(name: str) -> Path:
 
 
 def staged(
-    candidates: Sequence[Candidate], scratch: Path, keep_going: Callable[[], None] = lambda: None
+    candidates: Sequence[Candidate],
+    scratch: Path,
+    keep_going: Callable[[], None] = lambda: None,
+    says: Say = lambda text: None,
 ) -> dict[str, Path]:
     """Copies candidates that are not there yet; candidate's name → folder of the copy.
 
@@ -54,6 +58,7 @@ def staged(
         candidates: as they lie where everybody sees them.
         scratch: a folder of the node's own disk.
         keep_going: called while it waits or copies; what it raises ends that.
+        says: is told what is copied.
 
     Raises:
         ResourceError: there is no room.
@@ -62,6 +67,7 @@ def staged(
     """
     root = own_folder(scratch)
     places = {c.name: root / _name(c.folder) for c in candidates}
+    says(f"waiting for another process that copies candidates to {scratch}")
     with node_lock(root / "lock", keep_going):
         for left in root.glob(".new-*"):  # nobody else copies now: its maker is dead
             shutil.rmtree(left, ignore_errors=True)
@@ -70,7 +76,8 @@ def staged(
         for candidate in missing:  # what it is a copy of is no more
             shutil.rmtree(places[candidate.name], ignore_errors=True)
         _check_room(missing, root)
-        for candidate in missing:
+        for number, candidate in enumerate(missing, start=1):
+            says(f"copying {candidate.name} to {scratch}, {number} of {len(missing)}")
             _copy(candidate, places[candidate.name], keep_going)
     return places
 

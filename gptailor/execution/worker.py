@@ -20,11 +20,18 @@ from gptailor.archive import Outcome
 from gptailor.errors import GptailorError, ResourceError, UsageError, exit_code_of
 from gptailor.evaluation.forward_dtype import Ability, find_ability
 from gptailor.execution.channel import SHORTEST_S, Channel
-from gptailor.execution.executor import EvaluationJob, Job, WorkloadInfo
+from gptailor.execution.executor import (
+    EvaluationJob,
+    Job,
+    SimilarityJob,
+    WorkloadInfo,
+    job_name,
+)
 from gptailor.execution.handshake import content_digests, file_digests, find_hello, sees_token
 from gptailor.execution.logs import Log
 from gptailor.execution.placement import Placement, find_place
 from gptailor.execution.stop import TERM_GRACE_S, Stop
+from gptailor.patience import EVERY_OF_LONG_S, EVERY_S, Patience, Say
 
 if TYPE_CHECKING:
     from gptailor.config import Config
@@ -33,6 +40,9 @@ if TYPE_CHECKING:
 
 LONGEST_S = 0.02
 """Between two looks at what came, after a while without anything."""
+
+WORDS_S = 5.0
+"""How often rank 0 is told how far a job is."""
 
 _QUICK_S = 0.2
 """How long a worker looks often: the next job follows the last result soon."""
@@ -84,17 +94,26 @@ class Evaluates(Protocol):
         """What will be evaluated."""
         ...
 
+    beat: Callable[[], None]
+    """To be set to what is called now and then in the midst of a job."""
+
     def do(self, job: Job) -> Outcome | Similarity:
         """Does a job; what it raises ends the search."""
         ...
 
+    def words(self) -> str:
+        """How far the job is; empty if nobody knows."""
+        ...
 
-Opens = Callable[[Orders, Callable[[], None], Log], tuple[Evaluates, str]]
-"""Takes the orders, a function to call now and then which raises if it shall end, and the log;
-gives who does the jobs, and the name of its device."""
+
+Opens = Callable[[Orders, Callable[[], None], Log, Say], tuple[Evaluates, str]]
+"""Takes the orders, a function to call now and then which raises if it shall end, the log, and who
+is told what is loaded; gives who does the jobs, and the name of its device."""
 
 
-def open_worker(orders: Orders, go_on: Callable[[], None], log: Log) -> tuple[Evaluates, str]:
+def open_worker(
+    orders: Orders, go_on: Callable[[], None], log: Log, says: Say
+) -> tuple[Evaluates, str]:
     """Loads models and documents; this is where torch is imported."""
     import torch
 
@@ -107,9 +126,13 @@ def open_worker(orders: Orders, go_on: Callable[[], None], log: Log) -> tuple[Ev
         torch.set_num_threads(placement.threads)
     go_on()
     family = open_candidates(
-        orders.config, workers_here=placement.workers_here, keep_going=go_on, note=log.say
+        orders.config,
+        workers_here=placement.workers_here,
+        keep_going=go_on,
+        note=log.say,
+        says=says,
     )
-    worker = Worker(orders.config, family, placement.sharing)
+    worker = Worker(orders.config, family, placement.sharing, says)
     device = str(worker.evaluator.resident.device)
     if device.startswith("cuda") and placement.visible_devices is not None:
         device = f"cuda:{placement.visible_devices}"
@@ -152,10 +175,16 @@ class WorkerRank:
         self._family: Family | None = None
         self._worker: Evaluates | None = None
         self._times = Times()
+        self._words, self._words_at = "", float("-inf")
+        self._patience = Patience(self._log.say)
         self._sent_at: float | None = None
 
     def run(self) -> int:
         """Answers until there is nothing more to answer; returns the exit code."""
+        with self._patience:
+            return self._run()
+
+    def _run(self) -> int:
         self._channel.send(0, "hello", find_hello(self._channel.rank, self._place))
         while True:
             message = self._next()
@@ -243,10 +272,26 @@ class WorkerRank:
         assert self._orders is not None
         self._orders = replace(self._orders, config=self._orders.config.computed_in(dtype))
         began = time.monotonic()
-        self._worker, device = self._opens(self._orders, self._go_on, self._log)
+        with self._patience.step("Starting", lambda: self._words):
+            self._worker, device = self._opens(self._orders, self._go_on, self._log, self._says)
+        self._worker.beat = self._beat
         self._channel.send(0, "ready", self._worker.workload(), device)
         seconds = time.monotonic() - began
         self._log.event("ready", f"Ready on {device} after {seconds:.1f} s.", seconds=seconds)
+
+    def _says(self, text: str) -> None:
+        """Tells rank 0 what is done here: when that is another thing, and now and then how far."""
+        is_new = text.partition(",")[0] != self._words.partition(",")[0]
+        self._words = text
+        now = time.monotonic()
+        if is_new or now - self._words_at >= WORDS_S:
+            self._words_at = now
+            self._channel.send(0, "says", text)
+
+    def _beat(self) -> None:
+        if time.monotonic() - self._words_at >= WORDS_S:
+            assert self._worker is not None
+            self._says(self._worker.words())
 
     def _go_on(self) -> None:
         """Raises if rank 0 has ended the search meanwhile; before a worker is ready, nothing else
@@ -260,7 +305,13 @@ class WorkerRank:
         if self._sent_at is not None:
             self._times.idle_s += began - self._sent_at
             self._times.gaps += 1
-        result = self._worker.do(job)
+        self._words, self._words_at = "", began  # a quick job needs no words
+        what, every_s = f"Evaluating {job_name(job)}", EVERY_OF_LONG_S
+        if isinstance(job, SimilarityJob):
+            what, every_s = f"Measuring the {job_name(job)}", EVERY_S
+            self._log.say(f"{what}.")
+        with self._patience.step(what, self._worker.words, every_s):
+            result = self._worker.do(job)
         self._sent_at = time.monotonic()
         self._channel.send(0, "done", result)
         seconds = self._sent_at - began
@@ -268,7 +319,7 @@ class WorkerRank:
         self._say_done(job, result, seconds)
 
     def _say_done(self, job: Job, result: object, seconds: float) -> None:
-        what, how = "the layers of a dense model", "measured"
+        what, how = job_name(job), "measured"
         if isinstance(job, EvaluationJob) and isinstance(result, Outcome):
             what, how = job.recipe.point, result.status
             if result.accuracy is not None:

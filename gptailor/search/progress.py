@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import TextIO
 
 from gptailor.archive import Evaluation
 from gptailor.pareto import SMALL, most_small_layers
+from gptailor.patience import Patience, duration
 
 PLAIN_INTERVAL_S = 5.0
 """Without a terminal there is a line at most so often."""
@@ -20,6 +22,8 @@ PLAIN_LINES = 100
 
 class Progress:
     """Prints how far a search is: one line that is rewritten, or plain lines without a terminal.
+
+    As a context it also tells what a step is at that says nothing for a while (`Patience`).
 
     Args:
         total: evaluations that there will be.
@@ -32,6 +36,7 @@ class Progress:
         done: evaluations so far, those that were not made here included.
         reused: those that were there when the search began.
         elsewhere: those that other islands have made since.
+        step, watch: as of `Patience`.
     """
 
     def __init__(
@@ -51,6 +56,19 @@ class Progress:
         self._shown = 0
         self.done = self.reused = self.elsewhere = 0
         self._best: float | None = None
+        self._lock = threading.Lock()
+        self._is_dirty = False  # a line on the terminal waits to be rewritten
+        self._patience = Patience(self._still)
+        self.step, self.watch = self._patience.step, self._patience.watch
+
+    def __enter__(self) -> Progress:
+        self._patience.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._patience.__exit__(*error)
+        if self._is_dirty:
+            self._print("", is_last=False)
 
     def update(self, evaluation: Evaluation, *, is_new: bool, is_elsewhere: bool = False) -> None:
         """Counts one evaluation.
@@ -77,7 +95,7 @@ class Progress:
             self._shown_at, self._shown = now, self.done
             self._log(self.line(now))
         if self._is_terminal or last or is_due:
-            self._write(self.line(now), is_last=last)
+            self._print(self.line(now), is_last=last or not self._is_terminal)
 
     def line(self, now: float) -> str:
         """The text of the moment."""
@@ -98,24 +116,20 @@ class Progress:
 
     def note(self, text: str) -> None:
         """A line of its own, for what happens beside evaluations."""
-        self._print(("\r\x1b[K" if self._is_terminal else "") + text + "\n")
+        self._print(text, is_last=True)
         self._log(text)
 
-    def _write(self, text: str, *, is_last: bool) -> None:
-        if self._is_terminal:
-            self._print("\r\x1b[K" + text + ("\n" if is_last else ""))
-        else:
-            self._print(text + "\n")
+    def _still(self, text: str) -> None:
+        """Takes the place of the line that tells how far it is."""
+        self._print(text, is_last=not self._is_terminal)
+        self._log(text)
 
-    def _print(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # a reader that went away must not end a search
-            self._stream.write(text)
+    def _print(self, text: str, *, is_last: bool) -> None:
+        """A line in the place of the one that waits for that; the next one begins below if it
+        `is_last`."""
+        with self._lock, contextlib.suppress(OSError):  # a reader that left must not end a search
+            before = "\r\x1b[K" if self._is_terminal and (text or self._is_dirty) else ""
+            self._stream.write(before + text + ("\n" if is_last else ""))
             self._stream.flush()
-
-
-def duration(seconds: float) -> str:
-    """ "45 s", "12 min", "3 h 05 min"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+            self._is_dirty = bool(text) and not is_last
+        self._patience.spoke()

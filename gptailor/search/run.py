@@ -8,6 +8,7 @@ the asynchronous one is told first what the archive holds, and so is one of seve
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from gptailor.archive import Archive, Documents, Evaluation, Outcome
 from gptailor.config import Config
 from gptailor.errors import StoppedEarly
 from gptailor.evaluation.similarity import Similarity
-from gptailor.execution.executor import EvaluationJob, Finished, Job, SimilarityJob
+from gptailor.execution.executor import EvaluationJob, Finished, Job, SimilarityJob, job_name
 from gptailor.execution.stop import Stop
 from gptailor.execution.verdict import note_gain
 from gptailor.models.family import Family
@@ -113,10 +114,11 @@ class Run:
         for arm, recipe in arms:
             self.archive.add_arm(arm, recipe)
         recipes = _unique([recipe for _, recipe in arms])[: search.evaluations]
-        if self.is_asynchronous:
-            self._search_asynchronously(recipes)
-        else:
-            self._search_generations(recipes)
+        with self.progress.step(lambda: self.progress.line(time.monotonic()), self._doing):
+            if self.is_asynchronous:
+                self._search_asynchronously(recipes)
+            else:
+                self._search_generations(recipes)
 
     @property
     def is_asynchronous(self) -> bool:
@@ -197,7 +199,13 @@ class Run:
         """Scores recipes on the tasks that the search has not seen, if there are any."""
         if self.config.evaluation.holdout is not None and recipes:
             self.progress.note(f"Scoring {len(recipes)} recipes on the holdout tasks.")
-            self._evaluate(_unique(recipes), "holdout")
+            before = self.num_gained
+
+            def what() -> str:
+                return f"Scoring on the holdout tasks, {self.num_gained - before} done"
+
+            with self.progress.step(what, self._doing):
+                self._evaluate(_unique(recipes), "holdout")
 
     def evaluate(self, recipes: Sequence[Recipe]) -> None:
         """Makes sure that the archive holds these recipes' scores on the search documents."""
@@ -316,6 +324,17 @@ class Run:
                 self.progress.note(f"The evaluation of {evaluation.recipe.point} failed: {last}")
         return evaluations
 
+    def _doing(self) -> str:
+        """What workers are at now, those first that are at it longest."""
+        words = self.executor.words()
+        running = sorted(dict(self.scheduler.running).items(), key=lambda item: item[1].began)
+        texts = [
+            f"{job_name(now.job)} ({words[worker]})" if worker in words else job_name(now.job)
+            for worker, now in running
+        ]
+        more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
+        return ", ".join(texts[:3]) + more
+
     def _note_gain(self, count: int) -> None:
         """Counts what is durable now, also for whoever would start this program again."""
         self.num_gained += count
@@ -388,8 +407,18 @@ class Run:
             self._note_gain(len(measured))
             self.others.publish_similarities(measured)
 
+        def what() -> str:
+            done = sum(model in kept for model in self.space.names)
+            return f"Measuring what layers do, {done} of {len(self.space.names)} candidates done"
+
         begun: set[str] = set()
-        self._work(ask, tell, lambda: all(model in kept for model in self.space.names))
+        new = [model for model in missing if model not in kept]
+        if new:
+            self.progress.note(
+                f"Measuring what the layers of {', '.join(new)} do, for the control arms."
+            )
+        with self.progress.step(what, self._doing):
+            self._work(ask, tell, lambda: all(model in kept for model in self.space.names))
         self.archive.set_meta("similarity", json.dumps(kept))
         found = {
             model: Similarity(

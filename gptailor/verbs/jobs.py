@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptailor.errors import UsageError
+from gptailor.patience import Say, slowly
 
 if TYPE_CHECKING:
     from gptailor.config import Config
@@ -83,6 +84,7 @@ def launch(
     stage: str | None = None,
     log_json: bool = False,
     dry_run: bool = False,
+    note: Say = lambda text: None,
 ) -> Launched:
     """Submits a search to Slurm, as one job or as one for each island.
 
@@ -98,6 +100,7 @@ def launch(
         stage: a folder of the nodes' own disks for copies of the candidates.
         log_json: write the ranks' logs as JSON lines, too.
         dry_run: makes the batch script only; neither Slurm nor the models are looked at.
+        note: is told what takes long.
         overrides, nodes and the others: as in `Launch`.
 
     Raises:
@@ -142,9 +145,11 @@ def launch(
     numbers: list[int | None] = [None] if islands is None else list(range(islands))
     if dry_run:
         return Launched(output, script(asked, len(numbers)), (), _given(numbers), asked.num_ranks)
-    _check_cluster(asked)
-    numbers = _without_job(output, numbers)
-    _check_search(config, overrides, parsed, output, has_islands=islands is not None)
+    with slowly("Asking Slurm", note):
+        _check_cluster(asked)
+        numbers = _without_job(output, numbers)
+    with slowly("Checking the search", note):
+        _check_search(config, overrides, parsed, output, has_islands=islands is not None)
     _check_writable(output)
     job_ids = submit(asked, numbers)
     _note_submitted(output, job_ids, numbers, parsed.search.evaluations)
@@ -163,8 +168,12 @@ def status(run: str | Path) -> RunStatus:
     return look_at(run)
 
 
-def cancel(run: str | Path, *, wait_s: float = CANCEL_WAIT_S) -> Cancelled:
+def cancel(
+    run: str | Path, *, wait_s: float = CANCEL_WAIT_S, note: Say = lambda text: None
+) -> Cancelled:
     """Ends the jobs of a run, and waits until they are gone; `search --resume` goes on.
+
+    `note` is told who is waited for.
 
     Raises:
         UsageError: the folder holds no run, or Slurm refuses.
@@ -180,9 +189,10 @@ def cancel(run: str | Path, *, wait_s: float = CANCEL_WAIT_S) -> Cancelled:
             os.kill(record.pid, signal.SIGTERM)
     until = time.monotonic() + wait_s
     of_slurm = [r.job_id for r in live if not r.job_id.startswith("local-")]
-    left = cluster.cancel(cluster.queued(of_slurm), wait_s)
-    while (still := [r for r in here if process_lives(r)]) and time.monotonic() < until:
-        time.sleep(0.2)
+    with slowly(f"Waiting for the end of {', '.join(r.job_id for r in live)}", note):
+        left = cluster.cancel(cluster.queued(of_slurm), wait_s)
+        while (still := [r for r in here if process_lives(r)]) and time.monotonic() < until:
+            time.sleep(0.2)
     left += [r.job_id for r in still]
     ended = [j for j in [*of_slurm, *(r.job_id for r in here)] if j not in left]
     return Cancelled(tuple(ended), tuple(left), tuple((r.job_id, r.host) for r in there))

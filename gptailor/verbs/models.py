@@ -12,6 +12,7 @@ from gptailor.errors import ModelError, ResourceError, UsageError, unknown
 from gptailor.evaluation.family import open_family
 from gptailor.models.calibration import METHODS as CALIBRATED
 from gptailor.models.family import Family
+from gptailor.patience import Patience, slowly
 from gptailor.recipe import DTYPES, Recipe, Take, read_recipe
 
 if TYPE_CHECKING:
@@ -61,16 +62,17 @@ def stitch(
         note(text)
     if verify:
         _check_room(recipe, family, out)
-    plan = write_model(
-        recipe,
-        family,
-        out,
-        notes=notes,
-        sync=sync,
-        threads=threads,
-        max_shard_size=MAX_SHARD_SIZE if max_shard_size is None else max_shard_size,
-        test=_smoke_test(out) if verify else None,
-    )
+    with Patience(note) as patience, patience.step(f"Writing {out}"):
+        plan = write_model(
+            recipe,
+            family,
+            out,
+            notes=notes,
+            sync=sync,
+            threads=threads,
+            max_shard_size=MAX_SHARD_SIZE if max_shard_size is None else max_shard_size,
+            test=_smoke_test(out, patience) if verify else None,
+        )
     for text in plan.notes:
         note(text)
     return Path(out)
@@ -89,11 +91,12 @@ def _check_room(recipe: Recipe, family: Family, out: str | Path) -> None:
         )
 
 
-def _smoke_test(out: str | Path) -> Callable[[Path], object]:
+def _smoke_test(out: str | Path, patience: Patience) -> Callable[[Path], object]:
     def test(folder: Path) -> None:
-        from gptailor.evaluation.smoke import smoke_test
+        with patience.step(f"Loading and running {out}"):
+            from gptailor.evaluation.smoke import smoke_test
 
-        smoke_test(folder, out)
+            smoke_test(folder, out)
 
     return test
 
@@ -151,10 +154,18 @@ def calibrate(
     for candidate in family.candidates.values():
         if Path(out).resolve() == candidate.folder.resolve():
             raise UsageError(f"The output {out} is also an input ({candidate.name}).")
-    sequences = read_sequences(text, family.base, num_tokens=num_tokens, seq_len=seq_len)
+    with slowly(f"Reading {text}", note):
+        sequences = read_sequences(text, family.base, num_tokens=num_tokens, seq_len=seq_len)
     return [
         calibrate_model(
-            family.candidates[name], method, sequences, out, device=device, dtype=dtype, seed=seed
+            family.candidates[name],
+            method,
+            sequences,
+            out,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            note=note,
         )
         for method, some in wanted.items()
         for name in some
@@ -215,7 +226,11 @@ def evaluate(
     choice = choose(config.dtype, recipe.dtype, [ability], held_bytes(family), whose=whose)
     note(choice.sentence)
     config = config.model_copy(update={"dtype": choice.dtype})
-    outcome = Evaluator(family, config, comparable=False).evaluate(recipe)
+    said = [""]
+    with slowly("Starting", note, lambda: said[-1]):
+        evaluator = Evaluator(family, config, comparable=False, says=said.append)
+    with slowly("Evaluating", note, lambda: f"{evaluator.lm.num_tokens:,} tokens so far"):
+        outcome = evaluator.evaluate(recipe)
     if outcome.status == "infeasible":
         raise UsageError(outcome.reason)
     if outcome.status == "failed":

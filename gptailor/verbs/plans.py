@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from gptailor.errors import GptailorError, ModelError, ResourceError, UsageError
 from gptailor.evaluation.family import open_family
 from gptailor.models.family import Family
 from gptailor.models.untrusted import home_expanded, is_folder
+from gptailor.patience import Say, slowly
 
 if TYPE_CHECKING:
     from gptailor.config import Config
@@ -70,7 +71,7 @@ def prefetch(
     config: str | Path,
     overrides: Sequence[str] = (),
     *,
-    note: Callable[[str], None] = lambda text: None,
+    note: Say = lambda text: None,
 ) -> Prefetched:
     """Downloads what a search needs, then loads it where there is no network, as a job will.
 
@@ -86,11 +87,14 @@ def prefetch(
     from gptailor.evaluation.dry_run import DryRun
 
     parsed = read_config(config, overrides)
-    family = open_family(parsed.models, parsed.base)  # downloads
+    with slowly(f"Fetching {len(parsed.models)} models", note):
+        family = open_family(parsed.models, parsed.base)  # downloads
     for text in family.notes:
         note(text)
-    sizes = DryRun(parsed, family).sizes()  # downloads
-    found = _offline(parsed.model_dump_json())
+    with slowly("Fetching the tasks' documents", note):
+        sizes = DryRun(parsed, family).sizes()  # downloads
+    with slowly("Loading all of it again without a network", note):
+        found = _offline(parsed.model_dump_json())
     for name, work in sizes.items():
         if found[name]["digest"] != work.digest:
             raise UsageError(
@@ -168,7 +172,7 @@ def plan(
     gpus_per_worker: int = 1,
     gpu_gib: float | None = None,
     probe: bool = True,
-    note: Callable[[str], None] = lambda text: None,
+    note: Say = lambda text: None,
 ) -> Plan:
     """Says what a search will cost, from headers, tasks and three evaluations on this machine.
 
@@ -202,7 +206,8 @@ def plan(
     space = SearchSpace(
         parsed.space, parsed.models, parsed.base, family.num_layers, calibration, family.ends
     )
-    sizes = DryRun(parsed, family).sizes()
+    with slowly("Loading the tasks", note):
+        sizes = DryRun(parsed, family).sizes()
     there = Ability("a GPU's node", "cuda", (), 0)  # that is planned for, and may not be here
     ability = find_ability(parsed.evaluation.device) if gpu_gib is None else there
     choice = choose(
@@ -227,7 +232,7 @@ def plan(
         _check_room(footprint, parsed.evaluation.device)
         work = 2e-12 * family.parameters() * sizes["search"].tokens
         note(f"Measuring three evaluations of up to {work:,.3g} Tflop (--no-probe leaves it out).")
-        device, probes = _probes(parsed.computed_in(choice.dtype), space)
+        device, probes = _probes(parsed.computed_in(choice.dtype), space, note)
     seconds = sum(p.seconds for p in probes) / len(probes) if probes else None
     per_hour = None if seconds is None else workers * 3600.0 / seconds
     return Plan(
@@ -283,15 +288,19 @@ def _check_room(footprint: Footprint, device: str) -> None:
         )
 
 
-def _probes(config: Config, space: SearchSpace) -> tuple[str, list[Probe]]:
+def _probes(config: Config, space: SearchSpace, note: Say) -> tuple[str, list[Probe]]:
     """The device and what was measured there."""
     from gptailor.evaluation.evaluator import Evaluator
     from gptailor.evaluation.probe import measure_probes
     from gptailor.execution.node_files import open_candidates
 
     evaluation = config.evaluation.model_copy(update={"holdout": None})
-    evaluator = Evaluator(open_candidates(config), evaluation, seed=config.search.seed)
-    return str(evaluator.resident.device), measure_probes(evaluator, space)
+    said = [""]
+    with slowly("Starting a worker", note, lambda: said[-1]):
+        family = open_candidates(config, note=note, says=said.append)
+        evaluator = Evaluator(family, evaluation, seed=config.search.seed, says=said.append)
+    with slowly("Measuring", note, lambda: f"{evaluator.lm.num_tokens:,} tokens so far"):
+        return str(evaluator.resident.device), measure_probes(evaluator, space)
 
 
 def _offline(config_json: str) -> dict[str, dict[str, object]]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from gptailor.errors import GptailorError, UsageError, unknown
 from gptailor.evaluation.family import open_family
 from gptailor.models.family import Family, resolve
+from gptailor.patience import Say, slowly
 
 if TYPE_CHECKING:
     from gptailor.archive import Evaluation
@@ -128,7 +129,7 @@ def _search(
 ) -> Path:
     """The search, in this process or by the crew of an MPI program."""
     from gptailor.archive import Archive
-    from gptailor.config import Config, config_yaml, read_config
+    from gptailor.config import Config, read_config
     from gptailor.execution.local import open_executor
     from gptailor.execution.reporter import Reporter
     from gptailor.execution.verdict import is_supervised
@@ -145,14 +146,15 @@ def _search(
     log = (lambda text: None) if crew is None else crew.log.say
     # in a moment, not after the models are loaded; but a node that died may keep the lock a while
     wait_s = LOCK_WAIT_S if is_supervised() else 0.0
-    say = print if crew is None else crew.say
+    say = _say if crew is None else crew.say
     Archive.check_not_in_use(place, wait_s=wait_s, note=say)
-    family = open_family(config.models, config.base)
-    _check_space(config, family)
+    with slowly(f"Opening {len(config.models)} candidates", say):
+        family = open_family(config.models, config.base)
+        _check_space(config, family)
     progress = Progress(config.search.evaluations, family.num_layers, log=log)
-    _introduce(family, progress)
     number = None if island is None else island[0]
-    with Reporter(stop, config.search.evaluations, output, number) as reporter:
+    with progress, Reporter(stop, config.search.evaluations, output, number) as reporter:
+        _introduce(family, progress)
         executor: Executor
         if crew is None:
             executor = open_executor(config, workers)
@@ -162,22 +164,37 @@ def _search(
             crew.join(config, family, place, reporter)
             executor = MpiExecutor(crew)
         try:
+            progress.watch(lambda: reporter.loading(executor.words()))
             config, info = _begun(config, family, place, executor, progress, island is not None)
             with Archive(place) as archive, ExitStack() as stack:
                 check_resumable(archive, config, family, info.digest)
                 others = stack.enter_context(open_islands(output, island, archive, progress.note))
                 reporter.begin()
-                _write_text(output / "config.yaml", config_yaml(config))
-                _write_text(output / "environment.json", json.dumps(environment(), indent=2) + "\n")
-                documents = ", ".join(f"{n} {name}" for name, n in info.num_documents.items())
-                progress.note(f"Documents: {documents}. Run folder: {place}.")
+                _note_run(config, info, place, progress)
                 run = Run(config, family, archive, executor, progress, stop, reporter.tick, others)
+                progress.watch(lambda: reporter.tick(run))
                 run.search()
                 run.holdout([e.recipe for e in worth_a_holdout(run.evaluations("search"))])
         finally:
             executor.close()
-        write_report(output)
+        with progress.step("Writing the report"):
+            write_report(output)
     return output
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _note_run(config: Config, info: WorkloadInfo, place: Path, progress: Progress) -> None:
+    """Writes down what can be made again, and says what is searched on."""
+    from gptailor.config import config_yaml
+
+    output = Path(config.output)
+    _write_text(output / "config.yaml", config_yaml(config))
+    _write_text(output / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    documents = ", ".join(f"{n} {name}" for name, n in info.num_documents.items())
+    progress.note(f"Documents: {documents}. Run folder: {place}.")
 
 
 def _introduce(family: Family, progress: Progress) -> None:
@@ -204,11 +221,19 @@ def _begun(
     """
     from gptailor.search.run_dtype import choose_dtype
 
-    abilities = executor.abilities()
+    def doing() -> str:
+        texts = list(dict.fromkeys(executor.words().values()))
+        return "; ".join([*texts[:2], *(["…"] if len(texts) > 2 else [])])
+
+    many = executor.num_workers > 1
+    what = f"Starting {executor.num_workers} workers" if many else "Starting"
+    with progress.step(what):
+        abilities = executor.abilities()
     choice = choose_dtype(config, family, place, abilities, is_island=is_island)
     progress.note(choice.sentence)
-    executor.load(choice.dtype)
-    return config.computed_in(choice.dtype), executor.workload()
+    with progress.step(what, doing):
+        executor.load(choice.dtype)
+        return config.computed_in(choice.dtype), executor.workload()
 
 
 def _checked_place(config: Config, resume: bool, island: tuple[int, int] | None) -> Path:
@@ -239,11 +264,17 @@ def worth_a_holdout(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
     return list({e.recipe.hash: e for e in chosen}.values())
 
 
-def report(run: str | Path, out: str | Path | None = None) -> Path:
-    """Writes the report of a run again (front, figures, page); returns the page's path."""
+def report(
+    run: str | Path, out: str | Path | None = None, *, note: Say = lambda text: None
+) -> Path:
+    """Writes the report of a run again (front, figures, page); returns the page's path.
+
+    `note` is told that it takes long, where it does.
+    """
     from gptailor.report import write_report
 
-    return write_report(Path(run), None if out is None else Path(out))
+    with slowly("Writing the report", note):
+        return write_report(Path(run), None if out is None else Path(out))
 
 
 def demo(out: str | Path = "gptailor-demo", *, workers: int = 1) -> Path:
@@ -271,7 +302,7 @@ def demo(out: str | Path = "gptailor-demo", *, workers: int = 1) -> Path:
     if not place.exists():
         from gptailor.verbs.models import stitch
 
-        stitch(out, place, point=best.recipe.point)
+        stitch(out, place, point=best.recipe.point, note=_say)
     return out
 
 

@@ -14,17 +14,21 @@ import sys
 import time
 from collections.abc import Callable
 
-from gptailor import cli
+from gptailor import cli, patience
 from gptailor.archive import Cost, Outcome
 from gptailor.errors import ModelError
 from gptailor.evaluation.similarity import Similarity
+from gptailor.execution import worker
 from gptailor.execution.executor import EvaluationJob, Job, WorkloadInfo
 from gptailor.execution.launcher import join
 from gptailor.execution.logs import Log
 from gptailor.execution.worker import Orders, run_worker
+from gptailor.patience import Say
 from tests.search.helpers import synthetic
 
 FAULTS = json.loads(os.environ.get("TEST_FAULTS", "{}"))
+if "words" in FAULTS:  # seconds between them
+    patience.EVERY_S = worker.WORDS_S = FAULTS["words"]
 
 
 class Inventor:
@@ -37,6 +41,12 @@ class Inventor:
     def workload(self) -> WorkloadInfo:
         other = FAULTS.get("documents") == self.rank
         return WorkloadInfo({"search": 10}, "other" if other else "invented")
+
+    def beat(self) -> None:
+        pass
+
+    def words(self) -> str:
+        return "half of it"
 
     def do(self, job: Job) -> Outcome | Similarity:
         assert isinstance(job, EvaluationJob)
@@ -51,12 +61,17 @@ class Inventor:
                 return Outcome("failed", None, (), "Traceback\nValueError: of this test", Cost())
             print("what a library says")
             os.system("echo what a program says")
-        time.sleep(FAULTS.get("seconds", 0.01))
+        for _ in range(2):
+            time.sleep(FAULTS.get("seconds", 0.01) / 2)
+            self.beat()
         return synthetic(job.recipe)
 
 
-def invented(orders: Orders, go_on: Callable[[], None], log: Log) -> tuple[Inventor, str]:
+def invented(
+    orders: Orders, go_on: Callable[[], None], log: Log, says: Say
+) -> tuple[Inventor, str]:
     rank = log.rank
+    says("loading nothing")
     if FAULTS.get("slow") == rank:
         time.sleep(20)
         go_on()

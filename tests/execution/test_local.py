@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,10 @@ import yaml
 
 from gptailor import cli
 from gptailor.archive import Archive
+from gptailor.config import parse_config
+from gptailor.execution.executor import EvaluationJob, SimilarityJob
+from gptailor.execution.local import LocalPool
+from gptailor.recipe import Recipe, Take
 
 CODES = {"worker": 5, "int": 130, "term": 143, "pool int": 130}
 
@@ -78,6 +83,42 @@ def test_a_fault_ends_the_search_in_order(
     assert kept >= 8
     with Archive(run) as archive:  # the lock is free again
         assert archive.get_meta("config") is not None
+
+
+def test_workers_say_what_they_are_at(
+    models: dict[str, str], tasks_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through memory that they share: while they start, and in the midst of a job."""
+    evaluation = {"tasks": ["t_long"], "include_path": str(tasks_dir), "device": "cpu"}
+    config = parse_config({"models": models, "base": "base", "evaluation": evaluation}, "test")
+    pool = LocalPool(config, 2)
+    try:
+        assert [a.device for a in pool.abilities()] == ["cpu", "cpu"]
+        pool.load("float32")
+        heard = set()
+        while not all(future.done() for future in pool._begun):
+            heard |= set(pool.words().values())
+            time.sleep(0.005)
+        assert {"loading libraries", "loading the base", "loading tokenizer and tasks"} <= heard
+        assert pool.words() == {}
+        layers = tuple(Take("red", layer) for layer in range(6))
+        recipe = Recipe(config.models, "base", layers, "base", "base", "bfloat16")
+        jobs = [
+            EvaluationJob(recipe, "search"),
+            EvaluationJob(recipe, "search"),
+            SimilarityJob("red"),
+        ]
+        heard.clear()
+        for job in jobs:
+            pool.start(1, job)
+            while not pool.finished(0.0):
+                heard |= set(pool.words().items())
+        assert pool.words() == {}
+        assert {worker for worker, _ in heard} == {1}
+        texts = " ".join(text for _, text in heard)
+        assert re.search(r"\d+ tokens", texts) or "contexts" in texts
+    finally:
+        pool.close()
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,22 @@ def test_an_asynchronous_search(tmp_path: Path) -> None:
     assert (record.evaluations_done, record.evaluations_new) == (60, 60)
 
 
+def test_ranks_say_how_far_they_are(tmp_path: Path) -> None:
+    """On rank 0's screen, in its log and theirs, and in the job's record."""
+    path = mpi.write_search(tmp_path, evaluations=6, schedule="asynchronous")
+    process = mpi.start(["search", str(path)], 3, faults={"seconds": 3.0, "words": 0.2})
+    seen: set[str] = set()
+    while process.poll() is None and not any(": half of it" in job for job in seen):
+        for record in read_all(tmp_path / "run"):
+            seen |= {worker.job for worker in record.workers if worker.job is not None}
+        time.sleep(0.05)
+    ended = mpi.wait(process)
+    assert ended.code == 0, ended.stderr
+    assert any(": half of it" in job for job in seen), seen
+    assert "/6 evaluations" in ended.stderr and " (half of it)" in ended.stderr
+    assert " (half of it)" in mpi.log(tmp_path / "run", 0)
+
+
 def test_all_ranks_compute_in_what_the_slowest_does_well(tmp_path: Path) -> None:
     """One of three machines has no instructions for bfloat16, if the others have."""
     path = mpi.write_search(tmp_path, evaluations=10)

@@ -19,7 +19,7 @@ from gptailor.execution.verdict import gained, note_gain
 def turn(folder: Path, results: int, error: Exception | None = None) -> None:
     """A step of a job that gains so much, and ends: before its time limit, or by an error."""
     progress = SimpleNamespace(done=results, reused=0, elsewhere=0)
-    executor = SimpleNamespace(now=lambda: 0.0, num_workers=0)
+    executor = SimpleNamespace(now=lambda: 0.0, num_workers=0, words=dict)
     run = SimpleNamespace(
         progress=progress,
         executor=executor,

@@ -39,6 +39,9 @@ class Simulated:
         self._seconds = seconds
         self._queue: list[tuple[float, int, Job, float]] = []
 
+    def words(self) -> dict[int, str]:
+        return {}
+
     def workload(self) -> WorkloadInfo:
         return WorkloadInfo({"search": 1}, "simulated")
 

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import io
+import time
 
 import pytest
 
+from gptailor import patience
 from gptailor.archive import Evaluation
 from gptailor.recipe import Take
 from gptailor.search import progress as module
-from gptailor.search.progress import Progress, duration
+from gptailor.search.progress import Progress
 from tests.search.helpers import make_space, synthetic
 
 
@@ -51,11 +53,27 @@ def test_one_line_that_is_rewritten_on_a_terminal() -> None:
     assert "1 from the archive" in text
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0 s"), (89, "89 s"), (90, "2 min"), (11_100, "3 h 05 min")]
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+def test_a_step_on_a_terminal_is_one_line_that_is_rewritten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(patience, "EVERY_S", 0.05)
+    stream, logged = Terminal(), []
+    with Progress(3, 8, stream, logged.append) as progress:
+        with progress.step("Loading", lambda: "half of it"):
+            time.sleep(0.3)
+        assert "\n" not in stream.getvalue()
+    text = stream.getvalue()
+    assert text.count("\r\x1b[KLoading: half of it (0 s)") >= 2
+    assert text.endswith("\r\x1b[K")  # what follows has a line of its own
+    assert logged[0] == "Loading: half of it (0 s)"
+
+
+def test_a_step_without_a_terminal_is_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "EVERY_S", 0.05)
+    stream = io.StringIO()
+    with Progress(3, 8, stream) as progress, progress.step("Loading"):
+        time.sleep(0.3)
+    assert stream.getvalue().splitlines()[:2] == ["Loading (0 s)"] * 2
 
 
 def test_a_long_log_stays_short(monkeypatch: pytest.MonkeyPatch) -> None:
