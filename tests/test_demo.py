@@ -19,7 +19,8 @@ from gptailor.stitching.write import RECIPE_FILE
 
 SAID = re.compile(
     r"Searching 12 layers|Evaluations are computed in float32, |Documents: "
-    r"|Measuring what the layers|\d+/320 evaluations|Scoring \d+ recipes on the|.* \(\d+ (s|min)\)$"  # the last: what is slow
+    r"|Measuring what the layers|\d+/320 evaluations|Scoring \d+ recipes on the"
+    r"|.* \(\d+ (s|min)\)$"  # of what is slow here
 )
 
 
