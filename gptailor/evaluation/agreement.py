@@ -18,6 +18,7 @@ from typing import Any
 
 from gptailor.errors import ModelError
 from gptailor.models.config_fields import (
+    ABSENT,
     NAMES,
     POSITIONS,
     SPELLED_OUT,
@@ -95,6 +96,7 @@ def _compared(path: str, config: Any, base: Any) -> Iterator[tuple[Difference, b
         key = re.split(r"[.\[]", difference.key)[0]
         is_note = (
             is_harmless(difference)
+            or (difference.value in (None, ABSENT) and difference.base_value in (None, ABSENT))
             or (key == "pad_token_id" and not _moves_positions(config))
             or _is_spelled_out(difference, parts)
             or (key in POSITIONS and not any(_rope_needs_positions(part) for part in parts))
@@ -113,10 +115,14 @@ def _is_spelled_out(difference: Difference, parts: list[dict[str, Any]]) -> bool
     """True for a rule that has made the same list of kinds of layers in both configs."""
     key = re.split(r"[.\[]", difference.key)[0]
     if key in SPELLED_OUT:
-        kinds = [part.get(SPELLED_OUT[key]) for part in parts]
-        return isinstance(kinds[0], list) and kinds[0] == kinds[1]
+        lists = [part.get(SPELLED_OUT[key]) for part in parts]
+        return isinstance(lists[0], list) and lists[0] == lists[1]
+    kinds = [part.get("layer_types") or [] for part in parts]
+    are_full = all(kind == "full_attention" for some in kinds for kind in some)
     if key in _WINDOWS:  # of no layer
-        return all(set(part.get("layer_types") or "?") == {"full_attention"} for part in parts)
+        return are_full and all(kinds)
+    if key == "layer_types":  # a list that says what holds without it
+        return are_full and not any(part.get(window) for part in parts for window in _WINDOWS)
     # the older spelling, which stays beside rope_type
     return key == "rope_parameters" and difference.key.endswith(".type")
 

@@ -146,6 +146,7 @@ OTHER_MODELS: list[tuple[str, str, Change]] = [
     ("llama", "hidden_act", {"hidden_act": "gelu"}),
     ("llama", "head_dim", {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}),
     ("llama", "sliding_window", {"sliding_window": 8}),  # not Llama's, but its cache's
+    ("llama", "layer_types", {"layer_types": ["sliding_attention"] * 4, "sliding_window": 8}),
     ("dynamic", "max_position_embeddings", {"max_position_embeddings": 32}),
     ("yarn", "max_position_embeddings", {"max_position_embeddings": 128}),
     ("linear", "rope_parameters.factor", put("rope_parameters.factor", 4.0)),
@@ -226,6 +227,8 @@ SAME_MODELS: list[tuple[str, str, Change]] = [
     ("llama", "architectures", {"architectures": ["LlamaModel", "LlamaForCausalLM"]}),
     ("llama", "unsloth_version", {"unsloth_version": "2025.1"}),
     ("llama", "rope_interleaved", {"rope_interleaved": False}),
+    ("llama", "sliding_window", {"sliding_window": None}),
+    ("llama", "layer_types", {"layer_types": ["full_attention"] * NUM_LAYERS}),
     ("qwen2", "max_window_layers", {"max_window_layers": 1}),
     ("qwen3_moe", "output_router_logits", {"output_router_logits": True}),
     ("qwen3_moe", "router_aux_loss_coef", {"router_aux_loss_coef": 0.5}),
