@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from gptailor import document_values
-from gptailor.errors import ResourceError, UsageError
+from gptailor.errors import ModelError, ResourceError, TaskError, UsageError
 from gptailor.recipe import KnownLayers, Recipe
 
 SCHEMA = "gptailor/archive/1"
@@ -110,7 +110,7 @@ class Outcome:
         status: "ok", "infeasible" or "failed"; a crash is "failed" and has no score.
         accuracy: weighted mean of the scores; None unless "ok".
         scores: one for each task that was asked for.
-        reason: why it is infeasible, or the traceback of the crash.
+        reason: why it is infeasible, or the traceback of the crash; its last line names the error.
         cost: what it took.
     """
 
@@ -119,6 +119,14 @@ class Outcome:
     scores: tuple[Score, ...]
     reason: str
     cost: Cost
+
+    def as_error(self) -> Exception:
+        """What to raise where nothing can go on without the scores that this has not."""
+        if self.status == "infeasible":
+            return ModelError(self.reason)
+        last = (self.reason.strip().splitlines() or ["no reason given"])[-1]
+        kind, _, sentence = last.partition(": ")
+        return TaskError(sentence) if kind == TaskError.__name__ else RuntimeError(last)
 
 
 @dataclass(frozen=True, slots=True)

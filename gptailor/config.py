@@ -91,12 +91,14 @@ class TaskSpec(_Strict):
         num_fewshot: examples in the context; None for the task's own number.
         metric: "acc", or with its filter "exact_match,strict-match"; None for the first one.
         weight: in the accuracy objective.
+        limit: as in lm-eval: only the first documents of each task, or a part of them below 1.
     """
 
     task: str
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     metric: str | None = None
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 
 class _Tasks(_Strict):
@@ -128,7 +130,9 @@ class EvaluationConfig(_Tasks):
         candidates_gib: how much of the device's memory the candidates' weights may have; default:
             what is free on a GPU, less headroom. On the CPU they are mapped and have none, unless
             this is given. If not all fit, the layers that are used most stay.
-        apply_chat_template, fewshot_as_multiturn, system_instruction: as in lm-eval.
+        apply_chat_template, system_instruction: as in lm-eval.
+        fewshot_as_multiturn: as in lm-eval: examples are turns of the chat of their own. They are
+            if there is a chat template, unless this says otherwise.
     """
 
     include_path: str | None = None
@@ -139,7 +143,9 @@ class EvaluationConfig(_Tasks):
     batch_size: Annotated[int, Field(ge=1)] = 32
     candidates_gib: Annotated[float, Field(gt=0)] | None = None
     apply_chat_template: bool = False
-    fewshot_as_multiturn: bool = False
+    fewshot_as_multiturn: bool = Field(
+        default_factory=lambda given: bool(given.get("apply_chat_template"))
+    )
     system_instruction: str | None = None
 
     @field_validator("dtype")
@@ -155,6 +161,12 @@ class EvaluationConfig(_Tasks):
         if len(rungs) > 1:
             raise ValueError("more than one rung is not supported yet: name the last one only")
         return rungs
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EvaluationConfig:
+        if self.fewshot_as_multiturn and not self.apply_chat_template:
+            raise ValueError("fewshot_as_multiturn needs apply_chat_template")
+        return self
 
 
 class SearchConfig(_Strict):

@@ -33,6 +33,10 @@ class UsageError(GptailorError, ValueError):
     exit_code = 2
 
 
+class TaskError(UsageError):
+    """The code that belongs to a task failed, while requests were made or answers judged."""
+
+
 class ModelError(GptailorError):
     """A model or tokenizer is unusable as it lies on disk."""
 

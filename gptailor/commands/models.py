@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
+import math
+from typing import TYPE_CHECKING
 
 from gptailor.commands.command import Command, add_io, at_least_one, say
+
+if TYPE_CHECKING:
+    from gptailor.archive import Score
 
 
 def _stitch(arguments: argparse.Namespace) -> int:
@@ -55,21 +59,43 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     scores = verbs.evaluate(
         arguments.model,
-        arguments.tasks.split(","),
+        _names(arguments.tasks),
+        like=arguments.like,
+        metric=arguments.metric,
+        limit=arguments.limit,
         include_path=arguments.include_path,
         num_fewshot=arguments.num_fewshot,
+        apply_chat_template=arguments.apply_chat_template,
+        fewshot_as_multiturn=arguments.fewshot_as_multiturn,
+        system_instruction=arguments.system_instruction,
         batch_size=arguments.batch_size,
         dtype=arguments.dtype,
         device=arguments.device,
         note=say,
     )
     if arguments.json:
-        print(json.dumps([dataclasses.asdict(score) for score in scores], indent=2))
+        print(json.dumps([_score_dict(score) for score in scores], indent=2))
         return 0
+    words = [(score.task, score.metric) for score in scores]
+    widths = [max(map(len, column)) for column in zip(*words, strict=True)]
     for score in scores:
         stderr = "" if score.stderr is None else f" ± {score.stderr:.4f}"
-        print(f"{score.task:24} {score.metric:24} {score.value:.4f}{stderr}")
+        names = f"{score.task:{widths[0]}}  {score.metric:{widths[1]}}"
+        print(f"{names}  {score.value:.4f}{stderr}")
     return 0
+
+
+def _names(text: str | None) -> list[str]:
+    """Names with commas between them."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def _score_dict(score: Score) -> dict[str, object]:
+    """A score for JSON, which has no word for a number that is not finite."""
+    numbers = {"value": score.value, "stderr": score.stderr, "chance": score.chance}
+    finite = {k: v if v is not None and math.isfinite(v) else None for k, v in numbers.items()}
+    words = {"task": score.task, "metric": score.metric}
+    return {**words, **finite, "num_documents": score.num_documents}
 
 
 def _add_stitch(parser: argparse.ArgumentParser) -> None:
@@ -120,12 +146,33 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model folder, a hub id, a recipe.yaml or a mergekit YAML")
-    parser.add_argument("--tasks", required=True, help="lm-eval's names, with commas")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--tasks", help="lm-eval's names, with commas")
+    asked.add_argument(
+        "--like",
+        metavar="SEARCH",
+        help="a search.yaml, or the config.yaml of a run: its tasks, their options, its documents",
+    )
+    parser.add_argument("--metric", help="only this one, like acc_norm (all that the tasks have)")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        help="only so many documents of each task, the first ones; a part of them if below 1",
+    )
     parser.add_argument("--include-path", help="a folder with own tasks")
     parser.add_argument("--num-fewshot", type=int, help="examples in the context")
-    parser.add_argument("--batch-size", type=int, default=32, help="sequences in a batch (32)")
-    parser.add_argument("--dtype", default="auto", help="bfloat16, float16, float32 or auto")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 or auto")
+    parser.add_argument(
+        "--apply-chat-template", action="store_true", help="ask as a user in the model's chat"
+    )
+    parser.add_argument(
+        "--fewshot-as-multiturn",
+        action=argparse.BooleanOptionalAction,
+        help="examples are turns of the chat of their own (if there is a chat template)",
+    )
+    parser.add_argument("--system-instruction", help="what stands before all else")
+    parser.add_argument("--batch-size", type=int, help="sequences in a batch (32)")
+    parser.add_argument("--dtype", help="bfloat16, float16, float32 or auto (auto)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 or auto (auto)")
     add_io(parser)
 
 
@@ -144,7 +191,7 @@ COMMANDS = {
     ),
     "eval": Command(
         "score one model, the same way as a search does",
-        "gptailor eval my-model --tasks piqa,arc_easy",
+        "gptailor eval my-model --tasks piqa,arc_easy --limit 100",
         _add_eval,
         _eval,
     ),

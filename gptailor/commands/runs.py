@@ -20,7 +20,9 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     from gptailor import verbs
 
-    problems = verbs.check(arguments.config, arguments.overrides)
+    problems = verbs.check(
+        arguments.config, arguments.overrides, resume=arguments.resume, fast=arguments.fast
+    )
     if arguments.json:
         print(json.dumps({"problems": problems}))
     else:
@@ -80,6 +82,15 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a search.yaml")
     parser.add_argument("overrides", nargs="*", help="key.path=value")
+    parser.add_argument(
+        "--resume", action="store_true", help="for search --resume: the output may hold a run"
+    )
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="leave out what takes longest: building the model without its weights, loading the "
+        "tasks' data, and the requests of a few documents",
+    )
 
 
 def _add_search(parser: argparse.ArgumentParser) -> None:
@@ -120,7 +131,7 @@ COMMANDS = {
         KEEPS,
     ),
     "check": Command(
-        "why a search would fail, from configs and headers, in seconds",
+        "why a search would fail, from configs, headers and a few documents, in seconds",
         "gptailor check search.yaml",
         _add_check,
         _check,

@@ -48,18 +48,21 @@ class DryRun:
     Args:
         config: the search.
         family: its candidates, of which only the base's headers and tokenizer are read.
+        few: of each task only so many documents, those that are most likely to be refused.
 
     Raises:
-        UsageError: a task or its data can't be had.
+        UsageError: a task or its data can't be had, or the model can't answer a request.
         ModelError: transformers can't make the base's model, or load its tokenizer.
     """
 
-    def __init__(self, config: Config, family: Family) -> None:
+    def __init__(self, config: Config, family: Family, *, few: int | None = None) -> None:
         base = family.base
         shell = load_shell(base.folder, base.tensors)
         tokenizer = load_tokenizer(base.folder)
         self.lm = ResidentLM(shell.eval(), tokenizer, config.evaluation.batch_size)
-        self.workloads = open_workloads(config.evaluation, self.lm, seed=config.search.seed)
+        self.workloads = open_workloads(
+            config.evaluation, self.lm, seed=config.search.seed, few=few
+        )
 
     def sizes(self) -> dict[str, WorkloadSize]:
         """Of the documents of the search and, if there is one, of the holdout."""
@@ -90,9 +93,14 @@ class DryRun:
 
     def _text_batches(self, kind: str, instances: list[Any]) -> list[tuple[int, int]]:
         """Of rolling perplexity, where every position counts, and of generated text."""
+        from lm_eval.models.utils import normalize_gen_kwargs
+
         lengths = [len(self.lm.tok_encode(instance.args[0])) for instance in instances]
         if kind == "generate_until":
-            new = [i.args[1].get("max_gen_toks", self.lm.max_gen_toks) for i in instances]
+            new = [
+                normalize_gen_kwargs(i.args[1], self.lm.max_gen_toks)["max_gen_toks"]
+                for i in instances
+            ]
             lengths = [min(a + b, self.lm.max_length) for a, b in zip(lengths, new, strict=True)]
         size = int(self.lm.batch_size)
         lengths.sort(reverse=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 from gptailor.archive import Cost, Documents, Outcome, Score
 from gptailor.config import EvaluationConfig
-from gptailor.errors import GptailorError, ResourceError
+from gptailor.errors import GptailorError, ResourceError, TaskError
 from gptailor.evaluation.judge import ResidentLM
 from gptailor.evaluation.loading import load_tokenizer
 from gptailor.evaluation.resident import ResidentModel, is_out_of_memory
@@ -58,13 +58,14 @@ class Evaluator:
         tokenizer = load_tokenizer(family.base.folder)
         self.lm = ResidentLM(self.resident.model, tokenizer, config.batch_size)
         self.workloads = open_workloads(config, self.lm, seed=seed, comparable=comparable)
+        self._results: Mapping[str, Mapping[str, Any]] = {}  # of the last evaluation
 
     def evaluate(self, recipe: Recipe, documents: Documents = "search") -> Outcome:
         """Assembles and scores one recipe; never raises for what the recipe itself causes.
 
         Returns:
             `ok`, `infeasible` with the reason (it can't be built, or gives no numbers), or
-            `failed` with the traceback.
+            `failed` with the traceback, or with what a task's own code could not do.
 
         Raises:
             ResourceError: memory or disk is exhausted, which is not the recipe's fault.
@@ -74,12 +75,14 @@ class Evaluator:
         workload = self.workloads[documents]
         assembled = began
         scores: tuple[Score, ...] = ()
+        self._results = {}
         status: Literal["ok", "infeasible", "failed"] = "ok"
         reason = ""
         try:
             self.resident.assemble(recipe)
             assembled = time.perf_counter()
-            scores = workload.scores(workload.run(self.lm))
+            self._results = workload.run(self.lm)
+            scores = workload.scores(self._results)
         except ResourceError:
             raise
         except (MemoryError, RuntimeError) as error:
@@ -89,6 +92,8 @@ class Evaluator:
                     "resume with a smaller evaluation.batch_size or fewer workers."
                 ) from error
             status, reason = "failed", traceback.format_exc()
+        except TaskError as error:
+            status, reason = "failed", f"{TaskError.__name__}: {error}"
         except (GptailorError, FloatingPointError) as error:
             status, reason = "infeasible", str(error)
         except Exception:
@@ -103,6 +108,10 @@ class Evaluator:
         )
         accuracy = weighted_mean(scores) if status == "ok" else None
         return Outcome(status, accuracy, scores, reason, cost)
+
+    def all_scores(self, documents: Documents = "search") -> tuple[Score, ...]:
+        """Every metric of what was evaluated last, see `Workload.all_scores`."""
+        return self.workloads[documents].all_scores(self._results)
 
     def similarity(
         self, model: str, dtype: str, far: Callable[[int, int], None] = lambda done, of: None

@@ -24,8 +24,16 @@ import torch.nn.functional as F
 from lm_eval.models.huggingface import HFLM
 from torch import nn
 
+from gptailor.errors import UsageError
+
 Request = tuple[Any, list[int], list[int]]
 """lm-eval's form: (cache key, tokens of the context, tokens of the continuation)."""
+
+
+_NAN = (
+    "The model's {} are not numbers: its weights hold NaN or infinity, or they overflow in the "
+    "evaluation's dtype (float32 would tell)."
+)
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,19 @@ class ResidentLM(HFLM):  # type: ignore[misc]
             self._generating = False
         return result
 
+    def check_chat_template(self) -> None:
+        """Raises a `UsageError` where the tokenizer has no chat template, or several."""
+        try:
+            self.tokenizer.get_chat_template()
+        except ValueError as error:
+            what = "several chat templates, none of them the default"
+            if not self.tokenizer.chat_template:
+                what = "no chat template"
+            raise UsageError(
+                f"apply_chat_template: the tokenizer in {self.tokenizer.name_or_path} has {what}: "
+                "put the right one into a chat_template.jinja there, or leave the key out."
+            ) from error
+
     def hidden_states_only(self, input_BT: torch.Tensor) -> None:
         """Runs the model for what hooks see on the way; computes logits of one position at most."""
         kwargs = {"logits_to_keep": 1} if self._keeps_logits else {}
@@ -160,7 +181,7 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         greedy_R = (hits_RC | ~batch.mask_RC).all(-1)
         sums = sums_R.float().tolist()
         if any(math.isnan(value) for value in sums):
-            raise FloatingPointError("the model's log-likelihoods are not numbers")
+            raise FloatingPointError(_NAN.format("log-likelihoods"))
         return list(zip(sums, greedy_R.tolist(), strict=True))
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -173,7 +194,7 @@ class ResidentLM(HFLM):  # type: ignore[misc]
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         del module, args
         if self._generating and bool(output.logits[:, -1].isnan().any()):
-            raise FloatingPointError("the model's logits are not numbers")
+            raise FloatingPointError(_NAN.format("logits"))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.forward_s += time.perf_counter() - self._began
@@ -183,7 +204,11 @@ def read_inputs(
     requests: Sequence[Request], max_length: int
 ) -> tuple[tuple[tuple[int, ...], int], ...]:
     """Of each request: the tokens of context and continuation, cut at the left to what the model
-    reads and the token after it, and how many of them are the continuation."""
+    reads and the token after it, and how many of them are the continuation.
+
+    `requests.check_requests` has seen to it that there are both, and that the continuation fits.
+    """
+    assert all(context and 0 < len(rest) <= max_length for _, context, rest in requests)
     return tuple(
         (tuple((context + continuation)[-(max_length + 1) :]), len(continuation))
         for _, context, continuation in requests

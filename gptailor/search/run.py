@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from gptailor.archive import Archive, Documents, Evaluation, Outcome
 from gptailor.config import Config
-from gptailor.errors import StoppedEarly
 from gptailor.evaluation.similarity import Similarity
 from gptailor.execution.executor import EvaluationJob, Finished, Job, SimilarityJob, job_name
 from gptailor.execution.stop import Stop
@@ -96,7 +95,8 @@ class Run:
         """Evaluates the control arms, then what NSGA-II asks for until the budget is used.
 
         Raises:
-            StoppedEarly: nothing could be evaluated, a worker died, or it was asked to stop.
+            TaskError, ModelError, RuntimeError: every evaluation ended like the first one.
+            StoppedEarly: a worker died, or it was asked to stop.
             ResourceError: memory or disk is exhausted; what was evaluated is kept.
         """
         search = self.config.search
@@ -137,6 +137,7 @@ class Run:
         if not self.others.is_alone:  # what they sent can't be replayed, so neither can the search
             self._arrived = self._take_known()
         self.evaluate(arms)
+        self._check_scored(arms)
         nsga2 = NSGA2Search(
             self.space,
             len(self.config.objectives),
@@ -154,7 +155,7 @@ class Run:
             self.evaluate(new[: self._num_left])
             objectives = [self._objectives(recipe) for recipe in asked]
             if not nsga2.has_begun and all(values is None for values in objectives):
-                raise StoppedEarly(self._why_nothing(asked))
+                self._check_scored([r for r in asked if (r.hash, "search") in self._done])
             nsga2.tell(objectives)
 
     def _search_asynchronously(self, arms: Sequence[Recipe]) -> None:
@@ -186,12 +187,11 @@ class Run:
             for evaluation in new:
                 self._count(evaluation, True)
             nsga2.tell([(e.recipe, self._objectives(e.recipe)) for e in new])
+            self._check_scored(arms)
 
         if self._num_left > 0:
             self._work(ask, tell, lambda: self._num_left <= 0)
-            scored = [e.recipe for e in self.evaluations("search")]
-            if all(self._objectives(recipe) is None for recipe in scored):
-                raise StoppedEarly(self._why_nothing(scored))
+            self._check_scored([e.recipe for e in self.evaluations("search")])
             if self._num_left > 0:
                 self._note_complete()
 
@@ -369,13 +369,16 @@ class Run:
             known[name]() if name in known else -scores[name] for name in self.config.objectives
         ]
 
-    def _why_nothing(self, recipes: Sequence[Recipe]) -> str:
-        reasons = [
-            self._done[recipe.hash, "search"].outcome.reason.strip().splitlines()[-1]
-            for recipe in recipes
-            if (recipe.hash, "search") in self._done
-        ]
-        return f"No recipe of the first generation has a score; the first ended with: {reasons[0]}"
+    def _check_scored(self, recipes: Sequence[Recipe]) -> None:
+        """Raises what ended the first of these recipes if all of them ended without a score.
+
+        The others would end like them: to go on, or to begin again, would only cost time.
+        """
+        ended = [self._done.get((recipe.hash, "search")) for recipe in recipes]
+        outcomes = [None if e is None else e.outcome for e in ended]
+        first = next((o for o in outcomes if o is not None), None)
+        if first is not None and all(o is not None and o.accuracy is None for o in outcomes):
+            raise first.as_error()
 
     def _similarities(self) -> dict[str, Similarity]:
         """Of every candidate, measured once for a run and kept in the archive."""

@@ -3,10 +3,11 @@
 Heavy imports happen inside the functions, so that a verb pays only for what it uses.
 """
 
+from gptailor.verbs.checks import check
 from gptailor.verbs.jobs import cancel, launch, status
 from gptailor.verbs.models import calibrate, evaluate, stitch
 from gptailor.verbs.plans import plan, prefetch
-from gptailor.verbs.runs import check, demo, report, search
+from gptailor.verbs.runs import demo, report, search
 
 __all__ = [
     "calibrate",

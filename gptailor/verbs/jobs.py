@@ -149,7 +149,7 @@ def launch(
         _check_cluster(asked)
         numbers = _without_job(output, numbers)
     with slowly("Checking the search", note):
-        _check_search(config, overrides, parsed, output, has_islands=islands is not None)
+        _check_search(parsed, output, has_islands=islands is not None)
     _check_writable(output)
     job_ids = submit(asked, numbers)
     _note_submitted(output, job_ids, numbers, parsed.search.evaluations)
@@ -234,24 +234,17 @@ def _without_job(output: Path, numbers: Sequence[int | None]) -> list[int | None
     return left
 
 
-def _check_search(
-    config: str | Path,
-    overrides: Sequence[str],
-    parsed: Config,
-    output: Path,
-    *,
-    has_islands: bool,
-) -> None:
+def _check_search(parsed: Config, output: Path, *, has_islands: bool) -> None:
     """Raises a `UsageError` for what would end the search within its first minute."""
     from gptailor.archive import Archive
     from gptailor.search.resume import check_config_file
     from gptailor.search.run_folder import check_kind
-    from gptailor.verbs.runs import check
+    from gptailor.verbs.checks import find_problems
 
     check_kind(output, has_islands=has_islands)
     check_config_file(output, parsed)
     Archive.check_not_in_use(output)
-    problems = check(config, overrides)
+    problems = find_problems(parsed)
     if problems:
         more = f" (and {len(problems) - 1} more: `gptailor check`)" if len(problems) > 1 else ""
         raise UsageError(f"{problems[0].rstrip('.')}{more}.")

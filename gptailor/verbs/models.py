@@ -174,13 +174,19 @@ def calibrate(
 
 def evaluate(
     source: str | Path,
-    tasks: Sequence[str],
+    tasks: Sequence[str] = (),
     *,
+    like: str | Path | None = None,
+    metric: str | None = None,
+    limit: float | None = None,
     include_path: str | None = None,
     num_fewshot: int | None = None,
-    batch_size: int = 32,
-    dtype: str = "auto",
-    device: str = "auto",
+    apply_chat_template: bool = False,
+    fewshot_as_multiturn: bool | None = None,
+    system_instruction: str | None = None,
+    batch_size: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> tuple[Score, ...]:
     """Scores one model folder, hub id or recipe, the same way as a search does.
@@ -188,20 +194,37 @@ def evaluate(
     Args:
         source: a model, a recipe file or a mergekit YAML.
         tasks: lm-eval's names of tasks, groups or tags.
+        like: a `search.yaml`, or the config.yaml of a run, in the place of tasks and of all that
+            is said about them: scores on the very documents of that search, and of its holdout.
+        metric: only this one, as in `search.yaml`; None for all that the tasks have.
+        limit: as in lm-eval: only the first documents of each task, or a part of them below 1.
         include_path: a folder with own tasks.
         num_fewshot: examples in the context; None for each task's own number.
-        batch_size: sequences in one forward pass.
-        dtype, device: as in `search.yaml`.
+        apply_chat_template, system_instruction: as in lm-eval.
+        fewshot_as_multiturn: as in lm-eval; None for what `apply_chat_template` is.
+        batch_size, dtype, device: as in `search.yaml`; None for its defaults, or what `like` says.
         note: is told what a person should know of the models.
+
+    Returns:
+        For each task or group the metric that a search takes, then its others, then those of the
+        tasks inside of it; with `metric` or `like` only what a search takes.
+
+    Raises:
+        UsageError: tasks or metric are unknown, the model can't answer a request, or the code of a
+            task fails.
+        ModelError: the model is unusable, or gives no numbers.
+        ResourceError: memory is exhausted.
     """
-    from gptailor.config import parse_evaluation
+    from gptailor.config import parse_evaluation, read_config
     from gptailor.evaluation.evaluator import Evaluator
     from gptailor.evaluation.footprint import held_bytes
     from gptailor.evaluation.forward_dtype import choose, find_ability
+    from gptailor.stitching.plan import check_recipe
 
     path, whose = Path(source), "the recipe's"
     if path.suffix in (".yaml", ".yml"):
         recipe, family, _ = _described(path)
+        check_recipe(recipe.canonical(), family)
     else:
         family, whose = open_family({"model": str(source)}, "model"), "the model's"
         found = family.base.tensors[family.architecture.embeddings[0]].dtype
@@ -212,30 +235,42 @@ def evaluate(
         recipe = Recipe(family.refs, "model", layers, "model", "model", names[found])
     for text in family.notes:
         note(text)
-    config = parse_evaluation(
-        {
-            "tasks": [{"task": task, "num_fewshot": num_fewshot} for task in tasks],
-            "include_path": include_path,
-            "batch_size": batch_size,
-            "dtype": dtype,
-            "device": device,
-        },
-        "eval",
-    )
+    each = {"num_fewshot": num_fewshot, "metric": metric, "limit": limit}
+    given = {
+        "include_path": include_path,
+        "apply_chat_template": apply_chat_template or None,
+        "fewshot_as_multiturn": fewshot_as_multiturn,
+        "system_instruction": system_instruction,
+    }
+    asked: dict[str, object] = {"batch_size": batch_size, "dtype": dtype, "device": device}
+    seed = 0
+    if like is not None:
+        search = read_config(like)
+        seed = search.search.seed
+        also = [key for key, value in {**each, **given}.items() if value is not None]
+        if tasks or also:
+            key = "tasks" if tasks else also[0]
+            raise UsageError(f"like takes its tasks as {like} has them: leave {key} out.")
+        asked = search.evaluation.model_dump() | {k: v for k, v in asked.items() if v is not None}
+    else:
+        asked |= {"tasks": [{"task": task, **each} for task in tasks], **given}
+    config = parse_evaluation({k: v for k, v in asked.items() if v is not None}, "eval")
     ability = find_ability(config.device)
     choice = choose(config.dtype, recipe.dtype, [ability], held_bytes(family), whose=whose)
     note(choice.sentence)
     config = config.model_copy(update={"dtype": choice.dtype})
     said = [""]
     with slowly("Starting", note, lambda: said[-1]):
-        evaluator = Evaluator(family, config, comparable=False, says=said.append)
-    with slowly("Evaluating", note, lambda: f"{evaluator.lm.num_tokens:,} tokens so far"):
-        outcome = evaluator.evaluate(recipe)
-    if outcome.status == "infeasible":
-        raise UsageError(outcome.reason)
-    if outcome.status == "failed":
-        raise RuntimeError(outcome.reason.strip().splitlines()[-1])
-    return outcome.scores
+        evaluator = Evaluator(family, config, seed=seed, comparable=False, says=said.append)
+    scores: list[Score] = []
+    for documents in evaluator.workloads:
+        with slowly("Evaluating", note, lambda: f"{evaluator.lm.num_tokens:,} tokens so far"):
+            outcome = evaluator.evaluate(recipe, documents)
+        if outcome.status != "ok":
+            raise outcome.as_error()
+        is_all = like is None and metric is None
+        scores += evaluator.all_scores(documents) if is_all else outcome.scores
+    return tuple(scores)
 
 
 def _calibrated(

@@ -1,4 +1,4 @@
-"""The verbs that are about a search: check it, run it, report it, the demo.
+"""The verbs that are about a search: run it, report it, the demo.
 
 This is the place where the parts meet: configuration, family, executor, archive, report.
 """
@@ -15,10 +15,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptailor.errors import GptailorError, UsageError, unknown
 from gptailor.evaluation.family import open_family
-from gptailor.models.family import Family, resolve
 from gptailor.patience import Say, slowly
+from gptailor.verbs.checks import check_place, check_space
 
 if TYPE_CHECKING:
     from gptailor.archive import Evaluation
@@ -31,36 +30,6 @@ if TYPE_CHECKING:
 
 LOCK_WAIT_S = 120.0
 """How long a search that is watched over waits for a lock that a dead node may have left."""
-
-
-def check(config: str | Path, overrides: Sequence[str] = ()) -> list[str]:
-    """Why a search would fail, as far as configs, headers and task names tell; empty if it won't.
-
-    Models are local folders, or are downloaded first.
-
-    Raises:
-        UsageError: the configuration itself is wrong.
-    """
-    from gptailor.config import read_config
-    from gptailor.evaluation.lazy_reader import LazyReader
-    from gptailor.models.family import Candidate
-    from gptailor.models.side_files import has_tokenizer
-
-    parsed = read_config(config, overrides)
-    problems: list[str] = []
-    reader = LazyReader()
-    for name, ref in parsed.models.items():
-        try:
-            candidate = Candidate(name, resolve(ref), reader=reader)
-        except GptailorError as error:
-            problems.append(str(error))
-            continue
-        if name == parsed.base and not has_tokenizer(candidate.folder):
-            problems.append(f"The base {candidate.folder} has no tokenizer.")
-    if not problems:
-        problems += _check_together(parsed)
-    problems += _check_tasks(parsed)
-    return problems
 
 
 def search(
@@ -142,7 +111,7 @@ def _search(
     if not isinstance(config, Config):
         config = read_config(config, overrides)
     output = Path(config.output)
-    place = _checked_place(config, resume, island)
+    place = check_place(config, resume, island)
     log = (lambda text: None) if crew is None else crew.log.say
     # in a moment, not after the models are loaded; but a node that died may keep the lock a while
     wait_s = LOCK_WAIT_S if is_supervised() else 0.0
@@ -150,7 +119,7 @@ def _search(
     Archive.check_not_in_use(place, wait_s=wait_s, note=say)
     with slowly(f"Opening {len(config.models)} candidates", say):
         family = open_family(config.models, config.base)
-        _check_space(config, family)
+        check_space(config, family)
     progress = Progress(config.search.evaluations, family.num_layers, log=log)
     number = None if island is None else island[0]
     with progress, Reporter(stop, config.search.evaluations, output, number) as reporter:
@@ -236,24 +205,6 @@ def _begun(
         return config.computed_in(choice.dtype), executor.workload()
 
 
-def _checked_place(config: Config, resume: bool, island: tuple[int, int] | None) -> Path:
-    """Where the search has its archive, if it may be there."""
-    from gptailor.search.island_folder import island_folder
-    from gptailor.search.resume import check_config_file
-    from gptailor.search.run_folder import check_kind
-
-    output = Path(config.output)
-    place = output if island is None else island_folder(output, island[0])
-    check_kind(output, has_islands=island is not None)
-    if (place / "archive.db").exists() and not resume:
-        raise UsageError(
-            f"{place} holds a run already: continue it with --resume, or name another output."
-        )
-    if island is not None:
-        check_config_file(output, config)
-    return place
-
-
 def worth_a_holdout(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
     """All dense candidates, and of each size the best model, stitched model and control arm."""
     ok = [e for e in evaluations if e.outcome.accuracy is not None]
@@ -335,33 +286,6 @@ def _front(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
     return pareto_front(
         evaluations, lambda e: (e.parameters, e.outcome.accuracy or 0.0, e.recipe.hash)
     )
-
-
-def _check_together(config: Config) -> list[str]:
-    try:
-        _check_space(config, open_family(config.models, config.base))
-    except GptailorError as error:
-        return [str(error)]
-    return []
-
-
-def _check_space(config: Config, family: Family) -> None:
-    """Raises unless the space fits the family, and the family bears a cut."""
-    from gptailor.search.space import SearchSpace, find_calibration
-
-    find_calibration(config, family)
-    space = SearchSpace(config.space, config.models, config.base, family.num_layers)
-    if space.min_layers < family.num_layers:
-        family.base.check_bears_cut()
-
-
-def _check_tasks(config: Config) -> list[str]:
-    from gptailor.evaluation.workload import task_manager
-
-    holdout = config.evaluation.holdout.tasks if config.evaluation.holdout else ()
-    names = [spec.task for spec in (*config.evaluation.tasks, *holdout)]
-    known = task_manager(config.evaluation.include_path, names).all_tasks
-    return [str(unknown("task", name, known)) for name in names if name not in known]
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -1,0 +1,66 @@
+"""Which documents of a task are answered: lm-eval's limit, a seeded choice, a few to look at."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+_LOOKED_AT = 2000
+"""Of more documents the lengths of these many are compared."""
+
+
+def limited(size: int, limit: float | None) -> int:
+    """How many documents lm-eval's `limit` leaves: the first ones, or a part if it is below 1."""
+    if limit is None:
+        return size
+    return min(size, math.ceil(size * limit) if limit < 1.0 else int(limit))
+
+
+def choose_documents(
+    sizes: Mapping[str, int], num_documents: int | None, seed: int
+) -> dict[str, set[int] | None]:
+    """A nested, seeded choice: every task has its share, and more documents include fewer.
+
+    Args:
+        sizes: task → number of its documents.
+        num_documents: how many in all; None for all that there are.
+        seed: of the choice; a task's choice does not depend on the other tasks.
+
+    Returns:
+        task → indices of its documents; None for all of them.
+    """
+    if num_documents is None or num_documents >= sum(sizes.values()):
+        return dict.fromkeys(sizes)
+    shares = dict.fromkeys(sizes, 0)
+    left = max(num_documents, len(sizes))
+    while left > 0:
+        open_tasks = [name for name in sizes if shares[name] < sizes[name]]
+        step = max(left // len(open_tasks), 1)
+        for name in open_tasks[:left]:
+            taken = min(step, sizes[name] - shares[name])
+            shares[name] += taken
+            left -= taken
+    chosen: dict[str, set[int] | None] = {}
+    for name, size in sizes.items():
+        generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        chosen[name] = set(generator.permutation(size)[: shares[name]].tolist())
+    return chosen
+
+
+def telling(documents: Sequence[Any], indices: Collection[int], count: int) -> set[int]:
+    """A few of the documents that are most likely to be too long, or empty: by their text's length.
+
+    Args:
+        documents: of a task.
+        indices: those that may be chosen.
+        count: how many, at most.
+    """
+    order = sorted(indices)
+    order = order[:: max(len(order) // _LOOKED_AT, 1)]
+    by_length = sorted(order, key=lambda index: len(repr(documents[index])))
+    half = count // 2
+    return {*by_length[:half], *by_length[len(by_length) - (count - half) :]}

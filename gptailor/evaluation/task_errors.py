@@ -1,0 +1,115 @@
+"""Sentences for what tasks do wrong: data that can't be had, code of their own that fails."""
+
+from __future__ import annotations
+
+import os
+import re
+import sysconfig
+import traceback
+from pathlib import Path
+
+from gptailor.errors import TaskError, UsageError, plain
+
+_NETWORK = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp"}
+_OFFLINE = {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "URLError", "gaierror"}
+_SPEAKS = (OSError, ValueError, RuntimeError, ImportError, UsageError)
+"""Errors whose message says enough without their names."""
+
+
+def not_loaded(task: str, error: BaseException) -> UsageError:
+    """Why a task or its data can't be had: a file that is missing, a name, the network, its code.
+
+    Args:
+        task: lm-eval's name.
+        error: whatever lm-eval or datasets raised.
+    """
+    for cause in _causes(error):
+        names = {kind.__name__ for kind in type(cause).__mro__}
+        text = _message(cause)
+        path = _path_in(text)
+        if "DatasetNotFoundError" in names:
+            return _sentence(
+                task,
+                f"{text}. Correct the task's dataset_path, or log in to the hub if the data are "
+                "private.",
+            )
+        is_file = isinstance(cause, FileNotFoundError)
+        if path or (is_file and "://" not in text):
+            missing = f"{path} does not exist" if path else text
+            return _sentence(
+                task,
+                f"{missing}. Put the data there, or correct the task (a relative path is seen from "
+                f"{Path.cwd()}).",
+            )
+        if isinstance(cause, StopIteration) and not _where(cause):
+            return _sentence(task, "no file is where its data_files say. Correct the task.")
+        if is_file or _is_network(cause, names):
+            offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("HF_DATASETS_OFFLINE")
+            why = "HF_HUB_OFFLINE is set" if offline else "the network did not give it"
+            return _sentence(
+                task,
+                f"{text}. It is not in the cache, and {why}: fetch it with `gptailor prefetch` "
+                "where there is a network, or correct its name.",
+            )
+    last = list(_causes(error))[-1]
+    return _sentence(task, f"{_message(last)}{_where(last)}.")
+
+
+def code_failed(task: str, doing: str, error: Exception) -> TaskError:
+    """A task's own code, or a template of it, raised.
+
+    Args:
+        task: lm-eval's name.
+        doing: what it was asked to do, like "judge an answer".
+        error: what it raised.
+    """
+    return TaskError(f"The task {task} can't {doing}: {_message(error)}{_where(error)}.")
+
+
+def _sentence(task: str, text: str) -> UsageError:
+    return UsageError(f"The task {task} can't be loaded: {text}")
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """An error and those that it was raised from."""
+    found: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in found:
+        found.append(cause)
+        cause = cause.__cause__
+    return found
+
+
+def _message(error: BaseException) -> str:
+    """The first line of a message, with the error's name where that says more."""
+    lines = str(error).strip().splitlines()
+    name = type(error).__name__
+    if not lines:
+        return name
+    text = plain(lines[0]).rstrip(".")
+    return text if isinstance(error, _SPEAKS) else f"{name}: {text}"
+
+
+def _path_in(text: str) -> str:
+    """A folder that datasets looked for on the hub, though its name is that of a local one."""
+    found = re.search(r"(?:Couldn't reach|maximum length is 96:) '((?:\.{0,2}/|~)[^']*)'", text)
+    return found[1] if found else ""
+
+
+def _is_network(error: BaseException, names: set[str]) -> bool:
+    if isinstance(error, ConnectionError | TimeoutError) or names & _OFFLINE:
+        return True
+    is_answer = any("HTTPStatus" in name or "HTTPError" in name for name in names)
+    return type(error).__module__.partition(".")[0] in _NETWORK and not is_answer
+
+
+def _where(error: BaseException) -> str:
+    """The place in a user's own file that raised; empty if it was a library."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return ""
+    last = frames[-1]
+    libraries = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib")}
+    if last.filename.startswith(("<", *libraries)):
+        return ""
+    return f" ({last.filename}, line {last.lineno})"

@@ -1,0 +1,111 @@
+"""lm-eval's tasks of a configuration: found by name, loaded with their data, set up.
+
+lm-eval sets tasks up inside `simple_evaluate`; here it is done the same way, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gptailor.config import TaskSpec
+from gptailor.errors import UsageError, unknown
+from gptailor.evaluation.surroundings import SEEDS
+from gptailor.evaluation.task_errors import not_loaded
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """Loaded tasks.
+
+    Attributes:
+        tasks: name → lm-eval's task, those of groups and tags included.
+        groups: name → lm-eval's group, those inside of others included.
+        members: what was asked for → the tasks that it stands for.
+        limits: task → lm-eval's limit for its documents.
+    """
+
+    tasks: dict[str, Any] = field(default_factory=dict)
+    groups: dict[str, Any] = field(default_factory=dict)
+    members: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    limits: dict[str, float | None] = field(default_factory=dict)
+
+
+def load_tasks(specs: Sequence[TaskSpec], include_path: str | None) -> TaskSet:
+    """Loads tasks, groups and tags with their data.
+
+    Raises:
+        UsageError: a name is unknown, a task is named twice, or its data can't be had.
+    """
+    manager = task_manager(include_path, [spec.task for spec in specs])
+    found = TaskSet()
+    for spec in specs:
+        if spec.task not in manager.all_tasks:
+            raise unknown("task", spec.task, manager.all_tasks, "evaluation.tasks")
+        try:
+            loaded = manager.load([spec.task])
+        except Exception as error:  # whatever a dataset's loader raises
+            raise not_loaded(spec.task, error) from error
+        for name, task in loaded["tasks"].items():
+            if name in found.tasks:
+                raise UsageError(f"The task {name} is named twice (by {spec.task}, too).")
+            _configure(task, spec)
+            found.tasks[name] = task
+            found.limits[name] = spec.limit
+        found.groups.update(loaded.get("groups", {}))
+        found.members[spec.task] = tuple(loaded["tasks"])
+        if not found.members[spec.task]:
+            raise UsageError(f"The group {spec.task} has no tasks.")
+    return found
+
+
+def unknown_tasks(names: Sequence[str], include_path: str | None) -> list[UsageError]:
+    """An error for each name that lm-eval does not know; no data are loaded."""
+    known = task_manager(include_path, names).all_tasks
+    where = "evaluation.tasks"
+    return [unknown("task", name, known, where) for name in names if name not in known]
+
+
+def task_manager(include_path: str | None, names: Sequence[str]) -> Any:
+    """lm-eval's index of tasks: the own folder's only, if that has all (it is much quicker).
+
+    Raises:
+        UsageError: a file in the own folder can't be read.
+    """
+    from lm_eval.tasks import TaskManager
+
+    try:
+        if include_path is not None:
+            manager = TaskManager(include_path=include_path, include_defaults=False)
+            if all(name in manager.all_tasks for name in names):
+                return manager
+        return TaskManager(include_path=include_path)
+    except Exception as error:  # whatever a broken file in it makes lm-eval raise
+        if include_path is None:
+            raise
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise UsageError(f"The tasks in {include_path} can't be read: {reason[0]}.") from error
+
+
+def _configure(task: Any, spec: TaskSpec) -> None:
+    """What `simple_evaluate` does to a task before it is used."""
+    if getattr(task, "UNSAFE_CODE", False):
+        raise UsageError(
+            f"The task {spec.task} runs code that a model wrote, which gptailor does not do."
+        )
+    if getattr(task, "MULTIMODAL", False):
+        raise UsageError(
+            f"The task {spec.task} shows images or plays sounds, which gptailor's models don't "
+            "take: leave it out."
+        )
+    if spec.num_fewshot and task.get_config("num_fewshot") == 0:
+        raise UsageError(
+            f"The task {spec.task} sets num_fewshot to 0 itself, and lm-eval keeps to that: leave "
+            "num_fewshot out."
+        )
+    if spec.num_fewshot is not None:
+        task.set_config(key="num_fewshot", value=spec.num_fewshot)
+    elif task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=SEEDS["fewshot"])

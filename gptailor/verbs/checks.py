@@ -1,0 +1,158 @@
+"""Why a search would fail, found before it begins: by `check` all at once, by a search one by one.
+
+What stands here is called by both, so that they can't disagree.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptailor.errors import GptailorError, ModelError, ResourceError, UsageError
+from gptailor.evaluation.family import open_family
+from gptailor.models.family import Candidate, Family, resolve
+
+if TYPE_CHECKING:
+    from gptailor.config import Config
+
+FEW = 8
+"""Documents of each task whose requests `check` makes: those that are most likely to be refused."""
+
+
+def check(
+    config: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    fast: bool = False,
+) -> list[str]:
+    """Why a search would fail; empty if it won't. Nothing is evaluated, no weights are read.
+
+    The base's model is built without memory, and the tasks are loaded: lm-eval's own download
+    their datasets. Models are local folders, or are downloaded first.
+
+    Args:
+        config: a `search.yaml`.
+        overrides: `key.path=value`.
+        resume: for `search --resume`: the output may hold a run.
+        fast: leave out what takes more than a second or two: the model, the tasks' data.
+
+    Raises:
+        UsageError: the configuration itself is wrong.
+    """
+    from gptailor.config import read_config
+
+    parsed = read_config(config, overrides)
+    problems: list[str] = []
+    try:
+        check_place(parsed, resume)
+    except GptailorError as error:
+        problems.append(str(error))
+    return problems + find_problems(parsed, fast=fast)
+
+
+def find_problems(config: Config, *, fast: bool = False) -> list[str]:
+    """What is wrong with models, space and tasks; see `check`."""
+    problems: list[str] = []
+    family = None
+    try:
+        family = _checked_family(config, problems)
+    except GptailorError as error:
+        problems.append(str(error))
+    wrong_names = _unknown_tasks(config)
+    problems += wrong_names
+    if family is not None and not wrong_names and not fast:
+        from gptailor.evaluation.dry_run import DryRun
+
+        try:
+            DryRun(config, family, few=FEW)
+        except GptailorError as error:
+            problems.append(str(error))
+    return problems
+
+
+def check_place(config: Config, resume: bool, island: tuple[int, int] | None = None) -> Path:
+    """Where a search has its archive, if it may be there and can be written; makes nothing.
+
+    Raises:
+        UsageError: there is a run already, or one of another kind, or a file.
+        ResourceError: the folder can't be written.
+    """
+    from gptailor.search.island_folder import island_folder
+    from gptailor.search.resume import check_config_file
+    from gptailor.search.run_folder import check_kind
+
+    output = Path(config.output)
+    place = output if island is None else island_folder(output, island[0])
+    check_kind(output, has_islands=island is not None)
+    if (place / "archive.db").exists() and not resume:
+        raise UsageError(
+            f"{place} holds a run already: continue it with --resume, or name another output."
+        )
+    if island is not None:
+        check_config_file(output, config)
+    _check_writable(place)
+    return place
+
+
+def check_space(config: Config, family: Family) -> None:
+    """Raises unless the space fits the family, and the family bears a cut."""
+    from gptailor.search.space import SearchSpace, find_calibration
+
+    find_calibration(config, family)
+    space = SearchSpace(config.space, config.models, config.base, family.num_layers)
+    if space.min_layers < family.num_layers:
+        family.base.check_bears_cut()
+
+
+def _checked_family(config: Config, problems: list[str]) -> Family | None:
+    """The opened candidates; None if one of them can't be used by itself, which `problems` tell."""
+    from gptailor.evaluation.lazy_reader import LazyReader
+    from gptailor.models.side_files import has_tokenizer
+
+    before, reader = len(problems), LazyReader()
+    for name, ref in config.models.items():
+        try:
+            candidate = Candidate(name, resolve(ref), reader=reader)
+        except GptailorError as error:
+            problems.append(str(error))
+            continue
+        if name == config.base and not has_tokenizer(candidate.folder):
+            problems.append(str(ModelError(f"The base {candidate.folder} has no tokenizer.")))
+    if len(problems) > before:
+        return None
+    family = open_family(config.models, config.base)
+    check_space(config, family)
+    return family
+
+
+def _unknown_tasks(config: Config) -> list[str]:
+    from gptailor.evaluation.tasks import unknown_tasks
+
+    evaluation = config.evaluation
+    holdout = evaluation.holdout.tasks if evaluation.holdout else ()
+    try:
+        return [
+            str(error)
+            for specs in (evaluation.tasks, holdout)
+            for error in unknown_tasks([spec.task for spec in specs], evaluation.include_path)
+        ]
+    except UsageError as error:
+        return [str(error)]
+
+
+def _check_writable(place: Path) -> None:
+    """Tries the nearest folder that is there; the permissions alone don't tell."""
+    for folder in (place, *place.absolute().parents):
+        if folder.is_dir():
+            try:
+                with tempfile.TemporaryDirectory(prefix=".gptailor-", dir=folder):
+                    return
+            except OSError as error:
+                raise ResourceError(
+                    f"The run folder {place} can't be written: {folder}: {error.strerror}."
+                ) from error
+        if folder.exists() or folder.is_symlink():
+            raise UsageError(f"The run folder {place} can't be made: {folder} is no folder.")
