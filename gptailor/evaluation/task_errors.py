@@ -12,6 +12,7 @@ from gptailor.errors import TaskError, UsageError, plain
 
 _NETWORK = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp"}
 _OFFLINE = {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "URLError", "gaierror"}
+_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 _SPEAKS = (OSError, ValueError, RuntimeError, ImportError, UsageError)
 """Errors whose message says enough without their names."""
 
@@ -44,14 +45,18 @@ def not_loaded(task: str, error: BaseException) -> UsageError:
         if isinstance(cause, StopIteration) and not _where(cause):
             return _sentence(task, "no file is where its data_files say. Correct the task.")
         if is_file or _is_network(cause, names):
-            offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("HF_DATASETS_OFFLINE")
-            why = "HF_HUB_OFFLINE is set" if offline else "the network did not give it"
+            offline = [name for name in _VARIABLES if os.environ.get(name)]
+            why = f"{offline[0]} is set" if offline else "the network did not give it"
             return _sentence(
                 task,
                 f"{text}. It is not in the cache, and {why}: fetch it with `gptailor prefetch` "
                 "where there is a network, or correct its name.",
             )
-    last = list(_causes(error))[-1]
+        if "DatasetGenerationError" in names:
+            return _sentence(task, f"its data can't be read: {_message(_causes(error)[-1])}.")
+        if isinstance(cause, KeyError) and _last_file(cause).endswith("/dataset_dict.py"):
+            return _sentence(task, f"its data have no split {text.partition(' ')[2]}.")
+    last = _causes(error)[-1]
     return _sentence(task, f"{_message(last)}{_where(last)}.")
 
 
@@ -86,7 +91,7 @@ def _message(error: BaseException) -> str:
     name = type(error).__name__
     if not lines:
         return name
-    text = plain(lines[0]).rstrip(".")
+    text = plain(lines[0]).rstrip(".!")
     return text if isinstance(error, _SPEAKS) else f"{name}: {text}"
 
 
@@ -105,11 +110,14 @@ def _is_network(error: BaseException, names: set[str]) -> bool:
 
 def _where(error: BaseException) -> str:
     """The place in a user's own file that raised; empty if it was a library."""
-    frames = traceback.extract_tb(error.__traceback__)
-    if not frames:
-        return ""
-    last = frames[-1]
     libraries = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib")}
-    if last.filename.startswith(("<", *libraries)):
+    file = _last_file(error)
+    if not file or file.startswith(("<", *libraries)):
         return ""
-    return f" ({last.filename}, line {last.lineno})"
+    return f" ({file}, line {traceback.extract_tb(error.__traceback__)[-1].lineno})"
+
+
+def _last_file(error: BaseException) -> str:
+    """The file whose code raised; empty for an error that was never raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return frames[-1].filename if frames else ""

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from gptailor.config import TaskSpec
-from gptailor.errors import UsageError, unknown
+from gptailor.errors import UsageError, plain, unknown
 from gptailor.evaluation.surroundings import SEEDS
 from gptailor.evaluation.task_errors import not_loaded
 
@@ -42,7 +43,7 @@ def load_tasks(specs: Sequence[TaskSpec], include_path: str | None) -> TaskSet:
     found = TaskSet()
     for spec in specs:
         if spec.task not in manager.all_tasks:
-            raise unknown("task", spec.task, manager.all_tasks, "evaluation.tasks")
+            raise _unknown(spec.task, manager, include_path)
         try:
             loaded = manager.load([spec.task])
         except Exception as error:  # whatever a dataset's loader raises
@@ -62,30 +63,38 @@ def load_tasks(specs: Sequence[TaskSpec], include_path: str | None) -> TaskSet:
 
 def unknown_tasks(names: Sequence[str], include_path: str | None) -> list[UsageError]:
     """An error for each name that lm-eval does not know; no data are loaded."""
-    known = task_manager(include_path, names).all_tasks
-    where = "evaluation.tasks"
-    return [unknown("task", name, known, where) for name in names if name not in known]
+    manager = task_manager(include_path, names)
+    return [_unknown(n, manager, include_path) for n in names if n not in manager.all_tasks]
 
 
 def task_manager(include_path: str | None, names: Sequence[str]) -> Any:
-    """lm-eval's index of tasks: the own folder's only, if that has all (it is much quicker).
-
-    Raises:
-        UsageError: a file in the own folder can't be read.
-    """
+    """lm-eval's index of tasks: the own folder's only, if that has all (it is much quicker)."""
     from lm_eval.tasks import TaskManager
 
-    try:
-        if include_path is not None:
-            manager = TaskManager(include_path=include_path, include_defaults=False)
-            if all(name in manager.all_tasks for name in names):
-                return manager
-        return TaskManager(include_path=include_path)
-    except Exception as error:  # whatever a broken file in it makes lm-eval raise
-        if include_path is None:
-            raise
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise UsageError(f"The tasks in {include_path} can't be read: {reason[0]}.") from error
+    if include_path is not None:
+        manager = TaskManager(include_path=include_path, include_defaults=False)
+        if all(name in manager.all_tasks for name in names):
+            return manager
+    return TaskManager(include_path=include_path)
+
+
+def broken_file(folder: str | None) -> UsageError | None:
+    """An error for the first YAML in a folder of tasks that can't be read; lm-eval skips such."""
+    import yaml
+
+    for path in sorted(Path(folder).rglob("*.yaml")) if folder is not None else ():
+        try:
+            yaml.compose(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            reason = " ".join(plain(line.strip()) for line in str(error).splitlines()[:3])
+            return UsageError(f"{path} can't be read: {reason}.")
+    return None
+
+
+def _unknown(name: str, manager: Any, include_path: str | None) -> UsageError:
+    """Why there is no such task: a file that lm-eval has skipped, or a wrong name."""
+    broken = broken_file(include_path)
+    return broken or unknown("task", name, manager.all_tasks, "evaluation.tasks")
 
 
 def _configure(task: Any, spec: TaskSpec) -> None:
