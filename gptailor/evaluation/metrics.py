@@ -164,6 +164,8 @@ def _gives_number(task: Any, key: str, items: list[Any]) -> bool:
     """Whether a metric is one number; so few documents may be too few to tell."""
     try:
         value = aggregation(task, key.partition(",")[0])(items)
+    except TypeError:
+        return False
     except Exception:
         return True
     return isinstance(value, Real)
