@@ -91,7 +91,7 @@ def _message(error: BaseException) -> str:
     name = type(error).__name__
     if not lines:
         return name
-    text = plain(lines[0]).rstrip(".!")
+    text = re.sub(r"^\[Errno \d+\] ", "", plain(lines[0])).rstrip(".!")
     return text if isinstance(error, _SPEAKS) else f"{name}: {text}"
 
 
