@@ -126,7 +126,8 @@ class Outcome:
             return ModelError(self.reason)
         last = (self.reason.strip().splitlines() or ["no reason given"])[-1]
         kind, _, sentence = last.partition(": ")
-        return TaskError(sentence) if kind == TaskError.__name__ else RuntimeError(last)
+        is_task = kind.rpartition(".")[2] == TaskError.__name__
+        return TaskError(sentence) if is_task else RuntimeError(last)
 
 
 @dataclass(frozen=True, slots=True)

@@ -234,7 +234,7 @@ def test_output_folders(place: Path, out: str, message: str) -> None:
         (["stich", "a", "b"], "unknown verb 'stich': did you mean 'stitch'?"),
         (["stitch", "a"], "the following arguments are required: out"),
         (["stitch", "a", "b", "--thread", "x"], "--threads"),
-        (["eval", "m"], "the following arguments are required: --tasks"),
+        (["eval", "m"], "one of the arguments --tasks --like is required"),
         (["report", "nowhere"], "nowhere holds no run"),
         (["stitch", "nowhere", "out", "--point", "ab"], "nowhere holds no run"),
         (["stitch", ".", "out"], "--point ID"),

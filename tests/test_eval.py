@@ -177,7 +177,7 @@ def test_code_of_a_task_that_fails_on_real_answers(
 ) -> None:
     code = (
         "def judge(doc, results):\n"
-        "    return {'acc': {-1.0: 1.0}[results[0][0]]}  # what a dry run answers, only\n"
+        "    return {'acc': {-1.2345678: 1.0}[results[0][0]]}  # what a dry run answers, only\n"
     )
     write_task(tmp_path / "tasks", "own", rows(), code, **CHOICE, process_results="!judge")
     path = search_yaml(tmp_path, models, tmp_path / "tasks", schedule)

@@ -21,7 +21,11 @@ def _check(arguments: argparse.Namespace) -> int:
     from gptailor import verbs
 
     problems = verbs.check(
-        arguments.config, arguments.overrides, resume=arguments.resume, fast=arguments.fast
+        arguments.config,
+        arguments.overrides,
+        resume=arguments.resume,
+        fast=arguments.fast,
+        note=say,
     )
     if arguments.json:
         print(json.dumps({"problems": problems}))

@@ -65,7 +65,7 @@ class Evaluator:
 
         Returns:
             `ok`, `infeasible` with the reason (it can't be built, or gives no numbers), or
-            `failed` with the traceback, or with what a task's own code could not do.
+            `failed` with the traceback.
 
         Raises:
             ResourceError: memory or disk is exhausted, which is not the recipe's fault.
@@ -92,8 +92,8 @@ class Evaluator:
                     "resume with a smaller evaluation.batch_size or fewer workers."
                 ) from error
             status, reason = "failed", traceback.format_exc()
-        except TaskError as error:
-            status, reason = "failed", f"{TaskError.__name__}: {error}"
+        except TaskError:
+            status, reason = "failed", traceback.format_exc()
         except (GptailorError, FloatingPointError) as error:
             status, reason = "infeasible", str(error)
         except Exception:

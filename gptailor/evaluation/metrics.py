@@ -156,8 +156,8 @@ def _stderr(aggregate: Callable[[list[Any]], Any], items: list[Any]) -> float | 
 
 def _any_answer(instance: Any) -> Any:
     if instance.request_type == "loglikelihood":
-        return -1.0 - instance.idx, False
-    return "" if instance.request_type == "generate_until" else -1.0
+        return -1.2345678 - instance.idx, False
+    return "" if instance.request_type == "generate_until" else -123.45678
 
 
 def _gives_number(task: Any, key: str, items: list[Any]) -> bool:

@@ -6,7 +6,7 @@ What stands here is called by both, so that they can't disagree.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ def check(
     *,
     resume: bool = False,
     fast: bool = False,
+    note: Callable[[str], None] = lambda text: None,
 ) -> list[str]:
     """Why a search would fail; empty if it won't. Nothing is evaluated, no weights are read.
 
@@ -38,6 +39,7 @@ def check(
         overrides: `key.path=value`.
         resume: for `search --resume`: the output may hold a run.
         fast: leave out what takes more than a second or two: the model, the tasks' data.
+        note: is told what a person should know of the models.
 
     Raises:
         UsageError: the configuration itself is wrong.
@@ -50,10 +52,12 @@ def check(
         check_place(parsed, resume)
     except GptailorError as error:
         problems.append(str(error))
-    return problems + find_problems(parsed, fast=fast)
+    return problems + find_problems(parsed, fast=fast, note=note)
 
 
-def find_problems(config: Config, *, fast: bool = False) -> list[str]:
+def find_problems(
+    config: Config, *, fast: bool = False, note: Callable[[str], None] = lambda text: None
+) -> list[str]:
     """What is wrong with models, space and tasks; see `check`."""
     problems: list[str] = []
     family = None
@@ -61,6 +65,8 @@ def find_problems(config: Config, *, fast: bool = False) -> list[str]:
         family = _checked_family(config, problems)
     except GptailorError as error:
         problems.append(str(error))
+    for text in family.notes if family is not None else ():
+        note(text)
     wrong_names = _unknown_tasks(config)
     problems += wrong_names
     if family is not None and not wrong_names and not fast:

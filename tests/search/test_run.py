@@ -244,10 +244,11 @@ def test_a_crash_is_a_failed_trial_and_no_score(
 def test_when_everything_fails_the_search_stops_and_says_why(
     models: dict[str, str], tasks_dir: Path, tmp_path: Path
 ) -> None:
-    tasks = crashing_task(tmp_path / "tasks", tasks_dir, "True")
+    # all that a model says, not what is tried before any model is asked
+    tasks = crashing_task(tmp_path / "tasks", tasks_dir, "scores[0] != -1.2345678")
     config = write_config(tmp_path, models, tasks, tmp_path / "run")
     only = ["evaluation.tasks=[t_crash]", "evaluation.holdout=null"]
-    with pytest.raises(StoppedEarly, match="this document broke the task"):
+    with pytest.raises(TaskError, match="this document broke the task"):
         verbs.search(config, overrides=only)
 
 
