@@ -16,7 +16,7 @@ import yaml
 
 from gptailor import verbs
 from gptailor.archive import Archive, Evaluation
-from gptailor.errors import StoppedEarly, UsageError
+from gptailor.errors import TaskError, UsageError
 
 EVALUATIONS = 70
 
