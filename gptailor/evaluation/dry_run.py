@@ -17,6 +17,7 @@ from gptailor.errors import GptailorError
 from gptailor.evaluation.family import open_family
 from gptailor.evaluation.judge import ResidentLM, plan_batches, read_inputs
 from gptailor.evaluation.loading import load_tokenizer
+from gptailor.evaluation.pointers import find_pointers
 from gptailor.evaluation.structure import Structure
 from gptailor.evaluation.workload import Workload, open_workloads
 from gptailor.models.family import Family
@@ -53,13 +54,14 @@ class DryRun:
 
     Raises:
         UsageError: a task or its data can't be had, or the model can't answer a request.
-        ModelError: transformers can't make the base's model, keeps its layers in another way, or
-            can't load its tokenizer.
+        ModelError: transformers can't make the base's model, keeps it in a way that a search can't
+            use, or can't load its tokenizer.
     """
 
     def __init__(self, config: Config, family: Family, *, few: int | None = None) -> None:
         base = family.base
         structure = Structure(base.folder, base.config, base.checkpoint.tensors)
+        find_pointers(structure, family)
         tokenizer = load_tokenizer(base.folder)
         self.lm = ResidentLM(structure.shell.eval(), tokenizer, config.evaluation.batch_size)
         self.workloads = open_workloads(

@@ -71,8 +71,11 @@ def find_problems(
     problems += wrong_names
     if family is not None and not wrong_names and not fast:
         from gptailor.evaluation.dry_run import DryRun
+        from gptailor.evaluation.habits import habits
 
         try:
+            for text in habits(family):
+                note(text)
             DryRun(config, family, few=FEW)
         except GptailorError as error:
             problems.append(str(error))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gptailor.execution.executor import Executor, WorkloadInfo
     from gptailor.execution.launcher import Choice
     from gptailor.execution.stop import Stop
+    from gptailor.models.family import Family
     from gptailor.search.progress import Progress
 
 LOCK_WAIT_S = 120.0
