@@ -109,6 +109,35 @@ def an_adapter_beside_the_model(place: Path, config: dict[str, Any]) -> None:
     (place / "base" / "adapter_config.json").write_text("{}")
 
 
+@breaks("has neither a BOS nor an EOS token")
+def a_tokenizer_without_a_first_token(place: Path, config: dict[str, Any]) -> None:
+    for path in place.glob("*/tokenizer_config.json"):
+        edit(path, bos_token=None, eos_token=None)
+
+
+@breaks("does not keep .*experts.* as it is in the file.*which a search can't do yet")
+def experts_that_transformers_fuses(place: Path, config: dict[str, Any]) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    small = MixtralConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    model = MixtralForCausalLM(small)
+    for name in ("base", "red"):
+        (place / name / "model.safetensors").unlink()
+        model.save_pretrained(place / name)
+
+
 # The space and the output
 
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from lm_eval.models.huggingface import HFLM
 from torch import nn
 
-from gptailor.errors import UsageError
+from gptailor.errors import ModelError, UsageError
 
 Request = tuple[Any, list[int], list[int]]
 """lm-eval's form: (cache key, tokens of the context, tokens of the continuation)."""
@@ -128,8 +128,21 @@ class ResidentLM(HFLM):  # type: ignore[misc]
             self._generating = False
         return result
 
-    def check_chat_template(self) -> None:
-        """Raises a `UsageError` where the tokenizer has no chat template, or several."""
+    def check_tokenizer(self, *, has_chat: bool) -> None:
+        """Raises unless the tokenizer has what lm-eval needs of it.
+
+        Raises:
+            ModelError: there is no token to begin with.
+            UsageError: there is no chat template, or there are several.
+        """
+        if self.prefix_token_id is None:
+            raise ModelError(
+                f"The tokenizer in {self.tokenizer.name_or_path} has neither a BOS nor an EOS "
+                "token, and lm-eval lets a text without a context begin with one: name the right "
+                "one in its tokenizer_config.json."
+            )
+        if not has_chat:
+            return
         try:
             self.tokenizer.get_chat_template()
         except ValueError as error:

@@ -97,6 +97,8 @@ class _Reader:
     def _why_not_generated(self, prompt: str, settings: Any) -> str:
         from lm_eval.models.utils import normalize_gen_kwargs
 
+        if self._lm.eot_token_id is None:
+            return "text is to be generated, but the tokenizer has no EOS token to end it."
         try:
             kwargs = normalize_gen_kwargs(settings, self._lm.max_gen_toks)
         except (AttributeError, TypeError, ValueError) as error:

@@ -324,11 +324,11 @@ def open_workloads(
         few: of each task only so many documents.
 
     Raises:
+        ModelError: the tokenizer lacks what lm-eval needs.
         UsageError: as `Workload`, the holdout has a task of the search, or the model can't answer
             a request.
     """
-    if config.apply_chat_template:
-        lm.check_chat_template()
+    lm.check_tokenizer(has_chat=config.apply_chat_template)
     rung = config.rungs[-1] if config.rungs else None
     search = Workload(
         config.tasks, config, lm, num_documents=rung, seed=seed, comparable=comparable, few=few

@@ -192,6 +192,17 @@ def test_others_of_the_same_task_are_counted(lm: ResidentLM, tmp_path: Path) -> 
     assert "document 2 (and 1 more): the answer" in refused(lm, tmp_path, "own")
 
 
+def test_text_without_an_end(models: dict[str, str], tmp_path: Path, lm: ResidentLM) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(models["red"])
+    tokenizer.eos_token = None
+    other = ResidentLM(lm.model, tokenizer, 4)
+    write_task(tmp_path, "generated", rows(), **GENERATE)
+    write_task(tmp_path, "choice", rows(), **CHOICE)
+    assert "the tokenizer has no EOS token to end it" in refused(other, tmp_path, "generated")
+    config = EvaluationConfig.model_validate({"tasks": ["choice"], "include_path": str(tmp_path)})
+    open_workloads(config, other, seed=0)
+
+
 def test_tokens_that_the_model_has_no_embedding_for(
     models: dict[str, str], tmp_path: Path, lm: ResidentLM
 ) -> None:
