@@ -15,6 +15,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval's bootstrap: its pool can wait for ever
 
 NUM_LAYERS = 6
 WORDS = [f"w{i:02d}" for i in range(90)]

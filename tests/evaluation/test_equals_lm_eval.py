@@ -48,7 +48,7 @@ def lm_eval_results(
         tasks=list(names),
         batch_size=batch_size,
         task_manager=TaskManager(include_path=str(tasks_dir), include_defaults=False),
-        bootstrap_iters=0,  # its pool of processes can wait for ever
+        bootstrap_iters=2,
         **options,
     )
 
