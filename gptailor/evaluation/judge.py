@@ -78,7 +78,12 @@ class ResidentLM(HFLM):  # type: ignore[misc]
             logging.ERROR
         )  # it warns that some arguments are ignored: they are not used
         try:
-            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            super().__init__(
+                pretrained=model,
+                backend="causal",  # it would take a BART that only decodes for one that translates
+                tokenizer=tokenizer,
+                batch_size=batch_size,
+            )
         finally:
             logger.setLevel(level)
         self.forward_s = 0.0

@@ -358,3 +358,14 @@ def test_a_result_that_can_not_be_tested_is_not_written(
         verbs.stitch(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     verbs.stitch(path, tmp_path / "out", verify=False)
+
+
+def test_a_decoder_of_a_type_that_also_translates_is_causal(tmp_path: Path) -> None:
+    from gptailor.evaluation.judge import ResidentLM
+    from gptailor.evaluation.loading import load_shell, load_tokenizer
+
+    small = {"vocab_size": 130, "d_model": 32, "decoder_layers": 4, "decoder_ffn_dim": 48}
+    small |= {"decoder_attention_heads": 4, "max_position_embeddings": 64, "is_decoder": True}
+    folder = save_real(tmp_path / "m", "bart", small=small, is_encoder_decoder=False)
+    lm = ResidentLM(load_shell(folder, None), load_tokenizer(folder), 2)
+    assert lm.backend == "causal"
