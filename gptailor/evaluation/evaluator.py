@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from gptailor.archive import Cost, Documents, Outcome, Score
 from gptailor.config import EvaluationConfig
-from gptailor.errors import GptailorError, ResourceError, TaskError
+from gptailor.errors import GptailorError, ModelError, ResourceError, TaskError
 from gptailor.evaluation.judge import ResidentLM
 from gptailor.evaluation.loading import load_tokenizer
 from gptailor.evaluation.resident import ResidentModel, is_out_of_memory
@@ -122,9 +122,10 @@ class Evaluator:
 
         Raises:
             ResourceError: memory is exhausted.
+            ModelError: its layers give no finite numbers.
         """
         try:
-            return measure(self.resident, self.lm, self.workloads["search"], model, dtype, far)
+            found = measure(self.resident, self.lm, self.workloads["search"], model, dtype, far)
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise ResourceError(
@@ -132,6 +133,12 @@ class Evaluator:
                     "evaluation.batch_size."
                 ) from error
             raise
+        if not found.is_finite:
+            raise ModelError(
+                f"{self.family.candidates[model].folder}: the layers of {model} give no finite "
+                "numbers: leave it out, or name another evaluation.dtype."
+            )
+        return found
 
 
 def weighted_mean(scores: tuple[Score, ...]) -> float:

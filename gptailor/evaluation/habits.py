@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gptailor.evaluation.loading import load_tokenizer
 from gptailor.evaluation.tokenizers import TEXTS
 from gptailor.models.family import Candidate, Family
 from gptailor.models.side_files import has_tokenizer, side_files
@@ -58,6 +57,8 @@ def _of_tokenizer(candidate: Candidate, base: Candidate) -> Iterator[str]:
     folders = candidate.folder, base.folder
     if not has_tokenizer(candidate.folder) or _files(folders[0]) == _files(folders[1]):
         return
+    from gptailor.evaluation.loading import load_tokenizer
+
     mine, bases = map(load_tokenizer, folders)
     if mine.chat_template != bases.chat_template:
         yield "chat template"

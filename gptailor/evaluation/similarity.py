@@ -47,6 +47,12 @@ class Similarity:
     block_influence: tuple[float, ...]
     angular: tuple[tuple[float, ...], ...]
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all of it are numbers."""
+        rows = (self.block_influence, *self.angular)
+        return all(math.isfinite(value) for row in rows for value in row)
+
 
 def measure(
     resident: ResidentModel,

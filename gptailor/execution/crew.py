@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from gptailor import errors
 from gptailor.errors import (
     GptailorError,
+    Interrupted,
     ResourceError,
     StoppedEarly,
     UsageError,
@@ -308,8 +309,7 @@ class Crew:
             last = trace.strip().splitlines()[-1]
             raise WorkerCrashed(f"{name} ended with {last} (a bug of ours; see {log_path(rank)}).")
         self.log.say(f"{name}: {message}")
-        known = getattr(errors, kind, None)
-        raise (known if known in _CARRIED else StoppedEarly)(f"{name}: {message}")
+        raise _CARRIED.get(kind, StoppedEarly)(f"{name}: {message}")
 
     def _has_ended(self) -> bool:
         return len(self._left) == self.channel.size - 1
@@ -329,4 +329,9 @@ class Crew:
                 )
 
 
-_CARRIED = (UsageError, errors.ModelError, ResourceError, StoppedEarly, GptailorError)
+_CARRIED = {
+    name: kind
+    for name, kind in vars(errors).items()
+    if isinstance(kind, type) and issubclass(kind, GptailorError) and kind is not Interrupted
+}
+"""Errors by name: whatever ends a worker ends the search with the exit code that it has here."""

@@ -8,14 +8,15 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gptailor.archive import Outcome
 from gptailor.config import Config
-from gptailor.errors import StoppedEarly
+from gptailor.errors import GptailorError, StoppedEarly
 from gptailor.evaluation.forward_dtype import Ability, find_ability
 from gptailor.evaluation.similarity import Similarity
 from gptailor.execution.executor import (
@@ -326,16 +327,28 @@ def _ability(device: str) -> Ability:
 
 def _load(config: Config, num_workers: int) -> WorkloadInfo:
     global _worker  # noqa: PLW0603
-    family = open_candidates(config, workers_here=num_workers, says=_say)
-    _worker = Worker(config, family, num_workers, _say)
-    _worker.beat = _beat
-    _say("")
-    return _worker.workload()
+    with _portable_errors():
+        family = open_candidates(config, workers_here=num_workers, says=_say)
+        _worker = Worker(config, family, num_workers, _say)
+        _worker.beat = _beat
+        return _worker.workload()
 
 
 def _do(job: Job) -> Outcome | Similarity:
-    try:
+    with _portable_errors():
         return _worker.do(job)
+
+
+@contextmanager
+def _portable_errors() -> Iterator[None]:
+    """Makes errors of libraries such that they arrive: many can't be unpickled, and a pool that
+    can't read what its worker raised says that the worker died."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__ in ("builtins", GptailorError.__module__):
+            raise
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
     finally:
         _say("")
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gptailor.config import EvaluationConfig
+from gptailor.errors import ModelError
 from gptailor.evaluation.evaluator import Evaluator
 from gptailor.evaluation.similarity import measure
 from gptailor.models.family import Family
@@ -47,3 +50,20 @@ def test_measures_equal_the_reference(models: dict[str, str], tasks_dir: Path) -
     assert found.block_influence == pytest.approx([v / num_tokens for v in influence], abs=1e-5)
     expected = angles / len(contexts)
     assert torch.tensor(found.angular).sub(expected).abs().max() < 1e-5
+
+
+def test_a_candidate_that_gives_no_numbers_is_named(
+    models: dict[str, str], tasks_dir: Path, tmp_path: Path
+) -> None:
+    """No control arm is made of nonsense."""
+    shutil.copytree(models["red"], tmp_path / "bad")
+    weights = load_file(tmp_path / "bad" / "model.safetensors")
+    weights["model.layers.3.mlp.up_proj.weight"][5, 7] = float("inf")
+    save_file(weights, tmp_path / "bad" / "model.safetensors", {"format": "pt"})
+    config = EvaluationConfig(tasks=("t_shared",), include_path=str(tasks_dir), device="cpu")
+    evaluator = Evaluator(
+        Family({"base": models["base"], "red": str(tmp_path / "bad")}, "base"), config
+    )
+    assert evaluator.similarity("base", "bfloat16").block_influence
+    with pytest.raises(ModelError, match="bad: the layers of red give no finite numbers"):
+        evaluator.similarity("red", "bfloat16")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -16,11 +18,13 @@ import yaml
 from gptailor import cli
 from gptailor.archive import Archive
 from gptailor.config import parse_config
+from gptailor.errors import ModelError
+from gptailor.execution import local
 from gptailor.execution.executor import EvaluationJob, SimilarityJob
-from gptailor.execution.local import LocalPool
+from gptailor.execution.local import InProcess, LocalPool
 from gptailor.recipe import Recipe, Take
 
-CODES = {"worker": 5, "int": 130, "term": 143, "pool int": 130}
+CODES = {"worker": 5, "int": 130, "term": 143}
 
 
 def children(pid: int) -> list[int]:
@@ -61,7 +65,7 @@ def test_a_fault_ends_the_search_in_order(
         "output": str(run),
     }
     (tmp_path / "search.yaml").write_text(yaml.safe_dump(config))
-    workers = "1" if fault in ("int", "term") else "2"
+    workers = "1" if fault == "term" else "2"
     command = [sys.executable, "-m", "gptailor.cli", "search", str(tmp_path / "search.yaml")]
     process = subprocess.Popen(
         [*command, "--workers", workers], stderr=subprocess.PIPE, text=True, env=dict(os.environ)
@@ -72,7 +76,7 @@ def test_a_fault_ends_the_search_in_order(
     if fault == "worker":
         os.kill(children(process.pid)[0], signal.SIGKILL)
     else:
-        process.send_signal(signal.SIGINT if "int" in fault else signal.SIGTERM)
+        process.send_signal(signal.SIGINT if fault == "int" else signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == CODES[fault], stderr
     (said,) = [line for line in stderr.splitlines() if line.startswith("gptailor: ")]
@@ -83,6 +87,30 @@ def test_a_fault_ends_the_search_in_order(
     assert kept >= 8
     with Archive(run) as archive:  # the lock is free again
         assert archive.get_meta("config") is not None
+
+
+class Odd(Exception):
+    """As many libraries have them: it can be pickled, but not unpickled."""
+
+    def __init__(self, what: str, where: str) -> None:
+        super().__init__(f"{what} at {where}")
+
+
+def test_an_error_that_would_not_arrive_is_made_one_that_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the pool would say that a worker was killed."""
+    monkeypatch.setattr(local, "_words", SimpleNamespace(value=b""), raising=False)
+    with pytest.raises(TypeError):
+        pickle.loads(pickle.dumps(Odd("no network", "the hub")))
+    odd = pytest.raises(RuntimeError, match="Odd: no network at the hub")
+    with odd as caught, local._portable_errors():
+        raise Odd("no network", "the hub")
+    assert str(pickle.loads(pickle.dumps(caught.value))) == "Odd: no network at the hub"
+    for error in (ModelError("torn"), MemoryError(), OSError(28, "full")):
+        with pytest.raises(type(error)) as kept, local._portable_errors():
+            raise error
+        assert kept.value is error
 
 
 def test_workers_say_what_they_are_at(
@@ -111,9 +139,19 @@ def test_workers_say_what_they_are_at(
         heard.clear()
         for job in jobs:
             pool.start(1, job)
-            while not pool.finished(0.0):
+            while not (finished := pool.finished(0.0)):
                 heard |= set(pool.words().items())
         assert pool.words() == {}
+        (measured,) = finished
+        alone = InProcess(config)
+        for dtype in ("float32", "bfloat16"):  # it computes in the type that it was told
+            alone.load(dtype)
+            alone.start(0, measured.job)
+            (one,) = alone.finished(0.0)
+            same = one.result.block_influence == pytest.approx(
+                measured.result.block_influence, abs=1e-6
+            )
+            assert same == (dtype == "float32")
         assert {worker for worker, _ in heard} == {1}
         texts = " ".join(text for _, text in heard)
         assert re.search(r"\d+ tokens", texts) or "contexts" in texts

@@ -84,8 +84,8 @@ def test_an_asynchronous_search(tmp_path: Path) -> None:
 
 def test_ranks_say_how_far_they_are(tmp_path: Path) -> None:
     """On rank 0's screen, in its log and theirs, and in the job's record."""
-    path = mpi.write_search(tmp_path, evaluations=6, schedule="asynchronous")
-    process = mpi.start(["search", str(path)], 3, faults={"seconds": 3.0, "words": 0.2})
+    path = mpi.write_search(tmp_path, evaluations=4, schedule="asynchronous")
+    process = mpi.start(["search", str(path)], 3, faults={"seconds": 2.0, "words": 0.2})
     seen: set[str] = set()
     while process.poll() is None and not any(": half of it" in job for job in seen):
         for record in read_all(tmp_path / "run"):
@@ -94,7 +94,7 @@ def test_ranks_say_how_far_they_are(tmp_path: Path) -> None:
     ended = mpi.wait(process)
     assert ended.code == 0, ended.stderr
     assert any(": half of it" in job for job in seen), seen
-    assert "/6 evaluations" in ended.stderr and " (half of it)" in ended.stderr
+    assert "/4 evaluations" in ended.stderr and " (half of it)" in ended.stderr
     assert " (half of it)" in mpi.log(tmp_path / "run", 0)
 
 

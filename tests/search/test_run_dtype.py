@@ -58,7 +58,7 @@ def test_it_is_chosen_once_and_kept(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run = verbs.search(config, workers=2)
+    run = verbs.search(config)
     said = capsys.readouterr().err
     assert said.count("Evaluations are computed in float32, as the CPU of") == 1
     assert stored(run) == ("float32", "float32")
