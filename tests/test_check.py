@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from gptailor import verbs
 from gptailor.errors import GptailorError, UsageError
+from gptailor.evaluation import forward_dtype
 from tests.evaluation.own_tasks import (
     ACC,
     CHOICE,
@@ -361,6 +362,30 @@ def test_check_tells_all_at_once(place: Path) -> None:
     found = verbs.check(write(place, config))
     for part, problem in zip(("no folder", "has no tokenizer", "truncated"), found, strict=True):
         assert part in problem
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "words"),
+    [
+        ("avx2", "bfloat16", "no instructions for bfloat16, so they take several times as long"),
+        ("avx2", "float16", "slow at float16, as every CPU is, so they take several times as long"),
+        ("avx2 avx512_bf16", "float16", "several times as long as in float32"),
+        ("avx2 avx512_bf16", "bfloat16", ""),
+        ("avx2", "auto", ""),
+        ("avx2", "float32", ""),
+    ],
+)
+def test_a_type_that_is_slow_here_is_told(
+    flags: str, dtype: str, words: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no problem, as a search runs."""
+    monkeypatch.setattr(forward_dtype, "cpu_flags", lambda: frozenset(flags.split()))
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    config = good(place)
+    config["evaluation"] |= {"dtype": dtype, "device": "cpu"}
+    said: list[str] = []
+    assert verbs.check(write(place, config), fast=True, note=said.append) == []
+    assert [words in text for text in said] == ([True] if words else [])
 
 
 def test_fast_leaves_the_tasks_data_out(place: Path) -> None:

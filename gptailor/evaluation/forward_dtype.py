@@ -126,7 +126,9 @@ def choose(
     dtype = wanted if wanted != "auto" else kept or recipes
     slow = _names(abilities, dtype)
     if wanted != "auto":
-        return _choice(dtype, "as evaluation.dtype says", slow)
+        better = choose("auto", recipes, abilities, held_bytes).dtype if slow else wanted
+        hint = ", which evaluation.dtype: auto chooses" if better == PRECISE else ""
+        return _choice(dtype, "as evaluation.dtype says", slow, hint)
     if kept is not None:
         return _choice(dtype, "as the run began", slow)
     if not slow:
@@ -139,10 +141,10 @@ def choose(
     return _choice(dtype, why, slow)
 
 
-def _choice(dtype: str, why: str, slow: str = "") -> Choice:
+def _choice(dtype: str, why: str, slow: str = "", hint: str = "") -> Choice:
     text = f"Evaluations are computed in {dtype}, {why}"
     if slow:
-        text += f"; {_lacks(slow, dtype)}, so they take several times as long as in {PRECISE}"
+        text += f"; {_lacks(slow, dtype)}, so they take several times as long as in {PRECISE}{hint}"
     return Choice(dtype, f"{text}.", bool(slow))
 
 

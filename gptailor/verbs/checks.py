@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from gptailor.errors import GptailorError, ModelError, ResourceError, UsageError
 from gptailor.evaluation.family import open_family
 from gptailor.models.family import Candidate, Family, resolve
+from gptailor.patience import slowly
 
 if TYPE_CHECKING:
     from gptailor.config import Config
@@ -62,11 +63,14 @@ def find_problems(
     problems: list[str] = []
     family = None
     try:
-        family = _checked_family(config, problems)
+        with slowly(f"Opening {len(config.models)} candidates", note):
+            family = _checked_family(config, problems)
     except GptailorError as error:
         problems.append(str(error))
     for text in family.notes if family is not None else ():
         note(text)
+    if family is not None:
+        _note_dtype(config, family, fast, note)
     wrong_names = _unknown_tasks(config)
     problems += wrong_names
     if family is not None and not wrong_names and not fast:
@@ -76,7 +80,8 @@ def find_problems(
         try:
             for text in habits(family):
                 note(text)
-            DryRun(config, family, few=FEW)
+            with slowly("Loading the tasks", note):
+                DryRun(config, family, few=FEW)
         except GptailorError as error:
             problems.append(str(error))
     return problems
@@ -135,6 +140,20 @@ def _checked_family(config: Config, problems: list[str]) -> Family | None:
     family = open_family(config.models, config.base)
     check_space(config, family)
     return family
+
+
+def _note_dtype(config: Config, family: Family, fast: bool, note: Callable[[str], None]) -> None:
+    """Tells that this machine is slow at the type that was asked for, if it would be used."""
+    from gptailor.evaluation.footprint import held_bytes
+    from gptailor.evaluation.forward_dtype import choose, find_ability
+
+    evaluation = config.evaluation
+    if evaluation.dtype == "auto" or (fast and evaluation.device == "auto"):
+        return  # whether there is a GPU takes torch a while to tell
+    ability = find_ability(evaluation.device)
+    choice = choose(evaluation.dtype, config.space.dtype, [ability], held_bytes(family))
+    if choice.is_slow:
+        note(choice.sentence)
 
 
 def _unknown_tasks(config: Config) -> list[str]:

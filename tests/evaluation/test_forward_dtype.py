@@ -91,7 +91,16 @@ FAST = cpu("n2", fast=True)
         ("auto", "bfloat16", [cpu()], "bfloat16", "bfloat16", "as the run began; the CPU of n1"),
         # what somebody asked for
         ("bfloat16", "bfloat16", [FAST], None, "bfloat16", "as evaluation.dtype says."),
-        ("bfloat16", "float32", [cpu()], None, "bfloat16", "several times as long as in float32."),
+        (
+            "bfloat16",
+            "bfloat16",
+            [cpu()],
+            None,
+            "bfloat16",
+            "float32, which evaluation.dtype: auto",
+        ),
+        ("bfloat16", "float32", [cpu()], None, "bfloat16", "float32, which evaluation.dtype: auto"),
+        ("bfloat16", "bfloat16", [cpu(free=GB)], None, "bfloat16", "as long as in float32."),
         ("float16", "bfloat16", [FAST], None, "float16", "several times as long as in float32."),
         ("float32", "bfloat16", [cpu()], "bfloat16", "float32", "as evaluation.dtype says."),
         # four workers of 20 GB are more than the room on a node with 100 GB
