@@ -89,7 +89,8 @@ class TaskSpec(_Strict):
     Attributes:
         task: lm-eval's name of a task, group or tag.
         num_fewshot: examples in the context; None for the task's own number.
-        metric: "acc", or with its filter "exact_match,strict-match"; None for the first one.
+        metric: "acc", or with its filter "exact_match,strict-match"; None for the first one, of a
+            group for what it aggregates.
         weight: in the accuracy objective.
         limit: as in lm-eval: only the first documents of each task, or a part of them below 1.
     """
@@ -329,7 +330,8 @@ def _explained(error: ValidationError, source: str) -> UsageError:
     message = plain(str(cause) if cause else str(first["msg"]))
     got = first["input"]
     shown = f" (it is {plain(repr(got), 100)})" if isinstance(got, str | int | float | bool) else ""
-    return UsageError(f"{source}: {where}: {message[:1].lower()}{message[1:]}{shown}.")
+    place = f"{source}: {where}" if where else source
+    return UsageError(f"{place}: {message[:1].lower()}{message[1:]}{shown}.")
 
 
 def _keys(parents: Sequence[str | int]) -> list[str]:

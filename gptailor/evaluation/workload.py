@@ -10,15 +10,16 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gptailor.archive import Documents, Score
 from gptailor.config import EvaluationConfig, TaskSpec
 from gptailor.errors import UsageError
-from gptailor.evaluation import metrics, per_document
+from gptailor.evaluation import metrics
 from gptailor.evaluation.documents import choose_documents, limited, telling
 from gptailor.evaluation.requests import Asked, check_requests
+from gptailor.evaluation.scoring import Results, Scoring
 from gptailor.evaluation.surroundings import quiet, seeded
 from gptailor.evaluation.task_errors import code_failed
 from gptailor.evaluation.tasks import load_tasks
@@ -62,9 +63,11 @@ class Workload:
                 name: list(task.doc_iterator(rank=0, world_size=1, samples=self._samples[name]))
                 for name, task in self._tasks.items()
             }
-            self._keys = {name: self._given_keys(name) for name in self._tasks}
-        self._metrics = {spec.task: self._metric(spec, comparable) for spec in self.specs}
-        self._chances: dict[tuple[str, str], float | None] = {}  # (task, metric) → known so far
+            keys = {name: self._given_keys(name) for name in self._tasks}
+        self._scoring = Scoring(self._set, keys, self._documents)
+        self._metrics = {
+            spec.task: self._scoring.choose(spec, comparable=comparable) for spec in self.specs
+        }
 
     @property
     def num_documents(self) -> int:
@@ -129,7 +132,7 @@ class Workload:
                 found[instance.request_type].extend([instance] * instance.repeats)
         return dict(found)
 
-    def scores(self, results: Mapping[str, Mapping[str, Any]]) -> tuple[Score, ...]:
+    def scores(self, results: Results) -> tuple[Score, ...]:
         """The scores that were asked for, one for each spec, out of what `run` gave.
 
         Raises:
@@ -137,26 +140,25 @@ class Workload:
         """
         scores = []
         for spec in self.specs:
-            score = self._score(spec.task, self._metrics[spec.task], results, spec.weight)
+            key = self._metrics[spec.task]
+            score = self._scoring.score(spec.task, key, results, spec.weight)
             if not math.isfinite(score.value):
-                raise FloatingPointError(f"{score.metric} of {spec.task} is not a finite number")
+                raise FloatingPointError(f"{key} of {spec.task} is not a finite number")
             scores.append(score)
         return tuple(scores)
 
-    def all_scores(self, results: Mapping[str, Mapping[str, Any]]) -> tuple[Score, ...]:
+    def all_scores(self, results: Results) -> tuple[Score, ...]:
         """Every metric of all that was asked for, and of the tasks and groups inside of it.
 
         The metric that `scores` takes comes first. A value may be no finite number.
         """
         found: dict[tuple[str, str], Score] = {}
         for spec in self.specs:
-            group = self._groups.get(spec.task)
-            inside = [g.name for g in group.get_all_groups()] if group is not None else []
-            first = [(spec.task, self._metrics[spec.task])]
-            names = [spec.task, *inside, *self._set.members[spec.task]]
-            for name, key in [*first, *((n, k) for n in names for k in self._known(n))]:
+            inside = self._scoring.inside(spec.task)
+            every = [(name, key) for name in inside for key in self._scoring.known(name)]
+            for name, key in [(spec.task, self._metrics[spec.task]), *every]:
                 if (name, key) not in found:
-                    found[name, key] = self._score(name, key, results, spec.weight)
+                    found[name, key] = self._scoring.score(name, key, results, spec.weight)
         return tuple(found.values())
 
     def _choose(
@@ -226,84 +228,6 @@ class Workload:
             return metrics.given_keys(self._tasks[name], self._documents[name])
         except Exception as error:
             raise code_failed(name, "judge an answer", error) from error
-
-    def _parts(self, name: str) -> tuple[str, ...]:
-        """What a score is the mean of: a task or a group itself, or the tasks of a tag.
-
-        A group whose rule fits none of its tasks, so that lm-eval has no score for it, is a tag.
-        """
-        group = self._groups.get(name)
-        is_one = name in self._tasks or (group and metrics.group_keys(group, self._keys))
-        if is_one:
-            return (name,)
-        if group is not None:
-            return tuple(dict.fromkeys(task.task_name for task in group.get_all_tasks()))
-        return self._set.members[name]
-
-    def _known(self, name: str) -> list[str]:
-        """The keys of a task, group or tag."""
-        parts = self._parts(name)
-        if name in self._tasks or parts != (name,):
-            return metrics.common_keys([self._keys[part] for part in parts])
-        return metrics.group_keys(self._groups[name], self._keys)
-
-    def _metric(self, spec: TaskSpec, comparable: bool) -> str:
-        """The full key of the metric that a spec asks for."""
-        known = self._known(spec.task)
-        key = metrics.choose_key(spec.task, spec.metric, known)
-        leaf = next(name for name in self._set.members[spec.task] if key in self._keys[name])
-        higher = self._tasks[leaf].higher_is_better().get(key.partition(",")[0], True)
-        if comparable and not higher:
-            raise UsageError(
-                f"The metric {key} of the task {spec.task} is better when it is lower, so it "
-                f"can't be part of an accuracy. Known: {', '.join(known)}."
-            )
-        return key
-
-    def _score(
-        self, name: str, key: str, results: Mapping[str, Mapping[str, Any]], weight: float
-    ) -> Score:
-        metric, _, filter_name = key.partition(",")
-        parts = [results[part] for part in self._parts(name)]
-        weights = [part["sample_len"] for part in parts]
-        values = [float(part[key]) for part in parts]
-        errors = [part.get(f"{metric}_stderr,{filter_name}") for part in parts]
-        total = sum(weights)
-        stderr = None
-        if all(isinstance(e, float) and math.isfinite(e) for e in errors):
-            terms = zip(errors, weights, strict=True)
-            stderr = math.sqrt(sum((e * w / total) ** 2 for e, w in terms))
-        value = sum(v * w for v, w in zip(values, weights, strict=True)) / total
-        shares = self._shares(name, key, results)
-        by_document = per_document.joined(shares, key, value, results)
-        chance = self._chance(shares, metric)
-        return Score(name, key, value, stderr, total, weight, *by_document, chance)
-
-    def _shares(
-        self, name: str, key: str, results: Mapping[str, Mapping[str, Any]]
-    ) -> list[tuple[str, float]]:
-        """The tasks that a score is the mean of, with their weights."""
-        parts = self._parts(name)
-        group = self._groups.get(name) if parts == (name,) else None
-        if group is not None:
-            leaves = [task.task_name for task in group.get_all_tasks()]
-            return per_document.leaf_shares(group, leaves, key, results)
-        return per_document.leaf_shares(None, parts, key, results)
-
-    def _chance(self, shares: Sequence[tuple[str, float]], metric: str) -> float | None:
-        """What guessing gives, in the same mean; None where one of the tasks does not tell."""
-        total = 0.0
-        for name, weight in shares:
-            if (name, metric) not in self._chances:
-                documents = [document for _, document in self._documents[name]]
-                self._chances[name, metric] = per_document.chance(
-                    self._tasks[name], metric, documents
-                )
-            found = self._chances[name, metric]
-            if found is None:
-                return None
-            total += weight * found
-        return total
 
 
 def open_workloads(
