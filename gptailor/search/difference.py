@@ -40,4 +40,7 @@ def _difference(old: object, new: object, path: str) -> str:
             if found:
                 return found
         return ""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        return next(filter(None, (_difference(a, b, f"{path}.{i}") for i, (a, b) in pairs)), "")
     return "" if old == new or path in MAY_CHANGE else f"{path} was {old!r}, but is {new!r}"

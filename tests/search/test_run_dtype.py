@@ -171,6 +171,16 @@ def test_what_is_no_choice_of_this_run_is_replaced(
     )
 
 
+def test_keys_that_are_new_do_not_tell_runs_apart(config: Path) -> None:
+    new = json.loads(read_config(config).model_dump_json())
+    old = json.loads(json.dumps(new))
+    for task in old["evaluation"]["tasks"]:
+        del task["limit"]
+    assert config_difference(old, new) == ""
+    old["evaluation"]["tasks"][0]["weight"] = 3.0
+    assert config_difference(old, new) == "evaluation.tasks.0.weight was 3.0, but is 1.0"
+
+
 def test_auto_is_what_the_run_has(config: Path) -> None:
     new = yaml.safe_load(config.read_text())
     old = {**new, "evaluation": {**new["evaluation"], "dtype": "float32"}}
