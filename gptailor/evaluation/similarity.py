@@ -91,11 +91,12 @@ def measure(
 
     def look(state_BTH: torch.Tensor) -> None:
         nonlocal before_BTH
-        if state_BTH.shape[:2] != real_BT.shape:
+        if state_BTH.ndim != 3 or state_BTH.shape[:2] != real_BT.shape:
             raise ModelError(
                 f"{family.base.folder}: the layers of this architecture hand on states of shape "
-                f"{list(state_BTH.shape)} for {len(real_BT)} sequences, so that what they do can't "
-                "be measured: leave block_influence, angular and uniform out of search.seeds."
+                f"{list(state_BTH.shape)} for tokens of shape {list(real_BT.shape)}, so that what "
+                "they do can't be measured: leave block_influence, angular and uniform out of "
+                "search.seeds."
             )
         state_BTH = state_BTH.float().to(lm.device)  # the layers may have several devices
         if before_BTH is not None:
@@ -117,6 +118,12 @@ def measure(
     sequences = sorted(workload.contexts(lm, NUM_SEQUENCES), key=len)
     batch_size = min(BATCH_SIZE, int(lm.batch_size))
     try:
+        # A batch of as many sequences as tokens would hide which of them come first.
+        lengths_B = torch.tensor([2], device=lm.device)
+        real_BT = torch.ones(1, 2, device=lm.device)
+        with torch.inference_mode():
+            lm.hidden_states_only(torch.zeros(1, 2, dtype=torch.long, device=lm.device))
+        influence.zero_()
         for begin in range(0, len(sequences), batch_size):
             far(begin, len(sequences))
             batch = sequences[begin : begin + batch_size]
