@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.utils.dlpack
 from torch import nn
 
 from gptailor.errors import ModelError
@@ -70,6 +71,34 @@ def find_pointers(structure: Structure, family: Family) -> Pointers:
             "search can't do yet; stitching can."
         )
     return Pointers(tuple(layers), outside, tuple(ties))
+
+
+def check_padding_rows(model: nn.Module, family: Family, pointers: Pointers) -> None:
+    """Compares what some models write to while they are loaded with the files.
+
+    Args:
+        model: the base, just loaded.
+        family: has the base.
+        pointers: see `find_pointers`.
+
+    Raises:
+        ModelError: the embedding of the padding token is another one, so that the stitched model's
+            would be, too, when it is loaded.
+    """
+    base = family.base
+    files = {target: name for name, target in pointers.outside.items()}
+    for path, module in model.named_modules():
+        name = files.get(f"{path}.weight")
+        if name is None or not isinstance(module, nn.Embedding) or module.padding_idx is None:
+            continue
+        row = torch.utils.dlpack.from_dlpack(base.checkpoint.tensor(name))[module.padding_idx]
+        loaded = module.weight[module.padding_idx]
+        if not torch.equal(row.to(loaded.dtype), loaded):
+            raise ModelError(
+                f"{base.folder}: transformers changes row {module.padding_idx} of {name} when it "
+                f"loads the model ({family.base.config.get('model_type')}), so that a search would "
+                "score another one: save it with transformers once more, which writes what it uses."
+            )
 
 
 def _target(structure: Structure, name: str, folder: object) -> str:

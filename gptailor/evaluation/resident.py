@@ -25,7 +25,7 @@ from gptailor.evaluation.footprint import CACHED_MODELS
 from gptailor.evaluation.home import Home, Key, memory_bytes, open_homes, spread_modules
 from gptailor.evaluation.kept_types import KeptTypes
 from gptailor.evaluation.loading import load_model
-from gptailor.evaluation.pointers import find_pointers
+from gptailor.evaluation.pointers import check_padding_rows, find_pointers
 from gptailor.evaluation.signature import Constants, carry_over
 from gptailor.evaluation.slots import Parameters, Slots, let_go, point
 from gptailor.evaluation.structure import Cut, Structure
@@ -110,6 +110,7 @@ class ResidentModel:
         self._stack_name = self.structure.stack
         pointers = find_pointers(self.structure, family)
         self.structure.check_steady(self.model)
+        check_padding_rows(self.model, family, pointers)
         self._layer_names, self._outside, self._ties = (
             pointers.layers,
             pointers.outside,
@@ -158,8 +159,8 @@ class ResidentModel:
             ResourceError: the device's memory, or the candidates' part of it, is too small.
             UsageError: the recipe does not fit the family.
         """
-        recipe = recipe.canonical()
         check_recipe(recipe, self.family)  # before anything is changed
+        recipe = recipe.canonical()
         src_layers = recipe.src_layers
         cut = None if self.structure.is_uniform else self.structure.cut(src_layers)
         factors = scale_factors(recipe)

@@ -34,6 +34,38 @@ def _hidden_state(value: Any) -> torch.Tensor:
     return found
 
 
+def _input_state(args: Any, kwargs: Any) -> torch.Tensor:
+    """The hidden state among a layer's arguments."""
+    return _hidden_state(args or kwargs.get("hidden_states", tuple(kwargs.values())))
+
+
+def _check_states(resident: ResidentModel, lm: ResidentLM) -> None:
+    """Raises a `ModelError` unless each layer is given one state for each token of a sequence."""
+    import torch
+
+    shapes: list[torch.Size] = []
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda module, args, kwargs: shapes.append(_input_state(args, kwargs).shape),
+            with_kwargs=True,
+        )
+        for module in resident.layers()
+    ]
+    try:
+        with torch.inference_mode():  # other numbers of tokens and sequences: which come first?
+            lm.hidden_states_only(torch.zeros(1, 2, dtype=torch.long, device=lm.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for shape in shapes:
+        if len(shape) != 3 or shape[:2] != (1, 2):
+            raise ModelError(
+                f"{resident.family.base.folder}: the layers of this architecture hand on states of "
+                f"shape {list(shape)} for one sequence of two tokens, so that what they do can't "
+                "be measured: leave block_influence, angular and uniform out of search.seeds."
+            )
+
+
 @dataclass(frozen=True)
 class Similarity:
     """How much the layers of one dense candidate change their input.
@@ -82,6 +114,7 @@ def measure(
     layers = tuple(Take(model, i) for i in range(family.num_layers))
     recipe = Recipe(family.refs, family.base_name, layers, model, model, dtype)
     resident.assemble(recipe)
+    _check_states(resident, lm)
     num_layers = family.num_layers
     influence = torch.zeros(num_layers, dtype=torch.float64)
     angular = torch.zeros(num_layers + 1, num_layers + 1, dtype=torch.float64)
@@ -91,13 +124,6 @@ def measure(
 
     def look(state_BTH: torch.Tensor) -> None:
         nonlocal before_BTH
-        if state_BTH.ndim != 3 or state_BTH.shape[:2] != real_BT.shape:
-            raise ModelError(
-                f"{family.base.folder}: the layers of this architecture hand on states of shape "
-                f"{list(state_BTH.shape)} for tokens of shape {list(real_BT.shape)}, so that what "
-                "they do can't be measured: leave block_influence, angular and uniform out of "
-                "search.seeds."
-            )
         state_BTH = state_BTH.float().to(lm.device)  # the layers may have several devices
         if before_BTH is not None:
             cosine_BT = F.cosine_similarity(before_BTH, state_BTH, dim=-1)
@@ -107,7 +133,7 @@ def measure(
         before_BTH = state_BTH
 
     def look_at_input(module: Any, args: Any, kwargs: Any) -> None:
-        look(_hidden_state(args or kwargs.get("hidden_states", tuple(kwargs.values()))))
+        look(_input_state(args, kwargs))
 
     def look_at_output(module: Any, args: Any, output: Any) -> None:
         look(_hidden_state(output))
@@ -118,12 +144,6 @@ def measure(
     sequences = sorted(workload.contexts(lm, NUM_SEQUENCES), key=len)
     batch_size = min(BATCH_SIZE, int(lm.batch_size))
     try:
-        # A batch of as many sequences as tokens would hide which of them come first.
-        lengths_B = torch.tensor([2], device=lm.device)
-        real_BT = torch.ones(1, 2, device=lm.device)
-        with torch.inference_mode():
-            lm.hidden_states_only(torch.zeros(1, 2, dtype=torch.long, device=lm.device))
-        influence.zero_()
         for begin in range(0, len(sequences), batch_size):
             far(begin, len(sequences))
             batch = sequences[begin : begin + batch_size]

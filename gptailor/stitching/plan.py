@@ -17,6 +17,7 @@ from gptailor.merging.registry import get_method
 from gptailor.models.architecture import text_config
 from gptailor.models.checkpoint import FLOAT_DTYPES, TensorInfo
 from gptailor.models.family import Family
+from gptailor.models.scales import check_scales
 from gptailor.recipe import DTYPES, NO_LAYER, End, Layer, Merge, Recipe, Take
 
 
@@ -102,8 +103,8 @@ def make_plan(recipe: Recipe, family: Family) -> Plan:
             tensor.
         ModelError: a tensor that is merged has a dtype that can't be.
     """
-    recipe = recipe.canonical()
     check_recipe(recipe, family)
+    recipe = recipe.canonical()
     config, notes = family.base.cut_config(recipe.src_layers)
     for key in ("dtype", "torch_dtype"):
         for part in (config, text_config(config)):
@@ -119,14 +120,17 @@ def make_plan(recipe: Recipe, family: Family) -> Plan:
 
 
 def check_recipe(recipe: Recipe, family: Family) -> None:
-    """Checks that a canonical recipe names layers, models and modules that there are.
+    """Checks that a recipe names layers, models and modules that there are.
 
     Raises:
-        UsageError: it does not, or a merge lacks statistics.
+        UsageError: it does not, a scale can't be folded, or a merge lacks statistics.
         ModelError: statistics are corrupt, or belong to other weights; or it is open whether the
             models fit together.
     """
     family.check_settled()
+    if any(layer.scale != 1.0 for layer in recipe.layers):  # the canonical form drops the last one
+        check_scales(family.base.config, family.base.folder)
+    recipe = recipe.canonical()
     _check_layers(recipe, family)
     _check_shared(recipe, family)
     _check_modules(recipe, family)

@@ -226,7 +226,7 @@ def evaluate(
     path, whose = Path(source), "the recipe's"
     if path.suffix in (".yaml", ".yml"):
         recipe, family, _ = _described(path)
-        check_recipe(recipe.canonical(), family)
+        check_recipe(recipe, family)
     else:
         family, whose = open_family({"model": str(source)}, "model"), "the model's"
         found = family.base.tensors[family.architecture.embeddings[0]].dtype

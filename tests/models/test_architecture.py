@@ -22,6 +22,7 @@ from gptailor.models.architecture import (
     untied,
 )
 from gptailor.models.checkpoint import TensorInfo
+from gptailor.models.scales import check_scales
 from tests.models.tiny import LAYER_SHAPES
 
 
@@ -104,6 +105,25 @@ def test_norms_after_a_projection_forbid_scales() -> None:
 def test_parts_of_which_nobody_knows_where_they_write_forbid_scales(part: str) -> None:
     with pytest.raises(UsageError, match="scale can't be folded"):
         found(stack("model.layers.", [*LLAMA, part])).residual_writers(1)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "openai-gpt"},
+        {"model_type": "opt", "do_layer_norm_before": False},
+        {"model_type": "bloom", "apply_residual_connection_post_layernorm": True},
+        {},
+    ],
+)
+def test_scales_need_norms_in_front_of_each_reader(config: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="scale can't be folded"):
+        check_scales(config, "m")
+
+
+def test_scales_fold_into_types_that_are_known() -> None:
+    check_scales({"model_type": "opt", "do_layer_norm_before": True}, "m")
+    check_scales({"model_type": "fuyu", "text_config": {"model_type": "persimmon"}}, "m")
 
 
 def test_a_smaller_stack_beside_the_layers_stays_whole() -> None:

@@ -103,6 +103,7 @@ def variants() -> list[Case]:
             "big_bird:sparse",
             {"attention_type": "block_sparse", "block_size": 2, "num_random_blocks": 1},
         ),
+        Case("bloom:post", {"apply_residual_connection_post_layernorm": True}),
         Case("cohere2:old", raw=_with(layer_types=None, sliding_window_pattern=2)),
         Case("deepseek_v2:dense 2", {"first_k_dense_replace": 2}),
         Case("deepseek_v3:dense 2", {"first_k_dense_replace": 2}),
@@ -135,9 +136,12 @@ def variants() -> list[Case]:
         Case("glm4_moe:dense 2", {"first_k_dense_replace": 2}),
         Case("gpt_neox:sequential", {"use_parallel_residual": False}),
         Case("granite_swa:thetas", {"layer_rope_theta": [1e4, 0, 1e5, 1e4]}),
-        Case("hunyuan_v1_moe:lists", {"num_experts": [2, 4, 2, 4], "moe_topk": [1, 2, 2, 1]}),
         Case("jamba:period 3", {"attn_layer_period": 3, "attn_layer_offset": 1}),
-        Case("lfm2:indices", raw=_with(layer_types=None, full_attn_idxs=[1, 3])),
+        Case(
+            "lfm2:indices",
+            {"layer_types": ["conv", "full_attention"] * 2},
+            raw=_with(layer_types=None, full_attn_idxs=[1, 3]),
+        ),
         Case("lfm2_moe:dense 1", {"num_dense_layers": 1}),
         Case("lfm2_moe:dense 3", {"num_dense_layers": 3}),
         Case("llama4_text:mixed", {"interleave_moe_layer_step": 2, "no_rope_layer_interval": 2}),
@@ -210,7 +214,6 @@ def variants() -> list[Case]:
             raw=_without("layers_block_type"),
         ),
         Case("zamba2:two", {"num_mem_blocks": 2}),
-        Case("zamba2:adapters", {"use_shared_attention_adapter": True}),
     ]
 
 
