@@ -6,7 +6,6 @@ where the type is float16. Which they are is found by loading the model once mor
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gptailor.evaluation.loading import TORCH_DTYPES, explained, no_bars, quiet
+from gptailor.evaluation.loading import load_without_memory
 from gptailor.models.checkpoint import TensorInfo
 
 
@@ -45,18 +44,7 @@ class KeptTypes:
         flags = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
         if dtype is torch.float32 or not any(getattr(self._shell, flag, None) for flag in flags):
             return frozenset()
-        weights = {
-            t.name: torch.empty(t.shape, dtype=TORCH_DTYPES[t.dtype], device="meta")
-            for t in self._tensors
-        }
-        what = f"transformers can't load {self._folder}"
-        with explained(what, self._folder), quiet(), no_bars():
-            model = type(self._shell).from_pretrained(
-                None,
-                config=copy.deepcopy(self._shell.config),
-                state_dict=weights,
-                dtype=dtype,
-                device_map={"": "meta"},
-            )
+        tensors = [(t.name, t.dtype, t.shape) for t in self._tensors]
+        model, _ = load_without_memory(self._shell, self._folder, tensors, dtype)
         found = {n for n, t in model.state_dict().items() if t.dtype is torch.float32}
         return frozenset(t.name for t in self._tensors if self._module_names[t.name] in found)

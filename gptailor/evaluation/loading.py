@@ -156,20 +156,33 @@ def rehearse(
     Raises:
         ModelError: transformers can't put them together.
     """
+    return as_names(load_without_memory(shell, folder, tensors)[1])
+
+
+def load_without_memory(
+    shell: Any,
+    folder: Path,
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]],
+    dtype: torch.dtype | None = None,
+) -> tuple[Any, dict[str, Any]]:
+    """The model on the meta device as transformers loads it in a type, and its loading info;
+    arguments and errors as for `rehearse`."""
     weights = {
-        name: torch.empty(shape, dtype=TORCH_DTYPES[dtype], device="meta")
-        for name, dtype, shape in tensors
+        name: torch.empty(shape, dtype=TORCH_DTYPES[kind], device="meta")
+        for name, kind, shape in tensors
     }
+    kwargs = {} if dtype is None else {"dtype": dtype}
     with explained(f"transformers can't load {folder}", folder), quiet(), no_bars():
-        _, info = type(shell).from_pretrained(
+        model, info = type(shell).from_pretrained(
             None,
             config=copy.deepcopy(shell.config),
             state_dict=weights,
             device_map={"": "meta"},
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **kwargs,
         )
-    return as_names(info)
+    return model, info
 
 
 def as_names(info: Mapping[str, Iterable[Any]]) -> dict[str, list[str]]:
