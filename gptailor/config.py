@@ -6,6 +6,7 @@ arguments of the command line override the file.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -155,6 +156,13 @@ class EvaluationConfig(_Tasks):
         if dtype not in ("auto", *DTYPES):
             raise unknown("dtype", dtype, ("auto", *DTYPES), "evaluation.dtype")
         return dtype
+
+    @field_validator("device")
+    @classmethod
+    def _is_device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", device):
+            raise ValueError("must be auto, cpu, cuda, or one GPU like cuda:1")
+        return device
 
     @field_validator("rungs")
     @classmethod

@@ -354,6 +354,16 @@ def test_check_finds_nothing_where_a_search_runs(place: Path) -> None:
     assert verbs.check(path, resume=True) == []
 
 
+def test_a_gpu_that_is_not_here_is_no_problem_elsewhere(place: Path) -> None:
+    config = good(place)
+    config["evaluation"]["device"] = "cuda:77"
+    path, said = write(place, config), list[str]()
+    assert verbs.check(path, note=said.append) == []
+    with pytest.raises(UsageError, match="can't be used") as caught:
+        verbs.search(path)
+    assert f"Not on this machine: {caught.value}" in said
+
+
 def test_check_tells_all_at_once(place: Path) -> None:
     config = good(place)
     truncated_weights(place, config)

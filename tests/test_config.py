@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from gptailor.config import Config, config_yaml, parse_config, read_config
+from gptailor.config import Config, config_yaml, parse_config, parse_evaluation, read_config
 from gptailor.errors import UsageError
 
 GOOD: dict[str, Any] = {
@@ -170,6 +170,10 @@ VALUES: list[tuple[str, object]] = [
     ("evaluation.rungs", 100),
     ("evaluation.batch_size", 0),
     ("evaluation.include_path", 3),
+    ("evaluation.tasks", [{"task": "x", "limit": 0}]),
+    ("evaluation.device", "gpu"),
+    ("evaluation.device", "cuda:x"),
+    ("evaluation.device", "meta"),
     ("evaluation.apply_chat_template", "perhaps"),
     ("search.population", 3),
     ("search.evaluations", 0),
@@ -300,3 +304,14 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(UsageError, match=message):
             read_config(path)
+
+
+def test_examples_are_turns_where_there_is_a_chat() -> None:
+    """As in lm-eval's command line."""
+    chat = {"tasks": ["x"], "apply_chat_template": True}
+    assert parse_evaluation(chat, "s.yaml").fewshot_as_multiturn
+    assert not parse_evaluation({**chat, "fewshot_as_multiturn": False}, "s").fewshot_as_multiturn
+    assert not parse_evaluation({"tasks": ["x"]}, "s.yaml").fewshot_as_multiturn
+    message = r"s\.yaml: fewshot_as_multiturn needs apply_chat_template"
+    with pytest.raises(UsageError, match=message):
+        parse_evaluation({"tasks": ["x"], "fewshot_as_multiturn": True}, "s.yaml")

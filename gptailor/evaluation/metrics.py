@@ -23,8 +23,7 @@ _TRIED = 10
 
 
 def judged(task: Any, documents: Documents) -> dict[tuple[str, str], list[Any]]:
-    """(metric, filter) → what each document gave, from the answers in a task's instances."""
-    task.apply_filters()
+    """(metric, filter) → what each document gave, from the filtered answers in the instances."""
     by_document: dict[int, list[Any]] = defaultdict(list)
     for instance in task.instances:
         by_document[instance.doc_id].append(instance)
@@ -40,6 +39,7 @@ def judged(task: Any, documents: Documents) -> dict[tuple[str, str], list[Any]]:
 
 def task_metrics(name: str, task: Any, documents: Documents) -> dict[str, Any]:
     """What lm-eval computes for one task from the answers in its instances."""
+    task.apply_filters()
     values = judged(task, documents)
     metrics: dict[str, Any] = {"name": name, "alias": name}
     metrics["sample_len"] = max(len(items) for items in values.values())
@@ -70,6 +70,7 @@ def given_keys(task: Any, documents: Documents) -> list[str]:
     for instance in task.instances:
         instance.resps = [_any_answer(instance)] * instance.repeats
         instance.filtered_resps = {}
+    task.apply_filters()
     declared = declared_keys(task)
     found: dict[str, list[Any]] = {}
     for document in deepcopy(documents[:_TRIED]):  # a task's code may change them

@@ -77,6 +77,7 @@ def find_problems(
         from gptailor.evaluation.dry_run import DryRun
         from gptailor.evaluation.habits import habits
 
+        _note_device(config, note)
         try:
             for text in habits(family):
                 note(text)
@@ -140,6 +141,16 @@ def _checked_family(config: Config, problems: list[str]) -> Family | None:
     family = open_family(config.models, config.base)
     check_space(config, family)
     return family
+
+
+def _note_device(config: Config, note: Callable[[str], None]) -> None:
+    """Tells that there is no such GPU here; where the search will run there may be one."""
+    from gptailor.evaluation.resident import pick_device
+
+    try:
+        pick_device(config.evaluation.device)
+    except UsageError as error:
+        note(f"Not on this machine: {error}")
 
 
 def _note_dtype(config: Config, family: Family, fast: bool, note: Callable[[str], None]) -> None:
