@@ -108,7 +108,7 @@ def check_place(config: Config, resume: bool, island: tuple[int, int] | None = N
         )
     if island is not None:
         check_config_file(output, config)
-    _check_writable(place)
+    check_writable(place)
     return place
 
 
@@ -182,8 +182,13 @@ def _unknown_tasks(config: Config) -> list[str]:
         return [str(error)]
 
 
-def _check_writable(place: Path) -> None:
-    """Tries the nearest folder that is there; the permissions alone don't tell."""
+def check_writable(place: Path) -> None:
+    """Tries the nearest folder that is there, as permissions alone don't tell; makes nothing.
+
+    Raises:
+        UsageError: a file is where a folder should be.
+        ResourceError: the run folder can't be written.
+    """
     for folder in (place, *place.absolute().parents):
         if folder.is_dir():
             try:

@@ -239,8 +239,9 @@ def _check_search(parsed: Config, output: Path, *, has_islands: bool) -> None:
     from gptailor.archive import Archive
     from gptailor.search.resume import check_config_file
     from gptailor.search.run_folder import check_kind
-    from gptailor.verbs.checks import find_problems
+    from gptailor.verbs.checks import check_writable, find_problems
 
+    check_writable(output)  # soon, not after the tasks were loaded
     check_kind(output, has_islands=has_islands)
     check_config_file(output, parsed)
     Archive.check_not_in_use(output)
