@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from gptailor.commands import COMMANDS
 from gptailor.errors import GptailorError, Terminated, exit_code_of, is_disk_full, unknown
-from gptailor.execution.launcher import is_first
+from gptailor.execution.launcher import is_first, leave_quietly
 from gptailor.execution.verdict import write_verdict
 
 
@@ -24,8 +24,9 @@ class _Parser(argparse.ArgumentParser):
     """Errors in our form, with the nearest right word."""
 
     def error(self, message: str) -> NoReturn:
-        if is_first():
-            sys.stderr.write(f"gptailor: {message}. `{self.prog} -h` shows how.\n")
+        if not is_first():
+            leave_quietly(2)
+        sys.stderr.write(f"gptailor: {message}. `{self.prog} -h` shows how.\n")
         sys.exit(2)
 
 
@@ -108,7 +109,9 @@ def _said(text: str, code: int) -> int:
 def _check_verb(words: Sequence[str]) -> None:
     verb = next((word for word in words if not word.startswith("-")), None)
     if verb is not None and verb not in COMMANDS:
-        sys.exit(_said(str(unknown("verb", verb, COMMANDS)), 2) if is_first() else 2)
+        if not is_first():
+            leave_quietly(2)
+        sys.exit(_said(str(unknown("verb", verb, COMMANDS)), 2))
 
 
 def _build_parser() -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ some of Slurm's, too, but no step of more than one task.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from gptailor.execution.channel import Channel
 
 Choice = Literal["auto", "local", "mpi"]
+
+_QUIET_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,13 @@ def is_first() -> bool:
     """Whether this process is the one to say what all of them have to say."""
     launch = find_launch(os.environ)
     return launch is None or launch.rank == 0
+
+
+def leave_quietly(code: int) -> NoReturn:
+    """Ends a process that is not the first: a moment later, as launchers end all of them when one
+    has failed, and the first has something to say."""
+    time.sleep(_QUIET_S)
+    raise SystemExit(code)
 
 
 def join(choice: Choice) -> Channel | None:
@@ -142,7 +152,7 @@ def _components() -> list[str]:
 def _refuse(launch: Launch | None, message: str) -> NoReturn:
     """Says it once, however many processes meet it."""
     if launch is not None and launch.rank != 0:
-        raise SystemExit(UsageError.exit_code)
+        leave_quietly(UsageError.exit_code)
     raise UsageError(message)
 
 

@@ -19,9 +19,10 @@ from gptailor import cli
 from gptailor.archive import Archive
 from gptailor.config import parse_config
 from gptailor.errors import ModelError
-from gptailor.execution import local
+from gptailor.execution import pool as processes
 from gptailor.execution.executor import EvaluationJob, SimilarityJob
-from gptailor.execution.local import InProcess, LocalPool
+from gptailor.execution.local import InProcess
+from gptailor.execution.pool import LocalPool
 from gptailor.recipe import Recipe, Take
 
 CODES = {"worker": 5, "int": 130, "term": 143}
@@ -100,15 +101,15 @@ def test_an_error_that_would_not_arrive_is_made_one_that_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Else the pool would say that a worker was killed."""
-    monkeypatch.setattr(local, "_words", SimpleNamespace(value=b""), raising=False)
+    monkeypatch.setattr(processes, "_words", SimpleNamespace(value=b""), raising=False)
     with pytest.raises(TypeError):
         pickle.loads(pickle.dumps(Odd("no network", "the hub")))
     odd = pytest.raises(RuntimeError, match="Odd: no network at the hub")
-    with odd as caught, local._portable_errors():
+    with odd as caught, processes._portable_errors():
         raise Odd("no network", "the hub")
     assert str(pickle.loads(pickle.dumps(caught.value))) == "Odd: no network at the hub"
     for error in (ModelError("torn"), MemoryError(), OSError(28, "full")):
-        with pytest.raises(type(error)) as kept, local._portable_errors():
+        with pytest.raises(type(error)) as kept, processes._portable_errors():
             raise error
         assert kept.value is error
 
