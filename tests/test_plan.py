@@ -56,7 +56,8 @@ def config_file(folder: Path, models: dict[str, str], tasks: Path, **evaluation:
 def test_its_figures_are_those_of_real_evaluations(
     models: dict[str, str], tasks_dir: Path, tmp_path: Path
 ) -> None:
-    plan = verbs.plan(config_file(tmp_path, models, tasks_dir), workers=3)
+    config = config_file(tmp_path, models, tasks_dir, dtype="bfloat16")  # as the files
+    plan = verbs.plan(config, workers=3)
     family = Family(models, "base")
     assert [p.name for p in plan.probes] == ["dense", "half merged", "smallest"]
     assert [p.layers for p in plan.probes] == [6, 6, 3]

@@ -146,6 +146,7 @@ def test_eval_scores_a_recipe_as_its_folder_in_the_chosen_type(
         (sentence,) = [text for text in said if "computed in" in text]
         return [score.value for score in found], sentence
 
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     monkeypatch.setattr(forward_dtype, "cpu_flags", lambda: SKYLAKE)
     precise, said = scored(tmp_path / "recipe.yaml")
     assert "computed in float32, as the CPU of" in said
