@@ -7,6 +7,7 @@ writes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +48,10 @@ def model_types() -> list[str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+_DEPTH = 7
+_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 
 
 def _without(*keys: str) -> Callable[[dict[str, Any]], None]:
@@ -217,10 +222,42 @@ def variants() -> list[Case]:
     ]
 
 
+def implied_cases() -> list[Case]:
+    """Families of seven layers whose config.json leaves per-layer lists to its class.
+
+    Configs on the hub are often like that: what `save_pretrained` writes out today was a rule when
+    they were made.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from tools.sweep.fields import DROP, EXCEPTIONS
+    from tools.sweep.tiny import tiny_config
+
+    some = ("all", "no first", "no third", "no last", "mixed")
+    found = []
+    for model_type in model_types():
+        lists = [k for k, v in EXCEPTIONS.get(model_type, {}).items() if isinstance(v, list)]
+        names = {f.name for f in dataclasses.fields(CONFIG_MAPPING[model_type])}
+        count = next((key for key in _COUNTS if key in names), None)
+        if count is None:
+            continue
+        changes = {**dict.fromkeys(lists, DROP), count: _DEPTH}
+        try:
+            config = tiny_config(model_type, changes).to_dict()
+        except Exception:  # it can't leave them out
+            continue
+        implied = [k for k, v in config.items() if isinstance(v, list) and len(v) == _DEPTH]
+        if implied:
+            raw = _without(*implied)
+            found.append(Case(f"{model_type}:implied", changes, raw, recipes=some))
+    return found
+
+
 def all_cases() -> list[Case]:
     """A plain family for each model type, and the variants behind it."""
     more = variants()
     some = ("all", "no second", "mixed", "merged")
+    more += implied_cases()
     more += [Case(f"{t}:bfloat16", dtype="bfloat16", recipes=some) for t in _PARTLY_FLOAT32]
     result = []
     for model_type in model_types():
