@@ -2,12 +2,13 @@
 
     python -m tools.sweep                     # all of them, a table
     python -m tools.sweep gpt2 lfm2_moe       # some model types, with their variants
-    python -m tools.sweep --json results.json --jobs 2
+    python -m tools.sweep --full --json results.json
 
 Each family runs in a process of its own, with limits of time and memory, as some die by a signal.
-A verdict is: right; refused (a sentence says why); infeasible; bug (an error that is none of
-gptailor's); WRONG (something silent that is not so); no model (transformers can't make a tiny one).
-Exit code 1 if anything is wrong or a bug.
+A verdict is: right; refused (a sentence says why); refused by search (only a folder can be
+written); bug (an error that is none of gptailor's); WRONG (something silent that is not so);
+no model (transformers can't make a tiny one, or can't run it). Exit code 1 if anything is wrong or
+a bug. All families take about 8 minutes of one core.
 """
 
 from __future__ import annotations

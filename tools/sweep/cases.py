@@ -155,7 +155,6 @@ def variants() -> list[Case]:
             {"interleave_moe_layer_step": 2, "no_rope_layer_interval": 2},
             raw=_without("moe_layers", "no_rope_layers", "layer_types"),
         ),
-        Case("minicpm3:depth", {"scale_depth": 1.4}),
         Case("modernbert-decoder:mixed", {"layer_types": mixed}),
         Case("nemotron_h:mixed", {"layer_types": hybrid}),
         Case(
@@ -244,9 +243,12 @@ def implied_cases() -> list[Case]:
         changes = {**dict.fromkeys(lists, DROP), count: _DEPTH}
         try:
             config = tiny_config(model_type, changes).to_dict()
+            lists = [k for k, v in config.items() if isinstance(v, list) and len(v) == _DEPTH]
+            rest = {key: value for key, value in config.items() if key not in lists}
+            again = CONFIG_MAPPING[model_type].from_dict(rest).to_dict()
         except Exception:  # it can't leave them out
             continue
-        implied = [k for k, v in config.items() if isinstance(v, list) and len(v) == _DEPTH]
+        implied = [key for key in lists if again.get(key) == config[key]]
         if implied:
             raw = _without(*implied)
             found.append(Case(f"{model_type}:implied", changes, raw, recipes=some))

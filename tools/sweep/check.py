@@ -44,7 +44,7 @@ class Row:
     Attributes:
         case: the family.
         recipe: its name.
-        verdict: right, refused, infeasible, WRONG, bug or no model.
+        verdict: right, refused, refused by search, WRONG, bug or no model.
         detail: the sentence of the error, or what is wrong.
         notes: what is remarkable but not wrong.
     """
@@ -272,8 +272,7 @@ class Trial:
 
     def _failed(self, recipe: str, error: BaseException) -> Row:
         if isinstance(error, GptailorError):
-            verdict = "infeasible" if type(error).__name__ == "InfeasibleError" else "refused"
-            return Row(self.case, recipe, verdict, f"{type(error).__name__}: {error}")
+            return Row(self.case, recipe, "refused", f"{type(error).__name__}: {error}")
         frames = traceback.extract_tb(error.__traceback__)
         place = next(
             (f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames)
