@@ -131,7 +131,7 @@ def _child(case: Case, recipes: Sequence[str], time_s: float, reader: int, write
 
 def preload() -> None:
     """Imports what all forked processes need."""
-    import lm_eval.models.huggingface
+    import lm_eval.models.huggingface  # noqa: F401
     import torch
     import transformers
 
@@ -142,4 +142,3 @@ def preload() -> None:
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    assert lm_eval.models.huggingface and gptailor.evaluation.judge

@@ -96,7 +96,7 @@ def cut_by_hand(cut: Cut, full: Mapping[str, Any], stack_name: str) -> Any:
                 if isinstance(getattr(module, key, None), int):
                     setattr(module, key, out_layer)
             if src_layer in getattr(module, "layer_dic", {}):  # zamba2's adapters
-                module.layer_dic = {out_layer: module.layer_dic[src_layer]}  # type: ignore
+                module.layer_dic = {out_layer: module.layer_dic[src_layer]}
         if cut.scale is not None and cut.scale[0] == out_layer:
             layer.register_forward_hook(scaled(cut.scale[1]))
         layers.append(layer)
