@@ -137,7 +137,7 @@ def preload() -> None:
 
     import gptailor.evaluation.judge
     import gptailor.evaluation.resident
-    import gptailor.verbs
+    import gptailor.verbs  # noqa: F401
 
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
