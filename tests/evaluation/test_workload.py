@@ -58,7 +58,6 @@ def workload(tasks_dir: Path, *specs: Any, **options: Any) -> Workload:
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("t_sharde", "did you mean 't_shared'"),
         ({"task": "t_long", "metric": "acc_nrom"}, "did you mean 'acc_norm'"),
         ({"task": "t_lambada", "metric": "perplexity"}, "better when it is lower"),
         ("t_rolling", "better when it is lower"),
