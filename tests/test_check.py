@@ -352,6 +352,14 @@ def test_check_finds_nothing_where_a_search_runs(place: Path) -> None:
     [problem] = verbs.check(path)
     assert "holds a run already: continue it with --resume" in problem
     assert verbs.check(path, resume=True) == []
+    config = good(place)
+    config["search"]["evaluations"] = 5
+    assert verbs.check(write(place, config), resume=True) == []
+    config["search"]["seed"] = 3
+    path = write(place, config)
+    with pytest.raises(UsageError, match=r"configuration: search\.seed was 0, but is 3") as caught:
+        verbs.search(path, resume=True)
+    assert verbs.check(path, resume=True) == [str(caught.value)]
 
 
 def test_a_gpu_that_is_not_here_is_no_problem_elsewhere(place: Path) -> None:

@@ -54,11 +54,7 @@ def check_resumable(archive: Archive, config: Config, family: Family, documents:
         return
     difference = config_difference(json.loads(old_config), json.loads(now["config"]))
     if difference:
-        raise UsageError(
-            f"The run in {archive.folder} was started with another configuration: {difference}. "
-            "Only search.evaluations, evaluation.batch_size and evaluation.candidates_gib may "
-            "change; name another output for the rest."
-        )
+        raise _is_another(archive.folder, difference)
     for key, what in (("fingerprint", "the model files"), ("documents", "the tasks' documents")):
         if before[key] != now[key]:
             raise UsageError(
@@ -87,7 +83,12 @@ def check_config_file(run: Path, config: Config) -> None:
         json.loads(read_config(path).model_dump_json()), json.loads(config.model_dump_json())
     )
     if different:
-        raise UsageError(
-            f"The run in {run} was started with another configuration: {different}. Name another "
-            "output."
-        )
+        raise _is_another(run, different)
+
+
+def _is_another(run: Path, difference: str) -> UsageError:
+    return UsageError(
+        f"The run in {run} was started with another configuration: {difference}. "
+        "Only search.evaluations, evaluation.batch_size and evaluation.candidates_gib may "
+        "change; name another output for the rest."
+    )

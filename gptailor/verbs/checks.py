@@ -92,7 +92,7 @@ def check_place(config: Config, resume: bool, island: tuple[int, int] | None = N
     """Where a search has its archive, if it may be there and can be written; makes nothing.
 
     Raises:
-        UsageError: there is a run already, or one of another kind, or a file.
+        UsageError: there is a run already, one of another kind or configuration, or a file.
         ResourceError: the folder can't be written.
     """
     from gptailor.search.island_folder import island_folder
@@ -102,11 +102,12 @@ def check_place(config: Config, resume: bool, island: tuple[int, int] | None = N
     output = Path(config.output)
     place = output if island is None else island_folder(output, island[0])
     check_kind(output, has_islands=island is not None)
-    if (place / "archive.db").exists() and not resume:
+    has_begun = (place / "archive.db").exists()
+    if has_begun and not resume:
         raise UsageError(
             f"{place} holds a run already: continue it with --resume, or name another output."
         )
-    if island is not None:
+    if has_begun or island is not None:
         check_config_file(output, config)
     check_writable(place)
     return place
