@@ -87,11 +87,14 @@ def _publish(path: Path, config: Config, dtype: str) -> str:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps({**_key(config), "dtype": dtype}) + "\n")
-        if _read(path, config) is None:  # of a run that never began: another device, or torn
-            path.unlink(missing_ok=True)
-        with contextlib.suppress(FileExistsError):
-            path.hardlink_to(temporary)  # unlike a rename it never replaces the file of another
-        return _read(path, config) or dtype
+        for _ in range(3):
+            with contextlib.suppress(FileExistsError):
+                path.hardlink_to(temporary)  # unlike a rename it never replaces another's file
+            found = _read(path, config)
+            if found is not None:
+                return found
+            path.unlink(missing_ok=True)  # of a run that never began: another device, or torn
+        return dtype
     except OSError:
         return dtype
     finally:
