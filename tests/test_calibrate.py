@@ -352,7 +352,8 @@ def test_a_search_uses_them(
     words = ["stitch", tmp_path / "run", "--point", merged[0].recipe.point, tmp_path / "model"]
     assert run(*words, "--no-verify") == 0
     capsys.readouterr()
-    assert run("search", tmp_path / "search.yaml", "--resume", "calibration=elsewhere") == 2
+    other = ["calibration=elsewhere", f"output={tmp_path / 'other'}"]
+    assert run("search", tmp_path / "search.yaml", *other) == 2
     assert "has no statistics of base for regmean" in capsys.readouterr().err
     del config["calibration"]
     with pytest.raises(UsageError, match=r"names regmean, which needs calibration data"):

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from gptailor import patience, verbs
+from gptailor.evaluation import evaluator
 from gptailor.evaluation.judge import ResidentLM
+from gptailor.evaluation.resident import ResidentModel
 from gptailor.patience import Patience, duration, slowly
 from tests.search.test_run import write_config
 
@@ -115,6 +117,12 @@ def test_a_search_tells_how_far_a_candidate_is_measured(
 
     fast = ResidentLM.hidden_states_only
     monkeypatch.setattr(ResidentLM, "hidden_states_only", slow)
+
+    def slowly_loaded(*args: Any, **options: Any) -> ResidentModel:
+        time.sleep(0.5)
+        return ResidentModel(*args, **options)
+
+    monkeypatch.setattr(evaluator, "ResidentModel", slowly_loaded)
     config = write_config(
         tmp_path, models, tasks_dir, tmp_path / "run", evaluations=2, seeds=["angular"]
     )
