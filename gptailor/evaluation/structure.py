@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptailor.errors import GptailorError, ModelError, UsageError
 from gptailor.evaluation.loading import build, load_config, load_shell, quiet
@@ -34,6 +35,9 @@ from gptailor.evaluation.signature import (
 )
 from gptailor.models.architecture import cut_config, implied_lists, text_config
 from gptailor.models.checkpoint import TensorInfo
+
+_LONG = 130
+"""Tokens that are more than two of the usual chunks: some attention is another one then."""
 
 _KEPT_CUTS = 1024
 """Cuts that a structure remembers; the recipes of a search have most of them in common."""
@@ -241,7 +245,7 @@ class Structure:
         return Cut(proposal, config, tuple(constants), around.constants)
 
     def check_steady(self, model: Any = None) -> None:
-        """Raises a `ModelError` if a forward pass changes the model itself.
+        """Raises a `ModelError` if a forward pass changes the model itself, or depends on chance.
 
         Args:
             model: with weights, for the few that can't run without values; None: only those that
@@ -249,12 +253,13 @@ class Structure:
         """
         reason, changed = self._whole_pass
         if reason and model is not None:
-            changed = _pass(model)[1]
+            most = getattr(self.shell.config.get_text_config(), "max_position_embeddings", None)
+            changed = _pass(model)[1] or _pass(model, min(most or _LONG, _LONG))[1]
         if changed:
             kind = self.shell.config.model_type
             raise ModelError(
                 f"{self.folder}: a model of this type ({kind}) {changed} while it runs, so that a "
-                "search can't share its layers; stitching can."
+                "search can't compare its recipes; stitching can."
             )
 
     @property
@@ -381,18 +386,19 @@ def _dry_pass(config: Any) -> tuple[str, str]:
     return reason, ""
 
 
-def _pass(model: Any) -> tuple[str, str]:
+def _pass(model: Any, num_tokens: int = 4) -> tuple[str, str]:
     """A pass of a few tokens.
 
     Returns:
-        Why it ends in an error, or empty; what it changes in the model, as a clause, or empty.
+        Why it ends in an error, or empty; why no two are alike, as a clause, or empty.
     """
     versions = {name: p._version for name, p in model.named_parameters()}
     modules = {path: type(module) for path, module in model.named_modules()}
     device = next(model.parameters()).device
+    chance = _Chance()
     try:
-        with quiet(), torch.no_grad():
-            model(input_ids=torch.zeros(1, 4, dtype=torch.long, device=device))
+        with quiet(), torch.no_grad(), chance:
+            model(input_ids=torch.zeros(1, num_tokens, dtype=torch.long, device=device))
     except Exception as error:  # whatever the model's own code raises
         return (str(error).strip().splitlines() or [type(error).__name__])[0], ""
     for name, parameter in model.named_parameters():
@@ -401,7 +407,19 @@ def _pass(model: Any) -> tuple[str, str]:
     for path, module in model.named_modules():
         if modules.get(path) is not type(module):
             return "", f"replaces its own modules ({path})"
-    return "", ""
+    return "", f"draws random numbers ({chance.drawn})" if chance.drawn else ""
+
+
+class _Chance(TorchDispatchMode):
+    """Sees whether anything that runs draws random numbers; `drawn` names the operation."""
+
+    drawn = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # fused attention could, but a model that is evaluated has no dropout
+        if torch.Tag.nondeterministic_seeded in func.tags and "attention" not in func.name():
+            self.drawn = func.name()
+        return func(*args, **(kwargs or {}))
 
 
 def _shown(src_layers: Sequence[int]) -> str:

@@ -156,6 +156,14 @@ def test_weights_that_a_model_writes_to_are_not_shared(tmp_path: Path) -> None:
     write_model(recipe(folder, 0, 2), opened(folder), tmp_path / "out", test=smoke_test)
 
 
+def test_scores_that_depend_on_chance_are_not_compared(tmp_path: Path) -> None:
+    keys = {"is_decoder": True, "axial_pos_embds": False, "num_buckets": 4}
+    layers = {"attn_layers": ["local", "lsh"] * 2, "attention_head_size": 8}
+    folder = save_real(tmp_path / "m", "reformer", **keys, **layers)
+    with pytest.raises(ModelError, match=r"draws random numbers \(aten::randn"):
+        ResidentModel(opened(folder), dtype="float32", device="cpu")
+
+
 def test_modules_that_a_model_replaces_are_not_shared(tmp_path: Path) -> None:
     keys = {"is_decoder": True, "attention_type": "block_sparse", "block_size": 4}
     folder = save_real(tmp_path / "m", "big_bird", num_random_blocks=1, **keys)
