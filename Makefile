@@ -3,6 +3,8 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+# two processes, each takes a file of tests at a time; more need a GB of memory each
+TEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml constraints.txt
 
 .PHONY: demo test test-cluster test-slow sanitize lint typecheck bench clean
@@ -11,7 +13,7 @@ demo: $(VENV)/.installed
 	$(BIN)/gptailor demo --workers 2
 
 test: lint typecheck
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(TEST_FLAGS)
 
 # what befalls a search on a cluster (time limits, dead nodes, preemption): minutes of waiting
 test-cluster: $(VENV)/.installed

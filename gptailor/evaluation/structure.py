@@ -389,13 +389,17 @@ def _dry_pass(config: Any) -> tuple[str, str]:
 def _pass(model: Any, num_tokens: int = 4) -> tuple[str, str]:
     """A pass of a few tokens.
 
+    Args:
+        model: on any device.
+        num_tokens: how many they are.
+
     Returns:
         Why it ends in an error, or empty; why no two are alike, as a clause, or empty.
     """
     versions = {name: p._version for name, p in model.named_parameters()}
     modules = {path: type(module) for path, module in model.named_modules()}
     device = next(model.parameters()).device
-    chance = _Chance()
+    chance = _Chance()  # type: ignore[no-untyped-call]
     try:
         with quiet(), torch.no_grad(), chance:
             model(input_ids=torch.zeros(1, num_tokens, dtype=torch.long, device=device))
@@ -410,7 +414,7 @@ def _pass(model: Any, num_tokens: int = 4) -> tuple[str, str]:
     return "", f"draws random numbers ({chance.drawn})" if chance.drawn else ""
 
 
-class _Chance(TorchDispatchMode):
+class _Chance(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees whether anything that runs draws random numbers; `drawn` names the operation."""
 
     drawn = ""
