@@ -198,7 +198,7 @@ def a_metric_that_the_group_does_not_aggregate(place: Path, config: dict[str, An
     config["evaluation"]["tasks"] = [{"task": "t_group", "metric": "acc_norm"}]
 
 
-@breaks("The task mixed has no metric that all of its tasks give")
+@breaks("The task mixed has no metric that is a number in all of its tasks")
 def a_group_without_a_metric(place: Path, config: dict[str, Any]) -> None:
     write_group(place / "tasks", "mixed", ["t_shared", "t_generate"])
     config["evaluation"]["tasks"] = ["mixed"]

@@ -114,7 +114,8 @@ def choose_key(name: str, wanted: str | None, known: Sequence[str]) -> str:
     """
     if not known:
         raise UsageError(
-            f"The task {name} has no metric that all of its tasks give: name these one by one."
+            f"The task {name} has no metric that is a number in all of its tasks: correct its "
+            "metric_list, or name the tasks of a group one by one."
         )
     matches = [k for k in known if wanted is None or wanted in (k, k.partition(",")[0])]
     if not matches:

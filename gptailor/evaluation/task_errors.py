@@ -56,6 +56,13 @@ def not_loaded(task: str, error: BaseException) -> UsageError:
             return _sentence(task, f"its data can't be read: {_message(_causes(error)[-1])}.")
         if isinstance(cause, KeyError) and _last_file(cause).endswith("/dataset_dict.py"):
             return _sentence(task, f"its data have no split {text.partition(' ')[2]}.")
+        if isinstance(cause, KeyError) and cause.args == (None,):  # a default that there is not
+            metric = _last_local(cause, "metric_name")
+            return _sentence(
+                task,
+                f"lm-eval has no metric {plain(str(metric))!r}. Correct the task's metric_list; a "
+                "metric of the task's own needs an aggregation there.",
+            )
     last = _causes(error)[-1]
     return _sentence(task, f"{_message(last)}{_where(last)}.")
 
@@ -115,6 +122,12 @@ def _where(error: BaseException) -> str:
     if not file or file.startswith(("<", *libraries)):
         return ""
     return f" ({file}, line {traceback.extract_tb(error.__traceback__)[-1].lineno})"
+
+
+def _last_local(error: BaseException, name: str) -> object:
+    """A local variable of the function that raised; None if it has none of that name."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return frames[-1][0].f_locals.get(name) if frames else None
 
 
 def _last_file(error: BaseException) -> str:

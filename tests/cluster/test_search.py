@@ -13,6 +13,7 @@ from tests.cluster.searches import make_search
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 
+@pytest.mark.slow  # a minute; `make test-cluster` and CI run it
 def test_sbatch_finds_the_same_front_though_ranks_are_killed(
     cluster: Cluster, tmp_path: Path, front: list[tuple[str, float]]
 ) -> None:
@@ -29,7 +30,7 @@ def test_sbatch_finds_the_same_front_though_ranks_are_killed(
     check_status(cluster, search, job)
 
 
-@pytest.mark.slow  # the one above is long enough
+@pytest.mark.slow  # as the one above
 def test_launch_finds_the_same_front(
     cluster: Cluster, tmp_path: Path, front: list[tuple[str, float]]
 ) -> None:
@@ -41,7 +42,7 @@ def test_launch_finds_the_same_front(
     assert search.front() == front
 
 
-@pytest.mark.slow  # with the one above the others are long enough
+@pytest.mark.slow  # as the ones above
 def test_mpich_under_pmi2(
     cluster: Cluster, mpich: Path, tmp_path: Path, front: list[tuple[str, float]]
 ) -> None:

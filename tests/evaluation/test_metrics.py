@@ -46,8 +46,12 @@ GROUPS: dict[str, tuple[list[str], list[dict[str, Any]], str]] = {
     "unfit": (UNFIT, [RULE], "exact_match,strict-match"),  # mmlu_flan_cot_zeroshot
     "bare": (["both", "f1_first"], [], "acc,none"),
     "nested": (["another", "as_leaves_2"], [RULE], "acc,none"),
-    "no_common": (["both", "generated"], [], "has no metric that all of its tasks give"),
-    "unfit_mixed": (["f1_only", "generated"], [RULE], "has no metric that all of its tasks give"),
+    "no_common": (["both", "generated"], [], "has no metric that is a number in all of its tasks"),
+    "unfit_mixed": (
+        ["f1_only", "generated"],
+        [RULE],
+        "has no metric that is a number in all of its tasks",
+    ),
 }
 
 

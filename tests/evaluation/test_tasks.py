@@ -31,6 +31,10 @@ FILES = [
     ("custom_dataset: !function own.imports\n" + SPLIT, "No module named 'nosuchmodule'"),
     ("custom_dataset: !function own.nothing\n" + SPLIT, "has no attribute 'nothing'"),
     (JSON % "{here}/good.json" + SPLIT + "doc_to_txt: a\n", "argument 'doc_to_txt'"),
+    (
+        JSON % "{here}/good.json" + SPLIT + "metric_list: [{metric: accc}]\n",
+        "lm-eval has no metric 'accc'. Correct the task's metric_list",
+    ),
 ]
 OF_THE_NETWORK = [
     ("dataset_path: nobody/no-such-data\n" + SPLIT, "Couldn't reach 'nobody/no-such-data'"),
