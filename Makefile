@@ -4,7 +4,7 @@ PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 # two processes, each takes a file of tests at a time; more need a GB of memory each
-TEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
+TEST_FLAGS ?= -n 2 --dist loadfile
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml constraints.txt
 
 .PHONY: demo test test-cluster test-slow sanitize lint typecheck bench clean
