@@ -69,6 +69,9 @@ class ResidentLM(HFLM):  # type: ignore[misc]
     Attributes:
         forward_s: seconds spent inside the model's forward pass so far.
         num_tokens: tokens that went through it so far, padding included.
+
+    Raises:
+        ModelError: the model does not say how many tokens it reads.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int) -> None:
@@ -86,6 +89,11 @@ class ResidentLM(HFLM):  # type: ignore[misc]
             )
         finally:
             logger.setLevel(level)
+        if self.max_length < 1:  # XLNet's has no limit
+            raise ModelError(
+                f"A model of this type ({self.config.model_type}) does not say how many tokens it "
+                "reads, so that lm-eval can't score it; stitching can be done."
+            )
         self.forward_s = 0.0
         self.num_tokens = 0
         self._began = 0.0

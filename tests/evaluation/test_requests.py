@@ -9,10 +9,10 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gptailor.config import EvaluationConfig
-from gptailor.errors import UsageError
+from gptailor.errors import ModelError, UsageError
 from gptailor.evaluation.judge import ResidentLM
 from gptailor.evaluation.loading import load_shell
 from gptailor.evaluation.requests import Asked, check_requests
@@ -212,3 +212,12 @@ def test_tokens_that_the_model_has_no_embedding_for(
     write_task(tmp_path, "own", rows(4, q="w01 new8"), **CHOICE)
     text = refused(other, tmp_path, "own")
     assert "document 3: it has the token 'new8' with the number 102, but the model has 96" in text
+
+
+def test_a_model_that_names_no_context(models: dict[str, str]) -> None:
+    """XLNet's config says -1, with which lm-eval ends in an assertion."""
+    config = AutoConfig.for_model("xlnet", d_model=32, n_layer=2, n_head=4, d_inner=48)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ModelError, match=r"\(xlnet\) does not say how many tokens it reads"):
+        ResidentLM(model, AutoTokenizer.from_pretrained(models["red"]), 4)

@@ -8,7 +8,7 @@ Each family runs in a process of its own, with limits of time and memory, as som
 A verdict is: right; refused (a sentence says why); refused by search (only a folder can be
 written); bug (an error that is none of gptailor's); WRONG (something silent that is not so);
 no model (transformers can't make a tiny one, or can't run it). Exit code 1 if anything is wrong or
-a bug. All families take about 8 minutes of one core.
+a bug. All families take about 20 minutes of one core.
 """
 
 from __future__ import annotations
