@@ -94,6 +94,7 @@ class ResidentLM(HFLM):  # type: ignore[misc]
                 f"A model of this type ({self.config.model_type}) does not say how many tokens it "
                 "reads, so that lm-eval can't score it; stitching can be done."
             )
+        self._max_length = self.max_length - _first_position(model, self.max_length)
         self.forward_s = 0.0
         self.num_tokens = 0
         self._began = 0.0
@@ -224,6 +225,22 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.forward_s += time.perf_counter() - self._began
+
+
+def _first_position(model: nn.Module, rows: int) -> int:
+    """The position of the first token: 0, but behind the padding's in models like RoBERTa.
+
+    lm-eval does not know of it, and ends in an error at a text that is too long by so much.
+
+    Args:
+        model: the model.
+        rows: of its table of positions.
+    """
+    for name, module in model.named_modules():
+        is_table = type(module) is nn.Embedding and "position" in name.rpartition(".")[2]
+        if is_table and module.num_embeddings == rows and module.padding_idx is not None:
+            return int(module.padding_idx) + 1
+    return 0
 
 
 def read_inputs(

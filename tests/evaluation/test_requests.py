@@ -19,6 +19,7 @@ from gptailor.evaluation.requests import Asked, check_requests
 from gptailor.evaluation.workload import open_workloads
 from gptailor.models.checkpoint import Checkpoint
 from tests.evaluation.own_tasks import ACC, CHOICE, GENERATE, rows, words, write_task
+from tests.models.real import save_real
 
 MAX_LENGTH = 64
 SETTINGS = {"until": ["w06"], "max_gen_toks": 4, "do_sample": False}
@@ -221,3 +222,23 @@ def test_a_model_that_names_no_context(models: dict[str, str]) -> None:
         model = AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(ModelError, match=r"\(xlnet\) does not say how many tokens it reads"):
         ResidentLM(model, AutoTokenizer.from_pretrained(models["red"]), 4)
+
+
+def test_a_model_whose_positions_begin_behind_the_padding(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    """RoBERTa: of 64 positions 62 are for tokens; lm-eval believes that it reads 64."""
+    folder = save_real(
+        tmp_path / "m", "roberta", is_decoder=True, pad_token_id=1, max_position_embeddings=64
+    )
+    tokenizer = AutoTokenizer.from_pretrained(models["red"])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    lm = ResidentLM(model, tokenizer, 4)
+    assert lm.max_length == 62
+    long = [instance("loglikelihood", words(n), f" {words(3)}") for n in (30, 60, 80)]
+    found = lm.loglikelihood(long)
+    told = HFLM(pretrained=model, tokenizer=tokenizer, max_length=62)
+    wanted = told.loglikelihood(long, disable_tqdm=True)
+    assert [x for x, _ in found] == pytest.approx([x for x, _ in wanted], abs=1e-4)
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        HFLM(pretrained=model, tokenizer=tokenizer).loglikelihood(long, disable_tqdm=True)
