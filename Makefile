@@ -3,8 +3,8 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-# two processes, each takes a file of tests at a time; more need a GB of memory each
-TEST_FLAGS ?= -n 2 --dist loadfile
+# that run tests; each needs a GB of memory, and for `test-cluster` it has a Slurm of its own
+TEST_PROCESSES ?= 2
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml constraints.txt
 
 .PHONY: demo test test-cluster test-slow sanitize lint typecheck bench clean
@@ -13,11 +13,11 @@ demo: $(VENV)/.installed
 	$(BIN)/gptailor demo --workers 2
 
 test: lint typecheck
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(TEST_FLAGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(TEST_PROCESSES) --dist loadfile
 
 # what befalls a search on a cluster (time limits, dead nodes, preemption): minutes of waiting
 test-cluster: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "cluster and slow"
+	$(BIN)/python -m pytest -m "cluster and slow" -n $(TEST_PROCESSES)
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "slow or gpu"
