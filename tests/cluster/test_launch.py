@@ -133,6 +133,7 @@ def test_the_dry_run_shows_what_is_submitted(launcher: Launcher) -> None:
     assert "it's a test" in launcher.cluster.run("scontrol", "show", "job", job)
 
 
+@pytest.mark.slow  # a job of its own; `make test-cluster` and CI run it
 def test_a_job_is_told_truly_from_its_submission_to_its_end(launcher: Launcher) -> None:
     (job,) = launcher.submitted("--slurm", "hold")
     told = launcher.status()[job]
@@ -161,6 +162,7 @@ def test_a_job_is_told_truly_from_its_submission_to_its_end(launcher: Launcher) 
     assert launcher.gptailor("cancel", launcher.run)[0] == 0
 
 
+@pytest.mark.slow  # a job of its own; `make test-cluster` and CI run it
 def test_the_exit_code_of_a_job_is_that_of_the_search(launcher: Launcher) -> None:
     (job,) = launcher.submitted("--nodes", "1", seconds=0, code=3)
     launcher.cluster.wait(job)
@@ -168,6 +170,7 @@ def test_the_exit_code_of_a_job_is_that_of_the_search(launcher: Launcher) -> Non
     assert (told["state"], told["exit_code"], told["is_live"]) == ("FAILED", 3, False)
 
 
+@pytest.mark.slow  # a job of its own; `make test-cluster` and CI run it
 def test_a_job_that_ended_before_its_search_began(launcher: Launcher) -> None:
     (job,) = launcher.submitted("--nodes", "1", "--setup", "exit 9")
     launcher.cluster.wait(job)
