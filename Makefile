@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-# that run tests; each needs a GB of memory, and for `test-cluster` it has a Slurm of its own
+# processes that run tests; each needs a GB of memory, and for `test-cluster` it has a Slurm of its own
 TEST_PROCESSES ?= 2
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml constraints.txt
 

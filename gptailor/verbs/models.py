@@ -83,7 +83,7 @@ def _check_room(recipe: Recipe, family: Family, out: str | Path) -> None:
     from gptailor.evaluation.memory import available_bytes
     from gptailor.stitching.plan import check_recipe
 
-    check_recipe(recipe.canonical(), family)
+    check_recipe(recipe, family)
     n_bytes = family.parameters(recipe.src_layers) * (4 if recipe.dtype == "float32" else 2)
     room = available_bytes()
     if n_bytes > room:

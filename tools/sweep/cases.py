@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 
@@ -255,14 +256,15 @@ def implied_cases() -> list[Case]:
     return found
 
 
-def all_cases() -> list[Case]:
+@cache
+def all_cases() -> tuple[Case, ...]:
     """A plain family for each model type, and the variants behind it."""
     more = variants()
     some = ("all", "no second", "mixed", "merged")
     more += implied_cases()
     more += [Case(f"{t}:bfloat16", dtype="bfloat16", recipes=some) for t in _PARTLY_FLOAT32]
-    result = []
+    result: list[Case] = []
     for model_type in model_types():
         result.append(Case(model_type))
         result += [case for case in more if case.model_type == model_type]
-    return result
+    return tuple(result)
