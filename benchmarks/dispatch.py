@@ -18,19 +18,20 @@ import tempfile
 import time
 from pathlib import Path
 
-from gptailor.archive import Archive, Cost, Outcome, Score
 from gptailor.config import Config, read_config
 from gptailor.demo import PATH
-from gptailor.execution.channel import Channel
-from gptailor.execution.crew import Crew
+from gptailor.evaluation.outcome import Cost, Outcome, Score
 from gptailor.execution.executor import EvaluationJob, Job, WorkloadInfo
-from gptailor.execution.launcher import join
-from gptailor.execution.mpi import MpiExecutor
-from gptailor.execution.reporter import Reporter
+from gptailor.execution.job_monitor import JobMonitor
+from gptailor.execution.mpi.channel import Channel
+from gptailor.execution.mpi.crew import Crew
+from gptailor.execution.mpi.executor import MpiExecutor
+from gptailor.execution.mpi.launcher import join
+from gptailor.execution.mpi.rank import Orders, run_worker
 from gptailor.execution.stop import Stop
-from gptailor.execution.worker import Orders, run_worker
 from gptailor.models.family import Family
 from gptailor.recipe import Recipe
+from gptailor.run.archive import Archive
 from gptailor.search.nsga2 import AsyncNSGA2
 from gptailor.search.progress import Progress
 from gptailor.search.run import Run
@@ -78,7 +79,7 @@ def round_trips(executor: MpiExecutor, recipes: list[Recipe]) -> None:
     print(f"round trip of a job: median {statistics.median(times):.2f} ms, p95 {p95:.2f} ms")
 
 
-def search(config: Config, family: Family, executor: MpiExecutor, reporter: Reporter) -> None:
+def search(config: Config, family: Family, executor: MpiExecutor, reporter: JobMonitor) -> None:
     """An asynchronous search; prints what each evaluation cost beside its own time."""
     with Archive(config.output) as archive, Path(os.devnull).open("w") as nowhere:
         progress = Progress(config.search.evaluations, family.num_layers, stream=nowhere)
@@ -164,7 +165,7 @@ def lead(channel: Channel, arguments: argparse.Namespace) -> int:
         recipes = AsyncNSGA2(space, 2, 24, [1], []).ask(256)
         stop = Stop()
         with Crew(channel, stop) as crew:
-            reporter = Reporter(stop, config.search.evaluations, config.output)
+            reporter = JobMonitor(stop, config.search.evaluations, config.output)
             crew.join(config, family, config.output, reporter)
             executor = MpiExecutor(crew)
             executor.load("float32")

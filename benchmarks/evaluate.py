@@ -15,9 +15,10 @@ import sys
 import time
 from pathlib import Path
 
-from gptailor.archive import Archive, Cost
 from gptailor.config import read_config
+from gptailor.evaluation.outcome import Cost
 from gptailor.recipe import Layer, Merge, Recipe, Take
+from gptailor.run.archive import Archive
 
 
 def shares(costs: list[Cost]) -> None:

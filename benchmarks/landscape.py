@@ -14,12 +14,12 @@ import hashlib
 import math
 from collections.abc import Iterable
 
-from gptailor.archive import Cost as ArchiveCost
-from gptailor.archive import Outcome, Score
-from gptailor.layer import Layer, Take
+from gptailor.evaluation.outcome import Cost as ArchiveCost
+from gptailor.evaluation.outcome import Outcome, Score
 from gptailor.models.ends import Ends
 from gptailor.models.family import Family
 from gptailor.recipe import Recipe
+from gptailor.recipe.entry import Layer, Take
 
 NUM_LAYERS = 30
 MIN_LAYERS = 20

@@ -27,11 +27,12 @@ from landscape import (
 )
 from virtual_cluster import Clock, Log, StepDied, Turns, VirtualCluster
 
-from gptailor.archive import Archive, Evaluation
 from gptailor.config import Config
-from gptailor.search.island_folder import island_folder
-from gptailor.search.islands import WAIT_S, Islands
-from gptailor.search.others import Alone
+from gptailor.evaluation.outcome import Evaluation
+from gptailor.run.archive import Archive
+from gptailor.run.island_folder import island_folder
+from gptailor.search.island_peers import WAIT_S, IslandPeers
+from gptailor.search.peers import NoPeers
 from gptailor.search.progress import Progress
 from gptailor.search.run import Run
 
@@ -155,9 +156,9 @@ class Island(threading.Thread):
                 self.restarted_s += RESTART_S[args.loses]
                 self.clock.now = dies_at + RESTART_S[args.loses]
 
-    def _others(self, archive: Archive, config: Config) -> Alone:
+    def _others(self, archive: Archive, config: Config) -> NoPeers:
         if self.args.islands == 1:
-            return Alone()
+            return NoPeers()
         description = {"num_layers": NUM_LAYERS, "models": MODELS, "parameters": {}}
         for key, value in (
             ("config", config.model_dump_json()),
@@ -174,7 +175,7 @@ class Island(threading.Thread):
         return others
 
 
-class VirtualIslands(Islands):
+class VirtualIslands(IslandPeers):
     """The real ones; what they wait for is virtual."""
 
     clock: Clock

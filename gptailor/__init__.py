@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gptailor import verbs
-    from gptailor.archive import Archive
     from gptailor.config import Config, read_config
     from gptailor.models.family import Family
     from gptailor.recipe import Merge, Recipe, Take, read_recipe
+    from gptailor.run.archive import Archive
 
 _HOMES = {
     "archive": ("Archive",),

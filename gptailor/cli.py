@@ -16,8 +16,8 @@ from typing import NoReturn
 
 from gptailor.commands import COMMANDS
 from gptailor.errors import GptailorError, Terminated, exit_code_of, is_disk_full, unknown
-from gptailor.execution.launcher import is_first, leave_quietly
-from gptailor.execution.verdict import write_verdict
+from gptailor.execution.mpi.launcher import is_first, leave_quietly
+from gptailor.execution.slurm.exit_code_file import write_verdict
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
     finally:
         write_verdict(code)
-        if (channel := sys.modules.get("gptailor.execution.channel")) is not None:
+        if (channel := sys.modules.get("gptailor.execution.mpi.channel")) is not None:
             channel.leave(code)  # ends the other ranks of an MPI program if they don't end alone
     return code
 

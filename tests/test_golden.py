@@ -27,18 +27,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptailor.archive import Archive
 from gptailor.config import Config, read_config
 from gptailor.demo import PATH as DEMO
 from gptailor.execution.executor import EvaluationJob
-from gptailor.layer import Merge
 from gptailor.merging.registry import METHODS
 from gptailor.models.calibration import Calibration
 from gptailor.models.ends import Ends
 from gptailor.models.family import Family
 from gptailor.recipe import Recipe, Take
+from gptailor.recipe.entry import Merge
 from gptailor.report import write_report
-from gptailor.search.islands import Islands
+from gptailor.run.archive import Archive
+from gptailor.search.island_peers import IslandPeers
 from gptailor.search.progress import Progress
 from gptailor.search.run import Run
 from gptailor.stitching.write import write_model
@@ -168,7 +168,7 @@ def islands(folder: Path) -> list[str]:
         mortal: Any = Mortal(2, NUM_LAYERS, score, seconds)
         mortal.left = jobs
         with open_archive(folder, island, config) as archive:
-            others = Islands(folder, island, 3, archive, now=lambda: float(next(clock)))
+            others = IslandPeers(folder, island, 3, archive, now=lambda: float(next(clock)))
             others.wait = lambda: None  # type: ignore[method-assign]
             progress = Progress(config.search.evaluations, NUM_LAYERS, stream=io.StringIO())
             run = Run(config, small_family(), archive, mortal, progress, others=others)

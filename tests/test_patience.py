@@ -10,7 +10,7 @@ import pytest
 
 from gptailor import patience, verbs
 from gptailor.evaluation import evaluator
-from gptailor.evaluation.judge import ResidentLM
+from gptailor.evaluation.lm import ResidentLM
 from gptailor.evaluation.resident import ResidentModel
 from gptailor.patience import Patience, duration, slowly
 from tests.search.test_run import write_config

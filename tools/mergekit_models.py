@@ -21,7 +21,7 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tests.mergekit_family import GOLDEN, save_family
+from tests.mergekit.family import GOLDEN, save_family
 
 
 def main(names: list[str]) -> None:

@@ -31,7 +31,7 @@ from gptailor import verbs
 from gptailor.errors import GptailorError
 from gptailor.mergekit.config import MERGEKIT_METHODS, mergekit_parameters
 from gptailor.merging.registry import METHODS
-from tests.mergekit_family import NUM_LAYERS, save_family
+from tests.mergekit.family import NUM_LAYERS, save_family
 
 FILTERS = ("self_attn", "mlp", "q_proj", "norm", "embed", "lm_head", "layers.1", "layers.3", "*")
 RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")

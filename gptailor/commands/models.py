@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from gptailor.commands.command import Command, add_io, at_least_one, say
 
 if TYPE_CHECKING:
-    from gptailor.archive import Score
+    from gptailor.evaluation.outcome import Score
 
 
 def _stitch(arguments: argparse.Namespace) -> int:

@@ -39,7 +39,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _search(arguments: argparse.Namespace) -> int:
     from gptailor import verbs
-    from gptailor.search.island_folder import parse_island
+    from gptailor.run.island_folder import parse_island
 
     out = verbs.search(
         arguments.config,
@@ -68,7 +68,7 @@ def _report(arguments: argparse.Namespace) -> int:
 def _show_front(run: str | os.PathLike[str], as_json: bool) -> None:
     from pathlib import Path
 
-    from gptailor.report.front import load_report
+    from gptailor.report.front_model import load_report
     from gptailor.report.terminal import front_table
 
     if as_json:

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gptailor.errors import plain
-from gptailor.pareto import SMALL
 from gptailor.patience import duration
+from gptailor.run.pareto import SMALL
 
 if TYPE_CHECKING:
-    from gptailor.execution.job_record import WorkerRecord
-    from gptailor.execution.run_status import JobStatus, RunStatus
+    from gptailor.execution.slurm.status import JobStatus, RunStatus
+    from gptailor.run.job_record import WorkerRecord
 
 MAX_WORKERS = 16
 """So many workers of a job are listed, those first that are at it longest."""

@@ -18,7 +18,7 @@ from gptailor import _C
 from gptailor.errors import ModelError, ResourceError
 from gptailor.evaluation.casting import cast
 from gptailor.evaluation.footprint import weights_budget
-from gptailor.evaluation.hot_set import HotSet
+from gptailor.evaluation.lfu_cache import LFUCache
 from gptailor.models.architecture import Role
 from gptailor.models.checkpoint import FLOAT_DTYPES, TensorInfo, read_error
 from gptailor.models.family import Family
@@ -196,7 +196,7 @@ class DeviceWeights:
             self._reserve = max(
                 sum(self.n_bytes(GroupKey(m, src)) for m in family.candidates) for src in layers
             )
-        self._hot: HotSet[GroupKey] = HotSet(self.budget_bytes - self._reserve)
+        self._hot: LFUCache[GroupKey] = LFUCache(self.budget_bytes - self._reserve)
         self._keys: dict[tuple[str, Place, tuple[torch.dtype, ...]], GroupKey] = {}
 
     def _cost(self, key: GroupKey) -> int:

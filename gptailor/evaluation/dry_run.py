@@ -15,7 +15,7 @@ from typing import Any
 from gptailor.config import Config, parse_config
 from gptailor.errors import GptailorError
 from gptailor.evaluation.family import open_family
-from gptailor.evaluation.judge import ResidentLM, plan_batches, read_inputs
+from gptailor.evaluation.lm import ResidentLM, plan_batches, read_inputs
 from gptailor.evaluation.loading import load_tokenizer
 from gptailor.evaluation.pointers import find_pointers
 from gptailor.evaluation.structure import Structure

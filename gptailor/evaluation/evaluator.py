@@ -7,11 +7,11 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from gptailor.archive import Cost, Documents, Outcome, Score
 from gptailor.config import EvaluationConfig
 from gptailor.errors import GptailorError, ModelError, ResourceError, TaskError
-from gptailor.evaluation.judge import ResidentLM
+from gptailor.evaluation.lm import ResidentLM
 from gptailor.evaluation.loading import load_tokenizer
+from gptailor.evaluation.outcome import Cost, Documents, Outcome, Score
 from gptailor.evaluation.resident import ResidentModel, is_out_of_memory
 from gptailor.evaluation.similarity import Similarity, measure
 from gptailor.evaluation.workload import open_workloads

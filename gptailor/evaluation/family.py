@@ -7,9 +7,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from gptailor.config import Config
 from gptailor.evaluation.agreement import compare_configs, note
 from gptailor.evaluation.lazy_reader import LazyReader
 from gptailor.evaluation.tokenizers import compare_tokenizers
+from gptailor.models.calibration import Calibration
 from gptailor.models.config_fields import ABSENT, differences
 from gptailor.models.family import Family
 
@@ -42,3 +44,20 @@ def open_family(
         notes.append(note(candidate, harmless))
     family.settle(filter(None, notes))
     return family
+
+
+def find_calibration(config: Config, family: Family) -> Calibration | None:
+    """The statistics that a search needs, of every model; None if its methods need none.
+
+    Raises:
+        UsageError: a model's statistics are missing.
+        ModelError: they are corrupt, or belong to other weights.
+    """
+    methods = config.space.merge.calibrated
+    if config.calibration is None or not methods:
+        return None
+    for candidate in family.candidates.values():
+        for method in methods:
+            candidate.statistics(config.calibration, method)
+    needed = [(method, name) for method in methods for name in config.models]
+    return Calibration(config.calibration).found(needed)

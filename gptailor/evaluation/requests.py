@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gptailor.errors import UsageError, plain, unknown
 
 if TYPE_CHECKING:
-    from gptailor.evaluation.judge import ResidentLM
+    from gptailor.evaluation.lm import ResidentLM
 
 _SHOWN = 40
 """Longer texts are cut in messages."""

@@ -20,9 +20,15 @@ from gptailor import _C
 from gptailor.errors import ModelError, ResourceError, UsageError
 from gptailor.evaluation.casting import cast
 from gptailor.evaluation.device_merge import can_merge, merge_on_gpu
+from gptailor.evaluation.device_pool import (
+    DevicePool,
+    Key,
+    memory_bytes,
+    open_pools,
+    spread_modules,
+)
 from gptailor.evaluation.device_weights import Backend, Group, GroupKey, Place
 from gptailor.evaluation.footprint import CACHED_MODELS
-from gptailor.evaluation.home import Home, Key, memory_bytes, open_homes, spread_modules
 from gptailor.evaluation.kept_types import KeptTypes
 from gptailor.evaluation.loading import load_model
 from gptailor.evaluation.pointers import check_padding_rows, find_pointers
@@ -132,7 +138,7 @@ class ResidentModel:
         )
         self._outside_plans: dict[Key, list[OutTensor]] = {}
         self._wrapped: dict[Group, Parameters] = {}
-        self.homes, self._home_of = open_homes(
+        self.homes, self._home_of = open_pools(
             family,
             spread_over if len(spread_over) > 1 else [self.device],
             dtype=self._dtype,
@@ -147,7 +153,7 @@ class ResidentModel:
             devices = [self._home(src).device for src in ("embeddings", *range(family.num_layers))]
             spread_modules(self.model, list(stack), self._outside.values(), devices)
         self._borrowed: dict[str, Group] = {}
-        self._unchecked: list[tuple[Home, Key, list[OutTensor], torch.Tensor]] = []
+        self._unchecked: list[tuple[DevicePool, Key, list[OutTensor], torch.Tensor]] = []
 
     def assemble(self, recipe: Recipe) -> nn.Module:
         """Makes `model` the stitched model of a recipe; returns it.
@@ -246,7 +252,7 @@ class ResidentModel:
         for name, source in self._ties:
             point(self.model, name, self.model.get_parameter(source))
 
-    def _home(self, place: Place) -> Home:
+    def _home(self, place: Place) -> DevicePool:
         return self.homes[self._home_of[place] if isinstance(place, int) else 0]
 
     def _end(self, tensor_name: str) -> Place:
@@ -358,7 +364,7 @@ class ResidentModel:
         home.keep(key, parameters)
 
     def _compute_all(
-        self, home: Home, key: Key, tensors: Sequence[OutTensor]
+        self, home: DevicePool, key: Key, tensors: Sequence[OutTensor]
     ) -> list[torch.Tensor]:
         """On the device, in the types of the plan."""
         result: dict[int, torch.Tensor] = {}

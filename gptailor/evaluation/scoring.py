@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gptailor.archive import Score
 from gptailor.config import TaskSpec
 from gptailor.errors import UsageError
 from gptailor.evaluation import metrics, per_document
+from gptailor.evaluation.outcome import Score
 from gptailor.evaluation.tasks import TaskSet
 
 Results = Mapping[str, Mapping[str, Any]]

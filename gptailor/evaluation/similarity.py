@@ -16,7 +16,7 @@ from gptailor.recipe import Recipe, Take
 if TYPE_CHECKING:
     import torch
 
-    from gptailor.evaluation.judge import ResidentLM
+    from gptailor.evaluation.lm import ResidentLM
     from gptailor.evaluation.resident import ResidentModel
     from gptailor.evaluation.workload import Workload
 

@@ -13,11 +13,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gptailor.archive import Documents, Score
 from gptailor.config import EvaluationConfig, TaskSpec
 from gptailor.errors import UsageError
 from gptailor.evaluation import metrics
 from gptailor.evaluation.documents import choose_documents, limited, telling
+from gptailor.evaluation.outcome import Documents, Score
 from gptailor.evaluation.requests import Asked, check_requests
 from gptailor.evaluation.scoring import Results, Scoring
 from gptailor.evaluation.surroundings import quiet, seeded

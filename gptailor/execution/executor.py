@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from gptailor.archive import Documents, Outcome
 from gptailor.evaluation.forward_dtype import Ability
+from gptailor.evaluation.outcome import Documents, Outcome
 from gptailor.evaluation.similarity import Similarity
 from gptailor.recipe import Recipe
 

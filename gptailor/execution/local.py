@@ -1,95 +1,24 @@
-"""What a worker does, wherever it runs; and evaluation in this process."""
+"""Evaluation on this machine: in this process, or in a pool of processes."""
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from gptailor.archive import Outcome
 from gptailor.config import Config
 from gptailor.evaluation.forward_dtype import Ability, find_ability
-from gptailor.evaluation.similarity import Similarity
 from gptailor.execution.executor import (
-    EvaluationJob,
     Executor,
     Finished,
     Job,
-    SimilarityJob,
     WorkloadInfo,
 )
-from gptailor.execution.node_files import open_candidates
-from gptailor.models.family import Family
-from gptailor.patience import Say
+from gptailor.execution.node.files import open_candidates
+from gptailor.execution.worker import Worker
 
 if TYPE_CHECKING:
-    from gptailor.evaluation.evaluator import Evaluator
-
-
-class Worker:
-    """What one worker does, wherever it runs: it lives as long as its models stay in memory.
-
-    Args:
-        config: models, tasks, device.
-        family: the opened candidates.
-        num_workers: how many share the device.
-        says: is told what is loaded.
-
-    Attributes:
-        beat: called in the midst of a job, between two forward passes.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        family: Family,
-        num_workers: int = 1,
-        says: Say = lambda text: None,
-    ) -> None:
-        says("loading libraries")
-        from gptailor.evaluation.evaluator import Evaluator
-
-        self._config = config
-        self.evaluator: Evaluator = Evaluator(
-            family, config.evaluation, seed=config.search.seed, workers=num_workers, says=says
-        )
-        self.beat: Callable[[], None] = lambda: None
-        self.evaluator.lm.model.register_forward_hook(lambda *_: self.beat())
-        self._how_far: Callable[[], str] = lambda: ""
-        self._usual: dict[str, int] = {}  # tokens of an evaluation on these documents
-
-    def workload(self) -> WorkloadInfo:
-        """What will be evaluated."""
-        workloads = self.evaluator.workloads
-        digest = "-".join(workload.digest for workload in workloads.values())
-        return WorkloadInfo({n: w.num_documents for n, w in workloads.items()}, digest)
-
-    def do(self, job: Job) -> Outcome | Similarity:
-        """Does a job; raises like `Evaluator`."""
-        try:
-            if isinstance(job, SimilarityJob):
-                return self.evaluator.similarity(job.model, self._config.space.dtype, self._counts)
-            return self._evaluate(job)
-        finally:
-            self._how_far = lambda: ""
-
-    def words(self) -> str:
-        """How far the job is; empty if nobody knows. May be called from another thread."""
-        return self._how_far()
-
-    def _evaluate(self, job: EvaluationJob) -> Outcome:
-        lm, before = self.evaluator.lm, self.evaluator.lm.num_tokens
-        usual = self._usual.get(job.documents)
-        of = "" if usual is None else f" of about {usual:,}"
-        self._how_far = lambda: f"{lm.num_tokens - before:,}{of} tokens"
-        outcome = self.evaluator.evaluate(job.recipe, job.documents)
-        if outcome.status == "ok":
-            self._usual[job.documents] = outcome.cost.num_tokens
-        return outcome
-
-    def _counts(self, done: int, of: int) -> None:
-        self._how_far = lambda: f"{done} of {of} contexts"
+    pass
 
 
 class InProcess:
@@ -154,18 +83,6 @@ class InProcess:
 
     def close(self) -> None:
         """Nothing has to be ended."""
-
-
-def without_process_locks() -> None:
-    """Gives tqdm, which most libraries use, a lock within this process, which is one of ours.
-
-    By itself it makes a semaphore of the system for each process that shows a bar. A worker that is
-    ended while it works, or killed, leaves that behind, and Python warns of it on everybody's
-    standard error when the search ends.
-    """
-    import tqdm
-
-    tqdm.tqdm.set_lock(threading.RLock())
 
 
 def open_executor(config: Config, num_workers: int) -> Executor:

@@ -13,14 +13,14 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from gptailor.archive import Outcome
 from gptailor.config import Config
 from gptailor.errors import GptailorError, StoppedEarly
 from gptailor.evaluation.forward_dtype import Ability, find_ability
+from gptailor.evaluation.outcome import Outcome
 from gptailor.evaluation.similarity import Similarity
 from gptailor.execution.executor import Finished, Job, WorkloadInfo
-from gptailor.execution.local import Worker, without_process_locks
-from gptailor.execution.node_files import open_candidates
+from gptailor.execution.node.files import open_candidates
+from gptailor.execution.worker import Worker, without_process_locks
 
 WORDS_BYTES = 200
 """What a worker says of its work has room for so much, in memory that it shares."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gptailor.report.front import Point, Report, load_report
+from gptailor.report.front_model import Point, Report, load_report
 from gptailor.report.terminal import front_table
 
 __all__ = ["Point", "Report", "front_table", "load_report", "write_report"]

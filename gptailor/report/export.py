@@ -17,12 +17,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from gptailor.archive import Score
 from gptailor.errors import ResourceError, UsageError
+from gptailor.evaluation.outcome import Score
 from gptailor.files import write_whole
 from gptailor.merging.registry import get_method
-from gptailor.recipe import NO_LAYER, Layer, Recipe, Take, canonical_layer
-from gptailor.report.front import Point, Report
+from gptailor.recipe import NO_LAYER, Layer, Recipe, Take
+from gptailor.recipe.canonical import canonical_layer
+from gptailor.report.front_model import Point, Report
 from gptailor.report.headline import headline
 from gptailor.report.ledger import Spent
 from gptailor.report.measured import Measured

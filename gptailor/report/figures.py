@@ -9,7 +9,7 @@ import io
 import statistics
 from typing import Any
 
-from gptailor.report.front import DENSE, Point, Report
+from gptailor.report.front_model import DENSE, Point, Report
 
 KIND_LABELS = {
     DENSE: "dense candidate",

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gptailor.errors import plain
-from gptailor.pareto import most_small_layers
-from gptailor.report.front import Point, Report
+from gptailor.report.front_model import Point, Report
 from gptailor.report.measured import Figure, Measured, figure
 from gptailor.report.yardstick import Yardstick
+from gptailor.run.pareto import most_small_layers
 
 MAX_NAMES = 4
 """So many of the holdout's tasks are named."""

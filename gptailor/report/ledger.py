@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gptailor.archive import Evaluation
+from gptailor.evaluation.outcome import Evaluation
 
 _REASON_CHARS = 160
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gptailor.archive import Outcome, Score
+from gptailor.evaluation.outcome import Outcome, Score
 
 NOISE = 2.0
 """What is within so many standard errors is noise."""

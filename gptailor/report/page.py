@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gptailor.report.export import front_dict, to_json
-from gptailor.report.front import Report
+from gptailor.report.front_model import Report
 
 _HERE = Path(__file__).parent
 _SCRIPTS = ("dom.js", "chart.js", "layers.js", "detail.js", "table.js", "main.js")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gptailor.report.front import Point, Report
+from gptailor.report.front_model import Point, Report
 from gptailor.report.headline import headline
 from gptailor.report.measured import Measured
 from gptailor.report.yardstick import Yardstick

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from gptailor.archive import Score
+from gptailor.evaluation.outcome import Score
 from gptailor.report.measured import NOISE, Figure, Measured, figure
 
 

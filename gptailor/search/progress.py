@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-from gptailor.archive import Evaluation
-from gptailor.pareto import SMALL, most_small_layers
+from gptailor.evaluation.outcome import Evaluation
 from gptailor.patience import Patience, duration
+from gptailor.run.pareto import SMALL, most_small_layers
 
 PLAIN_INTERVAL_S = 5.0
 """Without a terminal there is a line at most so often."""

@@ -13,21 +13,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from gptailor.archive import Archive, Documents, Evaluation, Outcome
 from gptailor.config import Config
+from gptailor.evaluation.family import find_calibration
+from gptailor.evaluation.outcome import Documents, Evaluation, Outcome
 from gptailor.evaluation.similarity import Similarity
 from gptailor.execution.executor import EvaluationJob, Finished, Job, SimilarityJob, job_name
+from gptailor.execution.slurm.exit_code_file import note_gain
 from gptailor.execution.stop import Stop
-from gptailor.execution.verdict import note_gain
 from gptailor.models.family import Family
 from gptailor.recipe import Recipe
-from gptailor.search.journal_entry import Measured
+from gptailor.run.archive import Archive
+from gptailor.run.journal_entry import Measured
+from gptailor.search.arms import control_arms
 from gptailor.search.migration import Migration
 from gptailor.search.nsga2 import AsyncNSGA2, NSGA2Search
-from gptailor.search.others import Alone
+from gptailor.search.peers import NoPeers
 from gptailor.search.scheduler import Ask, Scheduler, Tell
-from gptailor.search.seeds import control_arms
-from gptailor.search.space import SearchSpace, find_calibration
+from gptailor.search.space import SearchSpace
 from gptailor.stitching.plan import count_parameters
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ class Run:
         progress: Progress,
         stop: Stop | None = None,
         tick: Callable[[Run], None] = lambda run: None,
-        others: Alone | None = None,
+        others: NoPeers | None = None,
     ) -> None:
         self.config = config
         self.family = family
@@ -85,7 +87,7 @@ class Run:
         self._counted: set[str] = set()
         self.failures: list[tuple[int, str, str]] = []
         self.num_gained = 0
-        self.others = others or Alone()
+        self.others = others or NoPeers()
         self._arrived: list[Evaluation] = []
         self._migration = Migration()
         self._num_elsewhere = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from gptailor.archive import Outcome
+from gptailor.evaluation.outcome import Outcome
 from gptailor.execution.executor import EvaluationJob, Executor, Finished, Job
 from gptailor.execution.stop import Stop
 from gptailor.recipe import Layer, Merge, Recipe

@@ -25,14 +25,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gptailor.canonical import canonical_end, canonical_layer
-from gptailor.config import Config, Space
+from gptailor.config import Space
 from gptailor.errors import UsageError
 from gptailor.merging.registry import Method, get_method
 from gptailor.models.calibration import Calibration
 from gptailor.models.ends import Ends
-from gptailor.models.family import Family
 from gptailor.recipe import NO_LAYER, End, Layer, Merge, Recipe, Take
+from gptailor.recipe.canonical import canonical_end, canonical_layer
 
 Genome = npt.NDArray[np.int64]
 """Shape (R, G)."""
@@ -41,23 +40,6 @@ KEEP, SOURCE, METHOD, LEVELS = 0, 1, 2, 3
 
 MAX_PARTS = 50_000
 """Of so many layers that genomes stood for the canonical form is kept; some 100 MB."""
-
-
-def find_calibration(config: Config, family: Family) -> Calibration | None:
-    """The statistics that a search needs, of every model; None if its methods need none.
-
-    Raises:
-        UsageError: a model's statistics are missing.
-        ModelError: they are corrupt, or belong to other weights.
-    """
-    methods = config.space.merge.calibrated
-    if config.calibration is None or not methods:
-        return None
-    for candidate in family.candidates.values():
-        for method in methods:
-            candidate.statistics(config.calibration, method)
-    needed = [(method, name) for method in methods for name in config.models]
-    return Calibration(config.calibration).found(needed)
 
 
 class SearchSpace:

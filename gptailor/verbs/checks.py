@@ -95,9 +95,9 @@ def check_place(config: Config, resume: bool, island: tuple[int, int] | None = N
         UsageError: there is a run already, one of another kind or configuration, or a file.
         ResourceError: the folder can't be written.
     """
-    from gptailor.search.island_folder import island_folder
-    from gptailor.search.resume import check_config_file
-    from gptailor.search.run_folder import check_kind
+    from gptailor.run.folder import check_kind
+    from gptailor.run.island_folder import island_folder
+    from gptailor.run.resume import check_config_file
 
     output = Path(config.output)
     place = output if island is None else island_folder(output, island[0])
@@ -115,7 +115,8 @@ def check_place(config: Config, resume: bool, island: tuple[int, int] | None = N
 
 def check_space(config: Config, family: Family) -> None:
     """Raises unless the space fits the family, and the family bears a cut."""
-    from gptailor.search.space import SearchSpace, find_calibration
+    from gptailor.evaluation.family import find_calibration
+    from gptailor.search.space import SearchSpace
 
     find_calibration(config, family)
     space = SearchSpace(config.space, config.models, config.base, family.num_layers)

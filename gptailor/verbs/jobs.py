@@ -18,8 +18,8 @@ from gptailor.patience import Say, slowly
 
 if TYPE_CHECKING:
     from gptailor.config import Config
-    from gptailor.execution.launch import Launch
-    from gptailor.execution.run_status import RunStatus
+    from gptailor.execution.slurm.status import RunStatus
+    from gptailor.execution.slurm.submit import Launch
 
 CANCEL_WAIT_S = 90.0
 """Slurm kills what is left of a job 30 s after it asked it to end, as sites mostly have it."""
@@ -108,8 +108,8 @@ def launch(
         ResourceError: the run folder can't be written.
     """
     from gptailor.config import read_config
-    from gptailor.execution import slurm as cluster
-    from gptailor.execution.launch import Launch, parse_slurm, script, submit
+    from gptailor.execution.slurm import queries as cluster
+    from gptailor.execution.slurm.submit import Launch, parse_slurm, script, submit
 
     parsed = read_config(config, overrides)
     output = Path(parsed.output).absolute()
@@ -163,7 +163,7 @@ def status(run: str | Path) -> RunStatus:
     Raises:
         UsageError: the folder holds no run.
     """
-    from gptailor.execution.run_status import look_at
+    from gptailor.execution.slurm.status import look_at
 
     return look_at(run)
 
@@ -178,8 +178,8 @@ def cancel(
     Raises:
         UsageError: the folder holds no run, or Slurm refuses.
     """
-    from gptailor.execution import slurm as cluster
-    from gptailor.execution.run_status import look_at, process_lives
+    from gptailor.execution.slurm import queries as cluster
+    from gptailor.execution.slurm.status import look_at, process_lives
 
     live = [job.record for job in look_at(run).jobs if job.is_live]
     here = [r for r in live if r.job_id.startswith("local-") and process_lives(r)]
@@ -199,7 +199,7 @@ def cancel(
 
 
 def _check_cluster(asked: Launch) -> None:
-    from gptailor.execution import slurm as cluster
+    from gptailor.execution.slurm import queries as cluster
 
     if not cluster.is_here():
         raise UsageError(
@@ -213,8 +213,8 @@ def _check_cluster(asked: Launch) -> None:
 
 def _without_job(output: Path, numbers: Sequence[int | None]) -> list[int | None]:
     """Those of the islands (None: the whole search) that no job works on now."""
-    from gptailor.execution.job_record import read_all
-    from gptailor.execution.run_status import job_states
+    from gptailor.execution.slurm.status import job_states
+    from gptailor.run.job_record import read_all
 
     live = [job.record for job in job_states(read_all(output)) if job.is_live]
     if not live:
@@ -236,9 +236,9 @@ def _without_job(output: Path, numbers: Sequence[int | None]) -> list[int | None
 
 def _check_search(parsed: Config, output: Path, *, has_islands: bool) -> None:
     """Raises a `UsageError` for what would end the search within its first minute."""
-    from gptailor.archive import Archive
-    from gptailor.search.resume import check_config_file
-    from gptailor.search.run_folder import check_kind
+    from gptailor.run.archive import Archive
+    from gptailor.run.folder import check_kind
+    from gptailor.run.resume import check_config_file
     from gptailor.verbs.checks import check_writable, find_problems
 
     check_writable(output)  # soon, not after the tasks were loaded
@@ -269,7 +269,7 @@ def _note_submitted(
 ) -> None:
     from time import time as unix_time
 
-    from gptailor.execution.job_record import JobRecord, path_of
+    from gptailor.run.job_record import JobRecord, path_of
 
     for job_id, number in zip(job_ids, numbers, strict=True):
         record = JobRecord(

@@ -16,7 +16,7 @@ from gptailor.patience import Patience, slowly
 from gptailor.recipe import DTYPES, Recipe, Take, read_recipe
 
 if TYPE_CHECKING:
-    from gptailor.archive import Score
+    from gptailor.evaluation.outcome import Score
 
 
 def stitch(
@@ -280,8 +280,8 @@ def _calibrated(
 ) -> tuple[dict[str, str], str, str | None, dict[str, list[str]]]:
     """Models, base, calibration folder, and the models that each method needs statistics of."""
     from gptailor.config import read_config
-    from gptailor.recipe import SCHEMA, load_yaml
-    from gptailor.strict_yaml import read_text
+    from gptailor.recipe import SCHEMA
+    from gptailor.strict_yaml import load_yaml, read_text
 
     try:
         data = load_yaml(read_text(path), str(path))
@@ -320,7 +320,7 @@ def _described(path: Path, io: str | None = None) -> tuple[Recipe, Family, str]:
 
 def _point(run: Path, point: str) -> tuple[Recipe, str]:
     """A run's recipe by the beginning of its id, and its scores in Markdown."""
-    from gptailor.search.run_folder import read_run
+    from gptailor.run.folder import read_run
 
     evaluations = read_run(run).evaluations
     by_id = {e.recipe.hash: e.recipe for e in evaluations}

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gptailor.config import Config
     from gptailor.evaluation.dry_run import WorkloadSize
     from gptailor.evaluation.footprint import Footprint, GpuPlan
-    from gptailor.evaluation.probe import Probe
+    from gptailor.search.probe import Probe
     from gptailor.search.space import SearchSpace
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -192,11 +192,12 @@ def plan(
     """
     from gptailor.config import read_config
     from gptailor.evaluation.dry_run import DryRun
+    from gptailor.evaluation.family import find_calibration
     from gptailor.evaluation.footprint import find_footprint, held_bytes, plan_gpus
     from gptailor.evaluation.forward_dtype import Ability, choose, find_ability
     from gptailor.evaluation.memory import available_bytes, total_bytes
     from gptailor.models.ends import announcements
-    from gptailor.search.space import SearchSpace, find_calibration
+    from gptailor.search.space import SearchSpace
 
     parsed = read_config(config, overrides)
     family = open_family(parsed.models, parsed.base)
@@ -291,8 +292,8 @@ def _check_room(footprint: Footprint, device: str) -> None:
 def _probes(config: Config, space: SearchSpace, note: Say) -> tuple[str, list[Probe]]:
     """The device and what was measured there."""
     from gptailor.evaluation.evaluator import Evaluator
-    from gptailor.evaluation.probe import measure_probes
-    from gptailor.execution.node_files import open_candidates
+    from gptailor.execution.node.files import open_candidates
+    from gptailor.search.probe import measure_probes
 
     evaluation = config.evaluation.model_copy(update={"holdout": None})
     said = [""]

@@ -20,11 +20,11 @@ from gptailor.patience import Say, slowly
 from gptailor.verbs.checks import check_place, check_space
 
 if TYPE_CHECKING:
-    from gptailor.archive import Evaluation
     from gptailor.config import Config
-    from gptailor.execution.crew import Crew
+    from gptailor.evaluation.outcome import Evaluation
     from gptailor.execution.executor import Executor, WorkloadInfo
-    from gptailor.execution.launcher import Choice
+    from gptailor.execution.mpi.crew import Crew
+    from gptailor.execution.mpi.launcher import Choice
     from gptailor.execution.stop import Stop
     from gptailor.models.family import Family
     from gptailor.search.progress import Progress
@@ -66,7 +66,7 @@ def search(
     Side effect: SIGUSR2 is taken over: it ends the search in good order (`Requeue`); in an MPI
         program SIGTERM and SIGINT, too. Only rank 0 of an MPI program returns.
     """
-    from gptailor.execution.launcher import join
+    from gptailor.execution.mpi.launcher import join
     from gptailor.execution.stop import Stop, job_ends_at
 
     stop = Stop(job_ends_at())
@@ -77,10 +77,10 @@ def search(
     if channel is None:
         return _search(config, overrides, resume, workers, island, stop)
     if channel.rank > 0:
-        from gptailor.execution.worker import run_worker
+        from gptailor.execution.mpi.rank import run_worker
 
         run_worker(channel)
-    from gptailor.execution.crew import Crew
+    from gptailor.execution.mpi.crew import Crew
 
     if is_main:
         stop.install()
@@ -98,15 +98,15 @@ def _search(
     crew: Crew | None = None,
 ) -> Path:
     """The search, in this process or by the crew of an MPI program."""
-    from gptailor.archive import Archive
     from gptailor.config import Config, read_config
+    from gptailor.execution.job_monitor import JobMonitor
     from gptailor.execution.local import open_executor
-    from gptailor.execution.reporter import Reporter
-    from gptailor.execution.verdict import is_supervised
+    from gptailor.execution.slurm.exit_code_file import is_supervised
     from gptailor.report import write_report
-    from gptailor.search.islands import open_islands
+    from gptailor.run.archive import Archive
+    from gptailor.run.resume import check_resumable
+    from gptailor.search.island_peers import open_islands
     from gptailor.search.progress import Progress
-    from gptailor.search.resume import check_resumable
     from gptailor.search.run import Run
 
     if not isinstance(config, Config):
@@ -123,13 +123,13 @@ def _search(
         check_space(config, family)
     progress = Progress(config.search.evaluations, family.num_layers, log=log)
     number = None if island is None else island[0]
-    with progress, Reporter(stop, config.search.evaluations, output, number) as reporter:
+    with progress, JobMonitor(stop, config.search.evaluations, output, number) as reporter:
         _introduce(family, progress)
         executor: Executor
         if crew is None:
             executor = open_executor(config, workers)
         else:
-            from gptailor.execution.mpi import MpiExecutor
+            from gptailor.execution.mpi.executor import MpiExecutor
 
             crew.join(config, family, place, reporter)
             executor = MpiExecutor(crew)
@@ -189,7 +189,7 @@ def _begun(
 
     All of it comes before the archive is made: a wrong task leaves no run.
     """
-    from gptailor.search.run_dtype import choose_dtype
+    from gptailor.run.dtype import choose_dtype
 
     def doing() -> str:
         texts = list(dict.fromkeys(executor.words().values()))
@@ -236,8 +236,8 @@ def demo(out: str | Path = "gptailor-demo", *, workers: int = 1) -> Path:
     """
     from gptailor.config import read_config
     from gptailor.demo import PATH
-    from gptailor.pareto import most_small_layers
-    from gptailor.search.run_folder import read_run
+    from gptailor.run.folder import read_run
+    from gptailor.run.pareto import most_small_layers
 
     out = Path(out)
     config = read_config(PATH / "search.yaml")
@@ -282,7 +282,7 @@ def environment() -> dict[str, object]:
 
 
 def _front(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
-    from gptailor.pareto import pareto_front
+    from gptailor.run.pareto import pareto_front
 
     return pareto_front(
         evaluations, lambda e: (e.parameters, e.outcome.accuracy or 0.0, e.recipe.hash)

@@ -17,13 +17,14 @@ from pathlib import Path
 
 import yaml
 
-from gptailor.archive import Archive, Evaluation, Outcome
 from gptailor.demo import PATH
 from gptailor.errors import GptailorError
-from gptailor.execution import job_record
+from gptailor.evaluation.outcome import Evaluation, Outcome
 from gptailor.report.export import front_dict, to_json
-from gptailor.report.front import load_report
-from gptailor.search.run_folder import read_run
+from gptailor.report.front_model import load_report
+from gptailor.run import job_record
+from gptailor.run.archive import Archive
+from gptailor.run.folder import read_run
 from tests.cluster.processes import wait_until
 
 Rows = dict[tuple[str, str, str], tuple[int, float, Outcome]]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gptailor.search.run_folder import read_run
+from gptailor.run.folder import read_run
 from tests.cluster.cluster import Cluster
 from tests.cluster.jobs import check_status, launch, submit
 from tests.cluster.processes import wait_until

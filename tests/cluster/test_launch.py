@@ -21,7 +21,7 @@ pytestmark = pytest.mark.cluster
 PROGRAM = """
 import os, signal, sys, time
 from pathlib import Path
-from gptailor.execution.job_record import JobRecord, JobRecorder, job_id_here
+from gptailor.run.job_record import JobRecord, JobRecorder, job_id_here
 
 came = []
 for number in (signal.SIGTERM, signal.SIGUSR2):

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gptailor.archive import Archive
 from gptailor.demo import PATH as DEMO
+from gptailor.run.archive import Archive
 from tests.cluster.cluster import ROOT, Cluster
 from tests.cluster.processes import wait_until
 

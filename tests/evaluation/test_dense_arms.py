@@ -12,13 +12,13 @@ import torch
 import yaml
 
 from gptailor import verbs
-from gptailor.archive import Archive
 from gptailor.config import Space
 from gptailor.evaluation.family import open_family
 from gptailor.evaluation.resident import ResidentModel
 from gptailor.models.family import Family
 from gptailor.recipe import NO_LAYER, Merge, Recipe, Take
-from gptailor.search.seeds import control_arms
+from gptailor.run.archive import Archive
+from gptailor.search.arms import control_arms
 from gptailor.search.space import SearchSpace
 from gptailor.stitching.write import write_model
 from tests.conftest import WORDS, save_llama

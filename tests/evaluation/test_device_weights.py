@@ -170,7 +170,7 @@ def test_copies_of_mapped_files_have_a_limit(
     """bfloat16 candidates in float32, where memory is just enough for one recipe."""
     family = Family(models, "base")
     plenty = ResidentModel(family, device="cpu", dtype="float32", cache_bytes=0)
-    monkeypatch.setattr("gptailor.evaluation.home.available_bytes", lambda: 0)
+    monkeypatch.setattr("gptailor.evaluation.device_pool.available_bytes", lambda: 0)
     scarce = ResidentModel(family, device="cpu", dtype="float32", cache_bytes=0)
     weights = scarce.homes[0].weights
     one_model = sum(4 * t.n_elements for t in family.base.tensors.values())

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from gptailor.archive import Score
 from gptailor.config import EvaluationConfig
 from gptailor.evaluation.evaluator import Evaluator
+from gptailor.evaluation.outcome import Score
 from gptailor.evaluation.workload import Workload
 from gptailor.models.family import Family
 from gptailor.recipe import Recipe, Take

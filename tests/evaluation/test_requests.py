@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gptailor.config import EvaluationConfig
 from gptailor.errors import ModelError, UsageError
-from gptailor.evaluation.judge import ResidentLM
+from gptailor.evaluation.lm import ResidentLM
 from gptailor.evaluation.loading import load_shell
 from gptailor.evaluation.requests import Asked, check_requests
 from gptailor.evaluation.workload import open_workloads

@@ -369,7 +369,7 @@ def test_a_result_that_can_not_be_tested_is_not_written(
 
 
 def test_a_decoder_of_a_type_that_also_translates_is_causal(tmp_path: Path) -> None:
-    from gptailor.evaluation.judge import ResidentLM
+    from gptailor.evaluation.lm import ResidentLM
     from gptailor.evaluation.loading import load_shell, load_tokenizer
 
     small = {"vocab_size": 130, "d_model": 32, "decoder_layers": 4, "decoder_ffn_dim": 48}

@@ -16,7 +16,6 @@ import pytest
 import yaml
 
 from gptailor import cli
-from gptailor.archive import Archive
 from gptailor.config import parse_config
 from gptailor.errors import ModelError
 from gptailor.execution import pool as processes
@@ -24,6 +23,7 @@ from gptailor.execution.executor import EvaluationJob, SimilarityJob
 from gptailor.execution.local import InProcess
 from gptailor.execution.pool import LocalPool
 from gptailor.recipe import Recipe, Take
+from gptailor.run.archive import Archive
 
 CODES = {"worker": 5, "int": 130, "term": 143}
 

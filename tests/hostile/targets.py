@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptailor.archive import Archive, Cost, Evaluation, Outcome, Score
 from gptailor.config import parse_config
 from gptailor.errors import GptailorError, ModelError, UsageError
+from gptailor.evaluation.outcome import Cost, Evaluation, Outcome, Score
 from gptailor.evaluation.similarity import Similarity
-from gptailor.execution.run_status import look_at
+from gptailor.execution.slurm.status import look_at
 from gptailor.mergekit import to_recipe
 from gptailor.mergekit.parse import parse_mergekit
 from gptailor.models.architecture import cut_config, find_architecture, text_config
@@ -34,10 +34,11 @@ from gptailor.models.family import _check_fits as check_fits
 from gptailor.recipe import Recipe
 from gptailor.report import load_report
 from gptailor.report.export import front_csv, front_dict, to_json
-from gptailor.search.island_folder import island_folder
-from gptailor.search.islands import Islands
-from gptailor.search.journal import NAME, read_journal
-from gptailor.search.journal_entry import Begun, Closed, Measured, from_line, to_line
+from gptailor.run.archive import Archive
+from gptailor.run.island_folder import island_folder
+from gptailor.run.journal import NAME, read_journal
+from gptailor.run.journal_entry import Begun, Closed, Measured, from_line, to_line
+from gptailor.search.island_peers import IslandPeers
 from gptailor.search.nsga2 import genome_of
 from gptailor.search.space import SearchSpace
 from gptailor.stitching.plan import make_plan
@@ -388,7 +389,7 @@ def journal(data: bytes) -> None:
             again = from_line(to_line(entry)[:-1], path, number)
             assert to_line(again) == to_line(entry)
     with only(UsageError):
-        with Islands(PLACE / "run", 0, 2, mine) as others:
+        with IslandPeers(PLACE / "run", 0, 2, mine) as others:
             space = SearchSpace(_SEARCHED.space, _MODELS, "base", 4)
             for evaluation in others.refresh():
                 genome = genome_of(space, evaluation.recipe)
@@ -400,7 +401,7 @@ def journal(data: bytes) -> None:
 
 
 def journal_seeds() -> list[bytes]:
-    header = Islands(PLACE / "run", 0, 2, _island()).header
+    header = IslandPeers(PLACE / "run", 0, 2, _island()).header
     recipes = [
         line.replace(b"models: {base: a, red: b, green: ./c}", b"models: {base: a, red: b}")
         for line in recipe_seeds()[:1]

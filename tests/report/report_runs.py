@@ -10,8 +10,9 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from gptailor.archive import Archive, Cost, Outcome, Score
+from gptailor.evaluation.outcome import Cost, Outcome, Score
 from gptailor.recipe import Layer, Merge, Recipe, Take
+from gptailor.run.archive import Archive
 
 LAYERS = 12
 PER_LAYER, REST = 25_000, 60_000

@@ -15,16 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_runs import CRASH, LAYERS, NAMES, add, dense, make_run, recipe_of, size_of
 
-from gptailor.archive import Archive, Cost, Outcome, Score
 from gptailor.errors import ResourceError, UsageError
-from gptailor.pareto import pareto_front
+from gptailor.evaluation.outcome import Cost, Outcome, Score
 from gptailor.recipe import NO_LAYER, Merge, Recipe, Take
 from gptailor.report import load_report, write_report
 from gptailor.report.export import ends, layer_map, write_atomically
-from gptailor.report.front import Point
+from gptailor.report.front_model import Point
 from gptailor.report.headline import headline
+from gptailor.report.hypervolume import hypervolume_history
 from gptailor.report.measured import Measured
-from gptailor.report.volume import hypervolume_history
+from gptailor.run.archive import Archive
+from gptailor.run.pareto import pareto_front
 
 sizes = st.integers(1, 12)
 accuracies = st.sampled_from([0.0, 0.1, 0.2, 0.25, 0.3, 0.5, 0.7, 0.9])

@@ -23,13 +23,14 @@ from report_runs import (
     right,
 )
 
-from gptailor.archive import Archive, Cost, Outcome, Score
+from gptailor.evaluation.outcome import Cost, Outcome, Score
 from gptailor.recipe import Recipe, Take
 from gptailor.report import front_table, load_report
 from gptailor.report.export import front_csv, front_dict, to_json, write_front
 from gptailor.report.headline import headline
 from gptailor.report.measured import Figure, Measured, figure, measured_of
 from gptailor.report.page import page_html
+from gptailor.run.archive import Archive
 from gptailor.verbs.runs import worth_a_holdout
 
 # On the search's documents math is the best dense candidate, on the holdout it knows nothing.

@@ -11,16 +11,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from gptailor.archive import Archive, Cost, Evaluation, Outcome
 from gptailor.config import Config, parse_config
+from gptailor.evaluation.outcome import Cost, Evaluation, Outcome
 from gptailor.execution.executor import EvaluationJob, Finished, Job
 from gptailor.models.ends import Ends
 from gptailor.recipe import Recipe, Take
-from gptailor.search.island_folder import island_folder
-from gptailor.search.islands import Islands
+from gptailor.run.archive import Archive
+from gptailor.run.folder import RunData
+from gptailor.run.island_folder import island_folder
+from gptailor.search.island_peers import IslandPeers
 from gptailor.search.progress import Progress
 from gptailor.search.run import Run
-from gptailor.search.run_folder import RunData
 from gptailor.verbs.runs import worth_a_holdout
 from tests.search.helpers import MODELS, synthetic
 from tests.search.simulated import similarity
@@ -122,7 +123,7 @@ def search(
         uneven=frozenset(),
     )
     with open_archive(run, island, config) as archive:
-        others = Islands(run, island, count, archive)
+        others = IslandPeers(run, island, count, archive)
         ready()
         progress = Progress(config.search.evaluations, NUM_LAYERS, stream=io.StringIO())
         try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gptailor.archive import Cost, Outcome, Score
 from gptailor.config import Space
+from gptailor.evaluation.outcome import Cost, Outcome, Score
 from gptailor.models.ends import Ends
 from gptailor.recipe import Merge, Recipe
 from gptailor.search.space import SearchSpace

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 
-from gptailor.archive import Cost, Outcome
+from gptailor.evaluation.outcome import Cost, Outcome
 from gptailor.evaluation.similarity import Similarity
 from gptailor.execution.executor import EvaluationJob, Finished, Job, WorkloadInfo
 

@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptailor.evaluation.probe import probe_recipes
 from gptailor.models.ends import Ends
 from gptailor.recipe import NO_LAYER, Merge, Recipe, Take
+from gptailor.search.arms import control_arms
 from gptailor.search.nsga2 import AsyncNSGA2, NSGA2Search, genome_of
 from gptailor.search.operators import MUTATIONS, cross_depth, mutate
-from gptailor.search.seeds import control_arms
+from gptailor.search.probe import probe_recipes
 from gptailor.search.space import KEEP, LEVELS, METHOD, SOURCE, SearchSpace
 from tests.search.helpers import ALL, MODELS, make_space, synthetic
-from tests.search.test_seeds import KINDS, similarity
+from tests.search.test_arms import KINDS, similarity
 
 seeds = st.integers(0, 2**32 - 1)
 SAME = dict.fromkeys(MODELS, "base")

@@ -13,19 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptailor.archive import Score
 from gptailor.errors import UsageError
+from gptailor.evaluation.outcome import Score
 from gptailor.execution.executor import EvaluationJob, SimilarityJob
 from gptailor.report import load_report
-from gptailor.search import islands as module
-from gptailor.search.island_folder import FOLDER, island_folder, parse_island
-from gptailor.search.islands import Islands
-from gptailor.search.journal import NAME, evaluations_in, read_journal
-from gptailor.search.journal_entry import Measured
+from gptailor.run.folder import RunData, read_run
+from gptailor.run.island_folder import FOLDER, island_folder, parse_island
+from gptailor.run.journal import NAME, evaluations_in, read_journal
+from gptailor.run.journal_entry import Measured
+from gptailor.search import island_peers as module
+from gptailor.search.island_peers import IslandPeers
 from gptailor.search.migration import Migration
 from gptailor.search.nsga2 import NSGA2Search
-from gptailor.search.others import Alone
-from gptailor.search.run_folder import RunData, read_run
+from gptailor.search.peers import NoPeers
 from tests.search.archipelago import (
     MODELS,
     Sleeper,
@@ -141,7 +141,7 @@ class Pair:
         self.archives = [open_archive(run, i, CONFIG) for i in range(2)]
         self.notes: list[str] = []
         self.islands = [
-            Islands(run, i, 2, archive, self.notes.append, lambda: self.time)
+            IslandPeers(run, i, 2, archive, self.notes.append, lambda: self.time)
             for i, archive in enumerate(self.archives)
         ]
 
@@ -214,7 +214,7 @@ def test_a_search_that_begins_again_has_nothing_under_way(tmp_path: Path) -> Non
     key = (recipe_of(0, 1).hash, "search")
     pair.islands[1].begin([key])
     pair.look(0)
-    Islands(tmp_path, 1, 2, pair.archives[1])
+    IslandPeers(tmp_path, 1, 2, pair.archives[1])
     pair.look(0)
     assert not pair.islands[0].is_under_way(key)
 
@@ -234,7 +234,7 @@ def test_both_at_once_counts_once_and_costs_twice(tmp_path: Path) -> None:
     assert data.evaluations[1].arms == ("late",)
     report = load_report(tmp_path)
     with open_archive(tmp_path, 2, make_config(evaluations=99)) as archive:
-        Islands(tmp_path, 2, 3, archive)
+        IslandPeers(tmp_path, 2, 3, archive)
     assert load_report(tmp_path).config["search"]["evaluations"] == 99
     assert len(report.points) == 2
     assert report.cost.evaluations == 3
@@ -249,7 +249,7 @@ def test_an_archive_that_was_lost_is_in_the_journal(tmp_path: Path) -> None:
         archive.close()
     (island_folder(tmp_path, 0) / "archive.db").unlink()
     with open_archive(tmp_path, 0, CONFIG) as archive:
-        islands = Islands(tmp_path, 0, 2, archive)
+        islands = IslandPeers(tmp_path, 0, 2, archive)
         assert [e.recipe.hash for e in islands.refresh()] == [one]
     assert len(evaluations_in(read_journal(pair.journal(0))[1])) == 1
 
@@ -270,21 +270,21 @@ def test_an_archive_that_was_lost_is_in_the_journal(tmp_path: Path) -> None:
 )
 def test_another_search(meta: dict[str, str], message: str, tmp_path: Path) -> None:
     with open_archive(tmp_path, 0, CONFIG) as archive:
-        Islands(tmp_path, 0, 2, archive)
+        IslandPeers(tmp_path, 0, 2, archive)
     with (
         open_archive(tmp_path, 1, CONFIG, **meta) as archive,
         pytest.raises(UsageError, match=message),
     ):
-        Islands(tmp_path, 1, 2, archive)
+        IslandPeers(tmp_path, 1, 2, archive)
     assert not (island_folder(tmp_path, 1) / NAME).exists()
 
 
 def test_what_may_change(tmp_path: Path) -> None:
     config = make_config(evaluations=7)
     with open_archive(tmp_path, 0, CONFIG) as archive:
-        Islands(tmp_path, 0, 2, archive)
+        IslandPeers(tmp_path, 0, 2, archive)
     with open_archive(tmp_path, 1, config) as archive:
-        Islands(tmp_path, 1, 5, archive)
+        IslandPeers(tmp_path, 1, 5, archive)
 
 
 def test_a_bad_journal_among_good_ones(tmp_path: Path) -> None:
@@ -303,8 +303,8 @@ def test_a_bad_journal_among_good_ones(tmp_path: Path) -> None:
         open_archive(tmp_path, 2, CONFIG) as archive,
         pytest.raises(UsageError, match="is corrupt"),
     ):
-        Islands(tmp_path, 2, 3, archive)
-    Islands(tmp_path, 1, 2, pair.archives[1])
+        IslandPeers(tmp_path, 2, 3, archive)
+    IslandPeers(tmp_path, 1, 2, pair.archives[1])
     assert pair.look(0) == [one]
 
 
@@ -322,12 +322,12 @@ def test_scores_that_lack_an_objective_are_passed_over(tmp_path: Path) -> None:
     config = make_config()
     config = config.model_copy(update={"objectives": ("t", "parameters")})
     with open_archive(tmp_path, 0, config) as mine, open_archive(tmp_path, 1, config) as archive:
-        others = Islands(tmp_path, 1, 2, archive)
+        others = IslandPeers(tmp_path, 1, 2, archive)
         score = Score("t", "acc", 0.5, None, 1)
         bad = archive.record(recipe_of(0, 1), "search", 200, outcome())
         good = archive.record(recipe_of(0, 2), "search", 200, replace(outcome(), scores=(score,)))
         others.publish([bad, good])
-        assert [e.recipe for e in Islands(tmp_path, 0, 2, mine).refresh()] == [good.recipe]
+        assert [e.recipe for e in IslandPeers(tmp_path, 0, 2, mine).refresh()] == [good.recipe]
 
 
 def test_folders_that_are_no_islands(tmp_path: Path) -> None:
@@ -351,8 +351,8 @@ def test_words() -> None:
 
 def test_orders_and_seeds_differ(tmp_path: Path) -> None:
     pair = Pair(tmp_path)
-    assert Alone().rotated([1, 2, 3, 4]) == [1, 2, 3, 4]
-    assert Alone().seed(7) == 7
+    assert NoPeers().rotated([1, 2, 3, 4]) == [1, 2, 3, 4]
+    assert NoPeers().seed(7) == 7
     assert [i.rotated([1, 2, 3, 4, 5]) for i in pair.islands] == [[1, 2, 3, 4, 5], [3, 4, 5, 1, 2]]
     seeds = {island.seed(seed) for island in pair.islands for seed in range(100)}
     assert len(seeds) == 200

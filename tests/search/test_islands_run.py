@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 
 from gptailor import verbs
-from gptailor.archive import Archive, Evaluation
 from gptailor.errors import UsageError
+from gptailor.evaluation.outcome import Evaluation
 from gptailor.report import load_report
-from gptailor.search.island_folder import FOLDER, island_folder
-from gptailor.search.journal import NAME, evaluations_in, read_journal
-from gptailor.search.journal_entry import Measured
-from gptailor.search.run_folder import read_run
+from gptailor.run.archive import Archive
+from gptailor.run.folder import read_run
+from gptailor.run.island_folder import FOLDER, island_folder
+from gptailor.run.journal import NAME, evaluations_in, read_journal
+from gptailor.run.journal_entry import Measured
 from tests.search.test_run import write_config
 
 COUNT = 3
@@ -28,8 +29,8 @@ EVALUATIONS = 60
 
 SEARCH = """
 import sys
-from gptailor.search import islands
-islands.PATIENCE_S = 10.0
+from gptailor.search import island_peers
+island_peers.PATIENCE_S = 10.0
 from gptailor.cli import main
 sys.exit(main(sys.argv[1:]))
 """

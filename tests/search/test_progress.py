@@ -6,7 +6,7 @@ import time
 import pytest
 
 from gptailor import patience
-from gptailor.archive import Evaluation
+from gptailor.evaluation.outcome import Evaluation
 from gptailor.recipe import Take
 from gptailor.search import progress as module
 from gptailor.search.progress import Progress

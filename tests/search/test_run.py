@@ -15,8 +15,9 @@ import pytest
 import yaml
 
 from gptailor import verbs
-from gptailor.archive import Archive, Evaluation
 from gptailor.errors import TaskError, UsageError
+from gptailor.evaluation.outcome import Evaluation
+from gptailor.run.archive import Archive
 
 EVALUATIONS = 70
 

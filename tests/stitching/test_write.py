@@ -19,8 +19,9 @@ import pytest
 from gptailor.errors import ModelError, ResourceError, UsageError
 from gptailor.merging import reference
 from gptailor.merging.registry import METHODS
+from gptailor.models.calibration import Calibration
 from gptailor.models.family import Family
-from gptailor.recipe import DTYPES, Calibration, Layer, Merge, Recipe, Take, read_recipe
+from gptailor.recipe import DTYPES, Layer, Merge, Recipe, Take, read_recipe
 from gptailor.stitching.write import RECIPE_FILE, write_model
 from tests.calibrations import save_statistics
 from tests.models.tiny import (

@@ -135,7 +135,7 @@ def preload() -> None:
     import torch
     import transformers
 
-    import gptailor.evaluation.judge
+    import gptailor.evaluation.lm
     import gptailor.evaluation.resident
     import gptailor.verbs  # noqa: F401
 

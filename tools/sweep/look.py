@@ -49,7 +49,7 @@ def language_model(model: Any, folder: str, stock: bool = False) -> Any:
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer
 
-    from gptailor.evaluation.judge import ResidentLM
+    from gptailor.evaluation.lm import ResidentLM
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if stock:

@@ -1,0 +1,1 @@
+"""The MPI program: rank 0 and the ranks that evaluate."""

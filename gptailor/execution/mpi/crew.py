@@ -1,0 +1,337 @@
+"""The other ranks as rank 0 sees them: brought together, compared, and ended.
+
+    channel = join("auto")
+    if channel.rank: run_worker(channel)
+    with Crew(channel, …) as crew:
+        crew.join(config, family, run_folder, …)
+        executor = MpiExecutor(crew)
+
+Rank 0 imports no torch, never waits inside MPI, and ends all ranks however it ends itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from gptailor import errors
+from gptailor.errors import (
+    GptailorError,
+    Interrupted,
+    ResourceError,
+    StoppedEarly,
+    UsageError,
+    WorkerCrashed,
+    exit_code_of,
+    is_disk_full,
+)
+from gptailor.evaluation.forward_dtype import Ability
+from gptailor.execution.executor import Job
+from gptailor.execution.logs import Log, log_path
+from gptailor.execution.mpi.channel import SHORTEST_S, Channel
+from gptailor.execution.mpi.handshake import (
+    Hello,
+    check_alike,
+    check_clocks,
+    check_models,
+    clock_difference,
+    content_digests,
+    file_digests,
+    find_hello,
+    first_difference,
+    write_token,
+)
+from gptailor.execution.mpi.rank import Orders, Times
+from gptailor.execution.node.placement import find_place, place_workers
+from gptailor.execution.stop import Stop
+
+if TYPE_CHECKING:
+    from gptailor.config import Config
+    from gptailor.execution.job_monitor import JobMonitor
+    from gptailor.models.family import Family
+
+NOTE_EVERY_S = 10.0
+ANSWER_LIMIT_S = 600.0
+"""Ranks that do not answer are named so often, and given up after that time."""
+
+END_S = 60.0
+HURRIED_END_S = 2.0
+"""How long the ranks may take to leave: at the end of a search, and after an error."""
+
+
+@dataclass
+class Member:
+    """A rank that evaluates.
+
+    Attributes:
+        hello: what it said of itself.
+        ability: what its node can do; known when it has joined.
+        device: what it computes on; empty until it is ready.
+        job: what it does; None while it has nothing to do.
+        since: seconds of the executor's clock at which it began, or became free.
+        words: what it says of its work.
+        times: where its time went; known at the end.
+    """
+
+    hello: Hello
+    ability: Ability | None = None
+    device: str = ""
+    job: Job | None = None
+    since: float = 0.0
+    words: str = ""
+    times: Times | None = None
+
+    @property
+    def log(self) -> str:
+        """Its log, seen from the run folder."""
+        return log_path(self.hello.rank)
+
+
+class Crew:
+    """The other ranks, seen from rank 0; as a context it brings them together and ends them.
+
+    Args:
+        channel: to them.
+        stop: a request to stop.
+        log_json: logs as JSON lines, too.
+
+    Attributes:
+        log: of rank 0; a file once there is a run folder.
+        members: rank → who it is.
+
+    Raises:
+        UsageError: the ranks are not alike.
+        StoppedEarly: a rank does not answer, or a signal came.
+    """
+
+    def __init__(self, channel: Channel, stop: Stop, *, log_json: bool = False) -> None:
+        self.channel = channel
+        self.stop = stop
+        self.hello = find_hello(0, find_place())
+        self.log = Log(0, self.hello.place.node)
+        self.members: dict[int, Member] = {}
+        self._log_json = log_json
+        self._is_told = False
+        self._left: set[int] = set()
+
+    def __enter__(self) -> Crew:
+        try:
+            self._muster()
+        except BaseException:
+            self.__exit__(*sys.exc_info())
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Ends the other ranks: they are told, and those that can't hear are left behind."""
+        if not isinstance(value, GptailorError) and exit_code_of(value) == 1:
+            text = "".join(traceback.format_exception(kind, value, trace))
+            self.say(f"{self.hello.name} ended with:\n{text.rstrip()}")
+        self.tell_end()
+        patience = END_S if value is None else HURRIED_END_S
+        if isinstance(value, StoppedEarly):
+            patience = min(max(self.stop.seconds_left, HURRIED_END_S), END_S)
+        deadline = time.monotonic() + patience
+        while not self._has_ended() and time.monotonic() < deadline:
+            found = self.channel.receive()
+            if found is None:
+                time.sleep(SHORTEST_S)
+            elif found[1][0] == "bye":
+                self._left.add(found[0])
+                if found[0] in self.members:
+                    self.members[found[0]].times = found[1][1]
+        self._log_times()
+        if self._has_ended() and self.channel.flush(HURRIED_END_S):
+            self.channel.finalize()
+        else:
+            busy = [str(rank) for rank in range(1, self.channel.size) if rank not in self._left]
+            self.log.say(f"Not waited for: rank {', '.join(busy)}.")
+            self.channel.leave_behind()
+        self.log.close()
+
+    def say(self, text: str) -> None:
+        """To whoever watches, and to the log."""
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()
+        self.log.say(text)
+
+    def join(
+        self, config: Config, family: Family, run_folder: str | Path, reporter: JobMonitor
+    ) -> None:
+        """Has the ranks take part in a search; `load` is what follows.
+
+        Args:
+            config: of the search.
+            family: the candidates, as rank 0 has opened them.
+            run_folder: of the run or the island, seen from where rank 0 is; made if it is
+                missing.
+            reporter: is told who takes part.
+
+        Raises:
+            UsageError: run folder or models are not the same for all ranks.
+            GptailorError: whatever ended a worker.
+        """
+        folder = Path(run_folder).resolve()
+        try:
+            token = write_token(folder)
+        except OSError as error:
+            refused = ResourceError if is_disk_full(error) else UsageError
+            raise refused(f"{folder} can't be written to: {error.strerror}.") from error
+        try:
+            self.log.open(folder, as_json=self._log_json)
+            members = [self.members[rank] for rank in sorted(self.members)]
+            reporter.begin(log=log_path(0), members=members)
+            self._join(config, family, folder, token)
+        finally:
+            token.unlink(missing_ok=True)
+
+    def load(self, dtype: str) -> None:
+        """Has the ranks load candidates and tasks, to compute in this type."""
+        for rank in self.members:
+            self.channel.send(rank, "load", dtype)
+
+    def tell_end(self) -> None:
+        """Tells the ranks to leave; they do when they have nothing to do."""
+        if not self._is_told:
+            self._is_told = True
+            for rank in range(1, self.channel.size):
+                self.channel.send(rank, "stop")
+
+    def receive(self) -> tuple[int, tuple[Any, ...]] | None:
+        """A message, unless it is an error, which is raised."""
+        found = self.channel.receive()
+        if found is not None and found[1][0] == "error":
+            self._raise(found[0], *found[1][1:])
+        return found
+
+    def _muster(self) -> None:
+        ranks = range(1, self.channel.size)
+        for rank, content in self._answers("hello", ranks):
+            self.members[rank] = Member(content[0])
+        others = [self.members[rank].hello for rank in ranks]
+        check_alike(self.hello, others)
+        asked_at = {}
+        for rank in ranks:
+            asked_at[rank] = time.time()
+            self.channel.send(rank, "clock")
+        differences = {
+            rank: clock_difference(asked_at[rank], content[0], time.time())
+            for rank, content in self._answers("clock", ranks)
+        }
+        for text in check_clocks(self.hello, differences, others):
+            self.say(text)
+
+    def _join(self, config: Config, family: Family, folder: Path, token: Path) -> None:
+        ranks = sorted(self.members)
+        places = [self.members[rank].hello.place for rank in ranks]
+        placements = place_workers(places, config.evaluation.device)
+        for rank, placement in zip(ranks, placements, strict=True):
+            name = str(token.relative_to(folder))
+            node = self.hello.place.node
+            self.channel.send(
+                rank, "join", Orders(config, str(folder), name, node, placement, self._log_json)
+            )
+        mine = file_digests(config, family)
+        doubtful = {}
+        for rank, content in self._answers("joined", ranks):
+            self.members[rank].ability = content[1]
+            if first_difference(mine, content[0]) is not None:
+                doubtful[rank] = self.members[rank].hello
+        if doubtful:  # copies have other times: then samples of the weights decide
+            for rank in doubtful:
+                self.channel.send(rank, "contents")
+            mine = content_digests(config, family)
+            for rank, content in self._answers("contents", list(doubtful)):
+                check_models(mine, content[0], self.hello, doubtful[rank], config)
+        for rank, placement in zip(ranks, placements, strict=True):
+            hello = self.members[rank].hello
+            self.log.event(
+                "joined",
+                f"{hello.name} (process {hello.pid}) joins: {placement.threads} threads, "
+                f"GPUs {placement.visible_devices or 'as given'}; {log_path(rank)}",
+                worker=rank,
+                node=hello.place.node,
+            )
+
+    def _answers(self, kind: str, ranks: Sequence[int]) -> Iterable[tuple[int, tuple[Any, ...]]]:
+        """One message of each rank, as they come.
+
+        Raises:
+            StoppedEarly: one of them does not answer, or a signal came.
+        """
+        missing, began, note_after_s = set(ranks), time.monotonic(), NOTE_EVERY_S
+        while missing:
+            found = self.receive()
+            if found is not None:
+                rank, message = found
+                assert message[0] == kind, message
+                missing.discard(rank)
+                yield rank, message[1:]
+                continue
+            if self.stop.is_set():
+                raise self.stop.error()
+            waited_s = time.monotonic() - began
+            if waited_s > ANSWER_LIMIT_S:
+                names = self._names(missing)
+                raise StoppedEarly(f"No answer ({kind}) within {waited_s:.0f} s from {names}.")
+            if waited_s > note_after_s:
+                note_after_s += NOTE_EVERY_S
+                what = f"{len(missing)} of {len(ranks)} ranks: {self._names(missing)}"
+                self.say(f"Waiting for {what} ({kind}, {waited_s:.0f} s).")
+            time.sleep(SHORTEST_S)
+
+    def _names(self, ranks: Iterable[int]) -> str:
+        """A few of them, for people."""
+        return ", ".join(
+            self.members[rank].hello.name if rank in self.members else f"rank {rank}"
+            for rank in sorted(ranks)[:8]
+        )
+
+    def _raise(self, rank: int, kind: str, message: str, trace: str) -> NoReturn:
+        """The error of a worker as our own."""
+        member = self.members.get(rank)
+        name = f"rank {rank}" if member is None else member.hello.name
+        if trace:
+            self.say(f"{name} ended with:\n{trace.rstrip()}")
+            last = trace.strip().splitlines()[-1]
+            raise WorkerCrashed(f"{name} ended with {last} (a bug of ours; see {log_path(rank)}).")
+        self.log.say(f"{name}: {message}")
+        raise _CARRIED.get(kind, StoppedEarly)(f"{name}: {message}")
+
+    def _has_ended(self) -> bool:
+        return len(self._left) == self.channel.size - 1
+
+    def _log_times(self) -> None:
+        for rank, member in self.members.items():
+            times = member.times
+            if times is not None and times.gaps:
+                self.log.event(
+                    "times",
+                    f"Rank {rank}: {times.busy_s:.1f} s in jobs, "
+                    f"{times.idle_s / times.gaps * 1000:.1f} ms between two of them.",
+                    worker=rank,
+                    busy_s=times.busy_s,
+                    idle_s=times.idle_s,
+                    gaps=times.gaps,
+                )
+
+
+_CARRIED = {
+    name: kind
+    for name, kind in vars(errors).items()
+    if isinstance(kind, type) and issubclass(kind, GptailorError) and kind is not Interrupted
+}
+"""Errors by name: whatever ends a worker ends the search with the exit code that it has here."""

@@ -1,0 +1,167 @@
+"""Whether this process is one of several that a launcher started, and MPI for those that are.
+
+A launcher leaves its traces in the environment. A batch script and the shell of an allocation have
+some of Slurm's, too, but no step of more than one task.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NoReturn
+
+from gptailor.errors import UsageError, plain
+
+if TYPE_CHECKING:
+    from gptailor.execution.mpi.channel import Channel
+
+Choice = Literal["auto", "local", "mpi"]
+
+_QUIET_S = 2.0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A start of several processes.
+
+    Attributes:
+        name: of the launcher.
+        num_tasks: how many processes it started; None if it does not say.
+        rank: which of them this one is.
+    """
+
+    name: str
+    num_tasks: int | None
+    rank: int
+
+
+def find_launch(env: Mapping[str, str]) -> Launch | None:
+    """What an environment tells about a launcher; None for a process that was started alone."""
+    tasks = _number(env, "SLURM_STEP_NUM_TASKS")
+    # mpirun comes before srun: inside an allocation it starts its own helpers by srun
+    for name, size, rank in (
+        ("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+        ("mpiexec", "PMI_SIZE", "PMI_RANK"),
+    ):
+        num_tasks = _number(env, size)
+        if num_tasks is not None:
+            is_srun = num_tasks == tasks and size == "PMI_SIZE"
+            return Launch("srun" if is_srun else name, num_tasks, _number(env, rank) or 0)
+    if tasks is not None:
+        return Launch("srun", tasks, _number(env, "SLURM_PROCID") or 0)
+    rank_number = _number(env, "PMIX_RANK")
+    return None if rank_number is None else Launch("the launcher", None, rank_number)
+
+
+def is_first() -> bool:
+    """Whether this process is the one to say what all of them have to say."""
+    launch = find_launch(os.environ)
+    return launch is None or launch.rank == 0
+
+
+def leave_quietly(code: int) -> NoReturn:
+    """Ends a process that is not the first: a moment later, as launchers end all of them when one
+    has failed, and the first has something to say."""
+    time.sleep(_QUIET_S)
+    raise SystemExit(code)
+
+
+def join(choice: Choice) -> Channel | None:
+    """MPI's world, if this process is a rank of several; None if the search is this process's own.
+
+    Args:
+        choice: "local": never; "mpi": it must be so; "auto": if a launcher started several.
+
+    Raises:
+        UsageError: MPI is missing, does not fit the launcher, or has one rank only. Only the first
+            of the processes raises it, the others leave with its exit code (SystemExit).
+    """
+    launch = find_launch(os.environ)
+    if choice == "local" or (choice == "auto" and (launch is None or launch.num_tasks == 1)):
+        return None
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize = False  # first the library must be known to fit
+        mpi4py.rc.finalize = False  # it waits for ranks that may be busy: see Channel.leave
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        _refuse(
+            launch,
+            f"MPI can't be used here ({plain(str(error).strip(), 200)}): install it with "
+            "`pip install 'gptailor[mpi]'`, or load your cluster's MPI and `pip install mpi4py`.",
+        )
+    text = MPI.Get_library_version().strip()
+    library = plain(text.splitlines()[0], 80)
+    if not fits(text, os.environ, _components()):
+        _refuse_type(launch, library)
+    if not MPI.Is_initialized():
+        MPI.Init_thread(MPI.THREAD_FUNNELED)
+    size = MPI.COMM_WORLD.Get_size()
+    if size > 1:
+        from gptailor.execution.mpi.channel import Channel
+
+        return Channel(MPI)
+    if launch is not None and (launch.num_tasks or 1) > 1:
+        _refuse_type(launch, library)
+    if choice == "auto":
+        return None
+    raise UsageError(
+        "An MPI search needs at least two ranks, one that searches and one that evaluates: start "
+        "it with `mpirun -n 2` or `srun -n 2`, or leave --executor mpi out."
+    )
+
+
+def _number(env: Mapping[str, str], name: str) -> int | None:
+    text = env.get(name, "")
+    return int(text) if text.isdecimal() else None
+
+
+def fits(library: str, env: Mapping[str, str], components: Sequence[str] = ()) -> bool:
+    """Whether an MPI library can speak to srun; one that can't would end the process, or be alone.
+
+    Args:
+        library: what it says of its version.
+        env: has variables of the kind of MPI that srun was asked for.
+        components: the file names of Open MPI's components, as far as they are files.
+    """
+    if "SLURM_STEP_NUM_TASKS" not in env or "OMPI_COMM_WORLD_SIZE" in env:
+        return True  # not srun, which is asked for a kind of MPI; others bring their own
+    has_pmix, has_pmi = "PMIX_RANK" in env, "PMI_RANK" in env or "PMI_FD" in env
+    if not has_pmix and not has_pmi:
+        return False
+    if "MPICH" in library:
+        return has_pmi or "pmix" in library.lower()
+    if library.startswith("Open MPI") and not has_pmix:
+        is_split = any(name.startswith("mca_pmix") for name in components)
+        return not is_split or any(name.startswith("mca_pmix_s") for name in components)
+    return True
+
+
+def _components() -> list[str]:
+    """The parts of Open MPI that lie beside its library."""
+    maps = Path("/proc/self/maps").read_text().split()
+    libraries = {Path(word) for word in maps if Path(word).name.startswith("libmpi.so")}
+    folders = {path.resolve().parent for path in libraries}
+    return [path.name for folder in folders for path in folder.glob("openmpi*/**/mca_*.so")]
+
+
+def _refuse(launch: Launch | None, message: str) -> NoReturn:
+    """Says it once, however many processes meet it."""
+    if launch is not None and launch.rank != 0:
+        leave_quietly(UsageError.exit_code)
+    raise UsageError(message)
+
+
+def _refuse_type(launch: Launch | None, library: str) -> NoReturn:
+    tasks = None if launch is None else launch.num_tasks
+    name = "the launcher" if launch is None else launch.name
+    _refuse(
+        launch,
+        f"{name} started {tasks or 'several'} tasks, but the MPI library ({library}) sees one "
+        "each: `srun --mpi=list` shows the types of this site, pmix fits most builds of Open MPI "
+        "and pmi2 those of MPICH; name it with --mpi=TYPE or MPI_TYPE.",
+    )

@@ -1,0 +1,343 @@
+"""What the ranks other than 0 do: answer its messages, one after the other, until it says stop.
+
+A worker never decides that a search is over. SIGUSR2 is meant for rank 0, which Slurm sends it to
+as well; after SIGTERM or SIGINT a worker waits a little for rank 0's word, then leaves without it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+
+from gptailor.errors import GptailorError, ResourceError, UsageError, exit_code_of
+from gptailor.evaluation.forward_dtype import Ability, find_ability
+from gptailor.evaluation.outcome import Outcome
+from gptailor.execution.executor import (
+    EvaluationJob,
+    Job,
+    SimilarityJob,
+    WorkloadInfo,
+    job_name,
+)
+from gptailor.execution.logs import Log
+from gptailor.execution.mpi.channel import SHORTEST_S, Channel
+from gptailor.execution.mpi.handshake import content_digests, file_digests, find_hello, sees_token
+from gptailor.execution.node.placement import Placement, find_place
+from gptailor.execution.stop import TERM_GRACE_S, Stop
+from gptailor.patience import EVERY_OF_LONG_S, EVERY_S, Patience, Say
+
+if TYPE_CHECKING:
+    from gptailor.config import Config
+    from gptailor.evaluation.similarity import Similarity
+    from gptailor.models.family import Family
+
+LONGEST_S = 0.02
+"""Between two looks at what came, after a while without anything."""
+
+WORDS_S = 5.0
+"""How often rank 0 is told how far a job is."""
+
+_QUICK_S = 0.2
+"""How long a worker looks often: the next job follows the last result soon."""
+
+_WORD_S = TERM_GRACE_S + 5.0
+"""How long after a signal a worker waits for rank 0, which waits itself for what runs."""
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What a worker needs to know to take part.
+
+    Attributes:
+        config: the search, as rank 0 has read it.
+        run_folder: absolute.
+        token: a file in the run folder that must be seen.
+        first_node: where rank 0 runs.
+        placement: what to use of the node.
+        log_json: whether logs are written as JSON lines, too.
+    """
+
+    config: Config
+    run_folder: str
+    token: str
+    first_node: str
+    placement: Placement
+    log_json: bool
+
+
+@dataclass
+class Times:
+    """Where a worker's time went, in seconds.
+
+    Attributes:
+        busy_s: in jobs.
+        idle_s: between a result and the next job.
+        gaps: how many of these times there were.
+    """
+
+    busy_s: float = 0.0
+    idle_s: float = 0.0
+    gaps: int = 0
+
+
+class Evaluates(Protocol):
+    """What does the jobs of a rank; `local.Worker` in a search."""
+
+    def workload(self) -> WorkloadInfo:
+        """What will be evaluated."""
+        ...
+
+    beat: Callable[[], None]
+    """To be set to what is called now and then in the midst of a job."""
+
+    def do(self, job: Job) -> Outcome | Similarity:
+        """Does a job; what it raises ends the search."""
+        ...
+
+    def words(self) -> str:
+        """How far the job is; empty if nobody knows."""
+        ...
+
+
+Opens = Callable[[Orders, Callable[[], None], Log, Say], tuple[Evaluates, str]]
+"""Takes the orders, a function to call now and then which raises if it shall end, the log, and who
+is told what is loaded; gives who does the jobs, and the name of its device."""
+
+
+def open_worker(
+    orders: Orders, go_on: Callable[[], None], log: Log, says: Say
+) -> tuple[Evaluates, str]:
+    """Loads models and documents; this is where torch is imported."""
+    import torch
+
+    from gptailor.execution.node.files import open_candidates
+    from gptailor.execution.worker import Worker, without_process_locks
+
+    without_process_locks()
+    placement = orders.placement
+    if not os.environ.get("OMP_NUM_THREADS", "").isdecimal():
+        torch.set_num_threads(placement.threads)
+    go_on()
+    family = open_candidates(
+        orders.config,
+        workers_here=placement.workers_here,
+        keep_going=go_on,
+        note=log.say,
+        says=says,
+    )
+    worker = Worker(orders.config, family, placement.sharing, says)
+    device = str(worker.evaluator.resident.device)
+    if device.startswith("cuda") and placement.visible_devices is not None:
+        device = f"cuda:{placement.visible_devices}"
+    return worker, device
+
+
+def run_worker(channel: Channel, opens: Opens = open_worker) -> NoReturn:
+    """Takes part in a search, as long as rank 0 wants.
+
+    Side effect: ends the process; whatever goes wrong in it reaches rank 0, or ends all ranks.
+    """
+    try:
+        code = WorkerRank(channel, opens).run()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        channel.abort(1)
+    if code != 0:
+        os._exit(code)  # MPI was not left in order, and would wait for others
+    sys.exit(0)  # not _exit: MPICH says goodbye to its launcher in a handler of exit()
+
+
+class WorkerRank:
+    """A rank that evaluates.
+
+    Args:
+        channel: to rank 0.
+        opens: makes what does the jobs.
+    """
+
+    def __init__(self, channel: Channel, opens: Opens = open_worker) -> None:
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        self._stop = Stop()
+        self._stop.install(signal.SIGTERM, signal.SIGINT)
+        self._channel = channel
+        self._opens = opens
+        self._place = find_place()
+        self._log = Log(channel.rank, self._place.node)
+        self._orders: Orders | None = None
+        self._family: Family | None = None
+        self._worker: Evaluates | None = None
+        self._times = Times()
+        self._words, self._words_at = "", float("-inf")
+        self._patience = Patience(self._log.say)
+        self._sent_at: float | None = None
+
+    def run(self) -> int:
+        """Answers until there is nothing more to answer; returns the exit code."""
+        with self._patience:
+            return self._run()
+
+    def _run(self) -> int:
+        self._channel.send(0, "hello", find_hello(self._channel.rank, self._place))
+        while True:
+            message = self._next()
+            if message is None:
+                assert self._stop.signal is not None
+                self._log.say("Leaves, as rank 0 says nothing after a signal.")
+                return 128 + self._stop.signal
+            if message[0] == "stop":
+                break
+            try:
+                self._answer(*message)
+            except _ToldToStop:
+                break
+            except BaseException as error:  # a library's sys.exit(), too, is told to rank 0
+                self._report(error)
+        self._channel.send(0, "bye", self._times)
+        if not self._channel.flush(_WORD_S):
+            return 1
+        self._log.say("Ends.")
+        self._log.close()
+        self._channel.finalize()
+        return 0
+
+    def _next(self) -> tuple[Any, ...] | None:
+        """The next message; None when it is time to leave without one."""
+        pause, began = SHORTEST_S, time.monotonic()
+        while True:
+            found = self._channel.receive()
+            if found is not None:
+                return found[1]
+            if self._stop.is_set() and time.time() - self._stop.came_at > _WORD_S:
+                return None
+            if time.monotonic() - began > _QUICK_S:
+                pause = min(1.2 * pause, LONGEST_S)
+            time.sleep(pause)
+
+    def _answer(self, kind: str, *content: Any) -> None:
+        if kind == "clock":
+            self._channel.send(0, "clock", time.time())
+        elif kind == "join":
+            self._channel.send(0, "joined", *self._join(content[0]))
+        elif kind == "contents":
+            assert self._orders is not None
+            assert self._family is not None
+            self._channel.send(0, "contents", content_digests(self._orders.config, self._family))
+        elif kind == "load":
+            self._load(content[0])
+        elif kind == "job":
+            self._do(content[0])
+        else:
+            raise AssertionError(f"unknown message {kind!r}")
+
+    def _join(self, orders: Orders) -> tuple[dict[str, str], Ability]:
+        """Takes its place in the run; returns digests of the model files, and what it can do."""
+        from gptailor.evaluation.family import open_family
+
+        self._orders = orders
+        if not sees_token(Path(orders.run_folder, orders.token)):
+            raise UsageError(
+                f"The run folder {orders.run_folder} is not shared: a file that "
+                f"{orders.first_node} writes there is not seen on {self._place.node}. Name an "
+                "output on a file system that all nodes have."
+            )
+        self._log.open(orders.run_folder, as_json=orders.log_json)
+        placement = orders.placement
+        self._log.event(
+            "start",
+            f"Rank {self._channel.rank} on {self._place.node}, process {os.getpid()}: "
+            f"{placement.threads} threads, cpus {placement.cpus or 'as given'}, "
+            f"GPUs {placement.visible_devices or 'as given'}.",
+        )
+        self._log.take_output()
+        if placement.cpus is not None:
+            try:
+                os.sched_setaffinity(0, placement.cpus)
+            except OSError as error:  # a container may forbid it: slower, not wrong
+                self._log.say(f"The cores can't be chosen: {error.strerror}.")
+        if placement.visible_devices is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = placement.visible_devices
+        self._family = open_family(orders.config.models, orders.config.base)
+        ability = find_ability(orders.config.evaluation.device)
+        return file_digests(orders.config, self._family), ability
+
+    def _load(self, dtype: str) -> None:
+        assert self._orders is not None
+        self._orders = replace(self._orders, config=self._orders.config.computed_in(dtype))
+        began = time.monotonic()
+        with self._patience.step("Starting", lambda: self._words):
+            self._worker, device = self._opens(self._orders, self._go_on, self._log, self._says)
+        self._worker.beat = self._beat
+        self._channel.send(0, "ready", self._worker.workload(), device)
+        seconds = time.monotonic() - began
+        self._log.event("ready", f"Ready on {device} after {seconds:.1f} s.", seconds=seconds)
+
+    def _says(self, text: str) -> None:
+        """Tells rank 0 what is done here: when that is another thing, and now and then how far."""
+        is_new = text.partition(",")[0] != self._words.partition(",")[0]
+        self._words = text
+        now = time.monotonic()
+        if is_new or now - self._words_at >= WORDS_S:
+            self._words_at = now
+            self._channel.send(0, "says", text)
+
+    def _beat(self) -> None:
+        if time.monotonic() - self._words_at >= WORDS_S:
+            assert self._worker is not None
+            self._says(self._worker.words())
+
+    def _go_on(self) -> None:
+        """Raises if rank 0 has ended the search meanwhile; before a worker is ready, nothing else
+        can come."""
+        if self._channel.receive() is not None:
+            raise _ToldToStop
+
+    def _do(self, job: Job) -> None:
+        assert self._worker is not None
+        began = time.monotonic()
+        if self._sent_at is not None:
+            self._times.idle_s += began - self._sent_at
+            self._times.gaps += 1
+        self._words, self._words_at = "", began  # a quick job needs no words
+        what, every_s = f"Evaluating {job_name(job)}", EVERY_OF_LONG_S
+        if isinstance(job, SimilarityJob):
+            what, every_s = f"Measuring the {job_name(job)}", EVERY_S
+            self._log.say(f"{what}.")
+        with self._patience.step(what, self._worker.words, every_s):
+            result = self._worker.do(job)
+        self._sent_at = time.monotonic()
+        self._channel.send(0, "done", result)
+        seconds = self._sent_at - began
+        self._times.busy_s += seconds
+        self._say_done(job, result, seconds)
+
+    def _say_done(self, job: Job, result: object, seconds: float) -> None:
+        what, how = job_name(job), "measured"
+        if isinstance(job, EvaluationJob) and isinstance(result, Outcome):
+            what, how = job.recipe.point, result.status
+            if result.accuracy is not None:
+                how = f"{how}, accuracy {result.accuracy:.4f}"
+            elif result.reason:
+                how = f"{how}: {result.reason.strip()}"
+        self._log.event("done", f"{what}: {how} in {seconds:.2f} s", job=what, seconds=seconds)
+
+    def _report(self, error: BaseException) -> None:
+        """Tells rank 0, which ends the search; a traceback only for what nobody expected."""
+        kind, text, trace = type(error).__name__, str(error), ""
+        if exit_code_of(error) == ResourceError.exit_code:
+            kind, text = ResourceError.__name__, text or "out of memory"
+        elif not isinstance(error, GptailorError):
+            trace = traceback.format_exc()
+        self._log.event("error", trace.strip() or text)
+        self._channel.send(0, "error", kind, text, trace)
+
+
+class _ToldToStop(Exception):
+    """Rank 0 ended the search while this rank was still preparing for it."""

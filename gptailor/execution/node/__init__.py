@@ -1,0 +1,1 @@
+"""What a node has, and how workers share it: GPUs, cores, memory, disks."""

@@ -1,0 +1,1 @@
+"""Jobs of Slurm: submitting, asking, watching over them."""

@@ -1,0 +1,296 @@
+"""How far a run is and what its jobs do, seen from outside, without disturbing anything.
+
+Three witnesses are heard. The archive knows what was evaluated; Slurm knows which jobs live; each
+job's record knows what it does, as long as it lives. Where a record and Slurm disagree, Slurm is
+right, and the disagreement is told. Nothing is written, and no lock is held but SQLite's own for
+the moment of one query.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import socket
+import sqlite3
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gptailor.errors import UsageError
+from gptailor.execution.slurm import queries as slurm
+from gptailor.run.job_record import JobRecord, read_all
+from gptailor.run.pareto import most_small_layers
+
+STALE_S = 120.0
+"""A job that says nothing for so long is told as such; a record is rewritten every few seconds."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What a run has evaluated.
+
+    Attributes:
+        done: recipes on the search's documents, with and without scores.
+        infeasible: of these.
+        failed: of these.
+        holdout: recipes on the documents that the search does not see.
+        total: what was asked for; 0 if nobody knows.
+        best: the best accuracy with at most 75 % of the layers, as the search's progress shows
+            it; None if there is none yet.
+        note: why the numbers are not the archive's, in one sentence; empty if they are.
+    """
+
+    done: int = 0
+    infeasible: int = 0
+    failed: int = 0
+    holdout: int = 0
+    total: int = 0
+    best: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """A job of a run.
+
+    Attributes:
+        record: what it says of itself.
+        state: Slurm's word for a job that Slurm knows; else RUNNING, ENDED or LOST.
+        is_live: it waits, runs or ends now.
+        exit_code: of a job that is over.
+        past: states of its earlier turns.
+        time_left_s: until its time limit; None where there is none, or it does not run.
+        note: what is odd or worth knowing, in one sentence; often empty.
+    """
+
+    record: JobRecord
+    state: str
+    is_live: bool
+    exit_code: int | None = None
+    past: tuple[str, ...] = ()
+    time_left_s: float | None = None
+    note: str = ""
+
+    @property
+    def runs(self) -> bool:
+        """Whether it evaluates now."""
+        return self.is_live and self.state == "RUNNING"
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run.
+
+    Attributes:
+        run_folder: as it was named.
+        evaluated: what was evaluated so far.
+        jobs: of all times, the earliest first.
+        evaluations_per_hour: of the jobs that run, together; None if they don't know yet.
+        time_left_s: until the last evaluation, at that rate; None if nobody knows.
+    """
+
+    run_folder: str
+    evaluated: Evaluated
+    jobs: tuple[JobStatus, ...]
+    evaluations_per_hour: float | None
+    time_left_s: float | None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything that was asked for is evaluated."""
+        return 0 < self.evaluated.total <= self.evaluated.done
+
+
+def look_at(run_folder: str | Path) -> RunStatus:
+    """Looks at a run.
+
+    Raises:
+        UsageError: the folder holds no run.
+    """
+    run = Path(run_folder)
+    records = read_all(run)
+    if not records and not (run / "archive.db").is_file() and not (run / "islands").is_dir():
+        raise UsageError(f"{run} holds no run: there is no archive, and no job was submitted.")
+    jobs = job_states(records)
+    evaluated = _evaluated(run, records)
+    rates = [j.record.evaluations_per_hour for j in jobs if j.runs]
+    known = [rate for rate in rates if rate]
+    per_hour = sum(known) if known else None
+    left = max(evaluated.total - evaluated.done, 0)
+    return RunStatus(
+        str(run), evaluated, tuple(jobs), per_hour, left / per_hour * 3600 if per_hour else None
+    )
+
+
+def job_states(records: Sequence[JobRecord]) -> list[JobStatus]:
+    """What becomes of the jobs that left these records."""
+    known = slurm.jobs(record.job_id for record in records)
+    return [
+        _of_slurm(record, known[record.job_id])
+        if record.job_id in known
+        else _without_slurm(record)
+        for record in records
+    ]
+
+
+def process_lives(record: JobRecord) -> bool | None:
+    """Whether the process that wrote a record lives; None if it is on another machine."""
+    if record.host != socket.gethostname() or not record.pid:
+        return None
+    try:
+        fields = Path(f"/proc/{record.pid}/stat").read_text().rpartition(")")[2].split()
+        boot = next(
+            int(line.split()[1])
+            for line in Path("/proc/stat").read_text().splitlines()
+            if line.startswith("btime ")
+        )
+    except (OSError, StopIteration, ValueError):
+        return False
+    if fields[0] == "Z":
+        return False
+    began = boot + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    # a process that began after the record is another one, with a number that was free again
+    return record.started_at is None or began <= record.started_at + 2
+
+
+def _of_slurm(record: JobRecord, job: slurm.SlurmJob) -> JobStatus:
+    has_ended = record.state == "ended"
+    note = ""
+    if job.is_queued:
+        if job.state == "RUNNING":
+            note = _silence(record)
+            if has_ended:  # by this turn of the job, or by one before
+                is_old = record.restarts < len(job.past)
+                note = "its search has not begun" if is_old else "its search ended"
+        elif job.reason:
+            note = job.reason + (f", starts {job.begins_at}" if job.begins_at else "")
+        return JobStatus(
+            record, job.state, True, past=job.past, time_left_s=job.time_left_s, note=note
+        )
+    # the accounting takes 128 from the exit code of a program that a signal ended
+    code = record.exit_code if has_ended and job.exit_code is not None else job.exit_code
+    if job.reason.startswith("by "):
+        note = f"cancelled by {_user(job.reason[3:])}"
+    if not has_ended and record.state != "submitted":
+        note = f"it was killed while it was {record.state}"
+    elif record.state == "submitted" and job.state != "COMPLETED":
+        note = f"it ended before the search began: see {record.log}"
+    return JobStatus(record, job.state, False, exit_code=code, past=job.past, note=note)
+
+
+def _without_slurm(record: JobRecord) -> JobStatus:
+    """A job that Slurm does not know, or that is none of Slurm's."""
+    if record.state == "ended":
+        return JobStatus(record, "ENDED", False, exit_code=record.exit_code)
+    lives = process_lives(record) if record.job_id.startswith("local-") else None
+    age = time.time() - record.updated_at
+    if lives is False:
+        return JobStatus(
+            record, "LOST", False, note=f"it was killed while it was {record.state}"
+        )  # fmt: skip
+    if lives or (age < STALE_S and record.state != "submitted"):
+        left = None if record.ends_at is None else max(record.ends_at - time.time(), 0.0)
+        return JobStatus(record, "RUNNING", True, time_left_s=left, note=_silence(record))
+    where = "Slurm does not know it any more" if slurm.is_here() else "there is no Slurm here"
+    if record.job_id.startswith("local-"):
+        where = f"it is on {record.host}"
+    return JobStatus(record, "LOST", False, note=f"{where}, and {_silence(record)}")
+
+
+def _user(number: str) -> str:
+    """The name of a user."""
+    try:
+        return pwd.getpwuid(int(number)).pw_name
+    except (KeyError, ValueError):
+        return f"user {number}"
+
+
+def _silence(record: JobRecord) -> str:
+    age = time.time() - record.updated_at
+    if record.state == "submitted":
+        return "its search has not begun"
+    if age < STALE_S:
+        return "" if record.state == "running" else f"it is {record.state}"
+    return f"it has said nothing for {age / 60:.0f} min"
+
+
+def _evaluated(run: Path, records: Sequence[JobRecord]) -> Evaluated:
+    latest = max(records, key=lambda r: r.updated_at, default=None)
+    total = latest.evaluations_total if latest is not None else 0
+    found = _in_journals(run) if (run / "islands").is_dir() else _in_archive(run / "archive.db")
+    if found is None:
+        done = max((r.evaluations_done for r in records), default=0)
+        found = Evaluated(done=done, failed=sum(r.evaluations_failed for r in records))
+        if (run / "archive.db").exists() or (run / "islands").is_dir():
+            found = replace(
+                found,
+                note="What was evaluated can't be read in this moment (it is being written, or a "
+                "killed search left it to be mended by the next one): the numbers are the jobs' "
+                "own.",
+            )
+    return replace(found, total=found.total or total)
+
+
+def _in_journals(run: Path) -> Evaluated | None:
+    """Counts what all islands have evaluated, each recipe once; None if that can't be read."""
+    from gptailor.run.folder import journals_of, read_run
+
+    if not journals_of(run):  # the islands are on their way
+        return Evaluated()
+    try:
+        data = read_run(run)
+    except UsageError:
+        return None
+    search = [e for e in data.evaluations if e.documents == "search"]
+    limit = most_small_layers(int(data.family.get("num_layers", 0)))
+    small = [e.outcome.accuracy for e in search if e.recipe.num_layers <= limit]
+    states = [e.outcome.status for e in search]
+    return Evaluated(
+        done=len(search),
+        infeasible=states.count("infeasible"),
+        failed=states.count("failed"),
+        holdout=len(data.evaluations) - len(search),
+        total=int(data.config.get("search", {}).get("evaluations", 0)),
+        best=max((accuracy for accuracy in small if accuracy is not None), default=None),
+    )
+
+
+def _in_archive(path: Path) -> Evaluated | None:
+    """Counts; None if the archive can't be read without writing to it.
+
+    Reports open archives so that SQLite may roll back what a killed writer left. Between nodes that
+    is not safe, as the writer may be alive and its lock not to be seen from here.
+    """
+    try:
+        uri = f"{path.resolve(strict=True).as_uri()}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True, timeout=5)) as db:
+            db.execute("BEGIN")
+            counts = {
+                (documents, status): number
+                for documents, status, number in db.execute(
+                    "SELECT documents, status, count(*) FROM evaluations GROUP BY 1, 2"
+                )
+            }
+            meta = dict(db.execute("SELECT key, value FROM meta WHERE key IN ('config', 'family')"))
+            num_layers = int(json.loads(meta.get("family", "{}")).get("num_layers", 0))
+            (best,) = db.execute(
+                "SELECT max(accuracy) FROM evaluations WHERE documents = 'search'"
+                " AND json_array_length(recipe, '$.layers') <= ?",
+                (most_small_layers(num_layers),),
+            ).fetchone()
+        config = json.loads(meta.get("config", "{}"))
+        total = int(config.get("search", {}).get("evaluations", 0))
+    except (OSError, sqlite3.Error, ValueError, TypeError, AttributeError):
+        return None
+    search = {status: n for (documents, status), n in counts.items() if documents == "search"}
+    return Evaluated(
+        done=sum(search.values()),
+        infeasible=search.get("infeasible", 0),
+        failed=search.get("failed", 0),
+        holdout=sum(counts.values()) - sum(search.values()),
+        total=total,
+        best=best,
+    )

@@ -1,0 +1,287 @@
+"""A search as jobs of Slurm: what is asked of it, and the batch script that submitit makes of that.
+
+submitit submits, once, a small object that runs the same `srun` line under the same supervisor as
+`slurm/search.sh`. Its own ways of going on after a time limit are not used: they pickle the state
+of a run, count time limits and know nothing of preemption, while a search needs only to be started
+again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptailor.errors import UsageError, plain
+from gptailor.execution.slurm.supervisor import Supervisor
+
+OURS = (
+    "array", "chdir", "cpus-per-task", "distribution", "error", "gpus-per-node", "job-name",
+    "mem", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "signal", "time", "wrap",
+)  # fmt: skip
+"""Options of sbatch that follow from those of `launch`."""
+
+_NAMED = ("account", "constraint", "mem", "partition", "qos")
+_MAX_SIGNAL_S = 65535
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What is asked of Slurm, for each job of a search.
+
+    Attributes:
+        config: the `search.yaml`.
+        run_folder: its output.
+        overrides: `key.path=value`.
+        nodes: of each job.
+        gpus_per_node: 0 for a search on CPUs.
+        time_min: limit of a job; it is requeued until the search is done.
+        workers_per_node: ranks of a node that evaluate; default: one for `gpus_per_worker` GPUs.
+        gpus_per_worker: more than one for models that one GPU can't hold.
+        cpus_per_worker: cores of each rank.
+        mem: memory of a node, in Slurm's words.
+        partition, account, constraint, qos: as in sbatch.
+        setup: lines of shell that the batch script begins with.
+        slurm: further options of sbatch, each with its value or True.
+        islands: how many jobs work on the search, each with a population of its own.
+        mpi: type of MPI, for srun.
+        signal_before_s: so long before the time limit a search is asked to stop.
+        max_requeues: of each job, preemptions included.
+        program: how gptailor is started on a compute node.
+        options: further words for `gptailor search`.
+    """
+
+    config: Path
+    run_folder: Path
+    overrides: tuple[str, ...] = ()
+    nodes: int = 1
+    gpus_per_node: int = 0
+    time_min: int = 60
+    workers_per_node: int | None = None
+    gpus_per_worker: int = 1
+    cpus_per_worker: int = 4
+    mem: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    constraint: str | None = None
+    qos: str | None = None
+    setup: tuple[str, ...] = ()
+    slurm: tuple[tuple[str, str | bool], ...] = ()
+    islands: int | None = None
+    mpi: str = "pmix"
+    signal_before_s: int = 300
+    max_requeues: int = 100
+    program: tuple[str, ...] = (sys.executable, "-m", "gptailor.cli")
+    options: tuple[str, ...] = ()
+
+    @property
+    def workers(self) -> int:
+        """Ranks of a node that evaluate."""
+        if self.workers_per_node is not None:
+            return self.workers_per_node
+        return self.gpus_per_node // self.gpus_per_worker
+
+    @property
+    def num_ranks(self) -> int:
+        """Of each job: those that evaluate, and the one that searches."""
+        return self.nodes * self.workers + 1
+
+    def check(self) -> None:
+        """Raises a `UsageError` for what can't be, before anybody is asked."""
+        if self.workers < 1 and self.gpus_per_node:
+            raise UsageError(
+                f"A worker of {self.gpus_per_worker} GPUs does not fit a node of "
+                f"{self.gpus_per_node}: name a smaller --gpus-per-worker."
+            )
+        if self.workers < 1:
+            raise UsageError(
+                "Without GPUs nothing says how many ranks a node shall have: name "
+                "--gpus-per-node or --workers-per-node."
+            )
+        if 0 < self.gpus_per_node < self.workers * self.gpus_per_worker:
+            raise UsageError(
+                f"{self.workers} workers of {self.gpus_per_worker} GPUs need more than the "
+                f"{self.gpus_per_node} GPUs of a node."
+            )
+        if not 0 < self.signal_before_s <= min(_MAX_SIGNAL_S, self.time_min * 60 - 60):
+            raise UsageError(
+                f"--signal-before {self.signal_before_s} leaves no time to search in a job of "
+                f"{self.time_min} minutes: name a longer --time, or a --signal-before that is "
+                "little more than the longest evaluation takes, in seconds."
+            )
+        for key, value in self.slurm:
+            if not re.fullmatch(r"[a-z][a-z0-9-]*", key):
+                raise UsageError(f"--slurm {plain(key, 40)}: that is no option of sbatch.")
+            if key in OURS:
+                raise UsageError(
+                    f"--slurm {key}: this follows from launch's own options, see "
+                    "`gptailor launch -h`."
+                )
+            if key in _NAMED:
+                raise UsageError(f"--slurm {key}={value}: write --{key} {value}.")
+        texts = [*self.setup, *(str(v) for _, v in self.slurm), str(self.run_folder)]
+        texts += [value for name in _NAMED if (value := getattr(self, name)) is not None]
+        texts += [str(self.config), *self.overrides, *self.program, *self.options, self.mpi]
+        for text in texts:
+            if not text.replace("\t", " ").isprintable():
+                raise UsageError(f"{plain(text, 60)!r}: a batch script has one line for this.")
+        if "%" in str(self.run_folder):
+            raise UsageError(f"{self.run_folder}: Slurm reads % in the name of a log as its own.")
+
+    def command(self, island: int | str | None = None) -> list[str]:
+        """The `srun` line of a job, or of one island's job."""
+        search = ["search", str(self.config), *self.overrides, "--resume", "--executor", "mpi"]
+        if island is not None:
+            search += ["--island", f"{island}/{self.islands}"]
+        search += self.options
+        return [
+            "srun",
+            f"--mpi={self.mpi}",
+            "--kill-on-bad-exit=1",
+            f"--ntasks={self.num_ranks}",
+            "--distribution=cyclic",
+            f"--cpus-per-task={self.cpus_per_worker}",
+            *self.program,
+            *search,
+        ]
+
+    def parameters(self, num_jobs: int) -> dict[str, Any]:
+        """What submitit's executor for Slurm is given, for one job or an array of several."""
+        log = "job-%A_%a.log" if num_jobs > 1 else "job-%j.log"
+        # one log for all turns of a job, beside those of the ranks
+        more: dict[str, Any] = {"requeue": True, "output": str(self.run_folder / "logs" / log)}
+        more.update(self.slurm)
+        if "no-requeue" in more:
+            del more["requeue"]
+        line = shlex.join(self.command(None if self.islands is None else "I"))
+        chosen = {
+            "job_name": f"gptailor-{self.run_folder.name}",
+            "nodes": self.nodes,
+            # room for one rank more than evaluate: the first node has the one that searches, and
+            # only an allocation that is alike on all nodes puts as many workers on each
+            "ntasks_per_node": self.workers + 1,
+            "cpus_per_task": self.cpus_per_worker,
+            "gpus_per_node": self.gpus_per_node or None,
+            "time": self.time_min,
+            "mem": self.mem,
+            "partition": self.partition,
+            "account": self.account,
+            "constraint": self.constraint,
+            "qos": self.qos,
+            # srun would take it for what the step shall have, and complain
+            "setup": [*self.setup, "unset SLURM_NTASKS_PER_NODE", f"# the program: {line}"],
+            "signal_delay_s": self.signal_before_s,
+            "use_srun": False,
+            "stderr_to_stdout": True,
+            "additional_parameters": more,
+        }
+        # submitit has a wckey of its own, which a site that uses them would refuse
+        return {**{k: v for k, v in chosen.items() if v is not None}, "wckey": None}
+
+    @property
+    def submitit_folder(self) -> Path:
+        """Where submitit keeps its scripts and pickles."""
+        return self.run_folder / "jobs" / "submitit"
+
+
+class SearchJob:
+    """What submitit runs in a job's batch shell.
+
+    Args:
+        command: the `srun` line.
+        max_requeues: of the job.
+    """
+
+    def __init__(self, command: Sequence[str], max_requeues: int) -> None:
+        self.command = list(command)
+        self.max_requeues = max_requeues
+
+    def __call__(self) -> None:
+        """Returns after a search that is done; otherwise exits with its code.
+
+        An exit is nothing that submitit would catch and make a result of. Its handlers of signals
+        are replaced by the supervisor's.
+        """
+        code = Supervisor(self.command, max_requeues=self.max_requeues).run()
+        if code != 0:
+            raise SystemExit(code)
+
+
+def script(launch: Launch, num_jobs: int) -> str:
+    """The batch script that `submit` will hand to sbatch; asks nobody, writes nothing.
+
+    submitit has no public function for it; its version is watched by a test.
+    """
+    from submitit.slurm import slurm
+
+    command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit "
+    text: str = slurm._make_sbatch_string(
+        command + shlex.quote(str(launch.submitit_folder)),
+        launch.submitit_folder,
+        map_count=num_jobs if num_jobs > 1 else None,
+        **launch.parameters(num_jobs),
+    )
+    return text
+
+
+def submit(launch: Launch, islands: Sequence[int | None]) -> list[str]:
+    """Submits a job for each of the islands, as one array if they are several.
+
+    Args:
+        launch: what to ask for.
+        islands: their numbers; [None] for a search without islands.
+
+    Returns:
+        Ids of the jobs, "NUMBER" or "NUMBER_ELEMENT", in the order of the islands.
+
+    Raises:
+        UsageError: Slurm refuses; its reason is in the message.
+
+    Side effects: writes below `jobs/` and makes `logs/` in the run folder.
+    """
+    import submitit
+
+    (launch.run_folder / "logs").mkdir(parents=True, exist_ok=True)
+    executor = submitit.SlurmExecutor(launch.submitit_folder)
+    executor.update_parameters(**launch.parameters(len(islands)))
+    functions = [SearchJob(launch.command(island), launch.max_requeues) for island in islands]
+    try:
+        # submitit prints what sbatch complains of, and raises it as well
+        with _outside_of_a_job(), contextlib.redirect_stderr(io.StringIO()):
+            submitted = executor.submit_array(functions)
+    except RuntimeError as error:  # submitit's, with what sbatch wrote
+        lines = str(error).splitlines() or [str(error)]
+        complaints = [line for line in lines if "error:" in line] or lines[:1]
+        reason = re.sub(r"^sbatch: (error: )?(Batch job submission failed: )?", "", complaints[-1])
+        raise UsageError(f"Slurm does not take the job: {plain(reason).rstrip('.')}.") from error
+    return [str(job.job_id) for job in submitted]
+
+
+@contextlib.contextmanager
+def _outside_of_a_job() -> Iterator[None]:
+    """Hides the job in which this process runs: sbatch would hand its variables on."""
+    kept = {
+        name: os.environ.pop(name)
+        for name in list(os.environ)
+        if name.startswith("SLURM_") and name not in ("SLURM_CONF", "SLURM_CLUSTERS")
+    }
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+def parse_slurm(texts: Sequence[str]) -> tuple[tuple[str, str | bool], ...]:
+    """Options of sbatch from "key=value", or "key" for one without a value; "--" may lead."""
+    options: dict[str, str | bool] = {}
+    for text in texts:
+        key, equals, value = text.removeprefix("--").partition("=")
+        options[key.replace("_", "-")] = value if equals else True
+    return tuple(options.items())

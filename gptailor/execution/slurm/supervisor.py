@@ -1,0 +1,365 @@
+"""Runs a search's `srun` line inside a job, again and again until the search itself says how it is.
+
+    python3 -m gptailor.execution.supervisor [options] -- srun … gptailor search CONFIG --resume
+
+A rank that dies takes the whole MPI step along, so somebody outside of it has to start it again.
+How the search ended is not read from srun's exit code, which mixes all ranks, srun's own troubles
+and signals, but from a file: the path is in `GPTAILOR_VERDICT`, and the search's first rank, which
+runs on this host, writes its exit code there as its last act.
+
+- A verdict, whatever it is, was meant: this program ends with it. 75 asks for a requeue, which is
+  done here; where the site forbids it, 75 is the exit code.
+- No verdict: ranks were killed, or Slurm refused the step (it does once after an unclean death).
+  The step is started again in place, at most three times in a row in which the archive gained
+  nothing. That is read from a file, too: the path is in `GPTAILOR_GAINED`, and the search adds a
+  byte to it for each result when it is durable.
+
+SIGUSR2 (with `--signal=B:USR2@…`) and SIGTERM are handed on to srun, which hands them to all ranks.
+
+Only the standard library is used, from Python 3.8 on, so that a host where nothing is installed can
+start it around a container: `PYTHONPATH=…/gptailor python3 -m gptailor.execution.supervisor …`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from gptailor.execution.slurm.variables import ENDS_AT, GAINED, VERDICT
+
+REQUEUE = 75
+STOPPED_EARLY = 5
+MEANT = (0, 2, 3, 4, STOPPED_EARLY, REQUEUE)
+"""Exit codes that only gptailor itself gives: meant, even if no verdict could be written."""
+
+SRUN_ERROR = 222
+"""srun's exit code for its own errors (SLURM_EXIT_ERROR), so that they differ from a program's."""
+
+REQUEUE_WAIT_S = 120.0
+"""Slurm ends a job that it requeues; so long that is waited for."""
+
+
+class Supervisor:
+    """One command, run until it is over.
+
+    Args:
+        command: the `srun` line, or anything else that starts the search.
+        max_restarts: in a row, of steps that put nothing into the archive.
+        restart_after_s: before the first restart; twice as long before the next, and so on.
+        max_requeues: of this job, preemptions included.
+        environ: of this process.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        max_restarts: int = 3,
+        restart_after_s: float = 2.0,
+        max_requeues: int = 100,
+        environ: Mapping[str, str] = os.environ,
+    ) -> None:
+        self.command = list(command)
+        self.max_restarts = max_restarts
+        self.restart_after_s = restart_after_s
+        self.max_requeues = max_requeues
+        self.environ = dict(environ)
+        self.job = _job_id(self.environ)
+        self.requeued = int(self.environ.get("SLURM_RESTART_COUNT") or 0)
+        self.asked: int | None = None
+        self.attempt = 0
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def run(self) -> int:
+        """Runs the command to its end; returns the exit code for this process.
+
+        Side effects: takes over SIGTERM, SIGINT, SIGUSR2 and SIGCONT; may requeue the job.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+            signal.signal(number, self._hand_on)
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)
+        problem = self._unknown_mpi()
+        if problem:
+            self._say(problem)
+            return 2
+        folder = tempfile.mkdtemp(prefix="gptailor-")
+        try:
+            return self._until_it_is_over(Path(folder) / "verdict", Path(folder) / "gained")
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _until_it_is_over(self, verdict_file: Path, gained_file: Path) -> int:
+        restarts = 0
+        while True:
+            self.attempt += 1
+            gained_before, began = _size(gained_file), time.monotonic()
+            try:
+                code = self._step(verdict_file, gained_file)
+            except OSError as error:
+                self._say(f"{self.command[0]} can't be started: {error.strerror}")
+                return 2
+            lived_s = time.monotonic() - began
+            verdict = _read_verdict(verdict_file)
+            if verdict is None and code in MEANT:
+                verdict = code
+            if verdict is not None:
+                self._say(f"ended after {lived_s:.0f} s with exit code {verdict}")
+                return self._meant(verdict)
+            gained = _size(gained_file) - gained_before
+            died = f"{_how(code)} after {lived_s:.0f} s and {gained} new results"
+            if self._is_preempted():
+                self._say(f"{died}, by preemption")
+                return self._requeue()
+            if self.asked is not None:
+                self._say(died)
+                return self._stopped(code)
+            restarts = 1 if gained > 0 else restarts + 1
+            if restarts > self.max_restarts:
+                self._say(
+                    f"{died}; after {self.max_restarts} restarts without one new result this is "
+                    "given up: look for the first error above and in logs/ of the run folder"
+                )
+                return code if 0 < code < 128 else STOPPED_EARLY
+            wait_s = self.restart_after_s * 2 ** (restarts - 1)
+            self._say(f"{died}; starts again in {wait_s:g} s")
+            if not self._slept(wait_s):
+                return self._stopped(code)
+
+    def _step(self, verdict_file: Path, gained_file: Path) -> int:
+        """Runs the command once; its exit code, 128 + N if signal N ended it."""
+        verdict_file.unlink(missing_ok=True)
+        gained_file.touch()
+        environ = {
+            "SLURM_EXIT_ERROR": str(SRUN_ERROR),
+            **self.environ,
+            VERDICT: str(verdict_file),
+            GAINED: str(gained_file),
+            **self._end_time(),
+        }
+        self._say(f"starts {shlex.join(self.command)}")
+        # in this process's group: where Slurm tells processes by their group, none may leave it
+        self._child = subprocess.Popen(self.command, env=environ, stdin=subprocess.DEVNULL)
+        if self.asked is not None:  # the signal came before there was anybody to hand it on to
+            self._child.send_signal(self._for_child(self.asked))
+        code = self._child.wait()
+        self._child = None
+        return code if code >= 0 else 128 - code
+
+    def _meant(self, verdict: int) -> int:
+        """Ends with a verdict, or asks Slurm for another turn."""
+        if verdict == REQUEUE or (verdict > 128 and self._is_preempted()):
+            return self._requeue()
+        if verdict == 143 and self.asked == signal.SIGINT:
+            return 130  # srun takes SIGINT for a question, so the ranks got SIGTERM in its place
+        return verdict
+
+    def _stopped(self, code: int) -> int:
+        """The end after a signal that the search left without a verdict."""
+        if self.asked == signal.SIGUSR2:
+            return self._requeue()
+        assert self.asked is not None
+        return 128 + self.asked
+
+    def _is_preempted(self) -> bool:
+        """Whether Slurm is taking this job's nodes away, after a time of grace.
+
+        It signals the ranks only, and a job that ends in that time is over for Slurm: it would not
+        come back by itself.
+        """
+        values = self._job_values()
+        preempted_at, began_at = values.get("PreemptTime", "None"), values.get("StartTime", "")
+        # of this turn, not of one before a requeue (both are in the same form, year first)
+        return values.get("JobState") == "RUNNING" and "None" != preempted_at >= began_at
+
+    def _job_values(self) -> dict[str, str]:
+        """What Slurm says of this job; empty without Slurm, or without an answer."""
+        if not self.job:
+            return {}
+        shown = _output(["scontrol", "--oneliner", "show", "job", self.job])
+        return dict(word.partition("=")[::2] for word in shown.split())
+
+    def _end_time(self) -> dict[str, str]:
+        """When Slurm will kill the job, for the search; older versions don't tell it."""
+        try:
+            ends_at = time.strptime(self._job_values().get("EndTime", ""), "%Y-%m-%dT%H:%M:%S")
+        except ValueError:
+            return {}
+        return {ENDS_AT: f"{time.mktime(ends_at):.0f}"}
+
+    def _requeue(self) -> int:
+        if not self.job:
+            self._say("wants to go on later: start the same command again")
+            return REQUEUE
+        if self.requeued >= self.max_requeues:
+            self._say(
+                f"the job has been requeued {self.requeued} times, which is the limit "
+                "(--max-requeues): submit the same command again to go on"
+            )
+            return REQUEUE
+        self.asked = None  # what comes from now on is Slurm's, which ends this turn of the job
+        try:
+            done = subprocess.run(
+                ["scontrol", "requeue", self.job],
+                capture_output=True, text=True, timeout=60, check=False,
+            )  # fmt: skip
+            refusal = None if done.returncode == 0 else done.stderr.strip() or "no reason given"
+        except (OSError, subprocess.TimeoutExpired) as error:
+            refusal = str(error)
+        if refusal is not None:
+            self._say(
+                f"Slurm does not requeue the job ({' '.join(refusal.split())}): submit the same "
+                "command again to go on; nothing that was evaluated is evaluated again"
+            )
+            return REQUEUE
+        self._say("requeued")
+        self._slept(REQUEUE_WAIT_S)  # until Slurm ends this job
+        return REQUEUE
+
+    def _hand_on(self, number: int, frame: FrameType | None) -> None:
+        """The handler: remembers the sternest signal, and gives it to the child."""
+        if self.asked in (None, signal.SIGUSR2):
+            self.asked = number
+        self._say(f"got {signal.Signals(number).name}")
+        child = self._child
+        if child is not None and child.poll() is None:
+            child.send_signal(self._for_child(number))
+
+    @staticmethod
+    def _for_child(number: int) -> int:
+        return signal.SIGTERM if number == signal.SIGINT else number
+
+    def _slept(self, seconds: float) -> bool:
+        """Waits; False if a signal came before the time was over."""
+        until = time.monotonic() + seconds
+        while self.asked is None and time.monotonic() < until:
+            time.sleep(min(0.2, seconds))
+        return self.asked is None
+
+    def _unknown_mpi(self) -> str:
+        """Why srun does not know the kind of MPI, in one sentence; empty if it does."""
+        kind = mpi_type(self.command)
+        if kind is None:
+            return ""
+        known = known_mpi_types()
+        if not known or kind in known:
+            return ""
+        return (
+            f"srun knows no MPI of type {kind!r}: set MPI_TYPE (or --mpi) to one of "
+            f"{', '.join(known)}"
+        )
+
+    def _say(self, text: str) -> None:
+        job = f"job {self.job}, restart {self.requeued}" if self.job else "no Slurm job"
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        line = f"{stamp} supervisor ({job}, try {self.attempt}): {text}\n"
+        with contextlib.suppress(OSError):  # a full disk, a closed terminal
+            os.write(2, line.encode())  # not print: a handler may come in the middle of it
+
+
+def _job_id(environ: Mapping[str, str]) -> str:
+    """Slurm's name of this job; empty outside of Slurm.
+
+    The last element of an array has the array's number as SLURM_JOB_ID, and with that all of them
+    would be requeued.
+    """
+    array, element = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{element}" if array and element else environ.get("SLURM_JOB_ID", "")
+
+
+def mpi_type(command: Sequence[str]) -> str | None:
+    """What an srun line names as `--mpi`; None if it is no srun line or names nothing."""
+    if not command or Path(command[0]).name != "srun":
+        return None
+    for index, word in enumerate(command):
+        if word == "--mpi" and index + 1 < len(command):
+            return command[index + 1]
+        if word.startswith("--mpi="):
+            return word[len("--mpi=") :]
+        if word == "gptailor":
+            break
+    return None
+
+
+def known_mpi_types() -> list[str]:
+    """The kinds of MPI that this machine's srun can start; empty if it does not tell."""
+    # one to a line below a heading, and for some kinds their versions behind a colon; the text
+    # goes to standard error or standard output, depending on Slurm's version
+    known: list[str] = []
+    for line in _output(["srun", "--mpi=list"]).splitlines():
+        words = line.rpartition(":")[2].replace(",", " ").split()
+        if ":" in line or len(words) == 1:
+            known += [word for word in words if not word.endswith("...")]
+    return known
+
+
+def _read_verdict(path: Path) -> int | None:
+    try:
+        return int(path.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # somebody cleans up too eagerly
+        return 0
+
+
+def _output(command: Sequence[str]) -> str:
+    """What one of Slurm's programs prints; empty where there is none, or no answer."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout + done.stderr
+
+
+def _how(code: int) -> str:
+    """How a command without a verdict ended."""
+    if code == SRUN_ERROR:
+        return "srun could not start or finish the step"
+    if code > 128:
+        try:
+            return f"a rank was ended by {signal.Signals(code - 128).name}"
+        except ValueError:
+            pass
+    return f"the step died with exit code {code}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command behind "--"; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="gptailor.execution.supervisor",
+        description="Runs a command inside a job, starts it again when it was killed, and asks "
+        "for a requeue when it wants one.",
+    )
+    parser.add_argument(
+        "--max-restarts", type=int, default=3, help="in a row, without one new result (3)"
+    )
+    parser.add_argument("--restart-after", type=float, default=2.0, help="seconds (2)")
+    parser.add_argument("--max-requeues", type=int, default=100, help="of the job (100)")
+    parser.add_argument("command", nargs="+", help="-- and the command")
+    arguments = parser.parse_args(argv)
+    supervisor = Supervisor(
+        arguments.command,
+        max_restarts=arguments.max_restarts,
+        restart_after_s=arguments.restart_after,
+        max_requeues=arguments.max_requeues,
+    )
+    return supervisor.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

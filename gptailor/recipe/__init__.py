@@ -1,0 +1,26 @@
+"""Recipes: what a stitched model is made of, layer by layer; pure data, no weights."""
+
+from gptailor.recipe.entry import NO_LAYER, Layer, Merge, Take
+from gptailor.recipe.recipe import (
+    DTYPES,
+    SCHEMA,
+    End,
+    KnownLayers,
+    Recipe,
+    absolute_ref,
+    read_recipe,
+)
+
+__all__ = [
+    "DTYPES",
+    "NO_LAYER",
+    "SCHEMA",
+    "End",
+    "KnownLayers",
+    "Layer",
+    "Merge",
+    "Recipe",
+    "Take",
+    "absolute_ref",
+    "read_recipe",
+]

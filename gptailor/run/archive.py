@@ -1,0 +1,301 @@
+"""The archive: the journal of every evaluation of a run, and the only truth about it.
+
+One SQLite file with one writer. An evaluation is on disk before anybody counts on it
+(`synchronous=FULL`, rollback journal: both hold on network file systems too, where WAL does not).
+Front, report and a search that is resumed are all made from it again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from gptailor.errors import ResourceError, UsageError
+from gptailor.evaluation.outcome import Cost, Evaluation, Outcome, score_dict, score_from_dict
+from gptailor.recipe import KnownLayers, Recipe
+
+SCHEMA = "gptailor/archive/1"
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS evaluations (
+  number INTEGER PRIMARY KEY AUTOINCREMENT,
+  recipe_hash TEXT NOT NULL,
+  documents TEXT NOT NULL,
+  recipe TEXT NOT NULL,
+  status TEXT NOT NULL CHECK (status IN ('ok', 'infeasible', 'failed')),
+  reason TEXT NOT NULL,
+  accuracy REAL,
+  parameters INTEGER NOT NULL,
+  scores TEXT NOT NULL,
+  cost TEXT NOT NULL,
+  finished_at REAL NOT NULL,
+  UNIQUE (recipe_hash, documents)
+) STRICT;
+CREATE TABLE IF NOT EXISTS arms (
+  arm TEXT NOT NULL, recipe_hash TEXT NOT NULL, PRIMARY KEY (arm, recipe_hash)
+) STRICT;
+"""
+
+
+class Archive:
+    """The evaluations of one run folder.
+
+    Args:
+        folder: the run folder; made if it is missing (not when `readonly`).
+        readonly: for reports and status: takes no lock and never writes.
+
+    Raises:
+        UsageError: another search has the folder open, there is no archive to read, or it is of
+            another schema.
+        ResourceError: the disk is full.
+    """
+
+    def __init__(self, folder: str | Path, *, readonly: bool = False) -> None:
+        self.folder = Path(folder)
+        self.path = self.folder / "archive.db"
+        self._lock_fd = -1
+        if readonly and not self.path.is_file():
+            raise UsageError(f"{self.folder} holds no run: {self.path} does not exist.")
+        try:
+            if readonly:
+                # after kill -9, SQLite must be allowed to roll the journal back before it reads
+                mode = "rw" if os.access(self.folder, os.W_OK) else "ro"
+                uri = f"{self.path.resolve().as_uri()}?mode={mode}"
+                self._db = sqlite3.connect(uri, uri=True, timeout=30)
+                self._db.execute("PRAGMA query_only = ON")
+            else:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock_fd = _locked(self.folder)
+                self._db = sqlite3.connect(self.path, timeout=30)
+                self._db.execute("PRAGMA journal_mode = DELETE")
+                self._db.execute("PRAGMA synchronous = FULL")
+                with self._db:
+                    self._db.executescript(_TABLES)
+                if self.get_meta("schema") is None:
+                    self.set_meta("schema", SCHEMA)
+            found = self.get_meta("schema")
+        except (sqlite3.Error, OSError) as error:
+            self.close()
+            raise _explained(error, self.path) from error
+        except UsageError:
+            self.close()
+            raise
+        if found != SCHEMA:
+            self.close()
+            raise UsageError(f"{self.path} has schema {found!r}, but {SCHEMA!r} is needed.")
+
+    @staticmethod
+    def check_not_in_use(
+        folder: str | Path, *, wait_s: float = 0.0, note: Callable[[str], None] = print
+    ) -> None:
+        """Raises a `UsageError` if another search has the folder open; makes nothing.
+
+        Args:
+            folder: the run folder.
+            wait_s: how long to wait for the other one: a network file system may keep the lock of
+                a machine that died for a while.
+            note: is told that we wait.
+        """
+        deadline, is_noted = time.monotonic() + wait_s, False
+        while (Path(folder) / ".lock").exists():
+            try:
+                os.close(_locked(Path(folder)))
+                return
+            except UsageError as error:
+                if time.monotonic() >= deadline:
+                    raise
+                if not is_noted:
+                    note(f"Waiting up to {wait_s:.0f} s for the lock. {error}")
+                    is_noted = True
+                time.sleep(min(2.0, wait_s))
+
+    def close(self) -> None:
+        """Gives up the lock; the archive can't be used afterwards."""
+        if hasattr(self, "_db"):
+            self._db.close()
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    def __enter__(self) -> Archive:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def get_meta(self, key: str) -> str | None:
+        """A text that belongs to the whole run, or None."""
+        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def set_meta(self, key: str, value: str) -> None:
+        """Writes a text that belongs to the whole run; durable on return."""
+        with self._writing():
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    def record(
+        self, recipe: Recipe, documents: str, parameters: int, outcome: Outcome
+    ) -> Evaluation:
+        """Writes an evaluation; it is durable when this returns.
+
+        Raises:
+            ResourceError: the disk is full; nothing was written.
+        """
+        return self.record_all([(recipe, documents, parameters, outcome)])[0]
+
+    def record_all(self, rows: Sequence[tuple[Recipe, str, int, Outcome]]) -> list[Evaluation]:
+        """Writes evaluations that ended together, (recipe, documents, parameters, outcome) each.
+
+        One transaction, so one wait for the disk: what a thousand workers send keeps up with it.
+
+        Raises:
+            ResourceError: the disk is full; nothing was written.
+        """
+        finished_at = time.time()
+        numbers = []
+        with self._writing():
+            for recipe, documents, parameters, outcome in rows:
+                cursor = self._db.execute(
+                    "INSERT INTO evaluations (recipe_hash, documents, recipe, status, reason,"
+                    " accuracy, parameters, scores, cost, finished_at)"
+                    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        recipe.hash,
+                        documents,
+                        json.dumps(recipe.to_dict()),
+                        outcome.status,
+                        outcome.reason,
+                        outcome.accuracy,
+                        parameters,
+                        json.dumps([score_dict(s) for s in outcome.scores]),
+                        json.dumps(asdict(outcome.cost)),
+                        finished_at,
+                    ),
+                )
+                numbers.append(int(cursor.lastrowid or 0))
+        arms = self._arms()
+        return [
+            Evaluation(number, recipe, documents, outcome, parameters, found, finished_at)
+            for number, (recipe, documents, parameters, outcome) in zip(numbers, rows, strict=True)
+            for found in [arms.get(recipe.hash, ())]
+        ]
+
+    def add_arm(self, arm: str, recipe: Recipe) -> None:
+        """Notes that a control arm led to this recipe; a second time is without effect."""
+        with self._writing():
+            self._db.execute("INSERT OR IGNORE INTO arms VALUES (?, ?)", (arm, recipe.hash))
+
+    def find(self, recipe: Recipe, documents: str) -> Evaluation | None:
+        """The evaluation of that recipe on those documents, or None."""
+        rows = self._select("WHERE recipe_hash = ? AND documents = ?", (recipe.hash, documents))
+        return next(rows, None)
+
+    def evaluations(self, documents: str | None = None) -> list[Evaluation]:
+        """All evaluations in the order in which they ended; of some documents only if named."""
+        if documents is None:
+            return list(self._select("", ()))
+        return list(self._select("WHERE documents = ?", (documents,)))
+
+    def _arms(self) -> Mapping[str, tuple[str, ...]]:
+        arms: dict[str, tuple[str, ...]] = {}
+        for arm, recipe_hash in self._db.execute("SELECT arm, recipe_hash FROM arms ORDER BY arm"):
+            arms[recipe_hash] = (*arms.get(recipe_hash, ()), arm)
+        return arms
+
+    def _select(self, where: str, values: tuple[Any, ...]) -> Iterator[Evaluation]:
+        arms, known = self._arms(), KnownLayers()
+        rows = self._db.execute(
+            "SELECT number, recipe, documents, status, reason, accuracy, scores, cost, parameters,"
+            f" recipe_hash, finished_at FROM evaluations {where} ORDER BY number",
+            values,
+        )
+        for row in rows.fetchall():
+            number, text, documents, status, reason, accuracy, scores, cost = row[:8]
+            source = f"{self.path}, evaluation {number}"
+            try:
+                found = tuple(score_from_dict(s) for s in json.loads(scores))
+                outcome = Outcome(status, accuracy, found, reason, Cost(**json.loads(cost)))
+            except (ValueError, TypeError) as error:
+                raise UsageError(
+                    f"{source}, can't be read: it is damaged, or of another version of gptailor "
+                    f"({error})."
+                ) from error
+            recipe = Recipe.from_dict(json.loads(text), source, known)
+            yield Evaluation(
+                number, recipe, documents, outcome, row[8], arms.get(row[9], ()), row[10]
+            )
+
+    def _writing(self) -> _Transaction:
+        return _Transaction(self._db, self.path)
+
+
+def _locked(folder: Path) -> int:
+    """An open file descriptor that holds the lock of a run folder until it is closed."""
+    fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, str(os.getpid()).encode(), 0)
+    except BlockingIOError:
+        holder = os.read(fd, 64).decode(errors="replace").strip() or "?"
+        os.close(fd)
+        raise UsageError(
+            f"The run folder {folder} is in use by another search (process {holder}): "
+            "wait for it, or name another output."
+        ) from None
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+class _Transaction:
+    """One transaction; SQLite's errors become ours."""
+
+    def __init__(self, db: sqlite3.Connection, path: Path) -> None:
+        self._db = db
+        self._path = path
+
+    def __enter__(self) -> None:
+        self._db.__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self._db.__exit__(kind, value, trace)
+        except sqlite3.Error as error:
+            raise _explained(error, self._path) from error
+        if isinstance(value, sqlite3.Error):
+            raise _explained(value, self._path) from value
+
+
+def _explained(error: sqlite3.Error | OSError, path: Path) -> Exception:
+    text = str(error)
+    if isinstance(error, OSError):
+        text = error.strerror or text
+        full = error.errno in (28, 122)  # ENOSPC, EDQUOT
+    else:
+        full = "full" in text or "disk I/O" in text
+    if full:
+        return ResourceError(
+            f"The archive {path} can't be written: {text}. Free space, then resume."
+        )
+    return UsageError(f"The archive {path} can't be used: {text}.")

@@ -1,0 +1,116 @@
+"""What a run folder holds, whether one search works on it or several islands do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gptailor.errors import UsageError
+from gptailor.evaluation.outcome import Evaluation
+from gptailor.run.archive import Archive
+from gptailor.run.island_folder import FOLDER, island_folder, island_numbers
+from gptailor.run.journal import NAME, evaluations_in, read_journal
+from gptailor.run.journal_entry import Header
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run, read.
+
+    Attributes:
+        evaluations: each recipe on each set of documents once, numbered from 1 in the order in
+            which they ended; of several the one that ended first.
+        paid: all that was evaluated: what two islands did by accident is there twice.
+        config: the resolved configuration; empty where the run has none.
+        family: depth, folders and parameter counts of the models; empty where the run has none.
+    """
+
+    evaluations: list[Evaluation]
+    paid: Sequence[Evaluation]
+    config: dict[str, Any]
+    family: dict[str, Any]
+
+
+def read_run(run: str | Path) -> RunData:
+    """Reads a run folder, while searches may still write to it.
+
+    Of islands the journals are read: SQLite files that other nodes write to are not opened.
+
+    Raises:
+        UsageError: the folder holds no run, or what is there is corrupt.
+    """
+    run = Path(run)
+    journals = journals_of(run)
+    if (run / "archive.db").is_file() or not journals:
+        with Archive(run, readonly=True) as archive:
+            return data_of(archive)
+    paid: list[Evaluation] = []
+    headers: list[Header] = []
+    for path in journals:
+        header, entries = read_journal(path)
+        headers += [] if header is None else [header]
+        paid += evaluations_in(entries)
+    if not headers:
+        return RunData(union(paid), paid, {}, {})
+    last = max(headers, key=_budget)  # it may have been raised when one of them went on
+    return RunData(union(paid), paid, dict(last.config), dict(last.family))
+
+
+def _budget(header: Header) -> int:
+    return int(header.config.get("search", {}).get("evaluations", 0))
+
+
+def data_of(archive: Archive) -> RunData:
+    """What an open archive holds."""
+    rows = archive.evaluations()
+    return RunData(rows, rows, _meta(archive, "config"), _meta(archive, "family"))
+
+
+def union(paid: Sequence[Evaluation]) -> list[Evaluation]:
+    """Each recipe on each set of documents once: what ended first, with all that led to it."""
+    found: dict[tuple[str, str], Evaluation] = {}
+    arms: dict[str, set[str]] = {}
+    for evaluation in sorted(paid, key=lambda e: e.finished_at):
+        digest = evaluation.recipe.hash
+        arms.setdefault(digest, set()).update(evaluation.arms)
+        found.setdefault((digest, evaluation.documents), evaluation)
+    return [
+        replace(evaluation, number=number, arms=tuple(sorted(arms[evaluation.recipe.hash])))
+        for number, evaluation in enumerate(found.values(), start=1)
+    ]
+
+
+def journals_of(run: Path) -> list[Path]:
+    """The journals of a run's islands, those that are there."""
+    paths = [island_folder(run, i) / NAME for i in island_numbers(run / FOLDER)]
+    return [path for path in paths if path.is_file()]
+
+
+def check_kind(run: Path, *, has_islands: bool) -> None:
+    """Refuses to go on with islands in a run without them, and the other way round.
+
+    Raises:
+        UsageError: the run is of the other kind.
+    """
+    if has_islands and (run / "archive.db").exists():
+        raise UsageError(
+            f"{run} holds a run without islands: continue it without --island, or name another "
+            "output."
+        )
+    if not has_islands and island_numbers(run / FOLDER):
+        raise UsageError(
+            f"{run} holds a run with islands: continue it with --island I/K, or name another "
+            "output."
+        )
+
+
+def _meta(archive: Archive, key: str) -> dict[str, Any]:
+    """A JSON object of the archive's meta; empty where it is absent or something else."""
+    try:
+        value = json.loads(archive.get_meta(key) or "{}")
+    except json.JSONDecodeError:
+        return {}
+    return value if isinstance(value, dict) else {}

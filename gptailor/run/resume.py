@@ -1,0 +1,94 @@
+"""What a run is made of: written down when it begins, compared whenever it goes on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from gptailor.config import Config, read_config
+from gptailor.errors import UsageError
+from gptailor.evaluation.family import find_calibration
+from gptailor.models.family import Family
+from gptailor.run.archive import Archive
+from gptailor.run.difference import config_difference
+
+
+def check_resumable(archive: Archive, config: Config, family: Family, documents: str) -> None:
+    """Writes down what a new run is made of, or compares it with what the run was made of.
+
+    Only the number of evaluations and the batch size may change between the parts of a run; another
+    batch size can change the last bits of a score.
+
+    Raises:
+        UsageError: configuration, weights or documents are others than those of the run, or its
+            control arms are not the models that they name.
+    """
+    fingerprint = family.fingerprint()
+    calibration = find_calibration(config, family)
+    if calibration is not None:
+        fingerprint["calibration"] = calibration.digests
+    now = {
+        "config": config.model_dump_json(),
+        "fingerprint": json.dumps(fingerprint),
+        "documents": documents,
+    }
+    before = {key: archive.get_meta(key) for key in now}
+    old_config = before["config"]
+    if old_config is None:
+        models = {name: str(c.folder) for name, c in family.candidates.items()}
+        rows = {
+            name: next((c.tensors[tensor].shape[0] for tensor in family.uneven), None)
+            for name, c in family.candidates.items()
+        }
+        parameters = {name: family.parameters(rows=number) for name, number in rows.items()}
+        description = {
+            "num_layers": family.num_layers,
+            "models": models,
+            "parameters": parameters,
+        }
+        archive.set_meta("family", json.dumps(description))
+        archive.set_meta("ends", json.dumps(asdict(family.ends)))
+        for key, value in reversed(now.items()):  # "config" comes last: it marks a run as begun
+            archive.set_meta(key, value)
+        return
+    difference = config_difference(json.loads(old_config), json.loads(now["config"]))
+    if difference:
+        raise _is_another(archive.folder, difference)
+    for key, what in (("fingerprint", "the model files"), ("documents", "the tasks' documents")):
+        if before[key] != now[key]:
+            raise UsageError(
+                f"The run in {archive.folder} can't be resumed, as {what} changed since it began: "
+                "name another output."
+            )
+    if archive.get_meta("ends") is None and not family.ends.are_equal:
+        raise UsageError(
+            f"The run in {archive.folder} was begun by a version that gave all recipes, control "
+            "arms too, the base's embeddings and head, but those of the candidates differ: name "
+            "another output."
+        )
+    archive.set_meta("config", now["config"])
+
+
+def check_config_file(run: Path, config: Config) -> None:
+    """Compares a configuration with the one that stands in the run folder, if there is one.
+
+    Raises:
+        UsageError: the run searches something else; it tells the difference.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        return
+    different = config_difference(
+        json.loads(read_config(path).model_dump_json()), json.loads(config.model_dump_json())
+    )
+    if different:
+        raise _is_another(run, different)
+
+
+def _is_another(run: Path, difference: str) -> UsageError:
+    return UsageError(
+        f"The run in {run} was started with another configuration: {difference}. "
+        "Only search.evaluations, evaluation.batch_size and evaluation.candidates_gib may "
+        "change; name another output for the rest."
+    )

@@ -1,0 +1,53 @@
+"""What the environment tells of a launcher, and whether an MPI library fits it."""
+
+from __future__ import annotations
+
+import pytest
+
+from gptailor.execution.mpi.launcher import Launch, find_launch, fits
+
+STEP = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}
+OPEN_MPI, MPICH = "Open MPI v4.1.4, package: Debian", "MPICH Version:      5.0.2\n--enable-fast"
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),  # a batch shell
+        (STEP, Launch("srun", 4, 2)),
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, Launch("srun", 1, 0)),
+        ({**STEP, "PMIX_RANK": "2"}, Launch("srun", 4, 2)),
+        ({**STEP, "PMI_SIZE": "4", "PMI_RANK": "2"}, Launch("srun", 4, 2)),
+        ({"OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_RANK": "1"}, Launch("mpirun", 3, 1)),
+        # mpirun in an allocation starts its helpers, one for each node, by srun
+        (
+            {**STEP, "OMPI_COMM_WORLD_SIZE": "16", "OMPI_COMM_WORLD_RANK": "9"},
+            Launch("mpirun", 16, 9),
+        ),
+        ({"PMI_SIZE": "3", "PMI_RANK": "0"}, Launch("mpiexec", 3, 0)),
+        ({"PMIX_RANK": "1"}, Launch("the launcher", None, 1)),
+    ],
+)
+def test_find_launch(env: dict[str, str], expected: Launch | None) -> None:
+    assert find_launch(env) == expected
+
+
+@pytest.mark.parametrize(
+    ("library", "kind", "components", "expected"),
+    [
+        (OPEN_MPI, "pmix", [], True),
+        (OPEN_MPI, "pmi2", ["mca_pmix_ext3x.so"], False),
+        (OPEN_MPI, "pmi2", ["mca_pmix_s2.so"], True),
+        (OPEN_MPI, "pmi2", [], True),  # nobody knows
+        (OPEN_MPI, "none", [], False),
+        (MPICH, "pmix", [], False),
+        (MPICH + " --with-pmix", "pmix", [], True),
+        (MPICH, "pmi2", [], True),
+        ("Intel(R) MPI Library 2021", "pmi2", [], True),
+    ],
+)
+def test_kinds_of_mpi(library: str, kind: str, components: list[str], expected: bool) -> None:
+    given = {"pmix": {"PMIX_RANK": "2"}, "pmi2": {"PMI_RANK": "2"}, "none": {}}[kind]
+    assert fits(library, {**STEP, **given}, components) is expected
+    assert fits(library, {**given, "OMPI_COMM_WORLD_SIZE": "4"}, components)

@@ -1,0 +1,239 @@
+"""What `gptailor launch` asks of Slurm. The text is compared whole: read it when it changes."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from gptailor import cli
+from gptailor.demo import PATH as DEMO
+from gptailor.errors import UsageError
+from gptailor.execution.slurm.queries import parse_minutes
+from gptailor.execution.slurm.submit import Launch, SearchJob, parse_slurm, script
+
+LAUNCH = Launch(
+    config=Path("/home/a b/search.yaml"),
+    run_folder=Path("/scratch/my runs/mine"),
+    overrides=("search.evaluations=500",),
+    nodes=8,
+    gpus_per_node=4,
+    time_min=720,
+    program=("gptailor",),
+)
+
+ONE_JOB = """#!/bin/bash
+
+# Parameters
+#SBATCH --cpus-per-task=4
+#SBATCH --gpus-per-node=4
+#SBATCH --job-name=gptailor-mine
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=5
+#SBATCH --open-mode=append
+#SBATCH --output='/scratch/my runs/mine/logs/job-%j.log'
+#SBATCH --requeue
+#SBATCH --signal=USR2@300
+#SBATCH --time=720
+
+# setup
+unset SLURM_NTASKS_PER_NODE
+# the program: srun --mpi=pmix --kill-on-bad-exit=1 --ntasks=33 --distribution=cyclic \
+--cpus-per-task=4 gptailor search '/home/a b/search.yaml' search.evaluations=500 --resume \
+--executor mpi
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+PYTHON -u -m submitit.core._submit '/scratch/my runs/mine/jobs/submitit'
+"""
+
+ISLANDS = """#!/bin/bash
+
+# Parameters
+#SBATCH --account=proj
+#SBATCH --array=0-2%3
+#SBATCH --constraint='a100&ib'
+#SBATCH --cpus-per-task=16
+#SBATCH --exclusive
+#SBATCH --gpus-per-node=8
+#SBATCH --job-name=gptailor-mine
+#SBATCH --mail-type=END,FAIL
+#SBATCH --mem=0
+#SBATCH --no-requeue
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=5
+#SBATCH --open-mode=append
+#SBATCH --output='/scratch/my runs/mine/logs/job-%A_%a.log'
+#SBATCH --partition=gpu,spot
+#SBATCH --qos=low
+#SBATCH --signal=USR2@900
+#SBATCH --time=2880
+
+# setup
+module load openmpi/5.0
+source ~/venv/bin/activate
+unset SLURM_NTASKS_PER_NODE
+# the program: srun --mpi=pmi2 --kill-on-bad-exit=1 --ntasks=9 --distribution=cyclic \
+--cpus-per-task=16 apptainer exec --nv image.sif gptailor search '/home/a b/search.yaml' --resume \
+--executor mpi --island I/3
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+PYTHON -u -m submitit.core._submit '/scratch/my runs/mine/jobs/submitit'
+"""
+
+
+def shown(launch: Launch, num_jobs: int) -> str:
+    return script(launch, num_jobs).replace(shlex.quote(sys.executable), "PYTHON")
+
+
+def test_the_script_of_one_job() -> None:
+    assert shown(LAUNCH, 1) == ONE_JOB
+
+
+def test_the_script_of_islands() -> None:
+    launch = Launch(
+        config=LAUNCH.config,
+        run_folder=LAUNCH.run_folder,
+        nodes=2,
+        gpus_per_node=8,
+        time_min=parse_minutes("2-00:00:00"),
+        gpus_per_worker=2,
+        cpus_per_worker=16,
+        mem="0",
+        partition="gpu,spot",
+        account="proj",
+        constraint="a100&ib",
+        qos="low",
+        setup=("module load openmpi/5.0", "source ~/venv/bin/activate"),
+        slurm=parse_slurm(["mail-type=END,FAIL", "--exclusive", "no_requeue"]),
+        islands=3,
+        mpi="pmi2",
+        signal_before_s=900,
+        program=("apptainer", "exec", "--nv", "image.sif", "gptailor"),
+    )
+    launch.check()
+    assert shown(launch, 3) == ISLANDS
+
+
+def test_the_version_of_submitit_whose_private_parts_are_used() -> None:
+    """With another one, look at `_make_sbatch_string` and `_submit_command_str`, and at the tests
+    of tests/cluster/test_launch.py, before it is named here."""
+    assert metadata.version("submitit") == "1.5.4"
+
+
+def test_the_program_of_an_island_names_it() -> None:
+    words = replace(LAUNCH, islands=3).command(2)
+    assert words[:2] == ["srun", "--mpi=pmix"]
+    assert words[-2:] == ["--island", "2/3"]
+    assert "--island" not in LAUNCH.command()
+
+
+def test_a_worker_may_have_several_gpus() -> None:
+    assert replace(LAUNCH, gpus_per_worker=2).num_ranks == 8 * 2 + 1
+    assert replace(LAUNCH, workers_per_node=3).num_ranks == 8 * 3 + 1
+    assert replace(LAUNCH, gpus_per_node=0, workers_per_node=6).num_ranks == 8 * 6 + 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gpus_per_node": 0}, "name --gpus-per-node or --workers-per-node"),
+        ({"gpus_per_worker": 8}, "A worker of 8 GPUs does not fit a node of 4"),
+        ({"gpus_per_worker": 2, "workers_per_node": 3}, "need more than the 4 GPUs of a node"),
+        ({"time_min": 5}, "--signal-before 300 leaves no time to search in a job of 5 minutes"),
+        ({"signal_before_s": 70000}, "--signal-before 70000 leaves no time"),
+        ({"slurm": parse_slurm(["nodes=3"])}, "--slurm nodes: this follows from launch's own"),
+        ({"slurm": parse_slurm(["signal=B:USR2@60"])}, "--slurm signal: this follows"),
+        ({"slurm": parse_slurm(["partition=gpu"])}, "write --partition gpu"),
+        ({"slurm": parse_slurm(["a b=3"])}, "--slurm a b: that is no option of sbatch"),
+        ({"slurm": parse_slurm(["comment=a\nrm -r ~"])}, "a batch script has one line for this"),
+        ({"setup": ("module load a\nrm -r ~",)}, "a batch script has one line for this"),
+        ({"partition": "a\n"}, "a batch script has one line for this"),
+        ({"overrides": ("a=\n1",)}, "a batch script has one line for this"),
+        ({"run_folder": Path("/runs/50%")}, "Slurm reads % in the name of a log"),
+    ],
+)
+def test_what_cannot_be_is_said_before_slurm_is_asked(
+    changes: dict[str, object], message: str
+) -> None:
+    LAUNCH.check()
+    with pytest.raises(UsageError, match=r"^[^\n]*$") as error:
+        replace(LAUNCH, **changes).check()  # type: ignore[arg-type]
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [
+        ("90", 90),
+        ("90:30", 91),
+        ("1:30:00", 90),
+        ("0:0:1", 1),
+        ("2-0", 2880),
+        ("1-12:30", 2190),
+        ("2-00:00:00", 2880),
+        ("10000", 10000),
+    ],
+)
+def test_times_are_read_as_slurm_does(text: str, minutes: int) -> None:
+    assert parse_minutes(text) == minutes
+
+
+@pytest.mark.parametrize("text", ["", "soon", "1h", "-5", "1:2:3:4", "0", "0:00", "1.5", "9" * 50])
+def test_what_is_no_time(text: str) -> None:
+    with pytest.raises(UsageError, match="no time"):
+        parse_minutes(text)
+
+
+def test_a_job_of_submitit_ends_with_the_code_of_the_search(tmp_path: Path) -> None:
+    """submitit makes a result of what returns or raises; an exit it lets through."""
+    code = "import pickle, sys; pickle.loads(bytes.fromhex(sys.argv[1]))()"
+    for wanted in (0, 3):
+        job = SearchJob([sys.executable, "-c", f"raise SystemExit({wanted})"], 100)
+        import pickle
+
+        done = subprocess.run(
+            [sys.executable, "-c", code, pickle.dumps(job).hex()],
+            env={k: v for k, v in os.environ.items() if not k.startswith("SLURM")},
+            check=False,
+            stderr=subprocess.DEVNULL,
+        )
+        assert done.returncode == wanted
+
+
+def launch_demo(*words: str) -> int:
+    return cli.main(["launch", str(DEMO / "search.yaml"), "--workers-per-node", "2", *words])
+
+
+def test_dry_run_writes_nothing_and_needs_no_slurm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("GPTAILOR", "apptainer exec image.sif gptailor")
+    monkeypatch.setenv("MPI_TYPE", "pmi2")
+    words = ("--stage", "$TMPDIR", "--io", "pread", "--log-json")
+    assert launch_demo("--time", "1:00:00", "--dry-run", "output=runs/mine", *words) == 0
+    out = capsys.readouterr().out
+    assert f"#SBATCH --output={tmp_path}/runs/mine/logs/job-%j.log" in out
+    assert "--mpi=pmi2" in out
+    assert "apptainer exec image.sif gptailor search" in out
+    assert "--executor mpi --io=pread '--stage=$TMPDIR' --log-json" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_slurm_launch_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert launch_demo("--time", "60") == 2
+    assert "There is no Slurm on this machine" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,369 @@
+"""The journal: whole lines only, whatever happened to the file; nothing that is no journal."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptailor.errors import ResourceError, UsageError
+from gptailor.evaluation.outcome import Cost, Evaluation, Outcome, Score
+from gptailor.evaluation.similarity import Similarity
+from gptailor.recipe import Merge, Recipe, Take
+from gptailor.run import journal as module
+from gptailor.run.journal import NAME, Journal, JournalReader, evaluations_in, read_journal
+from gptailor.run.journal_entry import (
+    MAX_LINE_BYTES,
+    MAX_REASON_CHARS,
+    Begun,
+    Closed,
+    Entry,
+    Header,
+    Measured,
+    from_line,
+    to_line,
+)
+from tests.models.tiny import free_bytes, small_disk
+
+MODELS = {"base": "org/base", "red": "org/red"}
+FAMILY = {"num_layers": 8, "models": {"red": "/m/red"}, "parameters": {"red": 900}}
+HEADER = Header(1, 3, {"search": {"seed": 0}}, "f", "d", FAMILY)
+
+
+def recipe(*src_layers: int) -> Recipe:
+    values = (("lambda", 0.3), ("normalize", 0.0))
+    merge = Merge("task_arithmetic", 7, (("red", 0.1),), values)
+    layers = (*(Take("red", i) for i in src_layers), merge)
+    return Recipe(MODELS, "base", layers, "base", "red", "float16")
+
+
+def evaluation(*src_layers: int, reason: str = "", documents: Any = "search") -> Evaluation:
+    scores = (Score("t é", "ppl", math.inf, None, 7, 2.0), Score("u", "acc", 0.5, 0.1, 9))
+    scores += (Score("v", "acc", 0.5, 0.1, 3, 1.0, (0.0, 1.0, 0.5), ((1, 0.5), (2, 0.5)), 0.25),)
+    cost = Cost(1.5, 0.25, 1.0, 107, 5000)
+    outcome = Outcome("ok", 0.625, scores, "", cost)
+    if reason:
+        outcome = Outcome("failed", None, (), reason, cost)
+    made = recipe(*src_layers)
+    return Evaluation(0, made, documents, outcome, 900, ("angular:0.9@red",), 1.7e9 + 0.123456)
+
+
+ENTRIES: list[Entry] = [
+    HEADER,
+    evaluation(0, 1),
+    evaluation(0, documents="holdout"),
+    evaluation(2, reason="Traceback …\n  line\n\tError: é\x1b[2J"),
+    Measured("red", Similarity((0.5, 0.25), ((0.0, 0.1, 0.2),) * 3)),
+    Begun(((recipe(3).hash, "search"), ("red", "similarity"))),
+    Begun(()),
+    Closed(),
+]
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: type(entry).__name__)
+def test_there_and_back(entry: Entry) -> None:
+    line = to_line(entry)
+    assert line.count(b"\n") == 1
+    assert line.endswith(b"\n")
+    assert from_line(line[:-1], Path("j"), 1 if entry is HEADER else 2) == entry
+
+
+def test_what_an_outcome_may_hold_can_be_told() -> None:
+    """Whatever a crash says is written so that it can be read."""
+    long = evaluation(0, reason="x" * MAX_REASON_CHARS + "\ud800the end")
+    found = from_line(to_line(long)[:-1], Path("j"), 2)
+    assert isinstance(found, Evaluation)
+    assert found.outcome.reason.endswith("?the end")
+    assert len(found.outcome.reason) == MAX_REASON_CHARS
+    odd = evaluation(0)
+    odd = Evaluation(0, odd.recipe, "search", Outcome("ok", math.nan, (), "", Cost()), 1, (), 0.0)
+    found = from_line(to_line(odd)[:-1], Path("j"), 2)
+    assert isinstance(found, Evaluation)
+    assert found.outcome.accuracy is None  # as SQLite has it
+
+
+def test_a_score_from_before_documents_had_values() -> None:
+    found = from_line(line(scores=[GOOD_SCORE]), Path("j"), 2)
+    assert isinstance(found, Evaluation)
+    assert found.outcome.scores == (Score("t", "m", 1.0, None, 1),)
+
+
+def test_very_many_documents_are_told_without_their_values() -> None:
+    """A line has a bound, and an evaluation is worth more than what each document gave."""
+    values = tuple(0.1 * (i % 7) for i in range(100_000))
+    scores = (Score("t", "m", 0.3, 0.1, 100_000, 1.0, values, ((1, 0.5), (99_999, 0.5)), 0.25),)
+    one = evaluation(0)
+    one = replace(one, outcome=replace(one.outcome, scores=scores))
+    written = to_line(one)
+    assert len(written) < MAX_LINE_BYTES
+    found = from_line(written[:-1], Path("j"), 2)
+    assert isinstance(found, Evaluation)
+    assert found.outcome.scores == (replace(scores[0], values=(), leaves=()),)
+
+
+def test_written_and_read_on(tmp_path: Path) -> None:
+    reader = JournalReader(tmp_path / NAME)
+    assert reader.read() == []
+    journal = Journal(tmp_path, HEADER)
+    assert reader.read() == [HEADER]
+    assert reader.read() == []
+    journal.append(ENTRIES[1:4])
+    journal.append(ENTRIES[4:5], sync=False)
+    assert reader.read() == ENTRIES[1:5]
+    journal.close()
+    journal.close()
+    assert reader.read() == [Closed()]
+    assert read_journal(tmp_path / NAME) == (HEADER, [HEADER, *ENTRIES[1:5], Closed()])
+
+
+def test_torn_anywhere(tmp_path: Path) -> None:
+    """Wherever a line broke off: readers wait, the owner mends, nobody sees anything twice."""
+    rows = [evaluation(i) for i in range(3)]
+    Journal(tmp_path, HEADER, rows[:2])
+    whole = (tmp_path / NAME).read_bytes()
+    last = to_line(rows[2])
+    for cut in [*range(0, len(last), 97), len(last) - 1]:
+        path = tmp_path / NAME
+        path.write_bytes(whole + last[:cut])
+        reader = JournalReader(path)
+        assert reader.read() == [HEADER, *rows[:2]]
+        assert reader.read() == []
+        Journal(tmp_path, HEADER, rows)
+        assert reader.read() == [HEADER, rows[2]]
+        assert evaluations_in(read_journal(path)[1]) == rows
+
+
+@pytest.mark.parametrize("rest", [bytes(5000), b"\0\0\n\0", b"{}\n", b"half a line\n" + bytes(9)])
+def test_what_a_power_cut_leaves(rest: bytes, tmp_path: Path) -> None:
+    rows = [evaluation(i) for i in range(3)]
+    Journal(tmp_path, HEADER, rows[:1])
+    path = tmp_path / NAME
+    with path.open("ab") as file:
+        file.write(rest)
+    Journal(tmp_path, HEADER, rows, [Measured("red", Similarity((1.0,), ((0.0, 0.5),) * 2))])
+    header, entries = read_journal(path)
+    assert header == HEADER
+    assert evaluations_in(entries) == rows
+    Journal(tmp_path, HEADER, rows, [Measured("red", Similarity((1.0,), ((0.0, 0.5),) * 2))])
+    assert sum(isinstance(e, Measured) for e in read_journal(path)[1]) == 1
+
+
+def test_a_journal_that_was_replaced_or_shortened(tmp_path: Path) -> None:
+    rows = [evaluation(i) for i in range(3)]
+    Journal(tmp_path, HEADER, rows)
+    path = tmp_path / NAME
+    reader = JournalReader(path)
+    assert reader.read() == [HEADER, *rows]
+    path.rename(tmp_path / "old")
+    assert reader.read() == []
+    Journal(tmp_path, HEADER, rows)
+    assert reader.read() == [HEADER, *rows]
+    os.truncate(path, len(to_line(HEADER)))
+    assert reader.read() == [HEADER]
+
+
+def test_a_long_journal_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_LINE_BYTES", 3000)
+    rows = [evaluation(*range(i % 5)) for i in range(60)]
+    journal = Journal(tmp_path, HEADER)
+    journal.append(rows)
+    reader = JournalReader(tmp_path / NAME)
+    assert len(reader.read()) < 10
+    assert evaluations_in(read_journal(tmp_path / NAME)[1]) == rows
+    distinct = list({(e.recipe.hash, e.documents): e for e in rows}.values())
+    Journal(tmp_path, HEADER, distinct)
+    assert evaluations_in(read_journal(tmp_path / NAME)[1]) == rows
+
+
+def test_a_reader_beside_a_writer(tmp_path: Path) -> None:
+    rows = [evaluation(*range(i % 7)) for i in range(200)]
+    reader, found = JournalReader(tmp_path / NAME), []
+
+    def read() -> None:
+        while len(found) < len(rows) + 1:
+            found.extend(reader.read())
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    journal = Journal(tmp_path, HEADER)
+    for i in range(0, 200, 5):
+        journal.append(rows[i : i + 5], sync=i % 50 == 0)
+    thread.join(30)
+    assert found == [HEADER, *rows]
+
+
+def line(**changes: Any) -> bytes:
+    """A good evaluation with some values changed."""
+    data = json.loads(to_line(evaluation(0)))["evaluation"]
+    for key, value in changes.items():
+        if value is None and key == "cost":
+            del data[key]
+        else:
+            data[key] = value
+    return json.dumps({"evaluation": data}).encode()
+
+
+def header(**changes: Any) -> bytes:
+    """A good header with some values changed."""
+    data = json.loads(to_line(HEADER))["header"]
+    return json.dumps({"header": {**data, **changes}}).encode()
+
+
+GOOD_SCORE = {
+    "task": "t", "metric": "m", "value": 1, "stderr": None, "num_documents": 1, "weight": 1,
+}  # fmt: skip
+
+
+BITS = "bits:3:Aw=="
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (b"no", "line 2 is not valid JSON"),
+        (b"[]", "line 2 is not a JSON object"),
+        (b"\xff\xfe", "line 2 is not valid JSON"),
+        (b'{"closed":{},"closed":{}}', "'closed' appears twice"),
+        (b'{"closed":{},"begun":{"keys":[]}}', "line 2, is no line of a journal"),
+        (b'{"run":"rm -rf /"}', "line 2, is no line of a journal"),
+        (b'{"closed":[]}', r"in the place of an object"),
+        (b'{"closed":{"a":1}}', "keys too many or too few: .'a'"),
+        (b"[" * 5000 + b"]" * 5000, "is not"),
+        (b'{"closed":' + b'{"a":' * 200 + b"1" + b"}" * 201, "nested more than"),
+        (b'{"begun":{"keys":[["a"]]}}', "which is no evaluation"),
+        (b'{"begun":{"keys":[["\\u001b","search"]]}}', "which is no such text"),
+        (b'{"begun":{"keys":{}}}', "in the place of a list"),
+        (b'{"header":{"schema":"gptailor/journal/9"}}', "schema 'gptailor/journal/9'"),
+        (b'{"similarity":{"model":"x","block_influence":[1],"angular":[[1]]}}', "wrong shape"),
+        (b'{"similarity":{"model":"x","block_influence":[NaN],"angular":[]}}', "no such number"),
+        (header(config={"search": 1}), "search has 1 in the place of an object"),
+        (header(config={"search": {"evaluations": -1}}), "evaluations is -1"),
+        (header(family={}), "keys too many or too few"),
+        (header(family={**FAMILY, "num_layers": 10**9}), "layers, which no model has"),
+        (header(family={**FAMILY, "parameters": {"red": "x"}}), "parameters is 'x'"),
+        (header(family={**FAMILY, "models": {"\n": "x"}}), "models is "),
+        (header(island=-1), "island is -1"),
+        (line(cost=None), r"keys too many or too few: .'cost'"),
+        (line(extra=1), r"keys too many or too few: .'extra'"),
+        (line(accuracy=math.inf), "accuracy is inf"),
+        (line(accuracy=True), "accuracy is True"),
+        (line(accuracy="1"), "accuracy is '1'"),
+        (line(status="crashed"), "the status 'crashed'"),
+        (line(status="failed"), "an accuracy in spite of it"),
+        (line(status={}), "the status {}"),
+        (line(documents="other"), "documents 'other'"),
+        (line(documents=[]), r"documents \[\]"),
+        (line(parameters=-1), "parameters is -1"),
+        (line(parameters=10**30), "parameters is 1000"),
+        (line(parameters=1.5), "parameters is 1.5"),
+        (line(finished_at=math.nan), "finished_at is nan"),
+        (line(arms=["\x1b[2J"]), "arms is "),
+        (line(arms="angular"), "in the place of a list"),
+        (line(reason="\ud800"), "reason is "),
+        (line(reason="x" * (MAX_REASON_CHARS + 1)), "reason is "),
+        (line(scores=[1]), "in the place of an object"),
+        (line(scores=[{**GOOD_SCORE, "value": "x"}]), "which is no such number"),
+        (line(scores=[{**GOOD_SCORE, "values": [1]}]), "which is no such text"),
+        (line(scores=[{**GOOD_SCORE, "values": "bits:9:AA=="}]), "bits and their count differ"),
+        (line(scores=[{**GOOD_SCORE, "values": "float64:AAAAAAAA+H8="}]), "not finite"),
+        (line(scores=[{**GOOD_SCORE, "values": "A" * (1 << 20) + "A"}]), "which is no such text"),
+        (line(scores=[{**GOOD_SCORE, "values": "A" * (1 << 19)}] * 3), "characters of values"),
+        (line(scores=[{**GOOD_SCORE, "leaves": [[1, 1.0]]}]), "don't fit the 0 values"),
+        (line(scores=[{**GOOD_SCORE, "values": BITS, "leaves": [[2, 1]]}]), "don't fit the 3"),
+        (line(scores=[{**GOOD_SCORE, "values": BITS, "leaves": [[3, 9]]}]), "don't fit the 3"),
+        (line(scores=[{**GOOD_SCORE, "values": BITS, "leaves": [[0, 0], [3, 1]]}]), "don't fit"),
+        (line(scores=[{**GOOD_SCORE, "values": BITS, "leaves": [[3]]}]), "the place of a pair"),
+        (line(scores=[{**GOOD_SCORE, "values": BITS, "leaves": [[-3, 1]]}]), "is no count"),
+        (line(scores=[{**GOOD_SCORE, "chance": "x"}]), "which is no such number"),
+        (line(scores=[{**GOOD_SCORE, "chance": math.nan}]), "which is no such number"),
+        (line(recipe={}), "schema is None"),
+        (line(recipe=7), "line 2, recipe"),
+    ],
+)  # fmt: skip
+def test_hostile_lines(bad: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / NAME
+    path.write_bytes(to_line(HEADER) + bad + b"\n" + to_line(evaluation(0)))
+    reader = JournalReader(path)
+    assert reader.read() == [HEADER]  # what was good before is not lost
+    for _ in range(2):
+        with pytest.raises(UsageError, match=message) as caught:
+            reader.read()
+        assert str(path) in str(caught.value)
+        assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "content", [b"x\n", b"{}\n", to_line(Closed()), to_line(evaluation(0)), b'{"a":1}\n', b"\n"]
+)
+def test_files_that_are_no_journals(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / NAME
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"journal\.jsonl"):
+        read_journal(path)
+    with pytest.raises(UsageError, match=r"journal\.jsonl"):
+        Journal(tmp_path, HEADER)
+    assert path.read_bytes() == content  # what is not ours is not mended
+
+
+def test_no_regular_file(tmp_path: Path) -> None:
+    (tmp_path / "folder" / NAME).mkdir(parents=True)
+    (tmp_path / "fifo").mkdir()
+    os.mkfifo(tmp_path / "fifo" / NAME)
+    (tmp_path / "zero").mkdir()
+    (tmp_path / "zero" / NAME).symlink_to("/dev/zero")
+    (tmp_path / "circle").mkdir()
+    (tmp_path / "circle" / NAME).symlink_to(NAME)
+    for name in ("folder", "fifo", "zero", "circle"):
+        for use in (
+            JournalReader(tmp_path / name / NAME).read,
+            lambda n=name: Journal(tmp_path / n, HEADER),
+        ):
+            with pytest.raises(UsageError, match=r"journal\.jsonl"):
+                use()
+    assert JournalReader(tmp_path / "folder" / NAME / "x" / NAME).read() == []
+
+
+def test_a_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_LINE_BYTES", 4000)
+    path = tmp_path / NAME
+    path.write_bytes(to_line(HEADER) + b"x" * 4001)
+    reader = JournalReader(path)
+    assert reader.read() == [HEADER]
+    with pytest.raises(UsageError, match="line 2 has more than 4,000 bytes"):
+        reader.read()
+    Journal(tmp_path, HEADER, [evaluation(0)])
+    assert reader.read() == [HEADER, evaluation(0)]
+
+
+def test_a_journal_of_another_search_is_not_taken_over(tmp_path: Path) -> None:
+    Journal(tmp_path, HEADER, [evaluation(0)])
+    before = (tmp_path / NAME).read_bytes()
+    other = Header(1, 3, {"search": {"seed": 1}}, "f", "d", {})
+    with pytest.raises(UsageError, match=r"another configuration: search\.seed was 1, but is 0"):
+        Journal(tmp_path, other)
+    assert (tmp_path / NAME).read_bytes() == before
+
+
+@pytest.mark.system
+def test_a_full_disk(tmp_path: Path) -> None:
+    """What does not fit is not there, and what comes when there is room stands behind it."""
+    with small_disk(tmp_path / "disk", 256 << 10) as disk:
+        journal = Journal(disk, HEADER)
+        (disk / "filler").write_bytes(b"\1" * (free_bytes(disk) - (8 << 10)))
+        written: list[Entry] = [HEADER]
+        with pytest.raises(ResourceError, match="Free space, then resume"):
+            for i in range(500):
+                rows = [evaluation(*range(i % 9)) for _ in range(5)]
+                journal.append(rows)
+                written += rows
+        assert read_journal(disk / NAME)[1] == written
+        (disk / "filler").unlink()
+        journal.append([evaluation(1)])
+        assert read_journal(disk / NAME)[1] == [*written, evaluation(1)]
+        journal.close()

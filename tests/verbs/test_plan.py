@@ -1,0 +1,199 @@
+"""`gptailor plan`: its figures are those of a search that is run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from gptailor import cli, verbs
+from gptailor.config import parse_config
+from gptailor.errors import ResourceError
+from gptailor.evaluation.evaluator import Evaluator
+from gptailor.evaluation.footprint import Footprint, find_footprint, plan_gpus
+from gptailor.models.ends import Ends
+from gptailor.models.family import Family
+from gptailor.recipe import Merge
+from gptailor.search.probe import probe_recipes
+from gptailor.search.space import LEVELS, METHOD, SOURCE
+from tests.search.helpers import make_space
+
+GIB = 1 << 30
+LLAMA_70B = Footprint(
+    candidates=dict.fromkeys(("base", "a", "b", "c"), 141_107_412_992),
+    layers=(1_711_308_800,) * 80,
+    outside=4_202_708_992,
+    activations=5 * GIB,
+    logits=GIB,
+    is_cast=False,
+)
+
+
+def config_file(folder: Path, models: dict[str, str], tasks: Path, **evaluation: object) -> Path:
+    data = {
+        "models": models,
+        "base": "base",
+        "space": {"layers": {"min": 3}},
+        "evaluation": {
+            "tasks": ["t_shared", "t_long"],
+            "holdout": {"tasks": ["t_differing"]},
+            "include_path": str(tasks),
+            "device": "cpu",
+            **evaluation,
+        },
+        "search": {"evaluations": 40},
+    }
+    path = folder / "search.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def test_its_figures_are_those_of_real_evaluations(
+    models: dict[str, str], tasks_dir: Path, tmp_path: Path
+) -> None:
+    config = config_file(tmp_path, models, tasks_dir, dtype="bfloat16")  # as the files
+    plan = verbs.plan(config, workers=3)
+    family = Family(models, "base")
+    assert [p.name for p in plan.probes] == ["dense", "half merged", "smallest"]
+    assert [p.layers for p in plan.probes] == [6, 6, 3]
+    assert {p.tokens for p in plan.probes} == {plan.sizes["search"].tokens}
+    assert plan.sizes["search"].documents == 48
+    assert plan.sizes["holdout"].documents == 24
+    assert plan.node_bytes == sum(
+        path.stat().st_size for folder in models.values() for path in Path(folder).glob("*.safe*")
+    )
+    assert plan.footprint.model == sum(t.n_bytes for t in family.base.tensors.values())
+    assert plan.footprint.resident == 4 * plan.footprint.model
+    assert plan.evaluation_s == pytest.approx(sum(p.seconds for p in plan.probes) / 3)
+    assert plan.evaluations_per_hour == pytest.approx(3 * 3600 / plan.evaluation_s)
+    assert plan.hours == pytest.approx(40 / plan.evaluations_per_hour)
+
+
+def test_probes_that_would_not_fit_are_refused(
+    models: dict[str, str], tasks_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gptailor.evaluation.memory.available_bytes", lambda: 100_000)
+    path = config_file(tmp_path, models, tasks_dir)
+    with pytest.raises(ResourceError, match="leave the probes out with --no-probe"):
+        verbs.plan(path)
+    assert not verbs.plan(path, probe=False).probes
+
+
+@pytest.mark.parametrize("kind", ["t_rolling", "t_generate", "t_lambada"])
+def test_tokens_of_every_kind_of_request(
+    kind: str, models: dict[str, str], tasks_dir: Path, tmp_path: Path
+) -> None:
+    from gptailor.evaluation.dry_run import DryRun
+
+    task = {"task": kind, **({"metric": "acc"} if kind == "t_lambada" else {})}
+    evaluation = {"tasks": [task], "include_path": str(tasks_dir), "device": "cpu"}
+    config = parse_config({"models": models, "base": "base", "evaluation": evaluation}, "test")
+    family = Family(models, "base")
+    if kind == "t_rolling":  # less is better, so a search refuses it
+        with pytest.raises(ValueError, match="better when it is lower"):
+            DryRun(config, family)
+        return
+    (size,) = DryRun(config, family).sizes().values()
+    evaluator = Evaluator(family, config.evaluation)
+    recipe = probe_recipes(make_space(6, 3, models=models))["dense"]
+    assert evaluator.evaluate(recipe).status == "ok"
+    seen = evaluator.lm.num_tokens
+    assert size.digest == evaluator.workloads["search"].digest
+    if kind == "t_lambada":
+        assert size.tokens == seen
+    else:  # a bound: text may end early, and prompts are padded
+        assert 0.5 * seen <= size.tokens <= 2 * seen
+
+
+def test_the_words_for_a_person_and_for_a_script(
+    models: dict[str, str], tasks_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(config_file(tmp_path, models, tasks_dir, dtype="float32"))
+    gpu = ["--gpu-gib", "0.0005", "--gpus-per-worker", "2"]
+    assert cli.main(["plan", path, "--no-probe"]) == 0
+    words = capsys.readouterr().out
+    assert "computed in float32, as evaluation.dtype says." in words
+    assert " dense in float32, " in words and "copies of the candidates in float32" in words
+    assert "time        not measured" in words
+    assert cli.main(["plan", path, "--no-probe", *gpu]) == 0
+    words = capsys.readouterr().out
+    assert "the model is spread over 2 GPUs:" in words
+    assert "GPU 0: layers 0 to 2, embeddings, final norm, head" in words
+    assert "GPU 1: layers 3 to 5" in words
+    assert cli.main(["plan", path, "--no-probe", "--json", *gpu]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [part["first_layer"] for part in found["gpus"]["parts"]] == [0, 3]
+    assert cli.main(["plan", path, "--no-probe", "--gpu-gib", "0.0005"]) == 0
+    assert "give each worker more GPUs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "slerp", "karcher", "sce"])
+@pytest.mark.parametrize("stand_ins", [("base", "base"), ("base", "green"), ("red", "green")])
+def test_the_space_has_as_many_recipes_as_can_be_counted(
+    method: str, stand_ins: tuple[str, str]
+) -> None:
+    models = {name: f"/m/{name}" for name in ("base", "red", "green")}
+    of_each = dict(zip(models, ("base", *stand_ins), strict=True))
+    ends = Ends(dict.fromkeys(models, "base"), of_each)
+    space = make_space(4, 2, protect=(1,), methods=(method,), models=models, ends=ends)
+    levels = range(len(space.weights) + 1)
+    entries, heads = set(), set()
+    for source, m, *row in itertools.product(range(3), range(2), levels, levels, levels):
+        genome = space.blank()
+        genome[:, SOURCE], genome[:, METHOD], genome[:, LEVELS:] = source, m, row
+        recipe = space.decode(genome)
+        entries.add(recipe.layers[0])
+        heads.add(recipe.head)
+    subsets = [s for n in range(2, 5) for s in itertools.combinations(range(4), n) if 1 in s]
+    count = sum(len(entries) ** len(s) for s in subsets) * len(heads)
+    assert space.log10_size() == pytest.approx(math.log10(count))
+
+
+def test_probes_keep_protected_layers_and_merge_half() -> None:
+    space = make_space(8, 3, protect=(2, 5))
+    recipes = probe_recipes(space)
+    assert recipes["dense"].num_layers == 8
+    assert sum(isinstance(layer, Merge) for layer in recipes["half merged"].layers) == 4
+    assert {2, 5} <= set(recipes["smallest"].src_layers)
+    assert recipes["smallest"].num_layers == 3
+    assert np.all(np.diff(recipes["smallest"].src_layers) > 0)
+
+
+# GPUs
+
+
+def test_one_gpu_is_enough_as_long_as_a_model_fits() -> None:
+    plan = plan_gpus(LLAMA_70B, 192 * GIB, 4)
+    assert [(p.gpu, p.first_layer, p.end_layer) for p in plan.parts] == [(0, 0, 80)]
+    assert not plan.all_stay
+    assert plan_gpus(LLAMA_70B, 1000 * GIB, 1).all_stay
+
+
+def test_a_70b_family_on_gpus_of_80_gib() -> None:
+    with pytest.raises(ResourceError, match="give each worker more GPUs"):
+        plan_gpus(LLAMA_70B, 80 * GIB, 2)
+    four = plan_gpus(LLAMA_70B, 80 * GIB, 4)
+    assert [(p.first_layer, p.end_layer) for p in four.parts] == [
+        (0, 18), (18, 39), (39, 60), (60, 80),
+    ]  # fmt: skip
+    assert not four.all_stay
+    eight = plan_gpus(LLAMA_70B, 192 * GIB, 8)
+    assert len(eight.parts) == 1
+    with pytest.raises(ResourceError, match="One merge reads"):
+        plan_gpus(LLAMA_70B, 6 * GIB, 8)
+
+
+def test_the_footprint_knows_casts_and_every_tensor(models: dict[str, str]) -> None:
+    family = Family(models, "base")
+    own = find_footprint(family, "bfloat16", batch_tokens=100, logits=10)
+    cast = find_footprint(family, "float32", batch_tokens=100, logits=10)
+    assert (own.is_cast, cast.is_cast) == (False, True)
+    assert own.model == own.candidates["base"]
+    assert cast.model == 2 * own.model
+    assert own.logits == 3 * 10 * 96 * 2
+    assert own.activations == 100 * (6 * 32 + 3 * 80) * 2
