@@ -157,7 +157,7 @@ def lead(channel: Channel, arguments: argparse.Namespace) -> int:
             PATH / "search.yaml",
             [
                 f"output={folder}/run", f"search.evaluations={arguments.evaluations}",
-                "search.seeds=[random]", "search.schedule=asynchronous",
+                "search.arms=[random]", "search.schedule=asynchronous",
             ],
         )  # fmt: skip
         family = Family(config.models, config.base)

@@ -32,7 +32,7 @@ from gptailor.evaluation.outcome import Evaluation
 from gptailor.run.archive import Archive
 from gptailor.run.island_folder import island_folder
 from gptailor.search.island_peers import WAIT_S, IslandPeers
-from gptailor.search.peers import NoPeers
+from gptailor.search.peers import NoPeers, Peers
 from gptailor.search.progress import Progress
 from gptailor.search.run import Run
 
@@ -59,7 +59,7 @@ def make_config(args: argparse.Namespace, evaluations: int) -> Config:
                 "population": args.population,
                 "evaluations": evaluations,
                 "seed": args.seed,
-                "seeds": ["block_influence", "angular", "uniform", "paper", "random"],
+                "arms": ["block_influence", "angular", "uniform", "paper", "random"],
             },
         }
     )
@@ -140,7 +140,7 @@ class Island(threading.Thread):
                     self._others(archive, config) as others,
                 ):
                     search = Run(
-                        config, PretendFamily(), archive, executor, quiet(args), others=others
+                        config, PretendFamily(), archive, executor, quiet(args), peers=others
                     )
                     self.clock.enter()
                     self.clock.leave()
@@ -156,7 +156,7 @@ class Island(threading.Thread):
                 self.restarted_s += RESTART_S[args.loses]
                 self.clock.now = dies_at + RESTART_S[args.loses]
 
-    def _others(self, archive: Archive, config: Config) -> NoPeers:
+    def _others(self, archive: Archive, config: Config) -> Peers:
         if self.args.islands == 1:
             return NoPeers()
         description = {"num_layers": NUM_LAYERS, "models": MODELS, "parameters": {}}

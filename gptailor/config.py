@@ -7,11 +7,19 @@ arguments of the command line override the file.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from gptailor.errors import UsageError, plain, unknown
 from gptailor.merging.registry import METHODS, get_method
@@ -19,8 +27,11 @@ from gptailor.models.untrusted import home_expanded, is_folder
 from gptailor.recipe import DTYPES, absolute_ref
 from gptailor.strict_yaml import dump_yaml, load_yaml, read_text, truth
 
-SEEDS = ("dense", "block_influence", "angular", "uniform", "paper", "random")
+ARMS = ("dense", "block_influence", "angular", "uniform", "paper", "random")
 """The control arms that a search can start from; the dense candidates are evaluated anyway."""
+
+RENAMED = {"search.seeds": "search.arms"}
+"""Keys of earlier versions that are still read → what they are called now."""
 
 ALL_METHODS = tuple(METHODS)
 
@@ -182,31 +193,32 @@ class SearchConfig(_Strict):
     """How the space is searched.
 
     Attributes:
-        population: recipes in a generation of NSGA-II.
+        algorithm: "nsga2", or "random", the baseline: see `gptailor.search.algorithms`.
+        population: recipes in a generation.
         evaluations: recipes that are evaluated in all, control arms included.
         seed: of every random choice.
-        seeds: control arms that are evaluated first and start the population.
+        arms: control arms that are evaluated first and start the population.
         arm_sizes: parts of the layers that the control arms keep.
         schedule: "generational": the result follows from seed and scores, whatever the number of
             workers; "asynchronous": no worker ever waits for another; "auto": asynchronous where
             there are more workers than a quarter of the population.
     """
 
-    algorithm: Literal["nsga2"] = "nsga2"
+    algorithm: Literal["nsga2", "random"] = "nsga2"
     schedule: Literal["auto", "generational", "asynchronous"] = "auto"
     population: Annotated[int, Field(ge=4)] = 48
     evaluations: Annotated[int, Field(ge=1)] = 500
     seed: Annotated[int, Field(ge=0)] = 0
-    seeds: tuple[str, ...] = SEEDS
+    arms: tuple[str, ...] = ARMS
     arm_sizes: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.9, 0.8, 0.7)
 
-    @field_validator("seeds")
+    @field_validator("arms")
     @classmethod
-    def _known(cls, seeds: tuple[str, ...]) -> tuple[str, ...]:
-        for name in seeds:
-            if name not in SEEDS:
-                raise unknown("control arm", name, SEEDS, "search.seeds")
-        return seeds
+    def _known(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
+        for name in arms:
+            if name not in ARMS:
+                raise unknown("control arm", name, ARMS, "search.arms")
+        return arms
 
 
 class Config(_Strict):
@@ -220,6 +232,12 @@ class Config(_Strict):
     evaluation: EvaluationConfig
     search: SearchConfig = SearchConfig()
     output: str = "runs/search"
+    _notes: tuple[str, ...] = PrivateAttr(default=())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of the file itself, for example that a key has a new name."""
+        return self._notes
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -271,14 +289,44 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UsageError(f"The configuration {path} can't be read: {reason}.") from error
     if not isinstance(data, dict):
         raise UsageError(f"{path} must be a mapping of keys to values.")
+    data, renamed = renamed_keys(data)
     for override in overrides:
-        _override(data, override)
-    config = parse_config(data, str(path))
-    return with_absolute_paths(config, path.parent)
+        key, equals, text = override.partition("=")
+        if key in RENAMED:
+            renamed = (*renamed, key)
+        _override(data, f"{RENAMED.get(key, key)}{equals}{text}")
+    config = with_absolute_paths(parse_config(data, str(path)), path.parent)
+    config._notes = tuple(
+        f"{key} is called {RENAMED[key]} now; the old name is still read."
+        for key in dict.fromkeys(renamed)
+    )
+    return config
+
+
+def renamed_keys(data: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A configuration in today's words, and the keys that had older ones.
+
+    Raises:
+        UsageError: a key is there by both names.
+    """
+    changed, old_keys = dict(data), []
+    for old, new in RENAMED.items():
+        (section, old_key), new_key = old.split("."), new.split(".")[1]
+        inside = changed.get(section)
+        if isinstance(inside, dict) and old_key in inside:
+            if new_key in inside:
+                raise UsageError(f"{old} is called {new} now: leave {old} out.")
+            old_keys.append(old)
+            changed[section] = {
+                new_key if key == old_key else key: value for key, value in inside.items()
+            }
+    return changed, tuple(old_keys)
 
 
 def parse_config(data: object, source: str) -> Config:
     """Checks a configuration that was read already; raises like `read_config`."""
+    if isinstance(data, dict):
+        data, _ = renamed_keys(data)
     try:
         return Config.model_validate(data)
     except ValidationError as error:

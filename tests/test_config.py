@@ -11,6 +11,8 @@ import yaml
 
 from gptailor.config import Config, config_yaml, parse_config, parse_evaluation, read_config
 from gptailor.errors import UsageError
+from gptailor.run.difference import config_difference
+from gptailor.verbs.checks import find_problems
 
 GOOD: dict[str, Any] = {
     "models": {"base": "org/base", "math": "org/math", "code": "org/code"},
@@ -56,7 +58,7 @@ evaluation:
   dtype: bfloat16
   device: auto
 search: {algorithm: nsga2, population: 48, evaluations: 500, seed: 0,
-         seeds: [block_influence, angular, uniform, paper]}
+         arms: [block_influence, angular, uniform, paper]}
 output: runs/smollm2
 """
     config = parse_config(yaml.safe_load(text), "s.yaml")
@@ -64,7 +66,7 @@ output: runs/smollm2
     assert config.evaluation.tasks[1].weight == 2.0
     assert config.evaluation.tasks[0].task == "piqa"
     assert config.evaluation.holdout is not None
-    assert config.search.seeds[0] == "block_influence"
+    assert config.search.arms[0] == "block_influence"
 
 
 def test_words_that_older_yaml_takes_for_truth_values(tmp_path: Path) -> None:
@@ -123,8 +125,12 @@ NAMES = [
     ("evaluation.dtype", "float", "did you mean 'float32'?"),
     ("objectives", ["acuracy"], "unknown objective 'acuracy' in objectives: did you mean 'accura"),
     ("objectives", ["accuracy", "piqo"], "did you mean 'piqa'?"),
-    ("search.seeds", ["block_inf"], "unknown control arm 'block_inf' in search.seeds: did you me"),
-    ("search.algorithm", "nsga3", "search.algorithm: input should be 'nsga2' (it is 'nsga3')"),
+    ("search.arms", ["block_inf"], "unknown control arm 'block_inf' in search.arms: did you me"),
+    (
+        "search.algorithm",
+        "nsga3",
+        "search.algorithm: input should be 'nsga2' or 'random' (it is 'nsga3')",
+    ),
 ]
 
 
@@ -315,3 +321,46 @@ def test_examples_are_turns_where_there_is_a_chat() -> None:
     message = r"s\.yaml: fewshot_as_multiturn needs apply_chat_template"
     with pytest.raises(UsageError, match=message):
         parse_evaluation({"tasks": ["x"], "fewshot_as_multiturn": True}, "s.yaml")
+
+
+# Keys of earlier versions
+
+
+def test_the_old_name_of_a_key_is_read_with_a_note(tmp_path: Path) -> None:
+    path = tmp_path / "search.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "models": {"base": "org/base"},
+                "base": "base",
+                "evaluation": {"tasks": ["t"]},
+                "search": {"seed": 3, "seeds": ["random"]},
+            }
+        )
+    )
+    config = read_config(path)
+    assert (config.search.seed, config.search.arms) == (3, ("random",))
+    sentence = "search.seeds is called search.arms now; the old name is still read."
+    assert config.notes == (sentence,)
+    assert "seeds" not in config_yaml(config)
+    overridden = read_config(path, ["search.seeds=[angular]"])
+    assert overridden.search.arms == ("angular",)
+    assert overridden.notes == (sentence,)
+    assert read_config(path, ["search.arms=[paper]"]).search.arms == ("paper",)
+    said: list[str] = []
+    find_problems(config, fast=True, note=said.append)
+    assert sentence in said
+
+
+def test_a_key_by_both_names_is_refused() -> None:
+    data = {"search": {"seeds": ["random"], "arms": ["random"]}}
+    with pytest.raises(UsageError, match=r"search\.seeds is called search\.arms now: leave"):
+        parse_config(data, "s.yaml")
+
+
+def test_a_run_of_an_earlier_version_searches_the_same() -> None:
+    old = {"search": {"seed": 0, "seeds": ["random"]}}
+    new = {"search": {"seed": 0, "arms": ["random"]}}
+    assert config_difference(old, new) == ""
+    new["search"]["arms"] = ["angular"]
+    assert config_difference(old, new).startswith("search.arms.0 was 'random'")

@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -48,7 +47,7 @@ from tests.models.tiny import save_family
 from tests.report.report_runs import make_run
 from tests.search.archipelago import Lost, make_config, open_archive
 from tests.search.helpers import MODELS, synthetic
-from tests.search.simulated import Simulated
+from tests.search.simulated import Simulated, family_of
 
 FOLDER = Path(__file__).parent / "golden"
 NUM_LAYERS = 8
@@ -119,26 +118,17 @@ def demo_generational(folder: Path) -> list[str]:
     return searched(folder, config, Family(config.models, config.base), 2, demo_score)
 
 
-def small_family(ends: Ends | None = None) -> Any:
-    return SimpleNamespace(
-        num_layers=NUM_LAYERS,
-        parameters=lambda layers=(), rows=None: 100 * len(layers or range(NUM_LAYERS)),
-        ends=ends or Ends.equal(list(MODELS), "base"),
-        uneven=frozenset(),
-    )
-
-
 def asynchronous(folder: Path) -> list[str]:
     """Seven workers for which children are made one by one."""
     config = make_config(schedule="asynchronous", evaluations=120)
-    return searched(folder, config, small_family(), 7, lambda r: synthetic(r).accuracy)
+    return searched(folder, config, family_of(NUM_LAYERS), 7, lambda r: synthetic(r).accuracy)
 
 
 def differing_ends(folder: Path) -> list[str]:
     """Models that differ in embeddings and head, so that these are genes, too."""
     apart = {name: name for name in MODELS}
     ends = Ends(apart, apart)
-    return searched(folder, make_config(), small_family(ends), 1, demo_score)
+    return searched(folder, make_config(), family_of(NUM_LAYERS, ends), 1, demo_score)
 
 
 def islands(folder: Path) -> list[str]:
@@ -171,7 +161,7 @@ def islands(folder: Path) -> list[str]:
             others = IslandPeers(folder, island, 3, archive, now=lambda: float(next(clock)))
             others.wait = lambda: None  # type: ignore[method-assign]
             progress = Progress(config.search.evaluations, NUM_LAYERS, stream=io.StringIO())
-            run = Run(config, small_family(), archive, mortal, progress, others=others)
+            run = Run(config, family_of(NUM_LAYERS), archive, mortal, progress, peers=others)
             try:
                 run.search()
                 run.holdout([e.recipe for e in worth_a_holdout(run.evaluations("search"))])

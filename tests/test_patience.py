@@ -124,7 +124,7 @@ def test_a_search_tells_how_far_a_candidate_is_measured(
 
     monkeypatch.setattr(evaluator, "ResidentModel", slowly_loaded)
     config = write_config(
-        tmp_path, models, tasks_dir, tmp_path / "run", evaluations=2, seeds=["angular"]
+        tmp_path, models, tasks_dir, tmp_path / "run", evaluations=2, arms=["angular"]
     )
     verbs.search(config)
     said = capsys.readouterr().err

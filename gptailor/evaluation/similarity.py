@@ -62,7 +62,7 @@ def _check_states(resident: ResidentModel, lm: ResidentLM) -> None:
             raise ModelError(
                 f"{resident.family.base.folder}: the layers of this architecture hand on states of "
                 f"shape {list(shape)} for one sequence of two tokens, so that what they do can't "
-                "be measured: leave block_influence, angular and uniform out of search.seeds."
+                "be measured: leave block_influence, angular and uniform out of search.arms."
             )
 
 

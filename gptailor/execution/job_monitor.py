@@ -126,13 +126,13 @@ class JobMonitor:
             workers=self._workers(run),
             evaluations_done=progress.done,
             evaluations_new=new,
-            results=run.num_gained if in_turn is None else in_turn,
+            results=run.recorder.num_gained if in_turn is None else in_turn,
             evaluations_per_hour=self._per_hour(run.executor.now(), new),
         )
-        for worker, point, reason in run.failures[self._num_failures :]:
+        for worker, point, reason in run.recorder.failures[self._num_failures :]:
             log = f"{self._logs_in}{self._members[worker].log}" if self._members else ""
             recorder.failed(point, reason, log)
-        self._num_failures = len(run.failures)
+        self._num_failures = len(run.recorder.failures)
 
     def __enter__(self) -> JobMonitor:
         return self

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from gptailor.config import renamed_keys
+
 MAY_CHANGE = (
     "search.evaluations", "evaluation.batch_size", "evaluation.candidates_gib", "output",
 )  # fmt: skip
@@ -13,8 +15,10 @@ MAY_CHANGE = (
 def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """The first key of two configurations that differs and may not; empty if there is none.
 
-    `evaluation.dtype: auto` in a new one is what the run has.
+    `evaluation.dtype: auto` in a new one is what the run has. Either may have keys of an earlier
+    version.
     """
+    (old, _), (new, _) = renamed_keys(old), renamed_keys(new)
     evaluation = new.get("evaluation")
     if isinstance(evaluation, Mapping):
         theirs = dtype_of(old)

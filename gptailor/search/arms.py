@@ -41,7 +41,7 @@ def control_arms(
 
     Args:
         space: bounds the sizes and says which layers are protected.
-        arms: which kinds, by `config.SEEDS`.
+        arms: which kinds, by `config.ARMS`.
         sizes: parts of the layers to keep, for example 0.75.
         similarities: model → what its layers do, for `block_influence`, `angular`, `uniform`.
         seed: of the random arm.

@@ -24,7 +24,7 @@ from gptailor.run.archive import Archive
 from gptailor.run.island_folder import FOLDER, island_numbers
 from gptailor.run.journal import NAME, Journal, JournalReader
 from gptailor.run.journal_entry import Begun, Closed, Entry, Header, Key, Measured
-from gptailor.search.peers import NoPeers
+from gptailor.search.peers import NoPeers, Peers
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -45,7 +45,7 @@ WAIT_S = 0.5
 T = TypeVar("T")
 
 
-class IslandPeers(NoPeers):
+class IslandPeers:
     """The other islands of a run, and this one's journal.
 
     Args:
@@ -274,7 +274,7 @@ def open_islands(
     island: tuple[int, int] | None,
     archive: Archive,
     note: Callable[[str], None] = lambda text: None,
-) -> NoPeers:
+) -> Peers:
     """The other islands of a run for number I of K; nobody without a number.
 
     Args:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from gptailor.recipe import Recipe
+from gptailor.search.searcher import Scored
 
 Objectives = Sequence[float]
 
@@ -15,20 +16,17 @@ class Migration:
     def __init__(self) -> None:
         self._front: list[tuple[float, ...]] = []
 
-    def chosen(
-        self, arrived: Sequence[tuple[Recipe, Objectives | None]]
-    ) -> list[tuple[Recipe, Objectives | None]]:
-        """The same recipes; objectives, to be minimised, only for those that may enter.
+    def chosen(self, arrived: Sequence[Scored]) -> list[Scored]:
+        """The same recipes; objectives only for those that may enter.
 
         The others are still worth knowing: nobody has to evaluate them again.
         """
-        new = [tuple(values) for _, values in arrived if values is not None]
+        new = [one.objectives for one in arrived if one.objectives is not None]
         both = list(dict.fromkeys([*self._front, *new]))
         self._front = [a for a in both if not any(_beats(b, a) for b in both)]
         front = set(self._front)
         return [
-            (recipe, values if values is not None and tuple(values) in front else None)
-            for recipe, values in arrived
+            one if one.objectives in front else replace(one, objectives=None) for one in arrived
         ]
 
 

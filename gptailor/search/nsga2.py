@@ -1,13 +1,9 @@
-"""NSGA-II over recipes, by ask and tell: pymoo's algorithm, our genomes, no recipe twice.
+"""NSGA-II over recipes, generation after generation: pymoo's algorithm, our genomes.
 
-`NSGA2Search` goes from generation to generation, and everything follows from the seed and the
-scores that are told: any number of workers finds the same front, and a search that was killed is
-continued by running it again (what the archive holds is told at once, the rest is evaluated).
-
-`AsyncNSGA2` has no generations (steady state: Nebro and Durillo 2009, On the Effect of Applying a
-Steady-State Selection Scheme in the Multi-Objective Genetic Algorithm NSGA-II): a child is made of
-what is known at the moment when a worker is free for it, so none ever waits for the slowest of a
-generation.
+Deb et al. 2002, A Fast and Elitist Multiobjective Genetic Algorithm: NSGA-II. Everything follows
+from the seed and the scores that are told: any number of workers finds the same front, and a search
+that was killed is continued by running it again (what the archive holds is told at once, the rest
+is evaluated).
 """
 
 from __future__ import annotations
@@ -26,46 +22,31 @@ from pymoo.core.termination import NoTermination
 from pymoo.problems.static import StaticProblem
 
 from gptailor.recipe import Recipe
-from gptailor.search.operators import (
-    CROSSOVER_RATE,
-    DepthCrossover,
-    SpaceRepair,
-    StackMutation,
-    cross_depth,
-    mutate,
-)
-from gptailor.search.space import METHOD, Genome, SearchSpace
-from gptailor.search.survival import Standing, standing
+from gptailor.search.operators import DepthCrossover, SpaceRepair, StackMutation
+from gptailor.search.population import first_population, genome_of
+from gptailor.search.searcher import Proposal, Scored, Settings
+from gptailor.search.space import SearchSpace
 
 
-class NSGA2Search:
-    """Asks for recipes, generation after generation.
+class GenerationalNSGA2:
+    """Asks for a generation at a time.
 
     Args:
         space: the genomes.
-        num_objectives: how many values `tell` gets for each recipe, all to be minimised.
-        population: survivors of a generation.
-        seed: of every random choice.
-        start: recipes that start the first population; random ones fill it up.
+        settings: recipes of `start` begin the first population; random ones fill it up.
     """
 
-    def __init__(
-        self,
-        space: SearchSpace,
-        num_objectives: int,
-        population: int,
-        seed: int,
-        start: Sequence[Recipe] = (),
-    ) -> None:
+    def __init__(self, space: SearchSpace, settings: Settings) -> None:
         self.space = space
         self._told: set[str] = set()
         self._asked: Any = None
-        self._guests: list[tuple[Recipe, Sequence[float] | None]] = []
+        self._guests: list[Scored] = []
+        (seed,) = settings.seed
         rng = np.random.default_rng([seed, 0])
-        first = first_population(space, population, rng, start)
-        self._problem = Problem(n_var=first.shape[1], n_obj=num_objectives, vtype=int)
+        first = first_population(space, settings.population, rng, settings.start)
+        self._problem = Problem(n_var=first.shape[1], n_obj=settings.num_objectives, vtype=int)
         self._algorithm = NSGA2(
-            pop_size=population,
+            pop_size=settings.population,
             sampling=first,
             crossover=DepthCrossover(space),
             mutation=StackMutation(space),
@@ -74,48 +55,50 @@ class NSGA2Search:
         )
         self._algorithm.setup(self._problem, termination=NoTermination(), seed=seed, verbose=False)
 
-    def ask(self) -> list[Recipe]:
-        """The recipes of the next generation, none of which was told before.
-
-        Returns:
-            An empty list when the space holds no recipe that is new.
-        """
+    def ask(self, n: int | None = None) -> list[Proposal]:
+        """The next generation; its size is that of the population, whatever `n` is."""
+        del n
+        self._admit_guests()
         self._asked = self._algorithm.ask()
         if self._asked is None:
             return []
         recipes = [self._decode(x) for x in self._asked.get("X")]
         self._asked.set("hash", [recipe.hash for recipe in recipes])
-        return recipes
+        return [Proposal(recipe) for recipe in recipes]
 
-    def tell(self, objectives: Sequence[Sequence[float] | None]) -> None:
-        """Gives the objectives of what was asked last, in its order.
+    def tell(self, scored: Sequence[Scored]) -> None:
+        """Takes the results of what was asked last, all at once, or recipes from elsewhere.
 
-        Args:
-            objectives: values to be minimised; None for a recipe that has none (it failed, or the
-                budget ended before it): it takes no part in the selection.
+        A recipe without objectives (it failed, or the budget ended before it) takes no part in the
+        selection. What comes from elsewhere enters the population before the next generation is
+        made, but not before the first generation has scores.
         """
-        told = [i for i, values in enumerate(objectives) if values is not None]
-        self._told |= set(self._asked.get("hash"))
-        if not told:
-            if self._algorithm.is_initialized:
-                self._algorithm.tell(infills=Population.create())
+        asked = [] if self._asked is None else list(self._asked.get("hash"))
+        values = {one.recipe.hash: one.objectives for one in scored}
+        self._guests += [one for one in scored if one.recipe.hash not in asked]
+        if not any(digest in values for digest in asked):
             return
-        infills = self._asked[told]
-        values = np.array([objectives[i] for i in told], dtype=float)
-        Evaluator().eval(StaticProblem(self._problem, F=values), infills)
-        self._algorithm.tell(infills=infills)
+        self._told |= set(asked)
+        told = [i for i, digest in enumerate(asked) if values.get(digest) is not None]
+        infills, self._asked = self._asked[told], None
+        if told:
+            found = np.array([values[asked[i]] for i in told], dtype=float)
+            Evaluator().eval(StaticProblem(self._problem, F=found), infills)
+            self._algorithm.tell(infills=infills)
+        elif self._algorithm.is_initialized:
+            self._algorithm.tell(infills=Population.create())
 
-    def welcome(self, scored: Sequence[tuple[Recipe, Sequence[float] | None]]) -> None:
-        """Takes recipes from elsewhere, between `tell` and `ask`, as `AsyncNSGA2.tell` does.
-
-        Those that come before the first generation has scores enter after it.
-        """
-        self._guests += scored
-        if not self.has_begun:
+    def _admit_guests(self) -> None:
+        """Lets recipes from elsewhere compete with the population."""
+        if not self._algorithm.is_initialized:
             return
         guests, self._guests = self._guests, []
-        self._told |= {recipe.hash for recipe, _ in guests}
-        found = [(genome_of(self.space, r), values) for r, values in guests if values is not None]
+        self._told |= {guest.recipe.hash for guest in guests}
+        found = [
+            (genome_of(self.space, g.recipe), g.objectives)
+            for g in guests
+            if g.objectives is not None
+        ]
         good = [(genome, values) for genome, values in found if genome is not None]
         if good:
             algorithm = self._algorithm
@@ -127,180 +110,8 @@ class NSGA2Search:
                 random_state=algorithm.random_state,
             )
 
-    @property
-    def has_begun(self) -> bool:
-        """True once a generation had scores; without any there is nothing to go on from."""
-        return bool(self._algorithm.is_initialized)
-
-    def knows(self, recipe: Recipe) -> bool:
-        """True if the recipe was asked for in an earlier generation."""
-        return recipe.hash in self._told
-
     def _decode(self, x: npt.NDArray[np.int64]) -> Recipe:
         return self.space.decode(x.reshape(self.space.shape))
-
-
-class AsyncNSGA2:
-    """Asks for as many recipes as there are free workers, and is told scores in any order.
-
-    Args:
-        space: the genomes.
-        num_objectives: how many values `tell` gets for each recipe, all to be minimised.
-        population: recipes that survive.
-        seed: of every random choice; what is asked depends on the order of tellings, too.
-        start: recipes that vary into the first population.
-    """
-
-    def __init__(
-        self,
-        space: SearchSpace,
-        num_objectives: int,
-        population: int,
-        seed: Sequence[int],
-        start: Sequence[Recipe] = (),
-    ) -> None:
-        self.space = space
-        self.num_population = population
-        self._rng = np.random.default_rng(seed)
-        self._first = list(first_population(space, population, self._rng, start))
-        self._spare = list(self._first)
-        self._known: set[str] = set()
-        self._genomes: dict[str, npt.NDArray[np.int64]] = {}
-        self._parents: list[npt.NDArray[np.int64]] = []
-        self._objectives = np.zeros((0, num_objectives))
-        self._standing: Standing | None = None
-
-    def ask(self, n: int) -> list[Recipe]:
-        """At most `n` recipes, none of which was asked for or told before.
-
-        Returns:
-            Fewer when the space holds no recipe that is new.
-        """
-        asked: list[Recipe] = []
-        while self._first and len(asked) < n:
-            self._add(self._first.pop(0), asked)
-        if len(self._parents) < 2:  # more workers than a first population has recipes
-            for _ in range(20 * (n - len(asked))):
-                if len(asked) >= n:
-                    break
-                parent = self._spare[int(self._rng.integers(len(self._spare)))]
-                child = mutate(parent.reshape(self.space.shape), self.space, self._rng)
-                self._add(child.ravel(), asked)
-        else:
-            for _ in range(20):
-                if len(asked) >= n:
-                    break
-                for child in self._children(n - len(asked)):
-                    self._add(child, asked)
-        return asked
-
-    def tell(self, scored: Sequence[tuple[Recipe, Sequence[float] | None]]) -> None:
-        """Gives objectives, to be minimised, of recipes that were asked for or come from elsewhere.
-
-        Recipes without objectives are only remembered, and so are recipes that no genome of this
-        space stands for.
-        """
-        self._known.update(recipe.hash for recipe, _ in scored)
-        good = []
-        for recipe, objectives in self._promising(scored):
-            genome = self._genomes.get(recipe.hash)
-            if genome is None:
-                genome = genome_of(self.space, recipe)
-            if genome is not None:
-                good.append((genome, objectives))
-        for recipe, _ in scored:
-            self._genomes.pop(recipe.hash, None)
-        if not good:
-            return
-        self._parents += [genome for genome, _ in good]
-        values = np.array([objectives for _, objectives in good], dtype=float)
-        self._objectives = np.concatenate([self._objectives, values])
-        found = standing(self._objectives)
-        best = found.best(self.num_population, self._rng)
-        self._parents = [self._parents[i] for i in best]
-        self._objectives, self._standing = self._objectives[best], found.of(best)
-
-    def _promising(
-        self, scored: Sequence[tuple[Recipe, Sequence[float] | None]]
-    ) -> list[tuple[Recipe, Sequence[float]]]:
-        """Those with objectives; where an archive is told, those that have a chance to survive."""
-        found = [(recipe, values) for recipe, values in scored if values is not None]
-        most = 2 * self.num_population
-        if len(found) <= most:
-            return found
-        values = np.array([values for _, values in found], dtype=float)
-        return [found[i] for i in standing(values).best(most, self._rng)]
-
-    def knows(self, recipe: Recipe) -> bool:
-        """True if the recipe was asked for or told."""
-        return recipe.hash in self._known
-
-    @property
-    def survivors(self) -> list[Recipe]:
-        """The recipes that the next children are made of, best first."""
-        return [self._decode(x) for x in self._parents]
-
-    def _children(self, n: int) -> list[npt.NDArray[np.int64]]:
-        """Flat genomes of n children, two and two of the same pair of parents."""
-        assert self._standing is not None
-        shape, rng = self.space.shape, self._rng
-        pairs = self._standing.parents(n + n % 2, rng).reshape(-1, 2)
-        children: list[Genome] = []
-        for pair in pairs:
-            first, second = (self._parents[i].reshape(shape) for i in pair)
-            is_crossed = rng.random() < CROSSOVER_RATE
-            children += cross_depth(first, second, rng) if is_crossed else (first, second)
-        return [mutate(child, self.space, rng).ravel() for child in children[:n]]
-
-    def _add(self, genome: npt.NDArray[np.int64], asked: list[Recipe]) -> None:
-        recipe = self._decode(genome)
-        if recipe.hash not in self._known:
-            self._known.add(recipe.hash)
-            self._genomes[recipe.hash] = genome
-            asked.append(recipe)
-
-    def _decode(self, x: npt.NDArray[np.int64]) -> Recipe:
-        return self.space.decode(x.reshape(self.space.shape))
-
-
-def first_population(
-    space: SearchSpace, population: int, rng: np.random.Generator, start: Sequence[Recipe]
-) -> npt.NDArray[np.int64]:
-    """Flat genomes: those of `start` without repeats, and new ones that vary them.
-
-    At least half a population is new. A new genome keeps the layers of a genome of `start`; in half
-    of them one random merge is made of all these layers, so that the search begins with merges that
-    no control arm has, and then it is mutated.
-    """
-    genomes: list[Genome] = []
-    seen: set[str] = set()
-
-    def add(genome: Genome) -> None:
-        digest = space.decode(genome).hash
-        if digest not in seen:
-            seen.add(digest)
-            genomes.append(genome)
-
-    for recipe in start:
-        add(space.repaired(space.encode(recipe), rng))
-    parents = list(genomes) or [space.repaired(space.blank(), rng)]
-    wanted = max(population, len(genomes) + population // 2)
-    for attempt in range(50 * population):
-        if len(genomes) >= wanted:
-            break
-        genome = parents[int(rng.integers(len(parents)))].copy()
-        if space.methods and attempt % 2 == 0:
-            genome[:, METHOD:] = space.random_merge(rng)
-        else:
-            genome = mutate(genome, space, rng)
-        add(mutate(genome, space, rng) if rng.random() < 0.5 else genome)
-    return np.array([genome.ravel() for genome in genomes])
-
-
-def genome_of(space: SearchSpace, recipe: Recipe) -> npt.NDArray[np.int64] | None:
-    """The flat genome that stands for a recipe; None if none of this space does."""
-    genome = space.encode(recipe)
-    return genome.ravel() if space.decode(genome).hash == recipe.hash else None
 
 
 def _population_of(

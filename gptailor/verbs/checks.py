@@ -67,7 +67,7 @@ def find_problems(
             family = _checked_family(config, problems)
     except GptailorError as error:
         problems.append(str(error))
-    for text in family.notes if family is not None else ():
+    for text in (*config.notes, *(family.notes if family is not None else ())):
         note(text)
     if family is not None:
         _note_dtype(config, family, fast, note)

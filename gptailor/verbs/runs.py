@@ -124,7 +124,7 @@ def _search(
     progress = Progress(config.search.evaluations, family.num_layers, log=log)
     number = None if island is None else island[0]
     with progress, JobMonitor(stop, config.search.evaluations, output, number) as reporter:
-        _introduce(family, progress)
+        _introduce(config, family, progress)
         executor: Executor
         if crew is None:
             executor = open_executor(config, workers)
@@ -167,13 +167,13 @@ def _note_run(config: Config, info: WorkloadInfo, place: Path, progress: Progres
     progress.note(f"Documents: {documents}. Run folder: {place}.")
 
 
-def _introduce(family: Family, progress: Progress) -> None:
+def _introduce(config: Config, family: Family, progress: Progress) -> None:
     """Says what is searched, and what a person should know of it."""
     from gptailor.evaluation.habits import habits
     from gptailor.models.ends import announcements
 
     what = f"Searching {family.num_layers} layers of {len(family.candidates)} models."
-    for text in (*family.notes, *habits(family), what, *announcements(family)):
+    for text in (*config.notes, *family.notes, *habits(family), what, *announcements(family)):
         progress.note(text)
 
 

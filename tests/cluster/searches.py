@@ -208,7 +208,7 @@ def make_search(
         "search": {
             "population": 12,
             "evaluations": evaluations,
-            "seeds": ["dense", "angular", "uniform", "random"],
+            "arms": ["dense", "angular", "uniform", "random"],
             "arm_sizes": [0.75],
             "schedule": schedule,
         },

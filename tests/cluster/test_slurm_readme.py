@@ -25,7 +25,7 @@ BLOCKS = re.findall(
 def place(folder: Path) -> None:
     """What a user has: a configuration with its models and tasks, and the batch scripts."""
     config = yaml.safe_load((DEMO / "search.yaml").read_text())
-    config["search"] |= {"evaluations": 12, "population": 6, "seeds": ["random"]}
+    config["search"] |= {"evaluations": 12, "population": 6, "arms": ["random"]}
     config["output"] = "runs/mine"
     (folder / "search.yaml").write_text(yaml.safe_dump(config))
     for name in ("models", "tasks"):

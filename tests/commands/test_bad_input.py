@@ -253,7 +253,7 @@ def search_yaml(place: Path, tasks_dir: Path | None = None, **changes: Any) -> P
         "models": {name: f"./{name}" for name in ("base", "red", "green")},
         "base": "base",
         "evaluation": {"tasks": ["t_shared"], "device": "cpu"},
-        "search": {"evaluations": 4, "population": 4, "seeds": ["dense"]},
+        "search": {"evaluations": 4, "population": 4, "arms": ["dense"]},
         "output": str(place / "run"),
     }
     if tasks_dir is not None:

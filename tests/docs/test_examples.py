@@ -52,7 +52,7 @@ def test_every_command_of_the_example_runs(tmp_path: Path, monkeypatch: pytest.M
         if words[0] != "gptailor":
             continue
         if words[1] == "search":
-            words += ["search.evaluations=8", "search.seeds=[random]", "evaluation.rungs=[24]"]
+            words += ["search.evaluations=8", "search.arms=[random]", "evaluation.rungs=[24]"]
             words += ["evaluation.holdout=null"]
         if "POINT" in words:
             with Archive("runs/smollm2", readonly=True) as archive:

@@ -141,7 +141,7 @@ def test_a_search_scores_them_as_eval_and_lm_eval_do(
             "tasks": list(TASKS), "include_path": str(tasks_dir),
             "dtype": "float32", "device": "cpu",
         },
-        "search": {"evaluations": 3, "population": 4, "seeds": ["dense"]},
+        "search": {"evaluations": 3, "population": 4, "arms": ["dense"]},
         "output": str(tmp_path / "run"),
     }  # fmt: skip
     config.write_text(yaml.safe_dump(data))

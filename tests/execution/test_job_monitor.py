@@ -24,8 +24,7 @@ def turn(folder: Path, results: int, error: Exception | None = None) -> None:
         progress=progress,
         executor=executor,
         scheduler=SimpleNamespace(running={}),
-        failures=[],
-        num_gained=results,
+        recorder=SimpleNamespace(failures=[], num_gained=results),
     )
     with JobMonitor(Stop(), 100, folder) as reporter:
         reporter.begin()

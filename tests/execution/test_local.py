@@ -62,7 +62,7 @@ def test_a_fault_ends_the_search_in_order(
         "base": "base",
         "space": {"layers": {"min": 2}},
         "evaluation": {"tasks": ["t_long"], "include_path": str(tasks_dir), "device": "cpu"},
-        "search": {"population": 12, "evaluations": 5000, "seeds": ["random"]},
+        "search": {"population": 12, "evaluations": 5000, "arms": ["random"]},
         "output": str(run),
     }
     (tmp_path / "search.yaml").write_text(yaml.safe_dump(config))

@@ -84,7 +84,7 @@ def search_yaml(place: Path, evil: Path, tasks_dir: Path) -> Path:
         "evaluation": {
             "tasks": ["t_shared"], "device": "cpu", "include_path": str(tasks_dir), "rungs": [8]
         },
-        "search": {"evaluations": 4, "population": 4, "seeds": ["dense"]},
+        "search": {"evaluations": 4, "population": 4, "arms": ["dense"]},
         "output": str(place / "run"),
     }  # fmt: skip
     (place / "search.yaml").write_text(yaml.safe_dump(data))

@@ -38,7 +38,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def config(models: dict[str, str], tasks_dir: Path, tmp_path: Path) -> Path:
     return write_config(
-        tmp_path, models, tasks_dir, tmp_path / "run", evaluations=6, seeds=["angular"]
+        tmp_path, models, tasks_dir, tmp_path / "run", evaluations=6, arms=["angular"]
     )
 
 

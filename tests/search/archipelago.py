@@ -8,13 +8,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from gptailor.config import Config, parse_config
 from gptailor.evaluation.outcome import Cost, Evaluation, Outcome
 from gptailor.execution.executor import EvaluationJob, Finished, Job
-from gptailor.models.ends import Ends
 from gptailor.recipe import Recipe, Take
 from gptailor.run.archive import Archive
 from gptailor.run.folder import RunData
@@ -24,7 +22,7 @@ from gptailor.search.progress import Progress
 from gptailor.search.run import Run
 from gptailor.verbs.runs import worth_a_holdout
 from tests.search.helpers import MODELS, synthetic
-from tests.search.simulated import similarity
+from tests.search.simulated import family_of, similarity
 
 NUM_LAYERS = 8
 
@@ -116,19 +114,13 @@ def search(
     ready: Callable[[], object] = lambda: None,
 ) -> None:
     """What `gptailor search --island` does, without models; `ready` is called before it begins."""
-    family: Any = SimpleNamespace(
-        num_layers=NUM_LAYERS,
-        parameters=lambda layers=(), rows=None: 100 * len(layers or range(NUM_LAYERS)),
-        ends=Ends.equal(list(MODELS), "base"),
-        uneven=frozenset(),
-    )
     with open_archive(run, island, config) as archive:
         others = IslandPeers(run, island, count, archive)
         ready()
         progress = Progress(config.search.evaluations, NUM_LAYERS, stream=io.StringIO())
         try:
             job: Any = executor
-            made = Run(config, family, archive, job, progress, others=others)
+            made = Run(config, family_of(NUM_LAYERS), archive, job, progress, peers=others)
             made.search()
             made.holdout([e.recipe for e in worth_a_holdout(made.evaluations("search"))])
         except Lost:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from gptailor.config import Space
 from gptailor.evaluation.outcome import Cost, Outcome, Score
 from gptailor.models.ends import Ends
-from gptailor.recipe import Merge, Recipe
+from gptailor.recipe import Merge, Recipe, Take
+from gptailor.search.searcher import Scored, Searcher, Settings
 from gptailor.search.space import SearchSpace
 
 MODELS = {"base": "/m/base", "red": "/m/red", "green": "/m/green", "blue": "/m/blue"}
@@ -42,3 +45,32 @@ def synthetic(recipe: Recipe) -> Outcome:
     accuracy = value / 8
     score = Score("synthetic", "acc,none", accuracy, None, 10)
     return Outcome("ok", accuracy, (score,), "", Cost())
+
+
+def settings(
+    population: int = 12, seed: tuple[int, ...] = (0,), start: Sequence[Recipe] = ()
+) -> Settings:
+    return Settings(2, population, seed, tuple(start))
+
+
+def dense(space: SearchSpace) -> list[Recipe]:
+    return [space.recipe([Take(m, i) for i in range(8)]) for m in space.names]
+
+
+def scored(recipe: Recipe) -> Scored:
+    accuracy = synthetic(recipe).accuracy or 0.0
+    return Scored(recipe, (-accuracy, recipe.num_layers / 8))
+
+
+def asked(searcher: Searcher, n: int | None = None) -> list[Recipe]:
+    return [proposal.recipe for proposal in searcher.ask(n)]
+
+
+def told(searcher: Searcher, rounds: int, n: int | None = None) -> list[Recipe]:
+    """All that a searcher asks for in so many rounds, each told with its scores."""
+    found: list[Recipe] = []
+    for _ in range(rounds):
+        new = asked(searcher, n)
+        searcher.tell([scored(recipe) for recipe in new])
+        found += new
+    return found

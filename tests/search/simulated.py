@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 from gptailor.evaluation.outcome import Cost, Outcome
 from gptailor.evaluation.similarity import Similarity
 from gptailor.execution.executor import EvaluationJob, Finished, Job, WorkloadInfo
+from gptailor.models.ends import Ends
+from tests.search.helpers import MODELS
 
 
 def similarity(num_layers: int, shift: float) -> Similarity:
@@ -18,6 +22,16 @@ def similarity(num_layers: int, shift: float) -> Similarity:
         for i in range(num_layers + 1)
     )
     return Similarity(influence, angular)
+
+
+def family_of(num_layers: int, ends: Ends | None = None) -> Any:
+    """What a search asks of a family, without files."""
+    return SimpleNamespace(
+        num_layers=num_layers,
+        parameters=lambda layers=(), rows=None: 100 * len(layers or range(num_layers)),
+        ends=ends or Ends.equal(list(MODELS), "base"),
+        uneven=frozenset(),
+    )
 
 
 class Simulated:

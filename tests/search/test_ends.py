@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 from gptailor.models.ends import Ends
 from gptailor.recipe import NO_LAYER, Merge, Recipe, Take
 from gptailor.search.arms import control_arms
-from gptailor.search.nsga2 import AsyncNSGA2, NSGA2Search, genome_of
+from gptailor.search.nsga2 import GenerationalNSGA2
 from gptailor.search.operators import MUTATIONS, cross_depth, mutate
 from gptailor.search.probe import probe_recipes
+from gptailor.search.searcher import Scored
 from gptailor.search.space import KEEP, LEVELS, METHOD, SOURCE, SearchSpace
-from tests.search.helpers import ALL, MODELS, make_space, synthetic
+from gptailor.search.steady_state import SteadyStateNSGA2, genome_of
+from tests.search.helpers import ALL, MODELS, asked, dense, make_space, synthetic, told
+from tests.search.helpers import settings as settings_of
 from tests.search.test_arms import KINDS, similarity
 
 seeds = st.integers(0, 2**32 - 1)
@@ -53,21 +56,10 @@ def test_a_search_without_differing_ends_is_what_it_was() -> None:
         assert space.log10_size() == pytest.approx(23.84002697266997)
         arms = list(arms_of(space).values())
         assert digest(arms) == "2eb8f763d8e04a49"
-        start = [space.recipe([Take(m, i) for i in range(8)]) for m in space.names]
-        told = []
-        generations = NSGA2Search(space, 2, 12, 0, start)
-        for _ in range(6):
-            asked = generations.ask()
-            generations.tell([[-(synthetic(r).accuracy or 0.0), r.num_layers / 8] for r in asked])
-            told += asked
-        assert digest(told) == "f48abb9816b0d597"
-        told = []
-        steady = AsyncNSGA2(space, 2, 12, [0, 3, 0], arms)
-        for _ in range(12):
-            asked = steady.ask(7)
-            steady.tell([(r, [-(synthetic(r).accuracy or 0.0), r.num_layers / 8]) for r in asked])
-            told += asked
-        assert digest(told) == "8a2df532f63e8a4e"
+        generations = GenerationalNSGA2(space, settings_of(start=dense(space)))
+        assert digest(told(generations, 6)) == "f48abb9816b0d597"
+        steady = SteadyStateNSGA2(space, settings_of(seed=(0, 3, 0), start=arms))
+        assert digest(told(steady, 12, 7)) == "8a2df532f63e8a4e"
 
 
 # Genomes
@@ -183,14 +175,14 @@ def test_crossover_moves_embeddings_with_the_bottom_and_the_head_with_the_top() 
 
 def test_a_search_finds_the_ends() -> None:
     space = make_space(ends=BOTH)
-    nsga2 = NSGA2Search(space, 2, 16, 0, list(arms_of(space).values()))
-    told: list[Recipe] = []
+    nsga2 = GenerationalNSGA2(space, settings_of(16, start=list(arms_of(space).values())))
+    found: list[Recipe] = []
     for _ in range(12):
-        asked = nsga2.ask()
-        nsga2.tell([objectives(recipe) for recipe in asked])
-        told += asked
-    assert len({recipe.hash for recipe in told}) == len(told)
-    best = min(told, key=lambda recipe: objectives(recipe)[0])
+        new = asked(nsga2)
+        nsga2.tell([Scored(recipe, tuple(objectives(recipe))) for recipe in new])
+        found += new
+    assert len({recipe.hash for recipe in found}) == len(found)
+    best = min(found, key=lambda recipe: objectives(recipe)[0])
     assert (best.embeddings, best.head) == ("red", "green")
 
 

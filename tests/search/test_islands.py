@@ -10,7 +10,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from gptailor.errors import UsageError
@@ -24,8 +23,8 @@ from gptailor.run.journal_entry import Measured
 from gptailor.search import island_peers as module
 from gptailor.search.island_peers import IslandPeers
 from gptailor.search.migration import Migration
-from gptailor.search.nsga2 import NSGA2Search
 from gptailor.search.peers import NoPeers
+from gptailor.search.searcher import Scored
 from tests.search.archipelago import (
     MODELS,
     Sleeper,
@@ -37,7 +36,6 @@ from tests.search.archipelago import (
     recipe_of,
     search,
 )
-from tests.search.helpers import make_space
 from tests.search.simulated import similarity
 
 CONFIG = make_config()
@@ -376,31 +374,12 @@ def test_looking_costs_little(tmp_path: Path) -> None:
 def test_the_front_migrates() -> None:
     migration = Migration()
     a, b, c = recipe_of(0), recipe_of(1), recipe_of(2)
-    assert migration.chosen([(a, (0.0, 1.0)), (b, (1.0, 1.0)), (c, None)]) == [
-        (a, (0.0, 1.0)),
-        (b, None),
-        (c, None),
-    ]
-    assert migration.chosen([(b, (0.1, 1.5))]) == [(b, None)]
-    assert migration.chosen([(b, (0.1, 0.5)), (c, (-1.0, -1.0))]) == [(b, None), (c, (-1.0, -1.0))]
-
-
-def test_guests_enter_a_generational_population() -> None:
-    space = make_space()
-    search = NSGA2Search(space, 2, 12, seed=3)
-    guest = space.recipe([recipe_of(0, 1, 2).layers[i] for i in range(3)])
-    search.welcome([(guest, (-9.0, -9.0))])  # before there is a population
-    assert not search.has_begun
-    asked = search.ask()
-    search.tell([(float(i), float(i)) for i in range(len(asked))])
-    search.welcome([(recipe_of(0, 3), None)])
-    best = search._algorithm.pop.get("F").min(axis=0)
-    assert np.array_equal(best, [-9.0, -9.0])
-    assert len(search._algorithm.pop) == 12
-    for _ in range(5):
-        asked = search.ask()
-        assert guest.hash not in {recipe.hash for recipe in asked}
-        search.tell([(float(i), float(i)) for i in range(len(asked))])
+    best = Scored(a, (0.0, 1.0))
+    arrived = [best, Scored(b, (1.0, 1.0)), Scored(c, None)]
+    assert migration.chosen(arrived) == [best, Scored(b, None), Scored(c, None)]
+    assert migration.chosen([Scored(b, (0.1, 1.5))]) == [Scored(b, None)]
+    better = Scored(c, (-1.0, -1.0))
+    assert migration.chosen([Scored(b, (0.1, 0.5)), better]) == [Scored(b, None), better]
 
 
 def test_the_header_says_what_is_searched(tmp_path: Path) -> None:

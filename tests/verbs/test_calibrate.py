@@ -337,7 +337,7 @@ def search_config(place: Path, **changes: Any) -> dict[str, Any]:
             "tasks": ["demo_sort"], "include_path": str(PATH / "tasks"), "rungs": [20],
             "device": "cpu",
         },
-        "search": {"population": 4, "evaluations": 8, "seeds": ["dense"]},
+        "search": {"population": 4, "evaluations": 8, "arms": ["dense"]},
         "output": str(place / "run"),
     } | changes  # fmt: skip
 

@@ -314,7 +314,7 @@ def good(place: Path) -> dict[str, Any]:
         "evaluation": {
             "tasks": ["t_shared"], "include_path": str(place / "tasks"), "device": "cpu"
         },
-        "search": {"evaluations": 4, "population": 4, "seeds": ["dense"]},
+        "search": {"evaluations": 4, "population": 4, "arms": ["dense"]},
         "output": str(place / "run"),
     }  # fmt: skip
 

@@ -123,7 +123,7 @@ def test_a_score_of_a_search_is_had_again(
             "device": "cpu",
         },
         "space": {"dtype": "float32"},
-        "search": {"evaluations": 6, "population": 4, "seeds": ["dense"], "seed": 5},
+        "search": {"evaluations": 6, "population": 4, "arms": ["dense"], "seed": 5},
         "output": str(tmp_path / "run"),
     }
     path = tmp_path / "search.yaml"
@@ -154,7 +154,7 @@ def search_yaml(place: Path, models: dict[str, str], tasks: Path, schedule: str)
         "models": {name: models[name] for name in ("base", "red")},
         "base": "base",
         "evaluation": {"tasks": ["own"], "include_path": str(tasks), "device": "cpu"},
-        "search": {"evaluations": 40, "population": 4, "seeds": ["dense"], "schedule": schedule},
+        "search": {"evaluations": 40, "population": 4, "arms": ["dense"], "schedule": schedule},
         "output": str(place / "run"),
     }
     (place / "search.yaml").write_text(yaml.safe_dump(config))

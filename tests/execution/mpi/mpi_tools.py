@@ -118,7 +118,7 @@ def write_search(folder: Path, **search: object) -> Path:
         "base": "base",
         "space": {"layers": {"min": 3}},
         "evaluation": {"tasks": ["synthetic"], "device": "cpu"},
-        "search": {"population": 12, "evaluations": 60, "seeds": ["random"], **search},
+        "search": {"population": 12, "evaluations": 60, "arms": ["random"], **search},
         "output": str(folder / "run"),
     }
     path = folder / "search.yaml"

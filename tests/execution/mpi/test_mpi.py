@@ -33,7 +33,7 @@ def test_real_evaluations_find_the_front_of_one_process(
         "space": {"layers": {"min": 2}},
         "evaluation": {"tasks": ["t_long"], "include_path": str(tasks_dir), "device": "cpu"},
         "search": {
-            "population": 8, "evaluations": 30, "seeds": ["random"], "schedule": "generational"
+            "population": 8, "evaluations": 30, "arms": ["random"], "schedule": "generational"
         },
     }  # fmt: skip
     path = tmp_path / "search.yaml"

@@ -334,7 +334,7 @@ def test_a_search_works_on_copies_and_tells_of_the_originals(
 ) -> None:
     run = tmp_path / "run"
     config = config_of(models, include_path=str(tasks_dir)).model_dump()
-    config |= {"output": str(run), "search": {"population": 4, "evaluations": 6, "seeds": []}}
+    config |= {"output": str(run), "search": {"population": 4, "evaluations": 6, "arms": []}}
     (tmp_path / "search.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "gptailor.cli", "search", str(tmp_path / "search.yaml")]
     environment = {**os.environ, "NODE_DISK": str(scratch), "OMP_NUM_THREADS": "1"}
