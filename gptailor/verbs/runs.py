@@ -173,7 +173,7 @@ def _introduce(family: Family, progress: Progress) -> None:
     from gptailor.models.ends import announcements
 
     what = f"Searching {family.num_layers} layers of {len(family.candidates)} models."
-    for text in (*family.notes, *habits(family), what, *announcements(family)):
+    for text in (*family.notes, *habits(family), what, *announcements(family.candidates.values())):
         progress.note(text)
 
 
