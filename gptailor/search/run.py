@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from gptailor.config import Config
@@ -392,7 +391,7 @@ class Run:
         def ask(n: int) -> list[Job]:
             self._look(at_once=True)
             for model, similarity in self.others.similarities.items():
-                kept.setdefault(model, asdict(similarity))
+                kept.setdefault(model, similarity.to_dict())
             missing[:] = [model for model in missing if model not in kept and model not in begun]
             free = [m for m in missing if not self.others.is_under_way((m, "similarity"))]
             self._num_elsewhere = len(missing) - len(free)
@@ -407,7 +406,7 @@ class Run:
                 for one in finished
                 if isinstance(one.job, SimilarityJob) and isinstance(one.result, Similarity)
             ]
-            kept.update((one.model, asdict(one.similarity)) for one in measured)
+            kept.update((one.model, one.similarity.to_dict()) for one in measured)
             self.archive.set_meta("similarity", json.dumps(kept))
             self._note_gain(len(measured))
             self.others.publish_similarities(measured)
@@ -425,13 +424,7 @@ class Run:
         with self.progress.step(what, self._doing):
             self._work(ask, tell, lambda: all(model in kept for model in self.space.names))
         self.archive.set_meta("similarity", json.dumps(kept))
-        found = {
-            model: Similarity(
-                tuple(kept[model]["block_influence"]), tuple(map(tuple, kept[model]["angular"]))
-            )
-            for model in self.space.names
-        }
-        return found
+        return {model: Similarity.from_dict(kept[model]) for model in self.space.names}
 
 
 def _unique(recipes: Sequence[Recipe]) -> list[Recipe]:

@@ -38,7 +38,8 @@ from gptailor.report.export import front_csv, front_dict, to_json
 from gptailor.run.archive import Archive
 from gptailor.run.island_folder import island_folder
 from gptailor.run.journal import NAME, read_journal
-from gptailor.run.journal_entry import Begun, Closed, Measured, from_line, to_line
+from gptailor.run.journal_entry import Begun, Closed, Measured
+from gptailor.run.journal_line import from_line, to_line
 from gptailor.search.island_peers import IslandPeers
 from gptailor.search.nsga2 import genome_of
 from gptailor.search.space import SearchSpace
