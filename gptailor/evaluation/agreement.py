@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gptailor.errors import ModelError
+from gptailor.models.candidate import Candidate
 from gptailor.models.config_fields import (
     ABSENT,
     NAMES,
@@ -26,7 +27,6 @@ from gptailor.models.config_fields import (
     differences,
     is_harmless,
 )
-from gptailor.models.family import Candidate
 from gptailor.models.untrusted import shown
 
 _SHARED_SOURCES = ("cache_utils.py", "masking_utils.py", "modeling_rope_utils.py")

@@ -19,8 +19,8 @@ from gptailor.evaluation.structure import module_names
 from gptailor.evaluation.text import Sequences, make_sequences, read_documents
 from gptailor.models.architecture import text_config
 from gptailor.models.calibration import SCHEMA, statistics_path, weights_digest, writing
+from gptailor.models.candidate import Candidate
 from gptailor.models.checkpoint import FLOAT_DTYPES
-from gptailor.models.family import Candidate
 from gptailor.patience import Say, slowly
 
 

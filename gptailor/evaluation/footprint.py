@@ -14,8 +14,9 @@ from gptailor.errors import ResourceError
 from gptailor.evaluation.forward_dtype import ROOM
 from gptailor.evaluation.spread import gib, layer_ranges, place_layers
 from gptailor.models.architecture import text_config
+from gptailor.models.candidate import Candidate
 from gptailor.models.checkpoint import DTYPE_BITS, FLOAT_DTYPES
-from gptailor.models.family import Candidate, Family
+from gptailor.models.family import Family
 from gptailor.recipe import DTYPES
 
 CACHED_MODELS = 8

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from gptailor.evaluation.tokenizers import TEXTS
-from gptailor.models.family import Candidate, Family
+from gptailor.models.candidate import Candidate
+from gptailor.models.family import Family
 from gptailor.models.side_files import has_tokenizer, side_files
 from gptailor.models.untrusted import (
     MAX_CONFIG_BYTES,

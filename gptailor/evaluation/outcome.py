@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from gptailor.errors import ModelError, TaskError
@@ -44,7 +45,27 @@ class Score:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled with short values: workers send them, and a search keeps all that it gets."""
-        return score_from_dict, (score_dict(self),)
+        return Score.from_dict, (self.to_dict(),)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, the values as one short text."""
+        data = {name: getattr(self, name) for name in _SCORE_KEYS}
+        return {**data, "values": document_values.encode(self.values)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Score:
+        """Reads what `to_dict` gave, maybe before there were values, leaves and chance.
+
+        Raises:
+            ValueError: the values are none.
+            TypeError: a key is missing, or unknown.
+        """
+        values = document_values.decode(data.get("values") or "")
+        leaves = tuple((count, weight) for count, weight in data.get("leaves", ()))
+        return cls(**{**data, "values": values, "leaves": leaves})
+
+
+_SCORE_KEYS = tuple(field.name for field in fields(Score))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +105,27 @@ class Outcome:
     reason: str
     cost: Cost
 
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: each attribute under its name."""
+        return {
+            "status": self.status,
+            "scores": [score.to_dict() for score in self.scores],
+            "cost": asdict(self.cost),
+            "accuracy": self.accuracy,
+            "reason": self.reason,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Outcome:
+        """Reads what `to_dict` gave; raises like `Score.from_dict`."""
+        return cls(
+            data["status"],
+            data["accuracy"],
+            tuple(map(Score.from_dict, data["scores"])),
+            data["reason"],
+            Cost(**data["cost"]),
+        )
+
     def as_error(self) -> Exception:
         """What to raise where nothing can go on without the scores that this has not."""
         if self.status == "infeasible":
@@ -115,16 +157,3 @@ class Evaluation:
     parameters: int
     arms: tuple[str, ...]
     finished_at: float
-
-
-def score_dict(score: Score) -> dict[str, Any]:
-    """A score for JSON, its values as one short text."""
-    data = {field.name: getattr(score, field.name) for field in fields(Score)}
-    return {**data, "values": document_values.encode(score.values)}
-
-
-def score_from_dict(data: dict[str, Any]) -> Score:
-    """A score as it was written, maybe before it had values, leaves and chance."""
-    values = document_values.decode(data.get("values") or "")
-    leaves = tuple((count, weight) for count, weight in data.get("leaves", ()))
-    return Score(**{**data, "values": values, "leaves": leaves})

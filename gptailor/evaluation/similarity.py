@@ -6,7 +6,7 @@ Shapes: B sequences, T tokens, H hidden size, L layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +78,15 @@ class Similarity:
 
     block_influence: tuple[float, ...]
     angular: tuple[tuple[float, ...], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: each attribute under its name."""
+        return {"block_influence": self.block_influence, "angular": self.angular}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Similarity:
+        """Reads what `to_dict` gave."""
+        return cls(tuple(data["block_influence"]), tuple(map(tuple, data["angular"])))
 
     @property
     def is_finite(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from gptailor.errors import ModelError
-from gptailor.models.family import Candidate
+from gptailor.models.candidate import Candidate
 from gptailor.models.rows import check_rows
 from gptailor.models.untrusted import shown
 

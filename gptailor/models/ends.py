@@ -6,10 +6,11 @@ tell, so the tensors themselves are compared, piece by piece and up to the first
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from gptailor.models.candidate import Candidate
 from gptailor.models.checkpoint import (
     DTYPE_BITS,
     FLOAT_DTYPES,
@@ -17,9 +18,6 @@ from gptailor.models.checkpoint import (
     TensorInfo,
     read_error,
 )
-
-if TYPE_CHECKING:
-    from gptailor.models.family import Family
 
 _PIECE = 4 << 20
 """Elements that are compared at once: 16 MiB of float32."""
@@ -50,42 +48,49 @@ class Ends:
         return all(len(set(end.values())) == 1 for end in (self.embeddings, self.head))
 
 
-def announcements(family: Family) -> list[str]:
+def announcements(candidates: Collection[Candidate]) -> list[str]:
     """What to say before `find_ends` reads for long; nothing where it won't."""
-    architecture = family.architecture
-    names = (*architecture.embeddings, *architecture.head)
-    n_bytes = sum(c.tensors[name].n_bytes for c in family.candidates.values() for name in names)
-    if n_bytes < _QUICK_BYTES or len(family.candidates) == 1:
+    n_bytes = sum(
+        c.tensors[name].n_bytes
+        for c in candidates
+        for name in (*c.architecture.embeddings, *c.architecture.head)
+    )
+    if n_bytes < _QUICK_BYTES or len(candidates) == 1:
         return []
     return [f"Comparing the models' embeddings and heads, at most {n_bytes / 1e9:.0f} GB."]
 
 
-def find_ends(family: Family) -> Ends:
+def find_ends(candidates: Mapping[str, Candidate], base: Candidate) -> Ends:
     """Compares the candidates' tensors outside the layers; memory stays flat.
 
     Types may differ where the values are the same.
 
+    Args:
+        candidates: name → candidate, of one family.
+        base: one of them.
+
     Raises:
         ModelError: a file can't be read, or changed.
     """
-    architecture = family.architecture
-    return Ends(_stand_ins(family, architecture.embeddings), _stand_ins(family, architecture.head))
+    ends = base.architecture.embeddings, base.architecture.head
+    return Ends(*(_stand_ins(candidates, base, names) for names in ends))
 
 
-def _stand_ins(family: Family, names: Sequence[str]) -> dict[str, str]:
-    tensors = family.base.tensors
-    small_first = sorted(names, key=lambda name: tensors[name].n_bytes)
-    base_first = sorted(family.candidates, key=lambda model: model != family.base_name)
+def _stand_ins(
+    candidates: Mapping[str, Candidate], base: Candidate, names: Sequence[str]
+) -> dict[str, str]:
+    small_first = sorted(names, key=lambda name: base.tensors[name].n_bytes)
+    base_first = sorted(candidates, key=lambda model: candidates[model] is not base)
     found: dict[str, str] = {}
     for model in base_first:
         for other in dict.fromkeys(found.values()):
-            pair = family.candidates[model].checkpoint, family.candidates[other].checkpoint
+            pair = candidates[model].checkpoint, candidates[other].checkpoint
             if all(_are_equal(*pair, name) for name in small_first):
                 found[model] = other
                 break
         else:
             found[model] = model
-    return {model: found[model] for model in family.candidates}
+    return {model: found[model] for model in candidates}
 
 
 def _are_equal(first: Checkpoint, second: Checkpoint, name: str) -> bool:

@@ -8,14 +8,11 @@ probability.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from gptailor.errors import ModelError
 from gptailor.models.architecture import text_config
+from gptailor.models.candidate import Candidate
 from gptailor.models.side_files import read_vocabulary
-
-if TYPE_CHECKING:
-    from gptailor.models.family import Candidate
 
 
 def is_padding(name: str, candidate: Candidate, base: Candidate) -> bool:

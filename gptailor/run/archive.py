@@ -13,13 +13,12 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from gptailor.errors import ResourceError, UsageError
-from gptailor.evaluation.outcome import Cost, Evaluation, Outcome, score_dict, score_from_dict
+from gptailor.evaluation.outcome import Evaluation, Outcome
 from gptailor.recipe import KnownLayers, Recipe
 
 SCHEMA = "gptailor/archive/1"
@@ -169,6 +168,7 @@ class Archive:
         numbers = []
         with self._writing():
             for recipe, documents, parameters, outcome in rows:
+                data = outcome.to_dict()
                 cursor = self._db.execute(
                     "INSERT INTO evaluations (recipe_hash, documents, recipe, status, reason,"
                     " accuracy, parameters, scores, cost, finished_at)"
@@ -181,8 +181,8 @@ class Archive:
                         outcome.reason,
                         outcome.accuracy,
                         parameters,
-                        json.dumps([score_dict(s) for s in outcome.scores]),
-                        json.dumps(asdict(outcome.cost)),
+                        json.dumps(data["scores"]),
+                        json.dumps(data["cost"]),
                         finished_at,
                     ),
                 )
@@ -227,8 +227,15 @@ class Archive:
             number, text, documents, status, reason, accuracy, scores, cost = row[:8]
             source = f"{self.path}, evaluation {number}"
             try:
-                found = tuple(score_from_dict(s) for s in json.loads(scores))
-                outcome = Outcome(status, accuracy, found, reason, Cost(**json.loads(cost)))
+                outcome = Outcome.from_dict(
+                    {
+                        "status": status,
+                        "scores": json.loads(scores),
+                        "cost": json.loads(cost),
+                        "accuracy": accuracy,
+                        "reason": reason,
+                    }
+                )
             except (ValueError, TypeError) as error:
                 raise UsageError(
                     f"{source}, can't be read: it is damaged, or of another version of gptailor "

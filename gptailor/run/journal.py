@@ -21,17 +21,12 @@ from gptailor.errors import ModelError, ResourceError, UsageError
 from gptailor.evaluation.outcome import Evaluation
 from gptailor.models.untrusted import open_regular, read_up_to
 from gptailor.recipe import KnownLayers
-from gptailor.run.journal_entry import (
-    MAX_LINE_BYTES,
-    Closed,
-    Entry,
-    Header,
-    Measured,
-    from_line,
-    to_line,
-)
+from gptailor.run.journal_entry import Closed, Entry, Header, Measured
 
 NAME = "journal.jsonl"
+
+MAX_LINE_BYTES = 1 << 23
+"""A recipe of 200 layers with merges of eight models has about 10^5."""
 
 
 class Journal:
@@ -87,6 +82,8 @@ class Journal:
         Raises:
             ResourceError: the disk is full; nothing was written.
         """
+        from gptailor.run.journal_line import to_line
+
         data = memoryview(b"".join(map(to_line, entries)))
         try:
             rest = data
@@ -162,6 +159,8 @@ class JournalReader:
         return entries
 
     def _take(self, data: bytes, entries: list[Entry], torn: bool) -> None:
+        from gptailor.run.journal_line import from_line  # pydantic: 0.1 s, where it is used only
+
         begin = 0
         while (end := data.find(b"\n", begin)) >= 0:
             try:

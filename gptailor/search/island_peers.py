@@ -90,12 +90,7 @@ class IslandPeers:
         mine = archive.evaluations()
         self._look(strict=True)  # before a journal is made, so that a wrong island leaves none
         kept = json.loads(archive.get_meta("similarity") or "{}")
-        measured = [
-            Measured(
-                model, Similarity(tuple(s["block_influence"]), tuple(map(tuple, s["angular"])))
-            )
-            for model, s in kept.items()
-        ]
+        measured = [Measured(model, Similarity.from_dict(data)) for model, data in kept.items()]
         self._journal = Journal(archive.folder, self.header, mine, measured)
         self._take(self._journal.unknown)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 
 from gptailor.evaluation.similarity import Similarity
 from gptailor.execution.executor import Finished, Job, SimilarityJob
@@ -36,7 +35,7 @@ def measure_similarities(
     def ask(n: int) -> list[Job]:
         queue.look(at_once=True)
         for model, similarity in peers.similarities.items():
-            kept.setdefault(model, asdict(similarity))
+            kept.setdefault(model, similarity.to_dict())
         missing[:] = [model for model in missing if model not in kept and model not in begun]
         free = [m for m in missing if not peers.is_under_way((m, "similarity"))]
         queue.num_elsewhere = len(missing) - len(free)
@@ -51,7 +50,7 @@ def measure_similarities(
             for one in finished
             if isinstance(one.job, SimilarityJob) and isinstance(one.result, Similarity)
         ]
-        kept.update((one.model, asdict(one.similarity)) for one in measured)
+        kept.update((one.model, one.similarity.to_dict()) for one in measured)
         archive.set_meta(_KEY, json.dumps(kept))
         queue.recorder.note_gain(len(measured))
         peers.publish_similarities(measured)
@@ -66,9 +65,4 @@ def measure_similarities(
     with progress.step(what, doing):
         queue.run(ask, tell, lambda: all(model in kept for model in models))
     archive.set_meta(_KEY, json.dumps(kept))
-    return {
-        model: Similarity(
-            tuple(kept[model]["block_influence"]), tuple(map(tuple, kept[model]["angular"]))
-        )
-        for model in models
-    }
+    return {model: Similarity.from_dict(kept[model]) for model in models}

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from gptailor.errors import GptailorError, ModelError, ResourceError, UsageError
 from gptailor.evaluation.family import open_family
-from gptailor.models.family import Candidate, Family, resolve
+from gptailor.models.candidate import Candidate
+from gptailor.models.family import Family, resolve
 from gptailor.patience import slowly
 
 if TYPE_CHECKING:

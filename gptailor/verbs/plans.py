@@ -201,7 +201,7 @@ def plan(
 
     parsed = read_config(config, overrides)
     family = open_family(parsed.models, parsed.base)
-    for text in (*parsed.notes, *family.notes, *announcements(family)):
+    for text in (*parsed.notes, *family.notes, *announcements(family.candidates.values())):
         note(text)
     calibration = find_calibration(parsed, family)
     space = SearchSpace(

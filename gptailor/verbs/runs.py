@@ -173,7 +173,8 @@ def _introduce(config: Config, family: Family, progress: Progress) -> None:
     from gptailor.models.ends import announcements
 
     what = f"Searching {family.num_layers} layers of {len(family.candidates)} models."
-    for text in (*config.notes, *family.notes, *habits(family), what, *announcements(family)):
+    told = (*config.notes, *family.notes, *habits(family), what)
+    for text in (*told, *announcements(family.candidates.values())):
         progress.note(text)
 
 

@@ -17,8 +17,9 @@ from gptailor.evaluation.resident import ResidentModel
 from gptailor.evaluation.signature import carry_over, compare_layer, signature
 from gptailor.evaluation.smoke import smoke_test
 from gptailor.evaluation.structure import Structure
+from gptailor.models.candidate import Candidate
 from gptailor.models.checkpoint import Checkpoint
-from gptailor.models.family import Candidate, Family
+from gptailor.models.family import Family
 from gptailor.recipe import Recipe, Take
 from gptailor.stitching.write import write_model
 from tests.models.real import SMALL_GPT2, loaded, logits_of, save_real

@@ -28,16 +28,18 @@ from gptailor.mergekit import to_recipe
 from gptailor.mergekit.parse import parse_mergekit
 from gptailor.models.architecture import cut_config, find_architecture, text_config
 from gptailor.models.calibration import SCHEMA, Statistics, statistics_path
+from gptailor.models.candidate import Candidate
 from gptailor.models.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo, read_header
-from gptailor.models.family import Candidate, Family
-from gptailor.models.family import _check_fits as check_fits
+from gptailor.models.compatibility import check_fits
+from gptailor.models.family import Family
 from gptailor.recipe import Recipe
 from gptailor.report import load_report
 from gptailor.report.export import front_csv, front_dict, to_json
 from gptailor.run.archive import Archive
 from gptailor.run.island_folder import island_folder
 from gptailor.run.journal import NAME, read_journal
-from gptailor.run.journal_entry import Begun, Closed, Measured, from_line, to_line
+from gptailor.run.journal_entry import Begun, Closed, Measured
+from gptailor.run.journal_line import from_line, to_line
 from gptailor.search.island_peers import IslandPeers
 from gptailor.search.nsga2 import genome_of
 from gptailor.search.space import SearchSpace

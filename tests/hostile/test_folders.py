@@ -12,8 +12,9 @@ import pytest
 import gptailor
 from gptailor import verbs
 from gptailor.errors import GptailorError, ModelError
+from gptailor.models.candidate import Candidate
 from gptailor.models.checkpoint import Checkpoint, read_header
-from gptailor.models.family import Candidate, Family
+from gptailor.models.family import Family
 from gptailor.recipe import Recipe, Take
 from tests.models.tiny import save_family, save_index, save_model
 

@@ -21,7 +21,8 @@ MEASURE = """
 import json, resource, sys, time
 from pathlib import Path
 from gptailor.errors import GptailorError
-from gptailor.models.family import Candidate, Family
+from gptailor.models.candidate import Candidate
+from gptailor.models.family import Family
 from gptailor.recipe import Recipe
 import gptailor.mergekit.parse
 from gptailor.strict_yaml import load_yaml

@@ -107,10 +107,11 @@ def test_other_padding_is_another_end(tmp_path: Path) -> None:
 def test_what_takes_long_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models = {name: str(save_model(tmp_path / name)) for name in ("base", "red")}
     family = Family(models, "base")
-    assert ends.announcements(family) == []
+    assert ends.announcements(family.candidates.values()) == []
+    alone = Family({"base": models["base"]}, "base")
     monkeypatch.setattr(ends, "_QUICK_BYTES", 1)
-    assert ends.announcements(Family({"base": models["base"]}, "base")) == []
-    (text,) = ends.announcements(family)
+    assert ends.announcements(alone.candidates.values()) == []
+    (text,) = ends.announcements(family.candidates.values())
     assert text == "Comparing the models' embeddings and heads, at most 0 GB."
 
 

@@ -11,24 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from gptailor.errors import ResourceError, UsageError
 from gptailor.evaluation.outcome import Cost, Evaluation, Outcome, Score
 from gptailor.evaluation.similarity import Similarity
 from gptailor.recipe import Merge, Recipe, Take
 from gptailor.run import journal as module
-from gptailor.run.journal import NAME, Journal, JournalReader, evaluations_in, read_journal
-from gptailor.run.journal_entry import (
+from gptailor.run.journal import (
     MAX_LINE_BYTES,
-    MAX_REASON_CHARS,
-    Begun,
-    Closed,
-    Entry,
-    Header,
-    Measured,
-    from_line,
-    to_line,
+    NAME,
+    Journal,
+    JournalReader,
+    evaluations_in,
+    read_journal,
 )
+from gptailor.run.journal_entry import Begun, Closed, Entry, Header, Measured
+from gptailor.run.journal_line import from_line, to_line
+from gptailor.run.journal_schema import MAX_MODELS, MAX_REASON_CHARS
 from tests.models.tiny import free_bytes, small_disk
 
 MODELS = {"base": "org/base", "red": "org/red"}
@@ -232,56 +232,63 @@ BITS = "bits:3:Aw=="
         (b'{"closed":{},"closed":{}}', "'closed' appears twice"),
         (b'{"closed":{},"begun":{"keys":[]}}', "line 2, is no line of a journal"),
         (b'{"run":"rm -rf /"}', "line 2, is no line of a journal"),
-        (b'{"closed":[]}', r"in the place of an object"),
-        (b'{"closed":{"a":1}}', "keys too many or too few: .'a'"),
+        (b'{"closed":[]}', r"line 2, closed is \[\]: must be an object"),
+        (b'{"closed":{"a":1}}', "line 2, the key closed.a is unknown"),
+        (b'{"closed":{"a":1,"b":2}}', "line 2, the key closed.a is unknown"),
         (b"[" * 5000 + b"]" * 5000, "is not"),
         (b'{"closed":' + b'{"a":' * 200 + b"1" + b"}" * 201, "nested more than"),
-        (b'{"begun":{"keys":[["a"]]}}', "which is no evaluation"),
-        (b'{"begun":{"keys":[["\\u001b","search"]]}}', "which is no such text"),
-        (b'{"begun":{"keys":{}}}', "in the place of a list"),
+        (b'{"begun":{"keys":[["a"]]}}', "the key begun.keys.0.1 is missing"),
+        (b'{"begun":{"keys":[["\\u001b","search"]]}}', "begun.keys.0.0 is .* can't be shown"),
+        (b'{"begun":{"keys":[["a","b","c"]]}}', "begun.keys.0 is .* at most 2 items"),
+        (b'{"begun":{"keys":{}}}', "begun.keys is {}: must be a list"),
         (b'{"header":{"schema":"gptailor/journal/9"}}', "schema 'gptailor/journal/9'"),
         (b'{"similarity":{"model":"x","block_influence":[1],"angular":[[1]]}}', "wrong shape"),
-        (b'{"similarity":{"model":"x","block_influence":[NaN],"angular":[]}}', "no such number"),
-        (header(config={"search": 1}), "search has 1 in the place of an object"),
-        (header(config={"search": {"evaluations": -1}}), "evaluations is -1"),
-        (header(family={}), "keys too many or too few"),
-        (header(family={**FAMILY, "num_layers": 10**9}), "layers, which no model has"),
-        (header(family={**FAMILY, "parameters": {"red": "x"}}), "parameters is 'x'"),
-        (header(family={**FAMILY, "models": {"\n": "x"}}), "models is "),
+        (b'{"similarity":{"model":"x","block_influence":[NaN],"angular":[]}}', "fluence.0 is nan"),
+        (header(config={"search": 1}), "config.search is 1: must be an object"),
+        (header(config=[]), r"header.config is \[\]: must be an object"),
+        (header(config={"search": {"evaluations": -1}}), "config.search.evaluations is -1"),
+        (header(family={}), "the key header.family.num_layers is missing"),
+        (header(family={**FAMILY, "num_layers": 10**9}), "family.num_layers is 1000000000: "),
+        (header(family={**FAMILY, "parameters": {"red": "x"}}), "parameters.red is 'x'"),
+        (header(family={**FAMILY, "models": {"\n": "x"}}), "models. .*can't be shown"),
+        (header(family={**FAMILY, "models": {"x" * 1001: "x"}}), "at most 1000 char"),
+        (header(fingerprint="x" * 1001), "header.fingerprint is .* at most 1000 char"),
+        (header(island=1 << 62), "header.island is 4611686018427387904"),
         (header(island=-1), "island is -1"),
-        (line(cost=None), r"keys too many or too few: .'cost'"),
-        (line(extra=1), r"keys too many or too few: .'extra'"),
+        (line(cost=None), "the key evaluation.cost is missing"),
+        (line(extra=1), "the key evaluation.extra is unknown"),
         (line(accuracy=math.inf), "accuracy is inf"),
         (line(accuracy=True), "accuracy is True"),
         (line(accuracy="1"), "accuracy is '1'"),
-        (line(status="crashed"), "the status 'crashed'"),
-        (line(status="failed"), "an accuracy in spite of it"),
-        (line(status={}), "the status {}"),
-        (line(documents="other"), "documents 'other'"),
-        (line(documents=[]), r"documents \[\]"),
+        (line(status="crashed"), "status is 'crashed'"),
+        (line(status="failed"), "accuracy is 0.625: only the status 'ok'"),
+        (line(status={}), "status is {}"),
+        (line(documents="other"), "documents is 'other'"),
+        (line(documents=[]), r"documents is \[\]"),
         (line(parameters=-1), "parameters is -1"),
         (line(parameters=10**30), "parameters is 1000"),
         (line(parameters=1.5), "parameters is 1.5"),
         (line(finished_at=math.nan), "finished_at is nan"),
-        (line(arms=["\x1b[2J"]), "arms is "),
-        (line(arms="angular"), "in the place of a list"),
+        (line(finished_at=1 << 62), "finished_at is 4611686018427387904: .* 62 bits"),
+        (line(arms=["\x1b[2J"]), "arms.0 is "),
+        (line(arms="angular"), "arms is 'angular': must be a list"),
         (line(reason="\ud800"), "reason is "),
         (line(reason="x" * (MAX_REASON_CHARS + 1)), "reason is "),
-        (line(scores=[1]), "in the place of an object"),
-        (line(scores=[{**GOOD_SCORE, "value": "x"}]), "which is no such number"),
-        (line(scores=[{**GOOD_SCORE, "values": [1]}]), "which is no such text"),
-        (line(scores=[{**GOOD_SCORE, "values": "bits:9:AA=="}]), "bits and their count differ"),
+        (line(scores=[1]), "scores.0 is 1: must be an object"),
+        (line(scores=[{**GOOD_SCORE, "value": "x"}]), "scores.0.value is 'x'"),
+        (line(scores=[{**GOOD_SCORE, "values": [1]}]), r"scores.0.values is \[1\]"),
+        (line(scores=[{**GOOD_SCORE, "values": "bits:9:AA=="}]), "scores has wrong values: bits"),
         (line(scores=[{**GOOD_SCORE, "values": "float64:AAAAAAAA+H8="}]), "not finite"),
-        (line(scores=[{**GOOD_SCORE, "values": "A" * (1 << 20) + "A"}]), "which is no such text"),
+        (line(scores=[{**GOOD_SCORE, "values": "A" * (1 << 20) + "A"}]), "scores.0.values is "),
         (line(scores=[{**GOOD_SCORE, "values": "A" * (1 << 19)}] * 3), "characters of values"),
-        (line(scores=[{**GOOD_SCORE, "leaves": [[1, 1.0]]}]), "don't fit the 0 values"),
+        (line(scores=[{**GOOD_SCORE, "leaves": [[1, 1.0]]}]), "scores.0.leaves don't fit the 0"),
         (line(scores=[{**GOOD_SCORE, "values": BITS, "leaves": [[2, 1]]}]), "don't fit the 3"),
         (line(scores=[{**GOOD_SCORE, "values": BITS, "leaves": [[3, 9]]}]), "don't fit the 3"),
         (line(scores=[{**GOOD_SCORE, "values": BITS, "leaves": [[0, 0], [3, 1]]}]), "don't fit"),
-        (line(scores=[{**GOOD_SCORE, "values": BITS, "leaves": [[3]]}]), "the place of a pair"),
-        (line(scores=[{**GOOD_SCORE, "values": BITS, "leaves": [[-3, 1]]}]), "is no count"),
-        (line(scores=[{**GOOD_SCORE, "chance": "x"}]), "which is no such number"),
-        (line(scores=[{**GOOD_SCORE, "chance": math.nan}]), "which is no such number"),
+        (line(scores=[{**GOOD_SCORE, "values": BITS, "leaves": [[3]]}]), "leaves.0.1 is missing"),
+        (line(scores=[{**GOOD_SCORE, "values": BITS, "leaves": [[-3, 1]]}]), "leaves.0.0 is -3"),
+        (line(scores=[{**GOOD_SCORE, "chance": "x"}]), "scores.0.chance is 'x'"),
+        (line(scores=[{**GOOD_SCORE, "chance": math.nan}]), "scores.0.chance is nan"),
         (line(recipe={}), "schema is None"),
         (line(recipe=7), "line 2, recipe"),
     ],
@@ -296,6 +303,31 @@ def test_hostile_lines(bad: bytes, message: str, tmp_path: Path) -> None:
             reader.read()
         assert str(path) in str(caught.value)
         assert str(caught.value).isprintable()
+
+
+MANY = range(200_000)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        line(**{f"key {i}": 0 for i in MANY}),
+        line(arms=list(MANY)),
+        line(scores=[{f"key {i}": 0 for i in MANY}]),
+        line(scores=[{**GOOD_SCORE, "leaves": list(MANY)}]),
+        header(family={**FAMILY, "models": {str(i): 0 for i in MANY}}),
+        header(family={**FAMILY, "parameters": {str(i): "x" for i in range(MAX_MODELS)}}),
+        json.dumps({"begun": {"keys": list(MANY)}}).encode(),
+        json.dumps({"similarity": {"angular": [list(map(str, MANY))]}}).encode(),
+    ],
+    ids=range(8),
+)
+def test_a_line_full_of_errors_does_not_fill_the_memory(bad: bytes) -> None:
+    """Pydantic makes an object of each error that it meets."""
+    with pytest.raises(UsageError, match=r"^j, line 2, ") as caught:
+        from_line(bad, Path("j"), 2)
+    assert isinstance(caught.value.__cause__, ValidationError)
+    assert caught.value.__cause__.error_count() < 2 * MAX_MODELS + 20
 
 
 @pytest.mark.parametrize(

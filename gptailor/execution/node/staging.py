@@ -21,7 +21,7 @@ from pathlib import Path
 
 from gptailor.errors import ModelError, ResourceError, UsageError, sizes
 from gptailor.execution.node.lock import node_lock, own_folder
-from gptailor.models.family import Candidate
+from gptailor.models.candidate import Candidate
 from gptailor.models.side_files import side_files
 from gptailor.models.untrusted import is_file
 from gptailor.patience import Say

@@ -23,7 +23,7 @@ from gptailor.execution.node import page_cache, staging
 from gptailor.execution.node.files import open_candidates, share
 from gptailor.execution.node.lock import node_lock, own_folder
 from gptailor.execution.node.page_cache import absent, read_all, whole
-from gptailor.models.family import Candidate
+from gptailor.models.candidate import Candidate
 from tests.models.tiny import HIDDEN, mounted, save_model, small_disk
 
 MIB = 1 << 20
@@ -240,7 +240,7 @@ STAGE = """
 import sys, time
 from pathlib import Path
 from gptailor.execution.node import staging
-from gptailor.models.family import Candidate
+from gptailor.models.candidate import Candidate
 real = staging._copy_file
 def slow(source, to, stop):
     real(source, to, stop)
@@ -269,7 +269,7 @@ ALL_STAGE = """
 import os, sys, time
 from pathlib import Path
 from gptailor.execution.node import staging
-from gptailor.models.family import Candidate
+from gptailor.models.candidate import Candidate
 copied = []
 real = staging._copy
 staging._copy = lambda *given: (copied.append(1), real(*given))
