@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gptailor.errors import ResourceError, UsageError
+from gptailor.errors import ResourceError, UsageError, is_disk_full
 from gptailor.evaluation.outcome import Cost, Evaluation, Outcome, score_dict, score_from_dict
 from gptailor.recipe import KnownLayers, Recipe
 
@@ -291,7 +291,7 @@ def _explained(error: sqlite3.Error | OSError, path: Path) -> Exception:
     text = str(error)
     if isinstance(error, OSError):
         text = error.strerror or text
-        full = error.errno in (28, 122)  # ENOSPC, EDQUOT
+        full = is_disk_full(error)
     else:
         full = "full" in text or "disk I/O" in text
     if full:
