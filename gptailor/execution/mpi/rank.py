@@ -31,6 +31,7 @@ from gptailor.execution.mpi.channel import SHORTEST_S, Channel
 from gptailor.execution.mpi.handshake import content_digests, file_digests, find_hello, sees_token
 from gptailor.execution.node.placement import Placement, find_place
 from gptailor.execution.stop import TERM_GRACE_S, Stop
+from gptailor.exit_codes import BUG, of_signal
 from gptailor.patience import EVERY_OF_LONG_S, EVERY_S, Patience, Say
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ class WorkerRank:
             if message is None:
                 assert self._stop.signal is not None
                 self._log.say("Leaves, as rank 0 says nothing after a signal.")
-                return 128 + self._stop.signal
+                return of_signal(self._stop.signal)
             if message[0] == "stop":
                 break
             try:
@@ -202,7 +203,7 @@ class WorkerRank:
                 self._report(error)
         self._channel.send(0, "bye", self._times)
         if not self._channel.flush(_WORD_S):
-            return 1
+            return BUG
         self._log.say("Ends.")
         self._log.close()
         self._channel.finalize()
