@@ -27,7 +27,8 @@ from gptailor.execution.mpi.channel import Channel
 from gptailor.execution.mpi.crew import Crew
 from gptailor.execution.mpi.executor import MpiExecutor
 from gptailor.execution.mpi.launcher import join
-from gptailor.execution.mpi.rank import Orders, run_worker
+from gptailor.execution.mpi.messages import Orders
+from gptailor.execution.mpi.worker import run_worker
 from gptailor.execution.stop import Stop
 from gptailor.models.family import Family
 from gptailor.recipe import Recipe
@@ -36,6 +37,7 @@ from gptailor.search.nsga2 import AsyncNSGA2
 from gptailor.search.progress import Progress
 from gptailor.search.run import Run
 from gptailor.search.space import SearchSpace
+from gptailor.verbs.watched_run import WatchedRun
 
 IDLE_S = 10.0
 
@@ -79,11 +81,14 @@ def round_trips(executor: MpiExecutor, recipes: list[Recipe]) -> None:
     print(f"round trip of a job: median {statistics.median(times):.2f} ms, p95 {p95:.2f} ms")
 
 
-def search(config: Config, family: Family, executor: MpiExecutor, reporter: JobMonitor) -> None:
+def search(config: Config, family: Family, executor: MpiExecutor, monitor: JobMonitor) -> None:
     """An asynchronous search; prints what each evaluation cost beside its own time."""
     with Archive(config.output) as archive, Path(os.devnull).open("w") as nowhere:
         progress = Progress(config.search.evaluations, family.num_layers, stream=nowhere)
-        run = Run(config, family, archive, executor, progress, tick=reporter.tick)
+        run = Run(
+            config, family, archive, executor, progress,
+            tick=lambda run: monitor.tick(WatchedRun(run)),
+        )  # fmt: skip
         cpu, began = time.process_time(), time.monotonic()
         run.search()
         wall, cpu = time.monotonic() - began, time.process_time() - cpu
@@ -165,15 +170,15 @@ def lead(channel: Channel, arguments: argparse.Namespace) -> int:
         recipes = AsyncNSGA2(space, 2, 24, [1], []).ask(256)
         stop = Stop()
         with Crew(channel, stop) as crew:
-            reporter = JobMonitor(stop, config.search.evaluations, config.output)
-            crew.join(config, family, config.output, reporter)
+            monitor = JobMonitor(stop, config.search.evaluations, config.output)
+            crew.join(config, family, config.output, lambda: monitor.begin(workers=crew.workers))
             executor = MpiExecutor(crew)
             executor.load("float32")
             executor.workload()
             while len(executor.free()) < executor.num_workers:
                 executor.finished(1.0)
             round_trips(executor, recipes)
-            search(config, family, executor, reporter)
+            search(config, family, executor, monitor)
             archive_writes(config, recipes, Sleeper(0).do(EvaluationJob(recipes[0], "holdout")))
             idle(executor)
             print(f"torch on rank 0: {'torch' in sys.modules}")

@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NoReturn
 
+from gptailor import exit_codes
 from gptailor.commands import COMMANDS
 from gptailor.errors import GptailorError, Terminated, exit_code_of, is_disk_full, unknown
 from gptailor.execution.mpi.launcher import is_first, leave_quietly
-from gptailor.execution.slurm.exit_code_file import write_verdict
+from gptailor.execution.slurm.exit_code_file import write_exit_code
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,21 +26,21 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if not is_first():
-            leave_quietly(2)
+            leave_quietly(exit_codes.USAGE)
         sys.stderr.write(f"gptailor: {message}. `{self.prog} -h` shows how.\n")
-        sys.exit(2)
+        sys.exit(exit_codes.USAGE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code."""
-    code = 1
+    code = exit_codes.BUG
     try:
         code = _run(argv)
     except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 1
+        code = error.code if isinstance(error.code, int) else exit_codes.BUG
         raise
     finally:
-        write_verdict(code)
+        write_exit_code(code)
         if (channel := sys.modules.get("gptailor.execution.mpi.channel")) is not None:
             channel.leave(code)  # ends the other ranks of an MPI program if they don't end alone
     return code
@@ -60,10 +61,12 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         run: Callable[[argparse.Namespace], int] = arguments.run
         return run(arguments)
-    except KeyboardInterrupt:
-        return _said(f"interrupted; {COMMANDS[arguments.verb].keeps}", 130)
-    except Terminated:
-        return _said(f"terminated; {COMMANDS[arguments.verb].keeps}", 143)
+    except KeyboardInterrupt as error:
+        keeps = COMMANDS[arguments.verb].keeps
+        return _said(f"interrupted; {keeps}", exit_code_of(error))
+    except Terminated as error:
+        keeps = COMMANDS[arguments.verb].keeps
+        return _said(f"terminated; {keeps}", exit_code_of(error))
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
         return 0
@@ -110,8 +113,8 @@ def _check_verb(words: Sequence[str]) -> None:
     verb = next((word for word in words if not word.startswith("-")), None)
     if verb is not None and verb not in COMMANDS:
         if not is_first():
-            leave_quietly(2)
-        sys.exit(_said(str(unknown("verb", verb, COMMANDS)), 2))
+            leave_quietly(exit_codes.USAGE)
+        sys.exit(_said(str(unknown("verb", verb, COMMANDS)), exit_codes.USAGE))
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -144,7 +147,7 @@ def _no_verb(arguments: argparse.Namespace) -> int:
         print(version("gptailor"))
         return 0
     _build_parser().print_help()
-    return 2
+    return exit_codes.USAGE
 
 
 if __name__ == "__main__":

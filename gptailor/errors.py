@@ -13,6 +13,8 @@ import re
 import signal
 from collections.abc import Iterable
 
+from gptailor import exit_codes
+
 _MAX_SHOWN = 100
 """Longer names are cut in messages."""
 _MAX_MESSAGE = 2000
@@ -21,7 +23,7 @@ _MAX_MESSAGE = 2000
 class GptailorError(Exception):
     """Root of all errors that gptailor raises on purpose; `exit_code` ends the command line."""
 
-    exit_code = 1
+    exit_code = exit_codes.BUG
 
     def __init__(self, message: str = "") -> None:
         super().__init__(plain(message, _MAX_MESSAGE))
@@ -30,7 +32,7 @@ class GptailorError(Exception):
 class UsageError(GptailorError, ValueError):
     """The command line, a configuration or a recipe asks for something that cannot be done."""
 
-    exit_code = 2
+    exit_code = exit_codes.USAGE
 
 
 class TaskError(UsageError):
@@ -40,19 +42,19 @@ class TaskError(UsageError):
 class ModelError(GptailorError):
     """A model or tokenizer is unusable as it lies on disk."""
 
-    exit_code = 3
+    exit_code = exit_codes.MODEL
 
 
 class ResourceError(GptailorError):
     """Memory or disk is exhausted."""
 
-    exit_code = 4
+    exit_code = exit_codes.RESOURCE
 
 
 class StoppedEarly(GptailorError):
     """The work was ended before it was complete, and `--resume` continues it."""
 
-    exit_code = 5
+    exit_code = exit_codes.STOPPED_EARLY
 
 
 class WorkerCrashed(GptailorError):
@@ -62,7 +64,7 @@ class WorkerCrashed(GptailorError):
 class Requeue(StoppedEarly):
     """The time of the job is over: it asks to be started again, and goes on then."""
 
-    exit_code = 75
+    exit_code = exit_codes.REQUEUE
 
 
 class Interrupted(StoppedEarly):
@@ -71,7 +73,7 @@ class Interrupted(StoppedEarly):
     def __init__(self, signum: int) -> None:
         name = signal.Signals(signum).name
         super().__init__(f"Stopped by {name}: everything that was evaluated is kept.")
-        self.exit_code = 128 + signum
+        self.exit_code = exit_codes.of_signal(signum)
 
 
 class Terminated(BaseException):
@@ -81,14 +83,16 @@ class Terminated(BaseException):
 def exit_code_of(error: BaseException | None) -> int:
     """What the command line ends with after an error; 0 without one."""
     if error is None:
-        return 0
+        return exit_codes.DONE
     if isinstance(error, GptailorError):
         return error.exit_code
     if isinstance(error, MemoryError) or is_disk_full(error):
         return ResourceError.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return 128 + signal.SIGINT
-    return 128 + signal.SIGTERM if isinstance(error, Terminated) else 1
+        return exit_codes.of_signal(signal.SIGINT)
+    if isinstance(error, Terminated):
+        return exit_codes.of_signal(signal.SIGTERM)
+    return exit_codes.BUG
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from gptailor import exit_codes
 from gptailor.commands.command import Command, at_least_one, say
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def _cancel(arguments: argparse.Namespace) -> int:
             print(f"{job} was started by hand on {host}: type `gptailor cancel` there.")
         if not (done.ended or done.left or done.elsewhere):
             print(f"No job of {arguments.run_folder} is going on.")
-    return 5 if done.left or done.elsewhere else 0
+    return exit_codes.STOPPED_EARLY if done.left or done.elsewhere else exit_codes.DONE
 
 
 def _add_launch(parser: argparse.ArgumentParser) -> None:

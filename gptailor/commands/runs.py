@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 
+from gptailor import exit_codes
 from gptailor.commands.command import Command, add_io, add_stage, add_workers, say
 
 
@@ -34,7 +35,7 @@ def _check(arguments: argparse.Namespace) -> int:
             print(problem)
         if not problems:
             print("Nothing found that would make a search fail.")
-    return 2 if problems else 0
+    return exit_codes.USAGE if problems else exit_codes.DONE
 
 
 def _search(arguments: argparse.Namespace) -> int:

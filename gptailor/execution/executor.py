@@ -55,6 +55,26 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class WorkerInfo:
+    """A worker that is a process of its own, perhaps elsewhere.
+
+    Attributes:
+        rank: in MPI's sense.
+        host: where it runs.
+        pid: its process there.
+        device: what it computes on; empty until it is ready.
+        since: seconds of the executor's clock at which it began its job, or became free; None until
+            it is ready.
+    """
+
+    rank: int
+    host: str
+    pid: int
+    device: str = ""
+    since: float | None = None
+
+
+@dataclass(frozen=True)
 class WorkloadInfo:
     """What a search must know of the documents.
 

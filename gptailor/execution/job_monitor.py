@@ -1,4 +1,7 @@
-"""Fills a job's record while a search runs: what workers do, how fast it goes, what failed."""
+"""Fills a job's record while a search runs: what workers do, how fast it goes, what failed.
+
+The monitor knows no search: whoever connects the two gives it a `Watched`.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,15 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from gptailor.errors import Requeue, StoppedEarly, exit_code_of
-from gptailor.execution.executor import job_name
+from gptailor.execution.executor import WorkerInfo
+from gptailor.execution.logs import log_path
 from gptailor.execution.slurm.exit_code_file import gained
 from gptailor.execution.stop import Stop
 from gptailor.run.island_folder import FOLDER
@@ -26,10 +30,6 @@ from gptailor.run.job_record import (
     read,
 )
 
-if TYPE_CHECKING:
-    from gptailor.execution.mpi.crew import Member
-    from gptailor.search.run import Run
-
 WINDOW_S = 900.0
 """Evaluations per hour are those of the last quarter of an hour."""
 
@@ -37,6 +37,52 @@ _SAMPLE_S = 10.0
 
 TICK_S = 1.0
 """With thousands of workers a look at all of them takes a while."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker does.
+
+    Attributes:
+        name: of the job, for people, with how far it is if that is known.
+        began: in seconds of the executor's clock.
+    """
+
+    name: str
+    began: float
+
+
+@dataclass(frozen=True)
+class SearchState:
+    """How far a search is.
+
+    Attributes:
+        num_workers: of the executor.
+        running: worker → what it does; those that do nothing are absent.
+        num_done: evaluations that count.
+        num_new: of these, evaluated by this program.
+        num_gained: what this program put into the archive.
+        failures: (worker, recipe's point, reason) of each evaluation that failed.
+    """
+
+    num_workers: int
+    running: Mapping[int, Work]
+    num_done: int
+    num_new: int
+    num_gained: int
+    failures: Sequence[tuple[int, str, str]]
+
+
+class Watched(Protocol):
+    """A search that runs; both methods may be called from any thread."""
+
+    def now(self) -> float:
+        """Seconds of the executor's clock."""
+        ...
+
+    def state(self) -> SearchState:
+        """How far it is; takes a while with thousands of workers."""
+        ...
 
 
 class JobMonitor:
@@ -64,75 +110,78 @@ class JobMonitor:
             results=gained() or 0,
         )
         self._recorder: JobRecorder | None = None
-        self._members: Sequence[Member] = ()
+        self._find_workers: Callable[[], Sequence[WorkerInfo]] = lambda: ()
         self._rates: deque[tuple[float, int]] = deque()
         self._num_failures = 0
         self._ticked_at = float("-inf")
-        self._run: Run | None = None
+        self._watched: Watched | None = None
         self._lock = threading.Lock()
 
-    def begin(self, *, log: str = "", members: Sequence[Member] = ()) -> None:
+    def begin(
+        self, *, log: str = "", workers: Callable[[], Sequence[WorkerInfo]] | None = None
+    ) -> None:
         """Makes the file, if that is not done yet.
 
         Args:
             log: what a person reads first, seen from the folder of the search (of the island).
-            members: the ranks that evaluate, in the order of the workers; empty without MPI.
+            workers: who the workers are now, in their order; None without MPI, and for those that
+                an earlier call named.
         """
-        self._members = members or self._members
+        self._find_workers = workers or self._find_workers
         if self._recorder is None:
             idle = self._num_idle(read(self._run_folder, self._first.job_id))
             self._recorder = JobRecorder(self._run_folder, replace(self._first, idle_turns=idle))
-        nodes = [member.hello.place.node for member in self._members]
+        nodes = [worker.host for worker in self._find_workers()]
         hosts = dict.fromkeys((self._recorder.record.host, *nodes))
         changes = {"log": f"{self._logs_in}{log}"} if log else {}
         self._recorder.update(hosts=tuple(hosts), **changes)
 
     def loading(self, words: Mapping[int, str]) -> None:
         """Notes what workers say that load candidates and tasks; may be called from a thread."""
-        if self._recorder is None or not self._members:
+        workers = self._find_workers()
+        if self._recorder is None or not workers:
             return
         with self._lock:
             records = [
-                WorkerRecord(m.hello.rank, m.hello.place.node, m.hello.pid, job=words.get(worker))
-                for worker, m in enumerate(self._members)
+                WorkerRecord(info.rank, info.host, info.pid, job=words.get(worker))
+                for worker, info in enumerate(workers)
             ]
             self._recorder.update(workers=tuple(records))
 
-    def tick(self, run: Run) -> None:
+    def tick(self, watched: Watched) -> None:
         """Notes how far a search is; may be called from a thread, too."""
         if self._lock.acquire(blocking=False):  # else somebody is at it
             try:
-                self._tick(run)
+                self._tick(watched)
             finally:
                 self._lock.release()
 
-    def _tick(self, run: Run) -> None:
+    def _tick(self, watched: Watched) -> None:
         state: JobState = "draining" if self._stop.is_set() else "running"
-        now = run.executor.now()
-        self._run = run
+        now = watched.now()
+        self._watched = watched
         if self._recorder is None or (
             now - self._ticked_at < TICK_S and self._recorder.record.state == state
         ):
             return
         self._ticked_at = now
-        self._look(self._recorder, run, state)
+        self._look(self._recorder, watched, state)
 
-    def _look(self, recorder: JobRecorder, run: Run, state: JobState) -> None:
-        progress = run.progress
-        new = progress.done - progress.reused - progress.elsewhere
+    def _look(self, recorder: JobRecorder, watched: Watched, job_state: JobState) -> None:
+        state, workers, now = watched.state(), self._find_workers(), watched.now()
         in_turn = gained()
         recorder.update(
-            state=state,
-            workers=self._workers(run),
-            evaluations_done=progress.done,
-            evaluations_new=new,
-            results=run.recorder.num_gained if in_turn is None else in_turn,
-            evaluations_per_hour=self._per_hour(run.executor.now(), new),
+            state=job_state,
+            workers=_worker_records(state, workers, time.time() - now),
+            evaluations_done=state.num_done,
+            evaluations_new=state.num_new,
+            results=state.num_gained if in_turn is None else in_turn,
+            evaluations_per_hour=self._per_hour(now, state.num_new),
         )
-        for worker, point, reason in run.recorder.failures[self._num_failures :]:
-            log = f"{self._logs_in}{self._members[worker].log}" if self._members else ""
+        for worker, point, reason in state.failures[self._num_failures :]:
+            log = f"{self._logs_in}{log_path(workers[worker].rank)}" if workers else ""
             recorder.failed(point, reason, log)
-        self._num_failures = len(run.recorder.failures)
+        self._num_failures = len(state.failures)
 
     def __enter__(self) -> JobMonitor:
         return self
@@ -151,9 +200,9 @@ class JobMonitor:
         """
         if self._recorder is None:
             return
-        if self._run is not None:
+        if self._watched is not None:
             with self._lock:
-                self._look(self._recorder, self._run, self._recorder.record.state)
+                self._look(self._recorder, self._watched, self._recorder.record.state)
         record = self._recorder.record
         if isinstance(value, Requeue) and record.results == 0 and record.idle_turns > 0:
             error = StoppedEarly(
@@ -178,32 +227,6 @@ class JobMonitor:
             return before.idle_turns + 1 if before.results == 0 else 0
         return before.idle_turns if before.restarts == self._first.restarts else 0
 
-    def _workers(self, run: Run) -> tuple[WorkerRecord, ...]:
-        ago = time.time() - run.executor.now()  # from the executor's clock to Unix time
-        running, words = dict(run.scheduler.running), run.executor.words()
-        records = []
-        for worker in range(run.executor.num_workers):
-            now = running.get(worker)
-            name = None if now is None else job_name(now.job)
-            if name is not None and worker in words:
-                name = f"{name}: {words[worker]}"
-            since = None if now is None else ago + now.began
-            if not self._members:
-                records.append(WorkerRecord(worker, job=name, since=since))
-                continue
-            member = self._members[worker]
-            records.append(
-                WorkerRecord(
-                    member.hello.rank,
-                    member.hello.place.node,
-                    member.hello.pid,
-                    member.device,
-                    name,
-                    since or (ago + member.since if member.device else None),
-                )
-            )
-        return tuple(records)
-
     def _per_hour(self, now: float, new: int) -> float | None:
         rates = self._rates
         if not rates or now - rates[-1][0] >= _SAMPLE_S:
@@ -212,3 +235,28 @@ class JobMonitor:
             rates.popleft()
         began, before = rates[0]
         return None if new == before else (new - before) / max(now - began, 1e-3) * 3600
+
+
+def _worker_records(
+    state: SearchState, workers: Sequence[WorkerInfo], ago: float
+) -> tuple[WorkerRecord, ...]:
+    """What each worker does.
+
+    Args:
+        state: of the search.
+        workers: who they are; empty without MPI.
+        ago: from the executor's clock to Unix time, in seconds.
+    """
+    records = []
+    for worker in range(state.num_workers):
+        now = state.running.get(worker)
+        name = None if now is None else now.name
+        since = None if now is None else ago + now.began
+        if not workers:
+            records.append(WorkerRecord(worker, job=name, since=since))
+            continue
+        info = workers[worker]
+        if since is None and info.since is not None:
+            since = ago + info.since
+        records.append(WorkerRecord(info.rank, info.host, info.pid, info.device, name, since))
+    return tuple(records)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import errno
 import io
 import json
 import math
@@ -17,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from gptailor.errors import ResourceError, UsageError
+from gptailor.errors import ResourceError, UsageError, is_disk_full
 from gptailor.evaluation.outcome import Score
 from gptailor.files import write_whole
 from gptailor.merging.registry import get_method
@@ -225,7 +224,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         write_whole(path, data)
     except OSError as error:
         reason = error.strerror or str(error)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             raise ResourceError(f"The report can't write {path}: {reason}. Free space.") from error
         raise UsageError(
             f"The report can't write {path}: {reason}. Name another folder with --out."

@@ -13,13 +13,16 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gptailor.errors import ResourceError, UsageError
+from gptailor.errors import ResourceError, UsageError, is_disk_full
 from gptailor.evaluation.outcome import Evaluation, Outcome
 from gptailor.recipe import KnownLayers, Recipe
+from gptailor.run.pareto import most_small_layers
 
 SCHEMA = "gptailor/archive/1"
 
@@ -250,6 +253,66 @@ class Archive:
         return _Transaction(self._db, self.path)
 
 
+@dataclass(frozen=True)
+class Counts:
+    """How much an archive holds.
+
+    Attributes:
+        search: recipes on the documents of the search, with and without scores.
+        infeasible: of these.
+        failed: of these.
+        holdout: recipes on the other documents.
+        total: evaluations that the run's configuration asks for; 0 if it does not say.
+        best_small: the best accuracy with at most 75 % of the layers; None if there is none.
+    """
+
+    search: int
+    infeasible: int
+    failed: int
+    holdout: int
+    total: int
+    best_small: float | None
+
+
+def count_undisturbed(folder: str | Path) -> Counts | None:
+    """Counts what a run's archive holds; None if it can't be read without writing to it.
+
+    `Archive(readonly=True)` lets SQLite roll back what a killed writer left. Between nodes that is
+    not safe, as the writer may be alive and its lock not to be seen from here.
+    """
+    path = Path(folder) / "archive.db"
+    try:
+        uri = f"{path.resolve(strict=True).as_uri()}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True, timeout=5)) as db:
+            db.execute("BEGIN")
+            counts = {
+                (documents, status): number
+                for documents, status, number in db.execute(
+                    "SELECT documents, status, count(*) FROM evaluations GROUP BY 1, 2"
+                )
+            }
+            meta = dict(db.execute("SELECT key, value FROM meta WHERE key IN ('config', 'family')"))
+            num_layers = int(json.loads(meta.get("family", "{}")).get("num_layers", 0))
+            (best,) = db.execute(
+                "SELECT max(accuracy) FROM evaluations WHERE documents = 'search'"
+                " AND json_array_length(recipe, '$.layers') <= ?",
+                (most_small_layers(num_layers),),
+            ).fetchone()
+        config = json.loads(meta.get("config", "{}"))
+        total = int(config.get("search", {}).get("evaluations", 0))
+    except (OSError, sqlite3.Error, ValueError, TypeError, AttributeError):
+        return None
+    search = {status: n for (documents, status), n in counts.items() if documents == "search"}
+    return Counts(
+        search=sum(search.values()),
+        infeasible=search.get("infeasible", 0),
+        failed=search.get("failed", 0),
+        holdout=sum(counts.values()) - sum(search.values()),
+        total=total,
+        best_small=best,
+    )
+
+
 def _locked(folder: Path) -> int:
     """An open file descriptor that holds the lock of a run folder until it is closed."""
     fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -298,7 +361,7 @@ def _explained(error: sqlite3.Error | OSError, path: Path) -> Exception:
     text = str(error)
     if isinstance(error, OSError):
         text = error.strerror or text
-        full = error.errno in (28, 122)  # ENOSPC, EDQUOT
+        full = is_disk_full(error)
     else:
         full = "full" in text or "disk I/O" in text
     if full:

@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from gptailor.errors import ModelError, ResourceError, UsageError
+from gptailor.errors import ModelError, ResourceError, UsageError, is_disk_full
 from gptailor.evaluation.outcome import Evaluation
 from gptailor.models.untrusted import open_regular, read_up_to
 from gptailor.recipe import KnownLayers
@@ -211,7 +211,7 @@ def _sync_folder(folder: Path) -> None:
 
 def _explained(error: OSError, path: Path) -> Exception:
     reason = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_disk_full(error):
         return ResourceError(
             f"The journal {path} can't be written: {reason}. Free space, then resume."
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gptailor.errors import GptailorError, ResourceError, UsageError, sizes
+from gptailor.errors import GptailorError, ResourceError, UsageError, is_disk_full, sizes
 from gptailor.models.family import Family
 
 
@@ -92,7 +92,7 @@ def _fsync(path: Path) -> None:
 
 
 def _explained(error: OSError, out: Path) -> GptailorError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_disk_full(error):
         return ResourceError(f"The disk of {out} is full: nothing was left behind; free space.")
     if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
         return UsageError(f"The output {out} appeared while it was written: nothing was replaced.")

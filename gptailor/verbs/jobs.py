@@ -19,7 +19,7 @@ from gptailor.patience import Say, slowly
 if TYPE_CHECKING:
     from gptailor.config import Config
     from gptailor.execution.slurm.status import RunStatus
-    from gptailor.execution.slurm.submit import Launch
+    from gptailor.execution.slurm.submit import JobRequest
 
 CANCEL_WAIT_S = 90.0
 """Slurm kills what is left of a job 30 s after it asked it to end, as sites mostly have it."""
@@ -101,7 +101,7 @@ def launch(
         log_json: write the ranks' logs as JSON lines, too.
         dry_run: makes the batch script only; neither Slurm nor the models are looked at.
         note: is told what takes long.
-        overrides, nodes and the others: as in `Launch`.
+        overrides, nodes and the others: as in `JobRequest`.
 
     Raises:
         UsageError: something is wrong, Slurm is missing or refuses, or the run is going on.
@@ -109,7 +109,7 @@ def launch(
     """
     from gptailor.config import read_config
     from gptailor.execution.slurm import queries as cluster
-    from gptailor.execution.slurm.submit import Launch, parse_slurm, script, submit
+    from gptailor.execution.slurm.submit import JobRequest, parse_slurm, script, submit
 
     parsed = read_config(config, overrides)
     output = Path(parsed.output).absolute()
@@ -117,7 +117,7 @@ def launch(
     options = [f"--io={io}"] if io is not None else []
     options += [f"--stage={stage}"] if stage is not None else []
     options += ["--log-json"] if log_json else []
-    asked = Launch(
+    asked = JobRequest(
         config=Path(config).absolute(),
         run_folder=output,
         overrides=tuple(overrides),
@@ -198,7 +198,7 @@ def cancel(
     return Cancelled(tuple(ended), tuple(left), tuple((r.job_id, r.host) for r in there))
 
 
-def _check_cluster(asked: Launch) -> None:
+def _check_cluster(asked: JobRequest) -> None:
     from gptailor.execution.slurm import queries as cluster
 
     if not cluster.is_here():

@@ -326,8 +326,9 @@ def _offline(config_json: str) -> dict[str, dict[str, object]]:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise RuntimeError(f"the check without a network ended with: {last}") from None
     if "error" in answer:
-        kinds: dict[int, type[GptailorError]] = {3: ModelError, 4: ResourceError}
-        kind = kinds.get(answer["exit_code"], UsageError)
+        kinds: tuple[type[GptailorError], ...] = (ModelError, ResourceError)
+        by_code = {kind.exit_code: kind for kind in kinds}
+        kind = by_code.get(answer["exit_code"], UsageError)
         raise kind(f"It was found, but not without a network: {answer['error']}")
     found: dict[str, dict[str, object]] = answer["sizes"]
     return found

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gptailor.config import Config
     from gptailor.evaluation.outcome import Evaluation
     from gptailor.execution.executor import Executor, WorkloadInfo
+    from gptailor.execution.job_monitor import JobMonitor
     from gptailor.execution.mpi.crew import Crew
     from gptailor.execution.mpi.launcher import Choice
     from gptailor.execution.stop import Stop
@@ -77,7 +78,7 @@ def search(
     if channel is None:
         return _search(config, overrides, resume, workers, island, stop)
     if channel.rank > 0:
-        from gptailor.execution.mpi.rank import run_worker
+        from gptailor.execution.mpi.worker import run_worker
 
         run_worker(channel)
     from gptailor.execution.mpi.crew import Crew
@@ -108,6 +109,7 @@ def _search(
     from gptailor.search.island_peers import open_islands
     from gptailor.search.progress import Progress
     from gptailor.search.run import Run
+    from gptailor.verbs.watched_run import WatchedRun
 
     if not isinstance(config, Config):
         config = read_config(config, overrides)
@@ -123,26 +125,26 @@ def _search(
         check_space(config, family)
     progress = Progress(config.search.evaluations, family.num_layers, log=log)
     number = None if island is None else island[0]
-    with progress, JobMonitor(stop, config.search.evaluations, output, number) as reporter:
+    with progress, JobMonitor(stop, config.search.evaluations, output, number) as monitor:
         _introduce(config, family, progress)
-        executor: Executor
         if crew is None:
             executor = open_executor(config, workers)
         else:
-            from gptailor.execution.mpi.executor import MpiExecutor
-
-            crew.join(config, family, place, reporter)
-            executor = MpiExecutor(crew)
+            executor = _joined(crew, config, family, place, monitor)
         try:
-            progress.watch(lambda: reporter.loading(executor.words()))
+            progress.watch(lambda: monitor.loading(executor.words()))
             config, info = _begun(config, family, place, executor, progress, island is not None)
             with Archive(place) as archive, ExitStack() as stack:
                 check_resumable(archive, config, family, info.digest)
                 others = stack.enter_context(open_islands(output, island, archive, progress.note))
-                reporter.begin()
+                monitor.begin()
                 _note_run(config, info, place, progress)
-                run = Run(config, family, archive, executor, progress, stop, reporter.tick, others)
-                progress.watch(lambda: reporter.tick(run))
+
+                def tick(run: Run) -> None:
+                    monitor.tick(WatchedRun(run))
+
+                run = Run(config, family, archive, executor, progress, stop, tick, others)
+                progress.watch(lambda: tick(run))
                 run.search()
                 run.holdout([e.recipe for e in worth_a_holdout(run.evaluations("search"))])
         finally:
@@ -150,6 +152,20 @@ def _search(
         with progress.step("Writing the report"):
             write_report(output)
     return output
+
+
+def _joined(
+    crew: Crew, config: Config, family: Family, place: Path, monitor: JobMonitor
+) -> Executor:
+    """The crew as the workers of a search; the job's record begins with who they are."""
+    from gptailor.execution.logs import log_path
+    from gptailor.execution.mpi.executor import MpiExecutor
+
+    def begins() -> None:
+        monitor.begin(log=log_path(0), workers=crew.workers)
+
+    crew.join(config, family, place, begins)
+    return MpiExecutor(crew)
 
 
 def _say(text: str) -> None:

@@ -1,35 +1,45 @@
-"""A job that is requeued again and again, and gets nowhere, is given up."""
+"""The record of a job: what its workers do; a job that gets nowhere, turn after turn, ends."""
 
 from __future__ import annotations
 
 import signal
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
 
 from gptailor.errors import Interrupted, Requeue, StoppedEarly
-from gptailor.execution.job_monitor import JobMonitor
+from gptailor.execution.executor import WorkerInfo
+from gptailor.execution.job_monitor import JobMonitor, SearchState, Work
 from gptailor.execution.slurm.exit_code_file import gained, note_gain
 from gptailor.execution.stop import Stop
-from gptailor.run.job_record import read
+from gptailor.run.job_record import FailureRecord, WorkerRecord, read
+
+NOTHING = SearchState(0, {}, num_done=0, num_new=0, num_gained=0, failures=())
+
+
+@dataclass
+class Search:
+    """A search that is as far as it is told, by a clock that began a while ago."""
+
+    said: SearchState
+    seconds: float = 0.0
+
+    def now(self) -> float:
+        return self.seconds
+
+    def state(self) -> SearchState:
+        return self.said
 
 
 def turn(folder: Path, results: int, error: Exception | None = None) -> None:
     """A step of a job that gains so much, and ends: before its time limit, or by an error."""
-    progress = SimpleNamespace(done=results, reused=0, elsewhere=0)
-    executor = SimpleNamespace(now=lambda: 0.0, num_workers=0, words=dict)
-    run = SimpleNamespace(
-        progress=progress,
-        executor=executor,
-        scheduler=SimpleNamespace(running={}),
-        recorder=SimpleNamespace(failures=[], num_gained=results),
-    )
-    with JobMonitor(Stop(), 100, folder) as reporter:
-        reporter.begin()
+    with JobMonitor(Stop(), 100, folder) as monitor:
+        monitor.begin()
         if results:
-            reporter.tick(cast(Any, run))
+            state = replace(NOTHING, num_done=results, num_new=results, num_gained=results)
+            monitor.tick(Search(state))
         raise error or Requeue("stopped")
 
 
@@ -97,3 +107,54 @@ def test_gains_are_told_only_to_a_supervisor_that_is_there(
     note_gain(3)
     note_gain(1)
     assert gained() == 4
+
+
+def test_the_record_says_what_each_worker_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("GPTAILOR_GAINED", raising=False)
+    workers = [WorkerInfo(1, "n1", 11), WorkerInfo(2, "n1", 12), WorkerInfo(3, "n2", 13)]
+    with JobMonitor(Stop(), 100, tmp_path, island=2) as monitor:
+        monitor.begin(log="logs/rank-000.log", workers=lambda: workers)
+        monitor.loading({1: "loading the base"})
+        workers[:2] = [replace(workers[0], device="cuda:0", since=30.0),
+                       replace(workers[1], device="cuda:1", since=40.0)]  # fmt: skip
+        work = {0: Work("1f3a09bc: 3 tokens", 50.0)}
+        failures = [(1, "aabbccdd", "ValueError: no")]
+        search = Search(SearchState(3, work, 9, 5, 6, failures), seconds=60.0)
+        ago = time.time() - 60.0
+        monitor.tick(search)
+        record = read(tmp_path, "7")
+        assert record is not None
+        assert (record.log, record.hosts[1:]) == ("islands/2/logs/rank-000.log", ("n1", "n2"))
+        began, free = pytest.approx(ago + 50, abs=2), pytest.approx(ago + 40, abs=2)
+        assert record.workers == (
+            WorkerRecord(1, "n1", 11, "cuda:0", "1f3a09bc: 3 tokens", began),
+            WorkerRecord(2, "n1", 12, "cuda:1", None, free),
+            WorkerRecord(3, "n2", 13),
+        )  # fmt: skip
+        search.said = replace(search.said, num_done=10, num_new=6, num_gained=7)
+    record = read(tmp_path, "7")
+    assert record is not None
+    assert (record.evaluations_done, record.evaluations_new, record.results) == (10, 6, 7)
+    assert record.failures == (
+        FailureRecord("aabbccdd", "ValueError: no", "islands/2/logs/rank-002.log"),
+    )
+    assert (record.state, record.exit_code) == ("ended", 0)
+
+
+def test_workers_of_one_machine_have_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with JobMonitor(Stop(), 100, tmp_path) as monitor:
+        monitor.begin()
+        monitor.loading({0: "nobody is told"})
+        work = {1: Work("layers of base", 0.0)}
+        monitor.tick(Search(replace(NOTHING, num_workers=2, running=work)))
+        record = read(tmp_path, "7")
+        assert record is not None
+        assert [(w.rank, w.host, w.job) for w in record.workers] == [
+            (0, "", None), (1, "", "layers of base"),
+        ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Messages between the ranks of an MPI program: small tuples, and no call that blocks.
+"""Messages between the ranks of an MPI program, without any call that blocks.
 
 A blocking receive spins on a core and keeps Python from running signal handlers, and an `isend`
 whose request is dropped loses its buffer. So requests are kept until they are complete, and whoever
@@ -12,10 +12,10 @@ import contextlib
 import signal
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-Message = tuple[Any, ...]
-"""The kind of the message, and what belongs to it."""
+if TYPE_CHECKING:
+    from gptailor.execution.mpi.messages import Message
 
 SHORTEST_S, LONGEST_S = 0.001, 0.005
 """Between two looks at what came."""
@@ -43,7 +43,7 @@ class Channel:
         self._sent: list[Any] = []
         self._arriving: list[tuple[int, Any]] = []
 
-    def send(self, rank: int, *message: Any) -> None:
+    def send(self, rank: int, message: Message) -> None:
         """Begins to send; `receive` and `flush` go on with it."""
         self._sent.append(self._comm.isend(message, dest=rank, tag=_TAG))
 

@@ -15,29 +15,25 @@ import contextlib
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, TypeVar
 
-from gptailor import errors
 from gptailor.errors import (
     GptailorError,
-    Interrupted,
     ResourceError,
     StoppedEarly,
     UsageError,
-    WorkerCrashed,
     exit_code_of,
     is_disk_full,
 )
 from gptailor.evaluation.forward_dtype import Ability
-from gptailor.execution.executor import Job
+from gptailor.execution.executor import Job, WorkerInfo
 from gptailor.execution.logs import Log, log_path
 from gptailor.execution.mpi.channel import SHORTEST_S, Channel
 from gptailor.execution.mpi.handshake import (
-    Hello,
     check_alike,
     check_clocks,
     check_models,
@@ -48,13 +44,27 @@ from gptailor.execution.mpi.handshake import (
     first_difference,
     write_token,
 )
-from gptailor.execution.mpi.rank import Orders, Times
+from gptailor.execution.mpi.messages import (
+    Answer,
+    AskClock,
+    AskContents,
+    Clock,
+    Contents,
+    Failed,
+    Hello,
+    Joined,
+    Leave,
+    Left,
+    Load,
+    Message,
+    Orders,
+    Times,
+)
 from gptailor.execution.node.placement import find_place, place_workers
 from gptailor.execution.stop import Stop
 
 if TYPE_CHECKING:
     from gptailor.config import Config
-    from gptailor.execution.job_monitor import JobMonitor
     from gptailor.models.family import Family
 
 NOTE_EVERY_S = 10.0
@@ -64,6 +74,8 @@ ANSWER_LIMIT_S = 600.0
 END_S = 60.0
 HURRIED_END_S = 2.0
 """How long the ranks may take to leave: at the end of a search, and after an error."""
+
+A = TypeVar("A", bound=Answer)
 
 
 @dataclass
@@ -89,9 +101,11 @@ class Member:
     times: Times | None = None
 
     @property
-    def log(self) -> str:
-        """Its log, seen from the run folder."""
-        return log_path(self.hello.rank)
+    def info(self) -> WorkerInfo:
+        """Who it is, for whoever watches the search."""
+        hello = self.hello
+        since = self.since if self.device else None
+        return WorkerInfo(hello.rank, hello.place.node, hello.pid, self.device, since)
 
 
 class Crew:
@@ -148,10 +162,10 @@ class Crew:
             found = self.channel.receive()
             if found is None:
                 time.sleep(SHORTEST_S)
-            elif found[1][0] == "bye":
+            elif isinstance(found[1], Left):
                 self._left.add(found[0])
                 if found[0] in self.members:
-                    self.members[found[0]].times = found[1][1]
+                    self.members[found[0]].times = found[1].times
         self._log_times()
         if self._has_ended() and self.channel.flush(HURRIED_END_S):
             self.channel.finalize()
@@ -168,8 +182,16 @@ class Crew:
             sys.stderr.flush()
         self.log.say(text)
 
+    def workers(self) -> list[WorkerInfo]:
+        """Who the workers are, in their order."""
+        return [self.members[rank].info for rank in sorted(self.members)]
+
     def join(
-        self, config: Config, family: Family, run_folder: str | Path, reporter: JobMonitor
+        self,
+        config: Config,
+        family: Family,
+        run_folder: str | Path,
+        begins: Callable[[], None] = lambda: None,
     ) -> None:
         """Has the ranks take part in a search; `load` is what follows.
 
@@ -178,7 +200,7 @@ class Crew:
             family: the candidates, as rank 0 has opened them.
             run_folder: of the run or the island, seen from where rank 0 is; made if it is
                 missing.
-            reporter: is told who takes part.
+            begins: called when the run folder is known to be writable, before the ranks join.
 
         Raises:
             UsageError: run folder or models are not the same for all ranks.
@@ -192,8 +214,7 @@ class Crew:
             raise refused(f"{folder} can't be written to: {error.strerror}.") from error
         try:
             self.log.open(folder, as_json=self._log_json)
-            members = [self.members[rank] for rank in sorted(self.members)]
-            reporter.begin(log=log_path(0), members=members)
+            begins()
             self._join(config, family, folder, token)
         finally:
             token.unlink(missing_ok=True)
@@ -201,35 +222,35 @@ class Crew:
     def load(self, dtype: str) -> None:
         """Has the ranks load candidates and tasks, to compute in this type."""
         for rank in self.members:
-            self.channel.send(rank, "load", dtype)
+            self.channel.send(rank, Load(dtype))
 
     def tell_end(self) -> None:
         """Tells the ranks to leave; they do when they have nothing to do."""
         if not self._is_told:
             self._is_told = True
             for rank in range(1, self.channel.size):
-                self.channel.send(rank, "stop")
+                self.channel.send(rank, Leave())
 
-    def receive(self) -> tuple[int, tuple[Any, ...]] | None:
+    def receive(self) -> tuple[int, Message] | None:
         """A message, unless it is an error, which is raised."""
         found = self.channel.receive()
-        if found is not None and found[1][0] == "error":
-            self._raise(found[0], *found[1][1:])
+        if found is not None and isinstance(found[1], Failed):
+            raise self._error(found[0], found[1])
         return found
 
     def _muster(self) -> None:
         ranks = range(1, self.channel.size)
-        for rank, content in self._answers("hello", ranks):
-            self.members[rank] = Member(content[0])
+        for rank, hello in self._answers(Hello, ranks):
+            self.members[rank] = Member(hello)
         others = [self.members[rank].hello for rank in ranks]
         check_alike(self.hello, others)
         asked_at = {}
         for rank in ranks:
             asked_at[rank] = time.time()
-            self.channel.send(rank, "clock")
+            self.channel.send(rank, AskClock())
         differences = {
-            rank: clock_difference(asked_at[rank], content[0], time.time())
-            for rank, content in self._answers("clock", ranks)
+            rank: clock_difference(asked_at[rank], clock.now_s, time.time())
+            for rank, clock in self._answers(Clock, ranks)
         }
         for text in check_clocks(self.hello, differences, others):
             self.say(text)
@@ -242,20 +263,20 @@ class Crew:
             name = str(token.relative_to(folder))
             node = self.hello.place.node
             self.channel.send(
-                rank, "join", Orders(config, str(folder), name, node, placement, self._log_json)
+                rank, Orders(config, str(folder), name, node, placement, self._log_json)
             )
         mine = file_digests(config, family)
         doubtful = {}
-        for rank, content in self._answers("joined", ranks):
-            self.members[rank].ability = content[1]
-            if first_difference(mine, content[0]) is not None:
+        for rank, joined in self._answers(Joined, ranks):
+            self.members[rank].ability = joined.ability
+            if first_difference(mine, joined.digests) is not None:
                 doubtful[rank] = self.members[rank].hello
         if doubtful:  # copies have other times: then samples of the weights decide
             for rank in doubtful:
-                self.channel.send(rank, "contents")
+                self.channel.send(rank, AskContents())
             mine = content_digests(config, family)
-            for rank, content in self._answers("contents", list(doubtful)):
-                check_models(mine, content[0], self.hello, doubtful[rank], config)
+            for rank, contents in self._answers(Contents, list(doubtful)):
+                check_models(mine, contents.digests, self.hello, doubtful[rank], config)
         for rank, placement in zip(ranks, placements, strict=True):
             hello = self.members[rank].hello
             self.log.event(
@@ -266,31 +287,32 @@ class Crew:
                 node=hello.place.node,
             )
 
-    def _answers(self, kind: str, ranks: Sequence[int]) -> Iterable[tuple[int, tuple[Any, ...]]]:
-        """One message of each rank, as they come.
+    def _answers(self, kind: type[A], ranks: Sequence[int]) -> Iterable[tuple[int, A]]:
+        """One message of this kind of each rank, as they come.
 
         Raises:
             StoppedEarly: one of them does not answer, or a signal came.
         """
         missing, began, note_after_s = set(ranks), time.monotonic(), NOTE_EVERY_S
+        what = kind.__name__.lower()
         while missing:
             found = self.receive()
             if found is not None:
                 rank, message = found
-                assert message[0] == kind, message
+                assert isinstance(message, kind), message
                 missing.discard(rank)
-                yield rank, message[1:]
+                yield rank, message
                 continue
             if self.stop.is_set():
                 raise self.stop.error()
             waited_s = time.monotonic() - began
             if waited_s > ANSWER_LIMIT_S:
                 names = self._names(missing)
-                raise StoppedEarly(f"No answer ({kind}) within {waited_s:.0f} s from {names}.")
+                raise StoppedEarly(f"No answer ({what}) within {waited_s:.0f} s from {names}.")
             if waited_s > note_after_s:
                 note_after_s += NOTE_EVERY_S
-                what = f"{len(missing)} of {len(ranks)} ranks: {self._names(missing)}"
-                self.say(f"Waiting for {what} ({kind}, {waited_s:.0f} s).")
+                who = f"{len(missing)} of {len(ranks)} ranks: {self._names(missing)}"
+                self.say(f"Waiting for {who} ({what}, {waited_s:.0f} s).")
             time.sleep(SHORTEST_S)
 
     def _names(self, ranks: Iterable[int]) -> str:
@@ -300,16 +322,15 @@ class Crew:
             for rank in sorted(ranks)[:8]
         )
 
-    def _raise(self, rank: int, kind: str, message: str, trace: str) -> NoReturn:
-        """The error of a worker as our own."""
+    def _error(self, rank: int, failed: Failed) -> GptailorError:
+        """What ended a worker as our own error; it is said, or in the log."""
         member = self.members.get(rank)
         name = f"rank {rank}" if member is None else member.hello.name
-        if trace:
-            self.say(f"{name} ended with:\n{trace.rstrip()}")
-            last = trace.strip().splitlines()[-1]
-            raise WorkerCrashed(f"{name} ended with {last} (a bug of ours; see {log_path(rank)}).")
-        self.log.say(f"{name}: {message}")
-        raise _CARRIED.get(kind, StoppedEarly)(f"{name}: {message}")
+        if failed.trace:
+            self.say(f"{name} ended with:\n{failed.trace.rstrip()}")
+        else:
+            self.log.say(f"{name}: {failed.text}")
+        return failed.error(name, log_path(rank))
 
     def _has_ended(self) -> bool:
         return len(self._left) == self.channel.size - 1
@@ -327,11 +348,3 @@ class Crew:
                     idle_s=times.idle_s,
                     gaps=times.gaps,
                 )
-
-
-_CARRIED = {
-    name: kind
-    for name, kind in vars(errors).items()
-    if isinstance(kind, type) and issubclass(kind, GptailorError) and kind is not Interrupted
-}
-"""Errors by name: whatever ends a worker ends the search with the exit code that it has here."""

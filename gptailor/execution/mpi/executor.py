@@ -1,4 +1,4 @@
-"""The search as an MPI program: rank 0 gives jobs to the other ranks, see `crew` and `worker`."""
+"""The search as an MPI program: rank 0 gives jobs to the other ranks, each an `MpiWorker`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from gptailor.errors import UsageError
 from gptailor.evaluation.forward_dtype import Ability
 from gptailor.evaluation.outcome import Outcome
+from gptailor.evaluation.similarity import Similarity
 from gptailor.execution.executor import Finished, Job, WorkloadInfo, job_name
 from gptailor.execution.mpi.channel import LONGEST_S, SHORTEST_S
 from gptailor.execution.mpi.crew import Crew, Member
-from gptailor.execution.mpi.handshake import Hello
+from gptailor.execution.mpi.messages import Done, Hello, Ready, StartJob, Words
 
 
 class MpiExecutor:
@@ -57,7 +58,7 @@ class MpiExecutor:
         member = self._members[worker]
         self._free.remove(worker)
         member.job, member.since = job, self.now()
-        self._crew.channel.send(worker + 1, "job", job)
+        self._crew.channel.send(worker + 1, StartJob(job))
         self._crew.log.event("job", worker=worker + 1, job=job_name(job))
 
     def finished(self, timeout_s: float) -> list[Finished]:
@@ -91,27 +92,35 @@ class MpiExecutor:
         found = self._crew.receive()
         if found is None:
             return None
-        rank, (kind, *content) = found
-        worker, member = rank - 1, self._members[rank - 1]
-        if kind == "says":
-            member.words = content[0]
-            return True
+        rank, message = found
+        worker = rank - 1
+        match message:
+            case Words(text):
+                self._members[worker].words = text
+                return True
+            case Ready(workload, device):
+                self._take_ready(worker, workload, device)
+                return True
+            case Done(result):
+                return self._take_result(worker, result)
+        raise AssertionError(f"{message} from rank {rank}")
+
+    def _take_result(self, worker: int, result: Outcome | Similarity) -> Finished:
+        member = self._members[worker]
         member.words = ""
-        if kind == "ready":
-            self._take_ready(worker, *content)
-            return True
-        assert kind == "done", kind
         assert member.job is not None
         job, member.job, seconds = member.job, None, self.now() - member.since
         member.since = self.now()
         self._free.add(worker)
-        result = content[0]
         fields = {"status": result.status} if isinstance(result, Outcome) else {}
-        self._crew.log.event("result", worker=rank, job=job_name(job), seconds=seconds, **fields)
+        self._crew.log.event(
+            "result", worker=worker + 1, job=job_name(job), seconds=seconds, **fields
+        )
         return Finished(worker, job, result)
 
     def _take_ready(self, worker: int, info: WorkloadInfo, device: str) -> None:
         member = self._members[worker]
+        member.words = ""
         if self._info is None or self._first_ready is None:
             self._info, self._first_ready = info, member.hello
         elif info != self._info:

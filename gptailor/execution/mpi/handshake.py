@@ -14,13 +14,13 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptailor.errors import UsageError
 from gptailor.execution.logs import FOLDER
+from gptailor.execution.mpi.messages import Hello
 from gptailor.execution.node.placement import Place
 
 if TYPE_CHECKING:
@@ -37,32 +37,6 @@ what a folder holds."""
 
 LIBRARIES = ("torch", "transformers", "lm_eval", "safetensors", "numpy")
 """Those that a score depends on."""
-
-
-@dataclass(frozen=True)
-class Hello:
-    """What a rank says of itself.
-
-    Attributes:
-        rank: in MPI's sense.
-        pid: its process.
-        place: its node, cores and GPUs.
-        versions: of gptailor and of the libraries.
-        code: digest of the installed package.
-        package: the folder of the package.
-    """
-
-    rank: int
-    pid: int
-    place: Place
-    versions: Mapping[str, str]
-    code: str
-    package: str
-
-    @property
-    def name(self) -> str:
-        """ "rank 3 on node7"."""
-        return f"rank {self.rank} on {self.place.node}"
 
 
 def find_hello(rank: int, place: Place) -> Hello:

@@ -24,8 +24,8 @@ _QUIET_S = 2.0
 
 
 @dataclass(frozen=True)
-class Launch:
-    """A start of several processes.
+class LauncherInfo:
+    """What a launcher tells a process that it started.
 
     Attributes:
         name: of the launcher.
@@ -38,7 +38,7 @@ class Launch:
     rank: int
 
 
-def find_launch(env: Mapping[str, str]) -> Launch | None:
+def find_launcher(env: Mapping[str, str]) -> LauncherInfo | None:
     """What an environment tells about a launcher; None for a process that was started alone."""
     tasks = _number(env, "SLURM_STEP_NUM_TASKS")
     # mpirun comes before srun: inside an allocation it starts its own helpers by srun
@@ -49,17 +49,17 @@ def find_launch(env: Mapping[str, str]) -> Launch | None:
         num_tasks = _number(env, size)
         if num_tasks is not None:
             is_srun = num_tasks == tasks and size == "PMI_SIZE"
-            return Launch("srun" if is_srun else name, num_tasks, _number(env, rank) or 0)
+            return LauncherInfo("srun" if is_srun else name, num_tasks, _number(env, rank) or 0)
     if tasks is not None:
-        return Launch("srun", tasks, _number(env, "SLURM_PROCID") or 0)
+        return LauncherInfo("srun", tasks, _number(env, "SLURM_PROCID") or 0)
     rank_number = _number(env, "PMIX_RANK")
-    return None if rank_number is None else Launch("the launcher", None, rank_number)
+    return None if rank_number is None else LauncherInfo("the launcher", None, rank_number)
 
 
 def is_first() -> bool:
     """Whether this process is the one to say what all of them have to say."""
-    launch = find_launch(os.environ)
-    return launch is None or launch.rank == 0
+    launcher = find_launcher(os.environ)
+    return launcher is None or launcher.rank == 0
 
 
 def leave_quietly(code: int) -> NoReturn:
@@ -79,8 +79,8 @@ def join(choice: Choice) -> Channel | None:
         UsageError: MPI is missing, does not fit the launcher, or has one rank only. Only the first
             of the processes raises it, the others leave with its exit code (SystemExit).
     """
-    launch = find_launch(os.environ)
-    if choice == "local" or (choice == "auto" and (launch is None or launch.num_tasks == 1)):
+    launcher = find_launcher(os.environ)
+    if choice == "local" or (choice == "auto" and (launcher is None or launcher.num_tasks == 1)):
         return None
     try:
         import mpi4py
@@ -90,14 +90,14 @@ def join(choice: Choice) -> Channel | None:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         _refuse(
-            launch,
+            launcher,
             f"MPI can't be used here ({plain(str(error).strip(), 200)}): install it with "
             "`pip install 'gptailor[mpi]'`, or load your cluster's MPI and `pip install mpi4py`.",
         )
     text = MPI.Get_library_version().strip()
     library = plain(text.splitlines()[0], 80)
     if not fits(text, os.environ, _components()):
-        _refuse_type(launch, library)
+        _refuse_type(launcher, library)
     if not MPI.Is_initialized():
         MPI.Init_thread(MPI.THREAD_FUNNELED)
     size = MPI.COMM_WORLD.Get_size()
@@ -105,8 +105,8 @@ def join(choice: Choice) -> Channel | None:
         from gptailor.execution.mpi.channel import Channel
 
         return Channel(MPI)
-    if launch is not None and (launch.num_tasks or 1) > 1:
-        _refuse_type(launch, library)
+    if launcher is not None and (launcher.num_tasks or 1) > 1:
+        _refuse_type(launcher, library)
     if choice == "auto":
         return None
     raise UsageError(
@@ -149,18 +149,18 @@ def _components() -> list[str]:
     return [path.name for folder in folders for path in folder.glob("openmpi*/**/mca_*.so")]
 
 
-def _refuse(launch: Launch | None, message: str) -> NoReturn:
+def _refuse(launcher: LauncherInfo | None, message: str) -> NoReturn:
     """Says it once, however many processes meet it."""
-    if launch is not None and launch.rank != 0:
+    if launcher is not None and launcher.rank != 0:
         leave_quietly(UsageError.exit_code)
     raise UsageError(message)
 
 
-def _refuse_type(launch: Launch | None, library: str) -> NoReturn:
-    tasks = None if launch is None else launch.num_tasks
-    name = "the launcher" if launch is None else launch.name
+def _refuse_type(launcher: LauncherInfo | None, library: str) -> NoReturn:
+    tasks = None if launcher is None else launcher.num_tasks
+    name = "the launcher" if launcher is None else launcher.name
     _refuse(
-        launch,
+        launcher,
         f"{name} started {tasks or 'several'} tasks, but the MPI library ({library}) sees one "
         "each: `srun --mpi=list` shows the types of this site, pmix fits most builds of Open MPI "
         "and pmi2 those of MPICH; name it with --mpi=TYPE or MPI_TYPE.",

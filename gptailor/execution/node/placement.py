@@ -7,7 +7,6 @@ divided among its workers. Rank 0 needs no GPU and little time, so it does not c
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import socket
@@ -197,24 +196,16 @@ def _nvml_uuids() -> list[str] | None:
 
     torch would tell, too, but only after it has fixed what is visible.
     """
+    import pynvml
+
     try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return None
-    count, handle = ctypes.c_uint(), ctypes.c_void_p()
-    text = ctypes.create_string_buffer(96)
-    if nvml.nvmlInit_v2() != 0:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:  # no library of a driver, or no driver
         return None
     try:
-        if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
-            return None
-        uuids = []
-        for number in range(count.value):
-            if nvml.nvmlDeviceGetHandleByIndex_v2(number, ctypes.byref(handle)) != 0:
-                return None
-            if nvml.nvmlDeviceGetUUID(handle, text, len(text)) != 0:
-                return None
-            uuids.append(text.value.decode())
-        return uuids
+        handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+        return [pynvml.nvmlDeviceGetUUID(handle) for handle in handles]
+    except pynvml.NVMLError:
+        return None
     finally:
-        nvml.nvmlShutdown()
+        pynvml.nvmlShutdown()

@@ -8,7 +8,6 @@ site: scratch space is mostly emptied after each job.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -19,7 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from gptailor.errors import ModelError, ResourceError, UsageError, sizes
+from gptailor.errors import ModelError, ResourceError, UsageError, is_disk_full, sizes
 from gptailor.execution.node.lock import node_lock, own_folder
 from gptailor.models.candidate import Candidate
 from gptailor.models.side_files import side_files
@@ -148,7 +147,7 @@ def _copy(candidate: Candidate, place: Path, keep_going: Callable[[], None]) -> 
         (new / _MANIFEST).write_text(json.dumps(before))
         new.rename(place)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             raise ResourceError(
                 f"{place.parent} is full, so that {candidate.folder} can't be copied there: name "
                 "another folder, or leave out --stage."

@@ -1,12 +1,12 @@
-"""What a search tells whoever watches over it: what it gained, and at the end its exit code.
+"""What a search tells the supervisor of its job: what it gained, and at the end its exit code.
 
 A launcher's own exit code does not tell whether a search ended as it meant to, or a rank was
-killed. The supervisor of a job names two files in the environment, on the disk of its own machine,
-where rank 0 runs. What is in the one was meant. The other grows by a byte for each thing that the
-archive gained: so whether a step that was killed got anywhere is known exactly, without opening an
-archive that somebody may be writing, over a network that may show it later.
+killed. The supervisor names two files in the environment, on the disk of its own machine, where
+rank 0 runs. The exit code file has the code that the search means. The other grows by a byte for
+each thing that the archive gained: so whether a step that was killed got anywhere is known exactly,
+without opening an archive that somebody may be writing, over a network that may show it later.
 
-An end by SIGTERM or SIGINT is no verdict: launchers send SIGTERM to all ranks when one of them
+After SIGTERM or SIGINT nothing is written: launchers send SIGTERM to all ranks when one of them
 dies, and only the supervisor knows whether somebody wanted the job to end.
 """
 
@@ -17,15 +17,13 @@ import os
 from pathlib import Path
 
 from gptailor.execution.mpi.launcher import is_first
-from gptailor.execution.slurm.variables import GAINED, VERDICT
-
-_SIGNALS = 128
-"""Exit codes above stand for signals."""
+from gptailor.execution.slurm.variables import EXIT_CODE_FILE, GAINED
+from gptailor.exit_codes import signal_of
 
 
 def is_supervised() -> bool:
     """Whether somebody will start this program again if it dies."""
-    return bool(os.environ.get(VERDICT))
+    return bool(os.environ.get(EXIT_CODE_FILE))
 
 
 def note_gain(count: int) -> None:
@@ -55,14 +53,14 @@ def gained() -> int | None:
         return None
 
 
-def write_verdict(code: int) -> None:
-    """Writes the exit code, if somebody wants it and this is rank 0, or the only process.
+def write_exit_code(code: int) -> None:
+    """Writes the exit code file, if somebody wants it and this is rank 0, or the only process.
 
-    A verdict that can't be written is none: the supervisor starts the search again, which finds
+    Without a file, because it can't be written, the supervisor starts the search again, which finds
     out what it has to do.
     """
-    path = os.environ.get(VERDICT)
-    if not path or code > _SIGNALS or not is_first():
+    path = os.environ.get(EXIT_CODE_FILE)
+    if not path or signal_of(code) is not None or not is_first():
         return
     from gptailor.files import write_whole
 

@@ -8,19 +8,17 @@ the moment of one query.
 
 from __future__ import annotations
 
-import json
 import os
 import pwd
 import socket
-import sqlite3
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gptailor.errors import UsageError
 from gptailor.execution.slurm import queries as slurm
+from gptailor.run.archive import count_undisturbed
 from gptailor.run.job_record import JobRecord, read_all
 from gptailor.run.pareto import most_small_layers
 
@@ -220,7 +218,7 @@ def _silence(record: JobRecord) -> str:
 def _evaluated(run: Path, records: Sequence[JobRecord]) -> Evaluated:
     latest = max(records, key=lambda r: r.updated_at, default=None)
     total = latest.evaluations_total if latest is not None else 0
-    found = _in_journals(run) if (run / "islands").is_dir() else _in_archive(run / "archive.db")
+    found = _in_journals(run) if (run / "islands").is_dir() else _in_archive(run)
     if found is None:
         done = max((r.evaluations_done for r in records), default=0)
         found = Evaluated(done=done, failed=sum(r.evaluations_failed for r in records))
@@ -258,39 +256,16 @@ def _in_journals(run: Path) -> Evaluated | None:
     )
 
 
-def _in_archive(path: Path) -> Evaluated | None:
-    """Counts; None if the archive can't be read without writing to it.
-
-    Reports open archives so that SQLite may roll back what a killed writer left. Between nodes that
-    is not safe, as the writer may be alive and its lock not to be seen from here.
-    """
-    try:
-        uri = f"{path.resolve(strict=True).as_uri()}?mode=ro"
-        with closing(sqlite3.connect(uri, uri=True, timeout=5)) as db:
-            db.execute("BEGIN")
-            counts = {
-                (documents, status): number
-                for documents, status, number in db.execute(
-                    "SELECT documents, status, count(*) FROM evaluations GROUP BY 1, 2"
-                )
-            }
-            meta = dict(db.execute("SELECT key, value FROM meta WHERE key IN ('config', 'family')"))
-            num_layers = int(json.loads(meta.get("family", "{}")).get("num_layers", 0))
-            (best,) = db.execute(
-                "SELECT max(accuracy) FROM evaluations WHERE documents = 'search'"
-                " AND json_array_length(recipe, '$.layers') <= ?",
-                (most_small_layers(num_layers),),
-            ).fetchone()
-        config = json.loads(meta.get("config", "{}"))
-        total = int(config.get("search", {}).get("evaluations", 0))
-    except (OSError, sqlite3.Error, ValueError, TypeError, AttributeError):
+def _in_archive(run: Path) -> Evaluated | None:
+    """Counts; None if the archive can't be read without writing to it."""
+    counts = count_undisturbed(run)
+    if counts is None:
         return None
-    search = {status: n for (documents, status), n in counts.items() if documents == "search"}
     return Evaluated(
-        done=sum(search.values()),
-        infeasible=search.get("infeasible", 0),
-        failed=search.get("failed", 0),
-        holdout=sum(counts.values()) - sum(search.values()),
-        total=total,
-        best=best,
+        done=counts.search,
+        infeasible=counts.infeasible,
+        failed=counts.failed,
+        holdout=counts.holdout,
+        total=counts.total,
+        best=counts.best_small,
     )

@@ -33,7 +33,7 @@ _MAX_SIGNAL_S = 65535
 
 
 @dataclass(frozen=True)
-class Launch:
+class JobRequest:
     """What is asked of Slurm, for each job of a search.
 
     Attributes:
@@ -214,7 +214,7 @@ class SearchJob:
             raise SystemExit(code)
 
 
-def script(launch: Launch, num_jobs: int) -> str:
+def script(request: JobRequest, num_jobs: int) -> str:
     """The batch script that `submit` will hand to sbatch; asks nobody, writes nothing.
 
     submitit has no public function for it; its version is watched by a test.
@@ -223,19 +223,19 @@ def script(launch: Launch, num_jobs: int) -> str:
 
     command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit "
     text: str = slurm._make_sbatch_string(
-        command + shlex.quote(str(launch.submitit_folder)),
-        launch.submitit_folder,
+        command + shlex.quote(str(request.submitit_folder)),
+        request.submitit_folder,
         map_count=num_jobs if num_jobs > 1 else None,
-        **launch.parameters(num_jobs),
+        **request.parameters(num_jobs),
     )
     return text
 
 
-def submit(launch: Launch, islands: Sequence[int | None]) -> list[str]:
+def submit(request: JobRequest, islands: Sequence[int | None]) -> list[str]:
     """Submits a job for each of the islands, as one array if they are several.
 
     Args:
-        launch: what to ask for.
+        request: what to ask for.
         islands: their numbers; [None] for a search without islands.
 
     Returns:
@@ -248,10 +248,10 @@ def submit(launch: Launch, islands: Sequence[int | None]) -> list[str]:
     """
     import submitit
 
-    (launch.run_folder / "logs").mkdir(parents=True, exist_ok=True)
-    executor = submitit.SlurmExecutor(launch.submitit_folder)
-    executor.update_parameters(**launch.parameters(len(islands)))
-    functions = [SearchJob(launch.command(island), launch.max_requeues) for island in islands]
+    (request.run_folder / "logs").mkdir(parents=True, exist_ok=True)
+    executor = submitit.SlurmExecutor(request.submitit_folder)
+    executor.update_parameters(**request.parameters(len(islands)))
+    functions = [SearchJob(request.command(island), request.max_requeues) for island in islands]
     try:
         # submitit prints what sbatch complains of, and raises it as well
         with _outside_of_a_job(), contextlib.redirect_stderr(io.StringIO()):

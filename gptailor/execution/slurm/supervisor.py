@@ -4,15 +4,15 @@
 
 A rank that dies takes the whole MPI step along, so somebody outside of it has to start it again.
 How the search ended is not read from srun's exit code, which mixes all ranks, srun's own troubles
-and signals, but from a file: the path is in `GPTAILOR_VERDICT`, and the search's first rank, which
-runs on this host, writes its exit code there as its last act.
+and signals, but from the exit code file: its path is in `GPTAILOR_VERDICT`, and the search's first
+rank, which runs on this host, writes its exit code there as its last act.
 
-- A verdict, whatever it is, was meant: this program ends with it. 75 asks for a requeue, which is
-  done here; where the site forbids it, 75 is the exit code.
-- No verdict: ranks were killed, or Slurm refused the step (it does once after an unclean death).
-  The step is started again in place, at most three times in a row in which the archive gained
-  nothing. That is read from a file, too: the path is in `GPTAILOR_GAINED`, and the search adds a
-  byte to it for each result when it is durable.
+- An exit code in the file, whatever it is, was meant: this program ends with it. 75 asks for a
+  requeue, which is done here; where the site forbids it, 75 is the exit code.
+- No exit code in the file: ranks were killed, or Slurm refused the step (it does once after an
+  unclean death). The step is started again in place, at most three times in a row in which the
+  archive gained nothing. That is read from a file, too: the path is in `GPTAILOR_GAINED`, and the
+  search adds a byte to it for each result when it is durable.
 
 SIGUSR2 (with `--signal=B:USR2@…`) and SIGTERM are handed on to srun, which hands them to all ranks.
 
@@ -36,12 +36,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from gptailor.execution.slurm.variables import ENDS_AT, GAINED, VERDICT
-
-REQUEUE = 75
-STOPPED_EARLY = 5
-MEANT = (0, 2, 3, 4, STOPPED_EARLY, REQUEUE)
-"""Exit codes that only gptailor itself gives: meant, even if no verdict could be written."""
+from gptailor.execution.slurm.variables import ENDS_AT, EXIT_CODE_FILE, GAINED
+from gptailor.exit_codes import (
+    MEANT,
+    REQUEUE,
+    SIGNALS,
+    STOPPED_EARLY,
+    USAGE,
+    of_signal,
+    signal_of,
+)
 
 SRUN_ERROR = 222
 """srun's exit code for its own errors (SLURM_EXIT_ERROR), so that they differ from a program's."""
@@ -92,30 +96,30 @@ class Supervisor:
         problem = self._unknown_mpi()
         if problem:
             self._say(problem)
-            return 2
+            return USAGE
         folder = tempfile.mkdtemp(prefix="gptailor-")
         try:
-            return self._until_it_is_over(Path(folder) / "verdict", Path(folder) / "gained")
+            return self._until_it_is_over(Path(folder) / "exit_code", Path(folder) / "gained")
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _until_it_is_over(self, verdict_file: Path, gained_file: Path) -> int:
+    def _until_it_is_over(self, exit_code_file: Path, gained_file: Path) -> int:
         restarts = 0
         while True:
             self.attempt += 1
             gained_before, began = _size(gained_file), time.monotonic()
             try:
-                code = self._step(verdict_file, gained_file)
+                code = self._step(exit_code_file, gained_file)
             except OSError as error:
                 self._say(f"{self.command[0]} can't be started: {error.strerror}")
-                return 2
+                return USAGE
             lived_s = time.monotonic() - began
-            verdict = _read_verdict(verdict_file)
-            if verdict is None and code in MEANT:
-                verdict = code
-            if verdict is not None:
-                self._say(f"ended after {lived_s:.0f} s with exit code {verdict}")
-                return self._meant(verdict)
+            meant = _read_exit_code(exit_code_file)
+            if meant is None and code in MEANT:  # the file could not be written
+                meant = code
+            if meant is not None:
+                self._say(f"ended after {lived_s:.0f} s with exit code {meant}")
+                return self._meant(meant)
             gained = _size(gained_file) - gained_before
             died = f"{_how(code)} after {lived_s:.0f} s and {gained} new results"
             if self._is_preempted():
@@ -130,20 +134,20 @@ class Supervisor:
                     f"{died}; after {self.max_restarts} restarts without one new result this is "
                     "given up: look for the first error above and in logs/ of the run folder"
                 )
-                return code if 0 < code < 128 else STOPPED_EARLY
+                return code if 0 < code < SIGNALS else STOPPED_EARLY
             wait_s = self.restart_after_s * 2 ** (restarts - 1)
             self._say(f"{died}; starts again in {wait_s:g} s")
             if not self._slept(wait_s):
                 return self._stopped(code)
 
-    def _step(self, verdict_file: Path, gained_file: Path) -> int:
+    def _step(self, exit_code_file: Path, gained_file: Path) -> int:
         """Runs the command once; its exit code, 128 + N if signal N ended it."""
-        verdict_file.unlink(missing_ok=True)
+        exit_code_file.unlink(missing_ok=True)
         gained_file.touch()
         environ = {
             "SLURM_EXIT_ERROR": str(SRUN_ERROR),
             **self.environ,
-            VERDICT: str(verdict_file),
+            EXIT_CODE_FILE: str(exit_code_file),
             GAINED: str(gained_file),
             **self._end_time(),
         }
@@ -154,22 +158,24 @@ class Supervisor:
             self._child.send_signal(self._for_child(self.asked))
         code = self._child.wait()
         self._child = None
-        return code if code >= 0 else 128 - code
+        return code if code >= 0 else of_signal(-code)
 
-    def _meant(self, verdict: int) -> int:
-        """Ends with a verdict, or asks Slurm for another turn."""
-        if verdict == REQUEUE or (verdict > 128 and self._is_preempted()):
+    def _meant(self, code: int) -> int:
+        """Ends with the exit code that the search means, or asks Slurm for another turn."""
+        number = signal_of(code)
+        if code == REQUEUE or (number is not None and self._is_preempted()):
             return self._requeue()
-        if verdict == 143 and self.asked == signal.SIGINT:
-            return 130  # srun takes SIGINT for a question, so the ranks got SIGTERM in its place
-        return verdict
+        if number == signal.SIGTERM and self.asked == signal.SIGINT:
+            # srun takes SIGINT for a question, so the ranks got SIGTERM in its place
+            return of_signal(signal.SIGINT)
+        return code
 
     def _stopped(self, code: int) -> int:
-        """The end after a signal that the search left without a verdict."""
+        """The end after a signal, if the search has written no exit code."""
         if self.asked == signal.SIGUSR2:
             return self._requeue()
         assert self.asked is not None
-        return 128 + self.asked
+        return of_signal(self.asked)
 
     def _is_preempted(self) -> bool:
         """Whether Slurm is taking this job's nodes away, after a time of grace.
@@ -303,7 +309,7 @@ def known_mpi_types() -> list[str]:
     return known
 
 
-def _read_verdict(path: Path) -> int | None:
+def _read_exit_code(path: Path) -> int | None:
     try:
         return int(path.read_text().split()[0])
     except (OSError, ValueError, IndexError):
@@ -327,14 +333,13 @@ def _output(command: Sequence[str]) -> str:
 
 
 def _how(code: int) -> str:
-    """How a command without a verdict ended."""
+    """How a command ended that has written no exit code."""
     if code == SRUN_ERROR:
         return "srun could not start or finish the step"
-    if code > 128:
-        try:
-            return f"a rank was ended by {signal.Signals(code - 128).name}"
-        except ValueError:
-            pass
+    number = signal_of(code)
+    if number is not None:
+        with contextlib.suppress(ValueError):
+            return f"a rank was ended by {signal.Signals(number).name}"
     return f"the step died with exit code {code}"
 
 

@@ -3,7 +3,7 @@
 Like the supervisor, for any Python 3 without packages.
 """
 
-VERDICT = "GPTAILOR_VERDICT"
+EXIT_CODE_FILE = "GPTAILOR_VERDICT"
 """A file on the machine of rank 0, for the exit code that the search means."""
 
 GAINED = "GPTAILOR_GAINED"

@@ -20,9 +20,10 @@ from gptailor.evaluation.outcome import Cost, Outcome
 from gptailor.evaluation.similarity import Similarity
 from gptailor.execution.executor import EvaluationJob, Job, WorkloadInfo
 from gptailor.execution.logs import Log
-from gptailor.execution.mpi import rank as worker
+from gptailor.execution.mpi import worker
 from gptailor.execution.mpi.launcher import join
-from gptailor.execution.mpi.rank import Orders, run_worker
+from gptailor.execution.mpi.messages import Orders
+from gptailor.execution.mpi.worker import run_worker
 from gptailor.patience import Say
 from tests.search.helpers import synthetic
 

@@ -13,7 +13,6 @@ import pytest
 from gptailor.config import Config, parse_config
 from gptailor.errors import UsageError
 from gptailor.execution.mpi.handshake import (
-    Hello,
     check_alike,
     check_clocks,
     check_models,
@@ -26,6 +25,7 @@ from gptailor.execution.mpi.handshake import (
     sees_token,
     write_token,
 )
+from gptailor.execution.mpi.messages import Hello
 from gptailor.execution.node.placement import Place, find_place
 from gptailor.models.family import Family
 from tests.models.tiny import save_model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gptailor.execution.mpi.launcher import Launch, find_launch, fits
+from gptailor.execution.mpi.launcher import LauncherInfo, find_launcher, fits
 
 STEP = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}
 OPEN_MPI, MPICH = "Open MPI v4.1.4, package: Debian", "MPICH Version:      5.0.2\n--enable-fast"
@@ -15,22 +15,22 @@ OPEN_MPI, MPICH = "Open MPI v4.1.4, package: Debian", "MPICH Version:      5.0.2
     [
         ({}, None),
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),  # a batch shell
-        (STEP, Launch("srun", 4, 2)),
-        ({**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, Launch("srun", 1, 0)),
-        ({**STEP, "PMIX_RANK": "2"}, Launch("srun", 4, 2)),
-        ({**STEP, "PMI_SIZE": "4", "PMI_RANK": "2"}, Launch("srun", 4, 2)),
-        ({"OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_RANK": "1"}, Launch("mpirun", 3, 1)),
+        (STEP, LauncherInfo("srun", 4, 2)),
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, LauncherInfo("srun", 1, 0)),
+        ({**STEP, "PMIX_RANK": "2"}, LauncherInfo("srun", 4, 2)),
+        ({**STEP, "PMI_SIZE": "4", "PMI_RANK": "2"}, LauncherInfo("srun", 4, 2)),
+        ({"OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_RANK": "1"}, LauncherInfo("mpirun", 3, 1)),
         # mpirun in an allocation starts its helpers, one for each node, by srun
         (
             {**STEP, "OMPI_COMM_WORLD_SIZE": "16", "OMPI_COMM_WORLD_RANK": "9"},
-            Launch("mpirun", 16, 9),
+            LauncherInfo("mpirun", 16, 9),
         ),
-        ({"PMI_SIZE": "3", "PMI_RANK": "0"}, Launch("mpiexec", 3, 0)),
-        ({"PMIX_RANK": "1"}, Launch("the launcher", None, 1)),
+        ({"PMI_SIZE": "3", "PMI_RANK": "0"}, LauncherInfo("mpiexec", 3, 0)),
+        ({"PMIX_RANK": "1"}, LauncherInfo("the launcher", None, 1)),
     ],
 )
-def test_find_launch(env: dict[str, str], expected: Launch | None) -> None:
-    assert find_launch(env) == expected
+def test_find_launcher(env: dict[str, str], expected: LauncherInfo | None) -> None:
+    assert find_launcher(env) == expected
 
 
 @pytest.mark.parametrize(

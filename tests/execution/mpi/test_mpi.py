@@ -142,17 +142,17 @@ def test_an_error_ends_all_ranks_with_one_sentence(
 
 def test_an_error_does_not_wait_for_a_worker_that_is_busy(tmp_path: Path) -> None:
     path = mpi.write_search(tmp_path, schedule="asynchronous")
-    verdict = tmp_path / "verdict"
+    exit_code = tmp_path / "exit_code"
     process = mpi.start(
         ["search", str(path)],
         3,
         faults={"seconds": 60, "slow": 2, "worker": [1, 1, "bug"]},
-        env={"GPTAILOR_VERDICT": str(verdict)},
+        env={"GPTAILOR_VERDICT": str(exit_code)},
     )
     ended = mpi.wait(process, 25)  # rank 2 still loads
     assert ended.code != 0
     assert len(ended.sentences) == 1, ended.stderr
-    assert verdict.read_text().strip() == "1"
+    assert exit_code.read_text().strip() == "1"
 
 
 def test_a_failed_evaluation_is_noted_with_its_log(tmp_path: Path) -> None:
@@ -188,8 +188,8 @@ def test_usr2_asks_to_be_requeued_and_resume_goes_on(tmp_path: Path) -> None:
 
 def test_term_waits_for_what_runs(tmp_path: Path) -> None:
     path = mpi.write_search(tmp_path, schedule="asynchronous")
-    verdict = tmp_path / "verdict"
-    env = {"GPTAILOR_VERDICT": str(verdict)}
+    exit_code = tmp_path / "exit_code"
+    env = {"GPTAILOR_VERDICT": str(exit_code)}
     process = mpi.start(["search", str(path)], 3, faults={"seconds": 1}, env=env)
     run = tmp_path / "run"
     _wait_for(process, run, 3)
@@ -198,21 +198,21 @@ def test_term_waits_for_what_runs(tmp_path: Path) -> None:
         os.kill(pid, signal.SIGTERM)
     ended = mpi.wait(process, 20)
     assert ended.code == 143, ended.stderr
-    assert not verdict.exists()  # whoever watches knows whether this was wanted
+    assert not exit_code.exists()  # whoever watches knows whether this was wanted
     assert mpi.count(run) >= before + 1
 
 
 def test_a_killed_worker_ends_the_job_and_nothing_is_repeated(tmp_path: Path) -> None:
     path = mpi.write_search(tmp_path, schedule="asynchronous")
-    verdict = tmp_path / "verdict"
-    env = {"GPTAILOR_VERDICT": str(verdict)}
+    exit_code = tmp_path / "exit_code"
+    env = {"GPTAILOR_VERDICT": str(exit_code)}
     process = mpi.start(["search", str(path)], 3, faults={"seconds": 0.2}, env=env)
     run = tmp_path / "run"
     _wait_for(process, run, 6)
     os.kill(_pids(run)[-1], signal.SIGKILL)
     ended = mpi.wait(process, 20)
     assert ended.code != 0
-    assert not verdict.exists()  # it was not meant
+    assert not exit_code.exists()  # it was not meant
     kept = {e.recipe.hash: e.number for e in mpi.evaluations(run)}
     assert len(kept) >= 6
     _resumed(path, run, kept)

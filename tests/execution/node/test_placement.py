@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -105,3 +109,58 @@ def test_this_machine() -> None:
     found = find_place({"SLURMD_NODENAME": "n7"})
     assert found.node == "n7"
     assert {cpu for core in found.cores for cpu in core} == os.sched_getaffinity(0)
+
+
+NVML = """
+#include <string.h>
+int nvmlInitWithFlags(unsigned flags) { return INIT; }
+int nvmlShutdown(void) { return 0; }
+int nvmlDeviceGetCount_v2(unsigned* count) { *count = 2; return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned i, void** handle) {
+  *handle = (void*)(i + 1L);
+  return 0;
+}
+int nvmlDeviceGetUUID(void* handle, char* text, unsigned size) {
+  strcpy(text, handle == (void*)1L ? "GPU-aa" : "GPU-bb");
+  return UUID;
+}
+const char* nvmlErrorString(int code) { return "of this test"; }
+"""
+
+
+@pytest.mark.parametrize(
+    ("init", "uuid", "expected"),
+    [(0, 0, ["GPU-aa", "GPU-bb"]), (9, 0, []), (0, 15, [])],  # 9: no driver; 15: a GPU is lost
+)
+def test_the_driver_is_asked(init: int, uuid: int, expected: list[str], tmp_path: Path) -> None:
+    """By the maintained bindings, with a library in the driver's place."""
+    source, library = tmp_path / "nvml.c", tmp_path / "libnvidia-ml.so.1"
+    source.write_text(NVML)
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", f"-DINIT={init}", f"-DUUID={uuid}", source, "-o", library],
+        check=True,
+    )
+    assert devices_seen(LD_LIBRARY_PATH=str(tmp_path)) == expected
+
+
+def test_a_machine_without_a_driver_has_no_gpus(tmp_path: Path) -> None:
+    library = tmp_path / "libnvidia-ml.so.1"
+    library.write_text("no library")
+    assert devices_seen(LD_LIBRARY_PATH=str(tmp_path)) == []
+
+
+def devices_seen(**environ: str) -> list[str]:
+    """The GPUs that another process finds, by their identities."""
+    code = (
+        "from gptailor.execution.node.placement import find_place\n"
+        "print(*(device.identity for device in find_place().devices))"
+    )
+    inherited = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**inherited, **environ}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout.split()

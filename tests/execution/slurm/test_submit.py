@@ -16,9 +16,9 @@ from gptailor import cli
 from gptailor.demo import PATH as DEMO
 from gptailor.errors import UsageError
 from gptailor.execution.slurm.queries import parse_minutes
-from gptailor.execution.slurm.submit import Launch, SearchJob, parse_slurm, script
+from gptailor.execution.slurm.submit import JobRequest, SearchJob, parse_slurm, script
 
-LAUNCH = Launch(
+REQUEST = JobRequest(
     config=Path("/home/a b/search.yaml"),
     run_folder=Path("/scratch/my runs/mine"),
     overrides=("search.evaluations=500",),
@@ -89,18 +89,18 @@ PYTHON -u -m submitit.core._submit '/scratch/my runs/mine/jobs/submitit'
 """
 
 
-def shown(launch: Launch, num_jobs: int) -> str:
-    return script(launch, num_jobs).replace(shlex.quote(sys.executable), "PYTHON")
+def shown(request: JobRequest, num_jobs: int) -> str:
+    return script(request, num_jobs).replace(shlex.quote(sys.executable), "PYTHON")
 
 
 def test_the_script_of_one_job() -> None:
-    assert shown(LAUNCH, 1) == ONE_JOB
+    assert shown(REQUEST, 1) == ONE_JOB
 
 
 def test_the_script_of_islands() -> None:
-    launch = Launch(
-        config=LAUNCH.config,
-        run_folder=LAUNCH.run_folder,
+    request = JobRequest(
+        config=REQUEST.config,
+        run_folder=REQUEST.run_folder,
         nodes=2,
         gpus_per_node=8,
         time_min=parse_minutes("2-00:00:00"),
@@ -118,8 +118,8 @@ def test_the_script_of_islands() -> None:
         signal_before_s=900,
         program=("apptainer", "exec", "--nv", "image.sif", "gptailor"),
     )
-    launch.check()
-    assert shown(launch, 3) == ISLANDS
+    request.check()
+    assert shown(request, 3) == ISLANDS
 
 
 def test_the_version_of_submitit_whose_private_parts_are_used() -> None:
@@ -129,16 +129,16 @@ def test_the_version_of_submitit_whose_private_parts_are_used() -> None:
 
 
 def test_the_program_of_an_island_names_it() -> None:
-    words = replace(LAUNCH, islands=3).command(2)
+    words = replace(REQUEST, islands=3).command(2)
     assert words[:2] == ["srun", "--mpi=pmix"]
     assert words[-2:] == ["--island", "2/3"]
-    assert "--island" not in LAUNCH.command()
+    assert "--island" not in REQUEST.command()
 
 
 def test_a_worker_may_have_several_gpus() -> None:
-    assert replace(LAUNCH, gpus_per_worker=2).num_ranks == 8 * 2 + 1
-    assert replace(LAUNCH, workers_per_node=3).num_ranks == 8 * 3 + 1
-    assert replace(LAUNCH, gpus_per_node=0, workers_per_node=6).num_ranks == 8 * 6 + 1
+    assert replace(REQUEST, gpus_per_worker=2).num_ranks == 8 * 2 + 1
+    assert replace(REQUEST, workers_per_node=3).num_ranks == 8 * 3 + 1
+    assert replace(REQUEST, gpus_per_node=0, workers_per_node=6).num_ranks == 8 * 6 + 1
 
 
 @pytest.mark.parametrize(
@@ -163,9 +163,9 @@ def test_a_worker_may_have_several_gpus() -> None:
 def test_what_cannot_be_is_said_before_slurm_is_asked(
     changes: dict[str, object], message: str
 ) -> None:
-    LAUNCH.check()
+    REQUEST.check()
     with pytest.raises(UsageError, match=r"^[^\n]*$") as error:
-        replace(LAUNCH, **changes).check()  # type: ignore[arg-type]
+        replace(REQUEST, **changes).check()  # type: ignore[arg-type]
     assert message in str(error.value)
 
 

@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 
 import gptailor
-from gptailor.execution.slurm import supervisor
+from gptailor import execution, exit_codes
+from gptailor.execution import slurm
+from gptailor.execution.slurm import supervisor, variables
 from gptailor.execution.slurm.supervisor import known_mpi_types, mpi_type
 
 CHILD = """
@@ -26,7 +28,7 @@ with tries.open("a") as file:
     file.write("x")
 number = len(tries.read_text())
 
-def verdict(code):
+def mean(code):
     pathlib.Path(os.environ["GPTAILOR_VERDICT"]).write_text(f"{code}\\n")
 
 def on(number, then):
@@ -90,28 +92,28 @@ def program(folder: Path, name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 3, 4, 5, 130, 143])
-def test_a_verdict_is_final(tmp_path: Path, code: int) -> None:
-    """Whatever the command's own exit code is: a rank may have been killed after the verdict."""
-    assert Supervised(tmp_path, f"verdict({code}); os._exit(77)").end()[:2] == (code, 1)
+def test_the_exit_code_file_is_final(tmp_path: Path, code: int) -> None:
+    """Whatever the command's own exit code is: a rank may have been killed afterwards."""
+    assert Supervised(tmp_path, f"mean({code}); os._exit(77)").end()[:2] == (code, 1)
 
 
 @pytest.mark.parametrize("code", [0, 2, 3, 4, 5, 75])
-def test_codes_of_gptailor_are_meant_without_a_verdict(tmp_path: Path, code: int) -> None:
+def test_codes_of_gptailor_are_meant_without_the_file(tmp_path: Path, code: int) -> None:
     """A usage error is met before the search begins, on all ranks."""
     assert Supervised(tmp_path, f"os._exit({code})").end()[:2] == (code, 1)
 
 
 def test_a_killed_step_that_comes_back_is_done(tmp_path: Path) -> None:
     dies = "os.kill(os.getpid(), signal.SIGKILL)"
-    code, tries, said = Supervised(tmp_path, f"if number < 3: {dies}\nverdict(0)").end()
+    code, tries, said = Supervised(tmp_path, f"if number < 3: {dies}\nmean(0)").end()
     assert (code, tries) == (0, 3)
     assert said.count("a rank was ended by SIGKILL") == 2
     assert "starts again in 0.05 s" in said
     assert "starts again in 0.1 s" in said
 
 
-def test_a_verdict_of_an_earlier_try_does_not_count(tmp_path: Path) -> None:
-    code = "if number == 1: verdict(''); os._exit(137)\nif number == 2: os._exit(137)\nverdict(3)"
+def test_the_file_of_an_earlier_try_does_not_count(tmp_path: Path) -> None:
+    code = "if number == 1: mean(''); os._exit(137)\nif number == 2: os._exit(137)\nmean(3)"
     assert Supervised(tmp_path, code).end()[:2] == (3, 3)
 
 
@@ -127,7 +129,7 @@ def test_what_always_breaks_keeps_its_exit_code(tmp_path: Path) -> None:
 
 def test_a_step_with_new_results_begins_the_count_anew(tmp_path: Path) -> None:
     """Nine deaths, most of them after a result: never more than one in a row without any."""
-    code = "if number % 2: gain(number)\nif number < 10: os._exit(137)\nverdict(0)"
+    code = "if number % 2: gain(number)\nif number < 10: os._exit(137)\nmean(0)"
     result = Supervised(tmp_path, code, "--max-restarts", "2").end()
     assert result[:2] == (0, 10)
     for number in (1, 3, 5, 7, 9):
@@ -145,12 +147,12 @@ def test_a_step_that_gains_nothing_more_is_given_up(tmp_path: Path) -> None:
 
 def test_a_search_that_can_not_tell_what_it_gained_is_started_again(tmp_path: Path) -> None:
     """Somebody cleaned up: the supervisor puts the file back for the next try."""
-    code = "os.unlink(os.environ['GPTAILOR_GAINED'])\nif number < 3: os._exit(137)\nverdict(0)"
+    code = "os.unlink(os.environ['GPTAILOR_GAINED'])\nif number < 3: os._exit(137)\nmean(0)"
     assert Supervised(tmp_path, code).end()[:2] == (0, 3)
 
 
 def test_usr2_is_handed_on(tmp_path: Path) -> None:
-    run = Supervised(tmp_path, "on(signal.SIGUSR2, lambda: verdict(75)); ready(); time.sleep(60)")
+    run = Supervised(tmp_path, "on(signal.SIGUSR2, lambda: mean(75)); ready(); time.sleep(60)")
     run.started()
     run.process.send_signal(signal.SIGUSR2)
     code, tries, said = run.end()
@@ -164,8 +166,8 @@ def test_usr2_is_handed_on(tmp_path: Path) -> None:
 def test_an_end_from_outside_is_no_reason_to_start_again(
     tmp_path: Path, number: int, code: int, says: bool
 ) -> None:
-    """The ranks get SIGTERM in both cases; they may or may not manage to leave a verdict."""
-    child = f"on(signal.SIGTERM, lambda: {says} and verdict(143)); ready(); time.sleep(60)"
+    """The ranks get SIGTERM in both cases; they may or may not manage to write the file."""
+    child = f"on(signal.SIGTERM, lambda: {says} and mean(143)); ready(); time.sleep(60)"
     run = Supervised(tmp_path, child)
     run.started()
     run.process.send_signal(number)
@@ -193,14 +195,14 @@ def test_a_signal_between_two_tries(tmp_path: Path) -> None:
 )
 def test_the_search_is_told_when_the_job_ends(tmp_path: Path, end: str, expected: str) -> None:
     program(tmp_path, "scontrol", f"echo JobId=71 JobState=RUNNING EndTime={end}")
-    code = f"verdict(0 if str(os.environ.get('GPTAILOR_ENDS_AT')) == '{expected}' else 3)"
+    code = f"mean(0 if str(os.environ.get('GPTAILOR_ENDS_AT')) == '{expected}' else 3)"
     assert Supervised(tmp_path, code, SLURM_JOB_ID="71", TZ="UTC").end()[:2] == (0, 1)
 
 
 def test_a_requeue_is_asked_of_slurm(tmp_path: Path) -> None:
     """Slurm ends a job that it requeues; here the stand-in does."""
     program(tmp_path, "scontrol", "[ $1 = requeue ] && kill $PPID")
-    run = Supervised(tmp_path, "verdict(75)", SLURM_JOB_ID="71")
+    run = Supervised(tmp_path, "mean(75)", SLURM_JOB_ID="71")
     code, tries, said = run.end()
     assert (code, tries) == (75, 1)
     assert "job 71, restart 0" in said
@@ -210,12 +212,12 @@ def test_a_requeue_is_asked_of_slurm(tmp_path: Path) -> None:
 def test_of_an_array_one_element_is_requeued(tmp_path: Path) -> None:
     program(tmp_path, "scontrol", "echo no: $2 >&2; exit 1")
     element = {"SLURM_JOB_ID": "71", "SLURM_ARRAY_JOB_ID": "71", "SLURM_ARRAY_TASK_ID": "2"}
-    assert "(no: 71_2)" in Supervised(tmp_path, "verdict(75)", **element).end()[2]
+    assert "(no: 71_2)" in Supervised(tmp_path, "mean(75)", **element).end()[2]
 
 
 def test_a_site_without_requeue(tmp_path: Path) -> None:
     program(tmp_path, "scontrol", "echo 'Requested operation is presently disabled' >&2; exit 1")
-    code, tries, said = Supervised(tmp_path, "verdict(75)", SLURM_JOB_ID="71").end()
+    code, tries, said = Supervised(tmp_path, "mean(75)", SLURM_JOB_ID="71").end()
     assert (code, tries) == (75, 1)
     assert "does not requeue the job (Requested operation is presently disabled): submit" in said
 
@@ -223,7 +225,7 @@ def test_a_site_without_requeue(tmp_path: Path) -> None:
 def test_requeues_have_a_limit(tmp_path: Path) -> None:
     program(tmp_path, "scontrol", "echo never >&2; exit 1")
     environ = {"SLURM_JOB_ID": "71", "SLURM_RESTART_COUNT": "2"}
-    code, tries, said = Supervised(tmp_path, "verdict(75)", "--max-requeues", "2", **environ).end()
+    code, tries, said = Supervised(tmp_path, "mean(75)", "--max-requeues", "2", **environ).end()
     assert (code, tries) == (75, 1)
     assert "has been requeued 2 times" in said
 
@@ -231,7 +233,7 @@ def test_requeues_have_a_limit(tmp_path: Path) -> None:
 PREEMPTED = "JobState=RUNNING StartTime=2026-11-22T07:22:11 PreemptTime={}"
 
 
-@pytest.mark.parametrize("child", ["verdict(143)", "os._exit(143)"])
+@pytest.mark.parametrize("child", ["mean(143)", "os._exit(143)"])
 def test_preemption_that_leaves_time_to_end_is_followed_by_a_requeue(
     tmp_path: Path, child: str
 ) -> None:
@@ -245,7 +247,7 @@ def test_preemption_that_leaves_time_to_end_is_followed_by_a_requeue(
 @pytest.mark.parametrize("at", ["None", "2026-11-21T23:00:00"])
 def test_an_end_without_preemption_is_not_requeued(tmp_path: Path, at: str) -> None:
     program(tmp_path, "scontrol", f"[ $1 = requeue ] && exit 0; echo {PREEMPTED.format(at)}")
-    assert Supervised(tmp_path, "verdict(143)", SLURM_JOB_ID="71").end()[:2] == (143, 1)
+    assert Supervised(tmp_path, "mean(143)", SLURM_JOB_ID="71").end()[:2] == (143, 1)
 
 
 def run_srun(tmp_path: Path, *words: str) -> tuple[int, str]:
@@ -309,10 +311,11 @@ def test_nothing_but_the_standard_library_is_imported() -> None:
 
 
 def test_an_older_python_of_a_host_can_read_it() -> None:
-    for module in (gptailor, supervisor):
+    for module in (gptailor, execution, slurm, supervisor, variables, exit_codes):
         source = Path(str(module.__file__)).read_text()
         ast.parse(source, feature_version=(3, 8))
-        assert "\nfrom __future__ import annotations\n" in source  # unions are no code then
+        if "->" in source:
+            assert "\nfrom __future__ import annotations\n" in source  # unions are no code then
 
 
 def test_the_mpi_type_is_read_from_the_srun_line() -> None:

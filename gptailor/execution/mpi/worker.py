@@ -1,4 +1,4 @@
-"""What the ranks other than 0 do: answer its messages, one after the other, until it says stop.
+"""What the ranks other than 0 do: answer its messages, one after the other, until it says `Leave`.
 
 A worker never decides that a search is over. SIGUSR2 is meant for rank 0, which Slurm sends it to
 as well; after SIGTERM or SIGINT a worker waits a little for rank 0's word, then leaves without it.
@@ -12,12 +12,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
-from gptailor.errors import GptailorError, ResourceError, UsageError, exit_code_of
-from gptailor.evaluation.forward_dtype import Ability, find_ability
+from gptailor.errors import UsageError
+from gptailor.evaluation.forward_dtype import find_ability
 from gptailor.evaluation.outcome import Outcome
 from gptailor.execution.executor import (
     EvaluationJob,
@@ -29,12 +29,30 @@ from gptailor.execution.executor import (
 from gptailor.execution.logs import Log
 from gptailor.execution.mpi.channel import SHORTEST_S, Channel
 from gptailor.execution.mpi.handshake import content_digests, file_digests, find_hello, sees_token
-from gptailor.execution.node.placement import Placement, find_place
+from gptailor.execution.mpi.messages import (
+    AskClock,
+    AskContents,
+    Clock,
+    Contents,
+    Done,
+    Failed,
+    Joined,
+    Leave,
+    Left,
+    Load,
+    Message,
+    Orders,
+    Ready,
+    StartJob,
+    Times,
+    Words,
+)
+from gptailor.execution.node.placement import find_place
 from gptailor.execution.stop import TERM_GRACE_S, Stop
+from gptailor.exit_codes import BUG, of_signal
 from gptailor.patience import EVERY_OF_LONG_S, EVERY_S, Patience, Say
 
 if TYPE_CHECKING:
-    from gptailor.config import Config
     from gptailor.evaluation.similarity import Similarity
     from gptailor.models.family import Family
 
@@ -49,42 +67,6 @@ _QUICK_S = 0.2
 
 _WORD_S = TERM_GRACE_S + 5.0
 """How long after a signal a worker waits for rank 0, which waits itself for what runs."""
-
-
-@dataclass(frozen=True)
-class Orders:
-    """What a worker needs to know to take part.
-
-    Attributes:
-        config: the search, as rank 0 has read it.
-        run_folder: absolute.
-        token: a file in the run folder that must be seen.
-        first_node: where rank 0 runs.
-        placement: what to use of the node.
-        log_json: whether logs are written as JSON lines, too.
-    """
-
-    config: Config
-    run_folder: str
-    token: str
-    first_node: str
-    placement: Placement
-    log_json: bool
-
-
-@dataclass
-class Times:
-    """Where a worker's time went, in seconds.
-
-    Attributes:
-        busy_s: in jobs.
-        idle_s: between a result and the next job.
-        gaps: how many of these times there were.
-    """
-
-    busy_s: float = 0.0
-    idle_s: float = 0.0
-    gaps: int = 0
 
 
 class Evaluates(Protocol):
@@ -145,17 +127,17 @@ def run_worker(channel: Channel, opens: Opens = open_worker) -> NoReturn:
     Side effect: ends the process; whatever goes wrong in it reaches rank 0, or ends all ranks.
     """
     try:
-        code = WorkerRank(channel, opens).run()
+        code = MpiWorker(channel, opens).run()
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
-        channel.abort(1)
+        channel.abort(BUG)
     if code != 0:
         os._exit(code)  # MPI was not left in order, and would wait for others
     sys.exit(0)  # not _exit: MPICH says goodbye to its launcher in a handler of exit()
 
 
-class WorkerRank:
+class MpiWorker:
     """A rank that evaluates.
 
     Args:
@@ -185,30 +167,30 @@ class WorkerRank:
             return self._run()
 
     def _run(self) -> int:
-        self._channel.send(0, "hello", find_hello(self._channel.rank, self._place))
+        self._channel.send(0, find_hello(self._channel.rank, self._place))
         while True:
             message = self._next()
             if message is None:
                 assert self._stop.signal is not None
                 self._log.say("Leaves, as rank 0 says nothing after a signal.")
-                return 128 + self._stop.signal
-            if message[0] == "stop":
+                return of_signal(self._stop.signal)
+            if isinstance(message, Leave):
                 break
             try:
-                self._answer(*message)
+                self._answer(message)
             except _ToldToStop:
                 break
             except BaseException as error:  # a library's sys.exit(), too, is told to rank 0
                 self._report(error)
-        self._channel.send(0, "bye", self._times)
+        self._channel.send(0, Left(self._times))
         if not self._channel.flush(_WORD_S):
-            return 1
+            return BUG
         self._log.say("Ends.")
         self._log.close()
         self._channel.finalize()
         return 0
 
-    def _next(self) -> tuple[Any, ...] | None:
+    def _next(self) -> Message | None:
         """The next message; None when it is time to leave without one."""
         pause, began = SHORTEST_S, time.monotonic()
         while True:
@@ -221,24 +203,26 @@ class WorkerRank:
                 pause = min(1.2 * pause, LONGEST_S)
             time.sleep(pause)
 
-    def _answer(self, kind: str, *content: Any) -> None:
-        if kind == "clock":
-            self._channel.send(0, "clock", time.time())
-        elif kind == "join":
-            self._channel.send(0, "joined", *self._join(content[0]))
-        elif kind == "contents":
-            assert self._orders is not None
-            assert self._family is not None
-            self._channel.send(0, "contents", content_digests(self._orders.config, self._family))
-        elif kind == "load":
-            self._load(content[0])
-        elif kind == "job":
-            self._do(content[0])
-        else:
-            raise AssertionError(f"unknown message {kind!r}")
+    def _answer(self, message: Message) -> None:
+        match message:
+            case AskClock():
+                self._channel.send(0, Clock(time.time()))
+            case Orders():
+                self._channel.send(0, self._join(message))
+            case AskContents():
+                assert self._orders is not None
+                assert self._family is not None
+                digests = content_digests(self._orders.config, self._family)
+                self._channel.send(0, Contents(digests))
+            case Load(dtype):
+                self._load(dtype)
+            case StartJob(job):
+                self._do(job)
+            case _:
+                raise AssertionError(f"{message} from rank 0")
 
-    def _join(self, orders: Orders) -> tuple[dict[str, str], Ability]:
-        """Takes its place in the run; returns digests of the model files, and what it can do."""
+    def _join(self, orders: Orders) -> Joined:
+        """Takes its place in the run."""
         from gptailor.evaluation.family import open_family
 
         self._orders = orders
@@ -266,7 +250,7 @@ class WorkerRank:
             os.environ["CUDA_VISIBLE_DEVICES"] = placement.visible_devices
         self._family = open_family(orders.config.models, orders.config.base)
         ability = find_ability(orders.config.evaluation.device)
-        return file_digests(orders.config, self._family), ability
+        return Joined(file_digests(orders.config, self._family), ability)
 
     def _load(self, dtype: str) -> None:
         assert self._orders is not None
@@ -275,7 +259,7 @@ class WorkerRank:
         with self._patience.step("Starting", lambda: self._words):
             self._worker, device = self._opens(self._orders, self._go_on, self._log, self._says)
         self._worker.beat = self._beat
-        self._channel.send(0, "ready", self._worker.workload(), device)
+        self._channel.send(0, Ready(self._worker.workload(), device))
         seconds = time.monotonic() - began
         self._log.event("ready", f"Ready on {device} after {seconds:.1f} s.", seconds=seconds)
 
@@ -286,7 +270,7 @@ class WorkerRank:
         now = time.monotonic()
         if is_new or now - self._words_at >= WORDS_S:
             self._words_at = now
-            self._channel.send(0, "says", text)
+            self._channel.send(0, Words(text))
 
     def _beat(self) -> None:
         if time.monotonic() - self._words_at >= WORDS_S:
@@ -313,7 +297,7 @@ class WorkerRank:
         with self._patience.step(what, self._worker.words, every_s):
             result = self._worker.do(job)
         self._sent_at = time.monotonic()
-        self._channel.send(0, "done", result)
+        self._channel.send(0, Done(result))
         seconds = self._sent_at - began
         self._times.busy_s += seconds
         self._say_done(job, result, seconds)
@@ -330,13 +314,9 @@ class WorkerRank:
 
     def _report(self, error: BaseException) -> None:
         """Tells rank 0, which ends the search; a traceback only for what nobody expected."""
-        kind, text, trace = type(error).__name__, str(error), ""
-        if exit_code_of(error) == ResourceError.exit_code:
-            kind, text = ResourceError.__name__, text or "out of memory"
-        elif not isinstance(error, GptailorError):
-            trace = traceback.format_exc()
-        self._log.event("error", trace.strip() or text)
-        self._channel.send(0, "error", kind, text, trace)
+        message = Failed.by(error)
+        self._log.event("error", message.trace.strip() or message.text)
+        self._channel.send(0, message)
 
 
 class _ToldToStop(Exception):
