@@ -54,10 +54,6 @@ def _run(argv: Sequence[str] | None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars; our progress says more
     signal.signal(signal.SIGTERM, _terminated)
-    if getattr(arguments, "io", None):
-        os.environ["GPTAILOR_IO"] = arguments.io  # for worker processes, too
-    if getattr(arguments, "stage", None):
-        os.environ["GPTAILOR_STAGE"] = arguments.stage
     try:
         run: Callable[[argparse.Namespace], int] = arguments.run
         return run(arguments)

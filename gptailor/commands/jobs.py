@@ -37,8 +37,8 @@ def _launch(arguments: argparse.Namespace) -> int:
         mpi=arguments.mpi,
         signal_before_s=arguments.signal_before,
         max_requeues=arguments.max_requeues,
-        io=arguments.job_io,
-        stage=arguments.job_stage,
+        io=arguments.io,
+        stage=arguments.stage,
         log_json=arguments.log_json,
         dry_run=arguments.dry_run,
     )
@@ -129,10 +129,9 @@ def _add_launch(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--max-requeues", type=_at_least_zero, default=100, help="of a job (100)")
     add("--log-json", action="store_true", help="the ranks' logs as JSON lines, too")
-    # not `io` and `stage`, which the command line would take for its own process
     modes = ("auto", "mmap", "pread", "direct")
-    add("--io", dest="job_io", choices=modes, help="how weights are read, as for search")
-    add("--stage", dest="job_stage", metavar="DIR", help="of the nodes' disks, as for search")
+    add("--io", choices=modes, help="how weights are read, as for search")
+    add("--stage", metavar="DIR", help="of the nodes' disks, as for search")
     add("--dry-run", action="store_true", help="print the batch script, submit nothing")
 
 

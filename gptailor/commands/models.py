@@ -23,6 +23,7 @@ def _stitch(arguments: argparse.Namespace) -> int:
         verify=arguments.verify,
         sync=arguments.sync,
         threads=arguments.threads,
+        io=arguments.io,
         max_shard_size=arguments.max_shard_size,
         note=say,
     )
@@ -71,6 +72,7 @@ def _eval(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         dtype=arguments.dtype,
         device=arguments.device,
+        io=arguments.io,
         note=say,
     )
     if arguments.json:

@@ -50,6 +50,8 @@ def _search(arguments: argparse.Namespace) -> int:
         executor=arguments.executor,
         log_json=arguments.log_json,
         island=arguments.island and parse_island(arguments.island),
+        io=arguments.io,
+        stage=arguments.stage or None,
     )
     _show_front(out, arguments.json)
     return 0

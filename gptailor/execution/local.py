@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from gptailor.config import Config
 from gptailor.evaluation.forward_dtype import Ability, find_ability
@@ -17,17 +16,20 @@ from gptailor.execution.executor import (
 from gptailor.execution.node.files import open_candidates
 from gptailor.execution.worker import Worker
 
-if TYPE_CHECKING:
-    pass
-
 
 class InProcess:
-    """One worker: this process."""
+    """One worker: this process.
+
+    Args:
+        config: the search.
+        io, stage: as for `open_candidates`.
+    """
 
     num_workers = 1
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, io: str | None = None, stage: str | None = None) -> None:
         self._config = config
+        self._io, self._stage = io, stage
         self._opened: Worker | None = None
         self._loads = ""
         self._job: Job | None = None
@@ -39,7 +41,7 @@ class InProcess:
     def load(self, dtype: str) -> None:
         """Loads candidates and tasks."""
         config = self._config.computed_in(dtype)
-        family = open_candidates(config, says=self._say)
+        family = open_candidates(config, io=self._io, stage=self._stage, says=self._say)
         self._opened = Worker(config, family, says=self._say)
 
     def _say(self, text: str) -> None:
@@ -85,10 +87,12 @@ class InProcess:
         """Nothing has to be ended."""
 
 
-def open_executor(config: Config, num_workers: int) -> Executor:
-    """One process for one worker, a pool for more."""
+def open_executor(
+    config: Config, num_workers: int, *, io: str | None = None, stage: str | None = None
+) -> Executor:
+    """One process for one worker, a pool for more; `io` and `stage` as for `open_candidates`."""
     if num_workers == 1:
-        return InProcess(config)
+        return InProcess(config, io=io, stage=stage)
     from gptailor.execution.pool import LocalPool
 
-    return LocalPool(config, num_workers)
+    return LocalPool(config, num_workers, io=io, stage=stage)

@@ -36,13 +36,26 @@ T = TypeVar("T")
 class LocalPool:
     """Several worker processes on this machine, each with the cores that are its share.
 
+    Args:
+        config: the search.
+        num_workers: how many processes.
+        io, stage: as for `open_candidates`.
+
     Raises:
         StoppedEarly: a worker died (killed, or out of memory); what was evaluated is kept.
     """
 
-    def __init__(self, config: Config, num_workers: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        num_workers: int,
+        *,
+        io: str | None = None,
+        stage: str | None = None,
+    ) -> None:
         self.num_workers = num_workers
         self._config = config
+        self._io, self._stage = io, stage
         threads = max(len(os.sched_getaffinity(0)) // num_workers, 1)
         others = multiprocessing.active_children()
         context = multiprocessing.get_context("spawn")
@@ -69,7 +82,10 @@ class LocalPool:
     def load(self, dtype: str) -> None:
         """Has the workers load candidates and tasks."""
         config = self._config.computed_in(dtype)
-        self._begun = [pool.submit(_load, config, self.num_workers) for pool in self._pools]
+        self._begun = [
+            pool.submit(_load, config, self.num_workers, self._io, self._stage)
+            for pool in self._pools
+        ]
 
     def workload(self) -> WorkloadInfo:
         """What will be evaluated; waits for the first worker."""
@@ -172,10 +188,10 @@ def _ability(device: str) -> Ability:
     return find_ability(device)
 
 
-def _load(config: Config, num_workers: int) -> WorkloadInfo:
+def _load(config: Config, num_workers: int, io: str | None, stage: str | None) -> WorkloadInfo:
     global _worker  # noqa: PLW0603
     with _portable_errors():
-        family = open_candidates(config, workers_here=num_workers, says=_say)
+        family = open_candidates(config, workers_here=num_workers, io=io, stage=stage, says=_say)
         _worker = Worker(config, family, num_workers, _say)
         _worker.beat = _beat
         return _worker.workload()

@@ -189,6 +189,7 @@ def evaluate(
     batch_size: int | None = None,
     dtype: str | None = None,
     device: str | None = None,
+    io: str | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> tuple[Score, ...]:
     """Scores one model folder, hub id or recipe, the same way as a search does.
@@ -205,6 +206,7 @@ def evaluate(
         apply_chat_template, system_instruction: as in lm-eval.
         fewshot_as_multiturn: as in lm-eval; None for what `apply_chat_template` is.
         batch_size, dtype, device: as in `search.yaml`; None for its defaults, or what `like` says.
+        io: how weights are read: auto, mmap, pread or direct; None for what GPTAILOR_IO says.
         note: is told what a person should know of the models.
 
     Returns:
@@ -225,10 +227,10 @@ def evaluate(
 
     path, whose = Path(source), "the recipe's"
     if path.suffix in (".yaml", ".yml"):
-        recipe, family, _ = _described(path)
+        recipe, family, _ = _described(path, io)
         check_recipe(recipe, family)
     else:
-        family, whose = open_family({"model": str(source)}, "model"), "the model's"
+        family, whose = open_family({"model": str(source)}, "model", io), "the model's"
         found = family.base.tensors[family.architecture.embeddings[0]].dtype
         layers = tuple(Take("model", i) for i in range(family.num_layers))
         names = {name: dtype for dtype, name in DTYPES.items()}

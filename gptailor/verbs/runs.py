@@ -43,6 +43,8 @@ def search(
     executor: Choice = "auto",
     log_json: bool = False,
     island: tuple[int, int] | None = None,
+    io: str | None = None,
+    stage: str | None = None,
 ) -> Path:
     """Searches, scores the front on the holdout, writes the report; returns the run folder.
 
@@ -56,6 +58,11 @@ def search(
         log_json: write the ranks' logs as JSON lines, too.
         island: (I, K) for number I of K searches that share the run folder; None for a search
             alone.
+        io: how weights are read: auto, mmap, pread or direct; None for what GPTAILOR_IO says where
+            they are read.
+        stage: a folder of each node's own disk, to which the candidates are copied before they are
+            opened; None for what GPTAILOR_STAGE says on the node. In an MPI program those of rank
+            0 count for all.
 
     Raises:
         UsageError: the configuration is wrong, the output folder holds a run already, or the
@@ -76,7 +83,7 @@ def search(
         stop.install(signal.SIGUSR2)
     channel = join(executor)
     if channel is None:
-        return _search(config, overrides, resume, workers, island, stop)
+        return _search(config, overrides, resume, workers, island, io, stage, stop)
     if channel.rank > 0:
         from gptailor.execution.mpi.worker import run_worker
 
@@ -86,7 +93,7 @@ def search(
     if is_main:
         stop.install()
     with Crew(channel, stop, log_json=log_json) as crew:
-        return _search(config, overrides, resume, workers, island, stop, crew)
+        return _search(config, overrides, resume, workers, island, io, stage, stop, crew)
 
 
 def _search(
@@ -95,6 +102,8 @@ def _search(
     resume: bool,
     workers: int,
     island: tuple[int, int] | None,
+    io: str | None,
+    stage: str | None,
     stop: Stop,
     crew: Crew | None = None,
 ) -> Path:
@@ -121,16 +130,16 @@ def _search(
     say = _say if crew is None else crew.say
     Archive.check_not_in_use(place, wait_s=wait_s, note=say)
     with slowly(f"Opening {len(config.models)} candidates", say):
-        family = open_family(config.models, config.base)
+        family = open_family(config.models, config.base, io)
         check_space(config, family)
     progress = Progress(config.search.evaluations, family.num_layers, log=log)
     number = None if island is None else island[0]
     with progress, JobMonitor(stop, config.search.evaluations, output, number) as monitor:
         _introduce(config, family, progress)
         if crew is None:
-            executor = open_executor(config, workers)
+            executor = open_executor(config, workers, io=io, stage=stage)
         else:
-            executor = _joined(crew, config, family, place, monitor)
+            executor = _joined(crew, config, family, place, monitor, io, stage)
         try:
             progress.watch(lambda: monitor.loading(executor.words()))
             config, info = _begun(config, family, place, executor, progress, island is not None)
@@ -155,7 +164,13 @@ def _search(
 
 
 def _joined(
-    crew: Crew, config: Config, family: Family, place: Path, monitor: JobMonitor
+    crew: Crew,
+    config: Config,
+    family: Family,
+    place: Path,
+    monitor: JobMonitor,
+    io: str | None,
+    stage: str | None,
 ) -> Executor:
     """The crew as the workers of a search; the job's record begins with who they are."""
     from gptailor.execution.logs import log_path
@@ -164,7 +179,7 @@ def _joined(
     def begins() -> None:
         monitor.begin(log=log_path(0), workers=crew.workers)
 
-    crew.join(config, family, place, begins)
+    crew.join(config, family, place, begins, io=io, stage=stage)
     return MpiExecutor(crew)
 
 

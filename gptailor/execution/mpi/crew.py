@@ -192,6 +192,9 @@ class Crew:
         family: Family,
         run_folder: str | Path,
         begins: Callable[[], None] = lambda: None,
+        *,
+        io: str | None = None,
+        stage: str | None = None,
     ) -> None:
         """Has the ranks take part in a search; `load` is what follows.
 
@@ -201,6 +204,7 @@ class Crew:
             run_folder: of the run or the island, seen from where rank 0 is; made if it is
                 missing.
             begins: called when the run folder is known to be writable, before the ranks join.
+            io, stage: as for `open_candidates`, on the ranks' nodes.
 
         Raises:
             UsageError: run folder or models are not the same for all ranks.
@@ -215,7 +219,7 @@ class Crew:
         try:
             self.log.open(folder, as_json=self._log_json)
             begins()
-            self._join(config, family, folder, token)
+            self._join(config, family, folder, token, io, stage)
         finally:
             token.unlink(missing_ok=True)
 
@@ -255,16 +259,30 @@ class Crew:
         for text in check_clocks(self.hello, differences, others):
             self.say(text)
 
-    def _join(self, config: Config, family: Family, folder: Path, token: Path) -> None:
+    def _join(
+        self,
+        config: Config,
+        family: Family,
+        folder: Path,
+        token: Path,
+        io: str | None,
+        stage: str | None,
+    ) -> None:
         ranks = sorted(self.members)
         places = [self.members[rank].hello.place for rank in ranks]
         placements = place_workers(places, config.evaluation.device)
         for rank, placement in zip(ranks, placements, strict=True):
-            name = str(token.relative_to(folder))
-            node = self.hello.place.node
-            self.channel.send(
-                rank, Orders(config, str(folder), name, node, placement, self._log_json)
+            orders = Orders(
+                config=config,
+                run_folder=str(folder),
+                token=str(token.relative_to(folder)),
+                first_node=self.hello.place.node,
+                placement=placement,
+                log_json=self._log_json,
+                io=io,
+                stage=stage,
             )
+            self.channel.send(rank, orders)
         mine = file_digests(config, family)
         doubtful = {}
         for rank, joined in self._answers(Joined, ranks):

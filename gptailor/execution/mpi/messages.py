@@ -82,6 +82,8 @@ class Orders:
         first_node: where rank 0 runs.
         placement: what to use of the node.
         log_json: whether logs are written as JSON lines, too.
+        io: how weights are read; None for what the node's environment says.
+        stage: a folder of the node's own disk for copies of the candidates; None likewise.
     """
 
     config: Config
@@ -90,6 +92,8 @@ class Orders:
     first_node: str
     placement: Placement
     log_json: bool
+    io: str | None = None
+    stage: str | None = None
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,8 @@ def open_worker(
     family = open_candidates(
         orders.config,
         workers_here=placement.workers_here,
+        io=orders.io,
+        stage=orders.stage,
         keep_going=go_on,
         note=log.say,
         says=says,
@@ -248,7 +250,7 @@ class MpiWorker:
                 self._log.say(f"The cores can't be chosen: {error.strerror}.")
         if placement.visible_devices is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = placement.visible_devices
-        self._family = open_family(orders.config.models, orders.config.base)
+        self._family = open_family(orders.config.models, orders.config.base, orders.io)
         ability = find_ability(orders.config.evaluation.device)
         return Joined(file_digests(orders.config, self._family), ability)
 

@@ -42,6 +42,7 @@ def open_candidates(
     config: Config,
     *,
     workers_here: int = 1,
+    io: str | None = None,
     stage: str | None = None,
     keep_going: Callable[[], None] = lambda: None,
     note: Say = lambda text: print(text, file=sys.stderr),
@@ -49,14 +50,16 @@ def open_candidates(
 ) -> Family:
     """The family of a search, for a worker that will evaluate with it.
 
-    On the CPU its files are mapped whatever the file system, unless `--io` asked for something
-    else: the copies that other ways of reading make would be private to each worker. A GPU's loader
-    keeps its own way, and finds the files in the page cache if the node has several workers.
+    On the CPU its files are mapped whatever the file system, unless `io` asks for something else:
+    the copies that other ways of reading make would be private to each worker. A GPU's loader keeps
+    its own way, and finds the files in the page cache if the node has several workers.
 
     Args:
         config: the search.
         workers_here: how many processes of this node call this.
-        stage: as `GPTAILOR_STAGE`, which is what None means.
+        io: how weights are read, see `Checkpoint`; None for what GPTAILOR_IO says, or auto.
+        stage: a folder of the node's own disk, to which they are copied first; its variables are
+            filled in here. None for what GPTAILOR_STAGE says, empty for none.
         keep_going: called while it waits or reads; what it raises ends that.
         note: is told what a person should know.
         says: is told what is done, and how far it is.
@@ -67,11 +70,13 @@ def open_candidates(
     Raises:
         ModelError: a candidate is unusable, or can't be read.
         ResourceError: there is no room for the copies.
-        UsageError: there is no such scratch folder.
+        UsageError: there is no such scratch folder, or no such `io`.
     """
     says(f"opening {len(config.models)} candidates")
     on_cpu = is_cpu(config.evaluation.device)
-    io = "mmap" if on_cpu and checked_io(None) == "auto" else None
+    io = checked_io(io)
+    if on_cpu and io == "auto":
+        io = "mmap"
     family = open_family(config.models, config.base, io)
     scratch = os.environ.get(STAGE_VARIABLE) if stage is None else stage
     if scratch:
@@ -81,7 +86,7 @@ def open_candidates(
         family = open_family(config.models, config.base, io, folders=folders)
         if time.monotonic() - began > 1.0:
             note(f"Candidates are in {scratch} of {socket.gethostname()}: {_seconds(began)}.")
-    if (on_cpu or workers_here > 1) and checked_io(None) != "direct":
+    if (on_cpu or workers_here > 1) and io != "direct":
         share(_paths(family, config), keep_going=keep_going, note=note, says=says)
     return family
 

@@ -41,7 +41,9 @@ def test_real_evaluations_find_the_front_of_one_process(
     scratch = tmp_path / "scratch"  # ranks evaluate with copies, and tell of the originals
     scratch.mkdir()
     words = ["search", str(path), "--stage", str(scratch), f"output={tmp_path / 'mpi'}"]
-    ended = mpi.wait(mpi.start(words, 3, program=CLI), 250)
+    words += ["--io", "pread"]
+    nonsense = {"GPTAILOR_IO": "nonsense", "GPTAILOR_STAGE": "/nowhere"}  # rank 0 says otherwise
+    ended = mpi.wait(mpi.start(words, 3, program=CLI, env=nonsense), 250)
     assert ended.code == 0, ended.stderr
     assert len(list(scratch.glob("*/*/model.safetensors"))) == len(models)
     assert str(scratch).encode() not in (tmp_path / "mpi" / "archive.db").read_bytes()
