@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 from gptailor.errors import Interrupted, Requeue, StoppedEarly
-from gptailor.execution.slurm.variables import ENDS_AT
+from gptailor.execution.variables import ENDS_AT
 
 TERM_GRACE_S = 10.0
 """How long a search waits for what runs after SIGTERM; Slurm's KillWait is 30 s by default."""

@@ -17,7 +17,7 @@ import os
 from pathlib import Path
 
 from gptailor.execution.mpi.launcher import is_first
-from gptailor.execution.slurm.variables import EXIT_CODE_FILE, GAINED
+from gptailor.execution.variables import EXIT_CODE_FILE, GAINED
 from gptailor.exit_codes import signal_of
 
 

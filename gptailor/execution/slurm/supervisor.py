@@ -36,7 +36,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from gptailor.execution.slurm.variables import ENDS_AT, EXIT_CODE_FILE, GAINED
+from gptailor.execution.variables import ENDS_AT, EXIT_CODE_FILE, GAINED
 from gptailor.exit_codes import (
     MEANT,
     REQUEUE,

@@ -17,8 +17,8 @@ import pytest
 
 import gptailor
 from gptailor import execution, exit_codes
-from gptailor.execution import slurm
-from gptailor.execution.slurm import supervisor, variables
+from gptailor.execution import slurm, variables
+from gptailor.execution.slurm import supervisor
 from gptailor.execution.slurm.supervisor import known_mpi_types, mpi_type
 
 CHILD = """
