@@ -115,7 +115,10 @@ def demo_generational(folder: Path) -> list[str]:
     """The demo's own search, generation after generation."""
     config = read_config(DEMO / "search.yaml")
     assert config.search.schedule == "auto"
-    return searched(folder, config, Family(config.models, config.base), 2, demo_score)
+    family = Family(config.models, config.base)
+    # a hash has the models' references in it: no path of this machine
+    named = config.model_copy(update={"models": {name: f"demo/{name}" for name in config.models}})
+    return searched(folder, named, family, 2, demo_score)
 
 
 def asynchronous(folder: Path) -> list[str]:
