@@ -19,7 +19,7 @@ from gptailor.evaluation.forward_dtype import Ability, Choice, choose
 from gptailor.models.family import Family
 from gptailor.recipe import DTYPES
 from gptailor.run.archive import Archive
-from gptailor.run.difference import dtype_of
+from gptailor.run.config_difference import dtype_of
 from gptailor.run.island_folder import FOLDER
 
 NAME = "dtype.json"

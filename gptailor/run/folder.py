@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gptailor.errors import UsageError
 from gptailor.evaluation.outcome import Evaluation
 from gptailor.run.archive import Archive
 from gptailor.run.island_folder import FOLDER, island_folder, island_numbers
@@ -87,24 +86,6 @@ def journals_of(run: Path) -> list[Path]:
     """The journals of a run's islands, those that are there."""
     paths = [island_folder(run, i) / NAME for i in island_numbers(run / FOLDER)]
     return [path for path in paths if path.is_file()]
-
-
-def check_kind(run: Path, *, has_islands: bool) -> None:
-    """Refuses to go on with islands in a run without them, and the other way round.
-
-    Raises:
-        UsageError: the run is of the other kind.
-    """
-    if has_islands and (run / "archive.db").exists():
-        raise UsageError(
-            f"{run} holds a run without islands: continue it without --island, or name another "
-            "output."
-        )
-    if not has_islands and island_numbers(run / FOLDER):
-        raise UsageError(
-            f"{run} holds a run with islands: continue it with --island I/K, or name another "
-            "output."
-        )
 
 
 def _meta(archive: Archive, key: str) -> dict[str, Any]:

@@ -4,6 +4,9 @@
 without any lock. It is a courtesy, not the truth: that is the archive for evaluations, and Slurm
 for whether a job lives. So a record that can't be written never ends a search, and whatever lies in
 the folder and is no record is passed over.
+
+Records are checked here and not by pydantic, whose import takes as long as all else that `status`
+imports (0.12 s).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import Any
 from gptailor.errors import UsageError
 from gptailor.evaluation.outcome import Evaluation
 from gptailor.evaluation.similarity import Similarity
-from gptailor.run.difference import config_difference
+from gptailor.run.config_difference import config_difference
 
 Key = tuple[str, str]
 """Hash of the recipe and the documents; or a model's name and "similarity"."""

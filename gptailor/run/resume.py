@@ -1,4 +1,7 @@
-"""What a run is made of: written down when it begins, compared whenever it goes on."""
+"""Whether a search may go on in a run folder: models, documents, configuration, islands or not.
+
+All of it is written down when a run begins, and compared whenever the run goes on.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from gptailor.errors import UsageError
 from gptailor.evaluation.family import find_calibration
 from gptailor.models.family import Family
 from gptailor.run.archive import Archive
-from gptailor.run.difference import config_difference
+from gptailor.run.config_difference import config_difference
+from gptailor.run.island_folder import FOLDER, island_numbers
 
 
 def check_resumable(archive: Archive, config: Config, family: Family, documents: str) -> None:
@@ -36,21 +40,7 @@ def check_resumable(archive: Archive, config: Config, family: Family, documents:
     before = {key: archive.get_meta(key) for key in now}
     old_config = before["config"]
     if old_config is None:
-        models = {name: str(c.folder) for name, c in family.candidates.items()}
-        rows = {
-            name: next((c.tensors[tensor].shape[0] for tensor in family.uneven), None)
-            for name, c in family.candidates.items()
-        }
-        parameters = {name: family.parameters(rows=number) for name, number in rows.items()}
-        description = {
-            "num_layers": family.num_layers,
-            "models": models,
-            "parameters": parameters,
-        }
-        archive.set_meta("family", json.dumps(description))
-        archive.set_meta("ends", json.dumps(asdict(family.ends)))
-        for key, value in reversed(now.items()):  # "config" comes last: it marks a run as begun
-            archive.set_meta(key, value)
+        _begin(archive, family, now)
         return
     difference = config_difference(json.loads(old_config), json.loads(now["config"]))
     if difference:
@@ -70,6 +60,23 @@ def check_resumable(archive: Archive, config: Config, family: Family, documents:
     archive.set_meta("config", now["config"])
 
 
+def _begin(archive: Archive, family: Family, made_of: dict[str, str]) -> None:
+    """Writes down what a new run is made of."""
+    rows = {
+        name: next((c.tensors[tensor].shape[0] for tensor in family.uneven), None)
+        for name, c in family.candidates.items()
+    }
+    description = {
+        "num_layers": family.num_layers,
+        "models": {name: str(c.folder) for name, c in family.candidates.items()},
+        "parameters": {name: family.parameters(rows=number) for name, number in rows.items()},
+    }
+    archive.set_meta("family", json.dumps(description))
+    archive.set_meta("ends", json.dumps(asdict(family.ends)))
+    for key, value in reversed(made_of.items()):  # "config" comes last: it marks a run as begun
+        archive.set_meta(key, value)
+
+
 def check_config_file(run: Path, config: Config) -> None:
     """Compares a configuration with the one that stands in the run folder, if there is one.
 
@@ -84,6 +91,24 @@ def check_config_file(run: Path, config: Config) -> None:
     )
     if different:
         raise _is_another(run, different)
+
+
+def check_kind(run: Path, *, has_islands: bool) -> None:
+    """Refuses to go on with islands in a run without them, and the other way round.
+
+    Raises:
+        UsageError: the run is of the other kind.
+    """
+    if has_islands and (run / "archive.db").exists():
+        raise UsageError(
+            f"{run} holds a run without islands: continue it without --island, or name another "
+            "output."
+        )
+    if not has_islands and island_numbers(run / FOLDER):
+        raise UsageError(
+            f"{run} holds a run with islands: continue it with --island I/K, or name another "
+            "output."
+        )
 
 
 def _is_another(run: Path, difference: str) -> UsageError:

@@ -96,9 +96,8 @@ def check_place(config: Config, resume: bool, island: tuple[int, int] | None = N
         UsageError: there is a run already, one of another kind or configuration, or a file.
         ResourceError: the folder can't be written.
     """
-    from gptailor.run.folder import check_kind
     from gptailor.run.island_folder import island_folder
-    from gptailor.run.resume import check_config_file
+    from gptailor.run.resume import check_config_file, check_kind
 
     output = Path(config.output)
     place = output if island is None else island_folder(output, island[0])

@@ -237,8 +237,7 @@ def _without_job(output: Path, numbers: Sequence[int | None]) -> list[int | None
 def _check_search(parsed: Config, output: Path, *, has_islands: bool) -> None:
     """Raises a `UsageError` for what would end the search within its first minute."""
     from gptailor.run.archive import Archive
-    from gptailor.run.folder import check_kind
-    from gptailor.run.resume import check_config_file
+    from gptailor.run.resume import check_config_file, check_kind
     from gptailor.verbs.checks import check_writable, find_problems
 
     check_writable(output)  # soon, not after the tasks were loaded

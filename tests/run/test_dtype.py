@@ -19,7 +19,7 @@ from gptailor.evaluation.footprint import held_bytes
 from gptailor.evaluation.forward_dtype import ROOM, Ability
 from gptailor.models.family import Family
 from gptailor.run.archive import Archive
-from gptailor.run.difference import config_difference
+from gptailor.run.config_difference import config_difference
 from gptailor.run.dtype import choose_dtype
 from gptailor.run.resume import check_resumable
 from tests.search.test_run import write_config
