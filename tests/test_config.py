@@ -11,7 +11,7 @@ import yaml
 
 from gptailor.config import Config, config_yaml, parse_config, parse_evaluation, read_config
 from gptailor.errors import UsageError
-from gptailor.run.difference import config_difference
+from gptailor.run.config_difference import config_difference
 from gptailor.verbs.checks import find_problems
 
 GOOD: dict[str, Any] = {
