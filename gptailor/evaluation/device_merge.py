@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gptailor import _C
 from gptailor.evaluation.device_weights import ALIGNMENT, TORCH_DTYPES
+from gptailor.merging.engine_table import engine
+from gptailor.merging.registry import get_method
 from gptailor.models.checkpoint import FLOAT_DTYPES
 from gptailor.stitching.compute import merge_arguments
 from gptailor.stitching.plan import OutTensor, Source
 
-METHODS = frozenset(
-    {
-        "linear", "slerp", "nuslerp", "multislerp", "karcher", "model_stock", "stock",
-        "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties",
-        "ram", "nearswap",
-    }
-)  # fmt: skip
-"""Those with a GPU path; the others are merged by the CPU engine."""
+if TYPE_CHECKING:
+    from gptailor import _C
 
 
 def can_merge(tensor: OutTensor) -> bool:
     """Whether a tensor of a plan is computed on the GPU."""
     method, arguments = merge_arguments(tensor)
-    values = arguments["parameters"]
-    by_row = values.get("filter_wise", 0) or not values.get("nuslerp_flatten", 1)
     floats = all(s.info.dtype in FLOAT_DTYPES for s in tensor.sources)
-    return method in METHODS and not by_row and floats
+    return get_method(method).runs_on_gpu(arguments["parameters"]) and floats
 
 
 def merge_on_gpu(
@@ -54,7 +47,7 @@ def merge_on_gpu(
         size += -(-tensor.n_bytes // ALIGNMENT) * ALIGNMENT
     block = torch.empty(size, dtype=torch.uint8, device=device)
     flags = torch.zeros((len(tensors), 2), dtype=torch.int32, device=device)
-    whole = _C.DeviceTensor.from_dlpack(block)
+    whole = engine().DeviceTensor.from_dlpack(block)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     launches: dict[tuple[Any, ...], list[int]] = {}
     for number, tensor in enumerate(tensors):
@@ -64,7 +57,7 @@ def merge_on_gpu(
     for numbers in launches.values():
         some = [tensors[number] for number in numbers]
         method, arguments = merge_arguments(some[0])
-        _C.merge_cuda(
+        engine().merge_cuda(
             method,
             [whole.tensor(offsets[n], tensors[n].shape, tensors[n].dtype) for n in numbers],
             [[handle(source) for source in tensor.sources] for tensor in some],
