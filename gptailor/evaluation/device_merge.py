@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from gptailor import _C
 from gptailor.evaluation.device_weights import ALIGNMENT, TORCH_DTYPES
-from gptailor.merging.engine_table import engine
+from gptailor.merging.engine_table import check_engine
 from gptailor.merging.registry import get_method
 from gptailor.models.checkpoint import FLOAT_DTYPES
 from gptailor.stitching.compute import merge_arguments
 from gptailor.stitching.plan import OutTensor, Source
-
-if TYPE_CHECKING:
-    from gptailor import _C
 
 
 def can_merge(tensor: OutTensor) -> bool:
@@ -47,7 +45,8 @@ def merge_on_gpu(
         size += -(-tensor.n_bytes // ALIGNMENT) * ALIGNMENT
     block = torch.empty(size, dtype=torch.uint8, device=device)
     flags = torch.zeros((len(tensors), 2), dtype=torch.int32, device=device)
-    whole = engine().DeviceTensor.from_dlpack(block)
+    check_engine()
+    whole = _C.DeviceTensor.from_dlpack(block)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     launches: dict[tuple[Any, ...], list[int]] = {}
     for number, tensor in enumerate(tensors):
@@ -57,7 +56,7 @@ def merge_on_gpu(
     for numbers in launches.values():
         some = [tensors[number] for number in numbers]
         method, arguments = merge_arguments(some[0])
-        engine().merge_cuda(
+        _C.merge_cuda(
             method,
             [whole.tensor(offsets[n], tensors[n].shape, tensors[n].dtype) for n in numbers],
             [[handle(source) for source in tensor.sources] for tensor in some],

@@ -12,7 +12,6 @@ import hashlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 from gptailor.errors import GptailorError
 from gptailor.merging.method import Engine, Method
@@ -33,8 +32,8 @@ def digest() -> str:
 
 
 @functools.cache
-def engine() -> ModuleType:
-    """The compiled extension, for whoever merges with it.
+def check_engine() -> None:
+    """To be called before the compiled extension merges anything; looks once.
 
     Raises:
         GptailorError: it was built from other declarations.
@@ -46,7 +45,6 @@ def engine() -> ModuleType:
             f"{_C.__file__} was built for other merge methods than this version of gptailor has: "
             "build it again with `pip install .`."
         )
-    return _C
 
 
 def _lines() -> Iterator[str]:

@@ -47,8 +47,10 @@ class ComputedTensor:
         threads: int = 0,
         opened: Callable[[Source], _C.Tensor] | None = None,
     ) -> None:
-        from gptailor.merging.engine_table import engine
+        from gptailor import _C
+        from gptailor.merging.engine_table import check_engine
 
+        check_engine()
         opened = opened or (lambda source: _open(source, family))
         self.tensor = tensor
         method, arguments = merge_arguments(tensor)
@@ -63,7 +65,7 @@ class ComputedTensor:
             self._job = RegMean(sources, statistics, out_dtype=tensor.dtype, **arguments)
             return
         try:
-            self._job = engine().Merge(
+            self._job = _C.Merge(
                 method,
                 sources,
                 base,

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from gptailor import _C
 from gptailor.errors import GptailorError
 from gptailor.merging import engine_table
-from gptailor.merging.engine_table import engine, table
+from gptailor.merging.engine_table import check_engine, table
 from gptailor.merging.registry import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,13 +23,13 @@ needs_sources = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="no sour
 
 @pytest.fixture
 def unknown_yet() -> Iterator[None]:
-    engine.cache_clear()
+    check_engine.cache_clear()
     yield
-    engine.cache_clear()
+    check_engine.cache_clear()
 
 
 def test_the_extension_was_built_from_the_declarations(unknown_yet: None) -> None:
-    assert engine() is _C
+    check_engine()
 
 
 @pytest.mark.parametrize("change", ["another name", "another bound", "another formula", "gone"])
@@ -51,14 +50,14 @@ def test_a_stale_extension_is_refused(
     others_too = {name: m for name, m in METHODS.items() if name != "ties" or change != "gone"}
     monkeypatch.setattr(engine_table, "METHODS", others_too | changed_to)
     with pytest.raises(GptailorError, match=r"built for other merge methods.*build it again"):
-        engine()
+        check_engine()
 
 
 def test_prose_is_no_part_of_it(unknown_yet: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the engine does not know of changes no digest: nobody builds again for it."""
     other = replace(METHODS["ties"], paper="", in_mergekit=False)
     monkeypatch.setattr(engine_table, "METHODS", METHODS | {"ties": other})
-    assert engine() is _C
+    check_engine()
 
 
 @needs_sources
