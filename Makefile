@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # processes that run tests; each needs a GB of memory, and for `test-cluster` it has a Slurm of its own
 TEST_PROCESSES ?= 2
-SOURCES := $(wildcard csrc/*) setup.py pyproject.toml constraints.txt
+SOURCES := $(wildcard csrc/* gptailor/merging/*.py) setup.py pyproject.toml constraints.txt
 
 .PHONY: demo test test-cluster test-slow sanitize lint typecheck bench clean
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "assemble.h"
+#include "declared_methods.h"
 #include "dlpack.h"
 #include "errors.h"
 #include "file_reader.h"
@@ -172,9 +173,10 @@ struct PyMerge {
       job.base = input_of(base->tensor, "base", job.n_elements);
       keep_alive.push_back(base->tensor);
     }
-    if (statistics.size() != (name == "fisher" ? sources.size() : 0))
-      throw std::invalid_argument(name == "fisher" ? "fisher needs the statistics of each source"
-                                                   : name + " takes no statistics");
+    const Method method = method_named(name, job.n_sources, job.has_base, options);
+    if (statistics.size() != (method.takes_statistics ? sources.size() : 0))
+      throw std::invalid_argument(
+          name + (method.takes_statistics ? " needs the statistics of each source" : " takes no statistics"));
     for (size_t i = 0; i < statistics.size(); ++i) {
       job.statistics[i] = input_of(statistics[i].tensor, "statistics[" + std::to_string(i) + "]", job.n_elements);
       keep_alive.push_back(statistics[i].tensor);
@@ -182,7 +184,6 @@ struct PyMerge {
     job.out_dtype = mergeable(dtype_named(out_dtype), "out_dtype");
     job.check_nan = check_nan;
     job.check_overflow = check_overflow;
-    const Method method = method_named(name, job.n_sources, job.has_base, options);
     job.row_length = row_length_of(sources[0].tensor, row_length, method.sphere_by == Weights::columns);
     job.is_vector = row_length > 0 ? row_length == job.n_elements : sources[0].tensor.shape.size() < 2;
     const py::gil_scoped_release nogil;
@@ -313,6 +314,7 @@ py::dict build_info() {
   d["compiler"] = GPTAILOR_COMPILER;
   d["simd"] = kernels().name;
   d["max_sources"] = kMaxSources;
+  d["methods_digest"] = GPTAILOR_METHODS_DIGEST;
   return d;
 }
 

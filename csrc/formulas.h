@@ -15,7 +15,19 @@ namespace gptailor {
 
 inline constexpr int kMaxSources = 16;
 
-enum class Formula : uint8_t { linear, task_arithmetic, ties, sce, ram, nearswap, fisher };
+// Every formula: the name by which methods declare it, and its struct below.
+#define GPTAILOR_FORMULAS(FORMULA)          \
+  FORMULA(linear, Linear)                   \
+  FORMULA(task_arithmetic, TaskArithmetic)  \
+  FORMULA(ties, Ties)                       \
+  FORMULA(sce, Sce)                         \
+  FORMULA(ram, Ram)                         \
+  FORMULA(nearswap, NearSwap)               \
+  FORMULA(fisher, Fisher)
+
+#define GPTAILOR_NAME(name, Struct) name,
+enum class Formula : uint8_t { GPTAILOR_FORMULAS(GPTAILOR_NAME) };
+#undef GPTAILOR_NAME
 
 // Which differences from the base take part; the others count as zero.
 enum class Keep : uint8_t {
@@ -157,8 +169,23 @@ GPTAILOR_HD bool keeps_magnitude(float d, uint32_t low, uint32_t high) {
   return bits >= low && (bits <= high || bits > kInfBits);
 }
 
-inline constexpr bool uses_base(Formula f) { return f != Formula::linear && f != Formula::fisher; }
-inline constexpr bool takes_delta(Formula f) { return uses_base(f) && f != Formula::nearswap; }
+// The struct of a formula.
+template <Formula>
+struct FormulaOf;
+#define GPTAILOR_STRUCT(name, Struct) \
+  template <>                         \
+  struct FormulaOf<Formula::name> {   \
+    using type = Struct;              \
+  };
+GPTAILOR_FORMULAS(GPTAILOR_STRUCT)
+#undef GPTAILOR_STRUCT
+
+#define GPTAILOR_USES_BASE(name, Struct) || (f == Formula::name && Struct::kUsesBase)
+inline constexpr bool uses_base(Formula f) { return false GPTAILOR_FORMULAS(GPTAILOR_USES_BASE); }
+#undef GPTAILOR_USES_BASE
+#define GPTAILOR_TAKES_DELTA(name, Struct) || (f == Formula::name && Struct::kTakesDelta)
+inline constexpr bool takes_delta(Formula f) { return false GPTAILOR_FORMULAS(GPTAILOR_TAKES_DELTA); }
+#undef GPTAILOR_TAKES_DELTA
 
 // How reductions over a whole tensor are ordered, on the CPU and on the GPU: blocks of kReduceBlock elements; within a
 // block, lane j adds up the elements j, j + kLanes, ...; lanes are folded in halves; blocks are added in their order.

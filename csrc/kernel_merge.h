@@ -130,13 +130,10 @@ unsigned merge_as(const MergeJob& job, const Slice& slice, std::byte* out) {
 unsigned merge(const MergeJob& job, const Slice& slice, std::byte* out) {
   if (job.is_copy) return copy(job, slice, out);
   switch (job.formula) {
-    case Formula::linear: return merge_as<Linear>(job, slice, out);
-    case Formula::task_arithmetic: return merge_as<TaskArithmetic>(job, slice, out);
-    case Formula::ties: return merge_as<Ties>(job, slice, out);
-    case Formula::sce: return merge_as<Sce>(job, slice, out);
-    case Formula::ram: return merge_as<Ram>(job, slice, out);
-    case Formula::nearswap: return merge_as<NearSwap>(job, slice, out);
-    case Formula::fisher: return merge_as<Fisher>(job, slice, out);
+#define GPTAILOR_CASE(name, Struct) \
+  case Formula::name: return merge_as<Struct>(job, slice, out);
+    GPTAILOR_FORMULAS(GPTAILOR_CASE)
+#undef GPTAILOR_CASE
   }
   return 0;
 }

@@ -7,6 +7,7 @@
 
 #include "cuda_common.cuh"
 #include "cuda_workspace.h"
+#include "declared_methods.h"
 
 namespace gptailor {
 
@@ -88,24 +89,12 @@ __global__ void __launch_bounds__(kThreads) merge_list(const DeviceTensor* __res
 
 using Kernel = void (*)(const DeviceTensor*, int, int64_t, int, const Reduced*, int*, Params);
 
-template <class F>
-Kernel kernel_keeping(Keep keep) {
-  if (keep == Keep::magnitude) return merge_list<F, Keep::magnitude>;
-  if (keep == Keep::random) return merge_list<F, Keep::random>;
-  return merge_list<F, Keep::all>;
-}
-
 Kernel kernel_of(const Method& m, Keep keep) {
   if (m.is_copy) return merge_list<Copy, Keep::all>;
-  switch (m.formula) {
-    case Formula::linear: return merge_list<Linear, Keep::all>;
-    case Formula::task_arithmetic: return kernel_keeping<TaskArithmetic>(keep);
-    case Formula::ties: return kernel_keeping<Ties>(keep);
-    case Formula::ram: return merge_list<Ram, Keep::all>;
-    case Formula::nearswap: return merge_list<NearSwap, Keep::all>;
-    case Formula::sce:
-    case Formula::fisher: break;
-  }
+#define GPTAILOR_KERNEL(name, kept) \
+  if (m.formula == Formula::name && keep == Keep::kept) return merge_list<FormulaOf<Formula::name>::type, Keep::kept>;
+  GPTAILOR_GPU_KERNELS(GPTAILOR_KERNEL)
+#undef GPTAILOR_KERNEL
   throw std::invalid_argument(m.name + " has no GPU path: merge it on the CPU");
 }
 
@@ -138,10 +127,8 @@ DeviceTensor row_of(const CudaTensor& tensor, const Method& method, int n_source
 
 void check_supported(const Method& m) {
   const bool whole = m.analysis != Analysis::sphere || m.sphere_by == Weights::whole;
-  const bool known = m.analysis == Analysis::none || m.analysis == Analysis::sphere || m.analysis == Analysis::trim ||
-                     m.analysis == Analysis::outliers || m.analysis == Analysis::random;
   if (!whole) throw std::invalid_argument(m.name + " by rows or columns has no GPU path: merge it on the CPU");
-  if (!known) throw std::invalid_argument(m.name + " has no GPU path: merge it on the CPU");
+  if (!m.on_gpu) throw std::invalid_argument(m.name + " has no GPU path: merge it on the CPU");
 }
 
 // What the method says about a tensor by itself, and the k-th magnitudes (`searches`: n_which for each source) that have

@@ -1,4 +1,5 @@
-// The merge methods by name: what each computes with, and the checks of its options.
+// The merge methods by name: what each computes with, and the checks of its options. Names, bounds and defaults are
+// those of gptailor/merging/registry.py, from which the build makes declared_methods.h.
 #pragma once
 
 #include <map>
@@ -26,16 +27,24 @@ struct Method {
   Formula formula = Formula::linear;
   Keep keep = Keep::all;
   Analysis analysis = Analysis::none;
+  bool takes_statistics = false;
+  bool on_gpu = false;
+  // Parameters have their defaults from the declarations; these are for methods that have no such parameter.
   bool rescale = false;          // what is kept is scaled to the sum of magnitudes before
-  Weights sphere_by = Weights::whole;  // one sphere for the tensor, each row, or each column
-  SphereParams sphere;
-  double densities[kMaxSources];
-  double gammas[kMaxSources];
-  double epsilons[kMaxSources];
+  double densities[kMaxSources] = {};
+  double gammas[kMaxSources] = {};
+  double epsilons[kMaxSources] = {};
   double select_topk = 1.0;
   double widen_ratio = 1.0, widen_calibration = 1.0;
   bool by_rows = false;          // widen: scores for rows, not columns
+  bool flatten = true, row_wise = false;  // nuslerp
+  bool filter_wise = false;      // model_stock
+  bool normalize_weights = false;  // multislerp
+  bool task_vectors = false;     // the base is asked for, where it is optional
   uint64_t seed = 0;             // of random masks
+  // What follows from them.
+  Weights sphere_by = Weights::whole;  // one sphere for the tensor, each row, or each column
+  SphereParams sphere;
   Params params;                 // all that does not depend on the elements
   bool is_copy = false;          // one source, taken as it is
 };

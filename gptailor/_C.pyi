@@ -457,10 +457,12 @@ class BuildInfo(TypedDict):
     compiler: str
     simd: str
     max_sources: int
+    methods_digest: str
 
 def build_info() -> BuildInfo:
     """Return how the extension was built.
 
     `cuda_archs` is like `"80,90"` or empty; `simd` is the instruction set that this machine uses:
     `portable`, `avx2` or `avx512` (the environment variable `GPTAILOR_SIMD` can name a lower one).
+    `methods_digest` stands for the declarations of methods that it was built from.
     """

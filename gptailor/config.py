@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from gptailor.errors import UsageError, plain, unknown
-from gptailor.merging.registry import METHODS, get_method
+from gptailor.merging.registry import METHODS, TASK_ARITHMETIC, get_method
 from gptailor.models.untrusted import home_expanded, is_folder
 from gptailor.recipe import DTYPES, absolute_ref
 from gptailor.strict_yaml import dump_yaml, load_yaml, read_text, truth
@@ -51,7 +51,7 @@ class LayerSpace(_Strict):
 class MergeSpace(_Strict):
     """Which merge methods the search may use (none: selection only) and which weights it tries."""
 
-    methods: tuple[str, ...] = ("task_arithmetic",)
+    methods: tuple[str, ...] = (TASK_ARITHMETIC.name,)
     lambdas: tuple[Annotated[float, Field(gt=0, le=2)], ...] = (0.3, 0.5, 0.7, 1.0)
 
     @property

@@ -31,7 +31,8 @@ import numpy as np
 import torch
 from mergekit.sparsify import bernoulli, della_magprune
 
-from gptailor.merging.reference import METHODS, philox
+from gptailor.merging.reference import philox
+from gptailor.merging.registry import METHODS
 
 KEY = 20250620
 RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
@@ -122,7 +123,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 def cases() -> Iterator[dict[str, Any]]:
     """Every case without its result."""
     known = {m.spec.name for m in mm.registered_methods()}
-    for method, takes in METHODS.items():
+    for method, declared in METHODS.items():
         if method not in known:
             continue
         for name, tensors in tensor_sets().items():
@@ -131,16 +132,16 @@ def cases() -> Iterator[dict[str, Any]]:
                 chosen += variants(method)
             elif method in ("nuslerp", "model_stock", "multislerp"):
                 chosen += variants(method)[:4]
-            n_sources = min(takes.max_sources, len(tensors) - 1, 3)
+            n_sources = min(declared.max_sources, len(tensors) - 1, 3)
             for parameters in chosen:
                 weights = None
-                if takes.weighted:
+                if declared.weighted:
                     weights = parameters.get("_w", [0.5, 0.3, 0.4])[:n_sources]
                 yield {
                     "method": method,
                     "tensors": name,
                     "n_sources": n_sources,
-                    "base": takes.base is True or bool(parameters.get("task_vectors")),
+                    "base": declared.takes_base(parameters),
                     "weights": weights,
                     "parameters": {k: v for k, v in parameters.items() if k != "_w"},
                 }

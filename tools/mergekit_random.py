@@ -55,7 +55,7 @@ class Drawer:
         prefix = one.choice(["", "untied/"])
         data: dict[str, Any] = {"merge_method": method}
         needs_base = method != "passthrough" and (
-            METHODS[method].base == "always" or method == "slerp"
+            METHODS[method].uses_base or METHODS[method].starts_at_base
         )
         has_base = needs_base or one.random() < 0.4
         if has_base:
@@ -74,7 +74,7 @@ class Drawer:
         if method == "passthrough":
             return ["red", "green", "base"]
         names = ["red", "green"]
-        if METHODS[method].max_sources == 1 or (method == "slerp" and has_base):
+        if METHODS[method].max_sources == 1 or (METHODS[method].starts_at_base and has_base):
             names = [one.choice(names)]
         if one.random() < 0.5 or METHODS[method].max_sources > 2:
             names.append("base")

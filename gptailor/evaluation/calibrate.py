@@ -17,6 +17,7 @@ from gptailor.evaluation.resident import is_out_of_memory, pick_device
 from gptailor.evaluation.statistics import fisher_information, gram_matrices
 from gptailor.evaluation.structure import module_names
 from gptailor.evaluation.text import Sequences, make_sequences, read_documents
+from gptailor.merging.registry import get_method
 from gptailor.models.architecture import text_config
 from gptailor.models.calibration import SCHEMA, statistics_path, weights_digest, writing
 from gptailor.models.candidate import Candidate
@@ -65,7 +66,7 @@ def calibrate_model(
 
     Args:
         candidate: the model.
-        method: one of `models.calibration.METHODS`.
+        method: one of `merging.registry.CALIBRATED`.
         sequences: what it reads.
         folder: where the file goes.
         device: "auto", "cpu", "cuda", "cuda:1".
@@ -106,7 +107,7 @@ def calibrate_model(
             model.to(pick_device(device))
         model.register_forward_hook(count)
         with slowly(f"Calibrating {candidate.name} for {method}", note, how_far):
-            if method == "fisher":
+            if get_method(method).statistics == "elements":
                 metadata["seed"] = str(seed)
                 _write_fisher(path, metadata, model, known, sequences, seed)
             else:

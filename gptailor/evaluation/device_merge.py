@@ -9,27 +9,18 @@ import torch
 
 from gptailor import _C
 from gptailor.evaluation.device_weights import ALIGNMENT, TORCH_DTYPES
+from gptailor.merging.engine_table import check_engine
+from gptailor.merging.registry import get_method
 from gptailor.models.checkpoint import FLOAT_DTYPES
 from gptailor.stitching.compute import merge_arguments
 from gptailor.stitching.plan import OutTensor, Source
-
-METHODS = frozenset(
-    {
-        "linear", "slerp", "nuslerp", "multislerp", "karcher", "model_stock", "stock",
-        "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties",
-        "ram", "nearswap",
-    }
-)  # fmt: skip
-"""Those with a GPU path; the others are merged by the CPU engine."""
 
 
 def can_merge(tensor: OutTensor) -> bool:
     """Whether a tensor of a plan is computed on the GPU."""
     method, arguments = merge_arguments(tensor)
-    values = arguments["parameters"]
-    by_row = values.get("filter_wise", 0) or not values.get("nuslerp_flatten", 1)
     floats = all(s.info.dtype in FLOAT_DTYPES for s in tensor.sources)
-    return method in METHODS and not by_row and floats
+    return get_method(method).runs_on_gpu(arguments["parameters"]) and floats
 
 
 def merge_on_gpu(
@@ -54,6 +45,7 @@ def merge_on_gpu(
         size += -(-tensor.n_bytes // ALIGNMENT) * ALIGNMENT
     block = torch.empty(size, dtype=torch.uint8, device=device)
     flags = torch.zeros((len(tensors), 2), dtype=torch.int32, device=device)
+    check_engine()
     whole = _C.DeviceTensor.from_dlpack(block)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     launches: dict[tuple[Any, ...], list[int]] = {}

@@ -35,6 +35,7 @@ from gptailor.evaluation.pointers import check_padding_rows, find_pointers
 from gptailor.evaluation.signature import Constants, carry_over
 from gptailor.evaluation.slots import Parameters, Slots, let_go, point
 from gptailor.evaluation.structure import Cut, Structure
+from gptailor.merging.engine_table import check_engine
 from gptailor.models.architecture import cut_config, text_config
 from gptailor.models.family import Family
 from gptailor.models.side_files import has_tokenizer
@@ -79,6 +80,7 @@ class ResidentModel:
         homes: what each device holds; the first one has what is outside the layers.
 
     Raises:
+        GptailorError: the compiled engine was built for other merge methods.
         ModelError: transformers can't load the base, or stores its layers in another way.
         ResourceError: the device has no memory for it.
         UsageError: the device does not exist.
@@ -96,6 +98,7 @@ class ResidentModel:
         backend: Backend | None = None,
         spread_over: Sequence[torch.device] | None = None,
     ) -> None:
+        check_engine()  # one that was built for other methods would make every candidate fail
         self.family = family
         self.device = pick_device(device)
         if spread_over is None:

@@ -9,17 +9,15 @@ from gptailor.mergekit.setting import Setting
 from gptailor.merging.registry import METHODS, Method
 
 PASSTHROUGH = "passthrough"
+_SHARED = (method for method in METHODS.values() if method.in_mergekit)
 MERGEKIT_METHODS = (
-    "passthrough", "linear", "slerp", "nuslerp", "multislerp", "karcher", "task_arithmetic",
-    "ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs",
-    "breadcrumbs_ties", "sce", "ram", "model_stock", "nearswap", "arcee_fusion",
-)  # fmt: skip
+    PASSTHROUGH,
+    *(method.name for method in sorted(_SHARED, key=lambda method: method.uses_base)),
+)
 """The methods of mergekit that are taken; all but passthrough have the same name in the registry.
 
 An average and the like, which only gptailor has, are not: a YAML means the same in both programs.
 """
-
-_OURS = ("seed", "task_vectors")  # parameters of the registry that no mergekit YAML has
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def mergekit_parameters(method: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The names of a method's parameters: (of the whole merge, of each model)."""
     if method == PASSTHROUGH:
         return (), ("scale",)
-    declared = [p for p in METHODS[method].parameters if p.name not in _OURS]
+    declared = [p for p in METHODS[method].parameters if p.in_mergekit]
     of_all = tuple(p.name for p in declared if not p.per_source)
     of_each = tuple(p.name for p in declared if p.per_source)
     return of_all, (("weight", *of_each) if METHODS[method].weighted else of_each)
@@ -92,15 +90,12 @@ def mergekit_parameters(method: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def needs_base(method: Method) -> bool:
     """True if mergekit gives the base_model, where there is one, a part of its own."""
-    return method.base != "never" or method.name == "slerp"
+    return method.base != "never" or method.starts_at_base
 
 
 def merged_models(method: Method, models: Iterable[str], base: str | None) -> tuple[str, ...]:
-    """The models that a method merges: the base is one of them only where no formula has it.
-
-    slerp goes from the base to the other model, so the base comes first.
-    """
+    """The models that a method merges: the base is one of them only where no formula has it."""
     if base is None or not needs_base(method):
         return tuple(models)
     others = tuple(model for model in models if model != base)
-    return (base, *others) if method.name == "slerp" else others
+    return (base, *others) if method.starts_at_base else others

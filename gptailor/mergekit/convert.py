@@ -21,7 +21,7 @@ from gptailor.mergekit.config import (
     mergekit_parameters,
 )
 from gptailor.mergekit.setting import Setting, value_of
-from gptailor.merging.registry import METHODS
+from gptailor.merging.registry import LINEAR, METHODS
 from gptailor.models.checkpoint import FLOAT_DTYPES
 from gptailor.models.family import Family
 from gptailor.recipe import DTYPES, SCHEMA, Recipe
@@ -130,7 +130,7 @@ def _passed_through(config: MergekitConfig, part: Slice, tensor: _Tensor) -> Val
     scale = _of_model(config, part, 0, "scale", tensor)
     if scale is None or scale == 1.0:
         return {"take": part.models[0]}
-    return {"merge": "linear", "weights": {part.models[0]: scale}, "normalize": False}
+    return {"merge": LINEAR.name, "weights": {part.models[0]: scale}, "normalize": False}
 
 
 def _values(

@@ -273,7 +273,7 @@ class _Parser:
                 )
             return
         method = METHODS[self.method]
-        if base is None and (method.uses_base or self.method == "slerp"):
+        if base is None and (method.uses_base or method.starts_at_base):
             raise UsageError(f"{self.source}: {self.method} needs a base_model: name one.")
         if base is not None and needs_base(method) and base not in part.models:
             raise UsageError(

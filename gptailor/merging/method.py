@@ -1,96 +1,41 @@
-"""What a merge method is: the sources and parameters that it takes, and how they are checked.
+"""What a merge method is (`Method`), and a merge by one as plain values (`Mix`).
 
-The methods themselves stand in `registry.py`.
+The methods themselves stand in `registry.py`. A build reads them with Python's standard library
+alone.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from gptailor.errors import UsageError, unknown
-from gptailor.strict_yaml import truth
-
-Kind = Literal["number", "integer", "flag"]
-Value = float | tuple[float, ...]
-"""A parameter's value: one for all sources, or one for each in the sources' order."""
+from gptailor.merging.parameter import BASE_FLAG, Parameter, Value, for_each, simplified
 
 
 @dataclass(frozen=True)
-class Parameter:
-    """A number that a method takes, beside the weights of its sources.
+class Engine:
+    """How the compiled engine computes a method: names of enumerators in `csrc`.
 
     Attributes:
-        name: the key in a recipe.
-        default: used when the recipe does not name it; None when it must be given.
-        low, high: inclusive bounds.
-        search: the values that a search tries.
-        doc: what it does, in one line.
-        kind: "number"; "integer"; or "flag": true or false, kept as 1.0 or 0.0.
-        per_source: True if each source may have its own value (`density: {a: 0.5, b: 0.7}`).
-        is_late: True if there were recipes before the method had it: it is no part of a recipe's
-            hash while it has its default, so that their hashes stay.
+        formula: what is done element by element (`Formula` in formulas.h).
+        keep: which differences from the base take part (`Keep` in formulas.h).
+        analysis: what is found out about whole tensors before that (`Analysis` in methods.h).
+        sphere: which coefficients follow from inner products (`Sphere` in coefficients.h).
+        on_gpu: True if the GPU computes it, too; else it is left to the CPU.
     """
 
-    name: str
-    default: float | None
-    low: float
-    high: float
-    search: tuple[float, ...]
-    doc: str
-    kind: Kind = "number"
-    per_source: bool = False
-    is_late: bool = False
+    formula: str
+    keep: str = "all"
+    analysis: str = "none"
+    sphere: str = "none"
+    on_gpu: bool = False
 
-    @property
-    def is_flag(self) -> bool:
-        """True if a recipe writes it as true or false."""
-        return self.kind == "flag"
 
-    def checked(self, value: object, where: str) -> float:
-        """`value` as a float, or a `UsageError` that names the bounds."""
-        if self.is_flag:
-            value = truth(value)
-            if not isinstance(value, bool):
-                raise UsageError(f"{where}: {self.name} is {value!r}, but must be true or false.")
-            return float(value)
-        number = checked_number(self.name, value, where)
-        if self.kind == "integer" and not number.is_integer():
-            raise UsageError(f"{where}: {self.name} is {number:g}, but must be a whole number.")
-        if not self.low <= number <= self.high:
-            raise UsageError(
-                f"{where}: {self.name} is {number:g}, outside its bounds "
-                f"{self.low:g} to {self.high:g}."
-            )
-        return number
-
-    def checked_values(self, value: object, sources: Iterable[str], where: str) -> Value:
-        """`value` as one float, or as one for each source where it is a mapping of sources.
-
-        Sources that the mapping leaves out get the default.
-
-        Raises:
-            UsageError: a value is outside the bounds, or a name is that of no source.
-        """
-        if not isinstance(value, dict):
-            return self.checked(value, where)
-        names = list(sources)
-        if not self.per_source:
-            raise UsageError(f"{where}: {self.name} is one value, not one for each model.")
-        for name in value:
-            if name not in names:
-                raise unknown("source", name, names, f"{where}: {self.name}")
-        if self.default is None and len(value) < len(names):
-            raise UsageError(f"{where}: {self.name} needs a value for each model.")
-        return tuple(self.checked(value.get(name, self.default), where) for name in names)
-
-    def shown(self, value: float) -> float | int | bool:
-        """A value as a recipe has it."""
-        if self.is_flag:
-            return bool(value)
-        return int(value) if self.kind == "integer" else value
+def unchanged(mix: Mix) -> Mix:
+    """The rule of a method of which no simpler form is known."""
+    return mix
 
 
 @dataclass(frozen=True)
@@ -107,8 +52,16 @@ class Method:
         min_sources, max_sources: how many sources it takes; the base is not counted among them.
         base: whether the recipe's base takes part in the formula beside the sources; "optional":
             iff the parameter `task_vectors` is set.
-        is_calibrated: True if each source comes with statistics of its own, which
-            `gptailor calibrate` makes from a text.
+        engine: how it is computed; None if it is always built as another method, or by a solver.
+        is_linear_solve: True if LAPACK computes it (`regmean.py`), not the engine.
+        statistics: what each source comes with, made from a text by `gptailor calibrate`:
+            "elements" for a number for each element, "inputs" for the Gram matrix of a linear
+            layer's inputs.
+        mean: the flag that makes a mean of the result, whose weights can't add up to zero; True if
+            it always is one.
+        simplify: the rule that finds the simplest merge that builds the same.
+        in_mergekit: True if mergekit has it.
+        starts_at_base: True if mergekit takes its base_model for the first of the sources.
     """
 
     name: str
@@ -119,7 +72,28 @@ class Method:
     min_sources: int
     max_sources: int
     base: Literal["never", "always", "optional"]
-    is_calibrated: bool = False
+    engine: Engine | None = None
+    is_linear_solve: bool = False
+    statistics: Literal["none", "elements", "inputs"] = "none"
+    mean: bool | str = False
+    simplify: Callable[[Mix], Mix | str] = unchanged
+    in_mergekit: bool = True
+    starts_at_base: bool = False
+
+    @property
+    def is_calibrated(self) -> bool:
+        """True if each source comes with statistics of its own."""
+        return self.statistics != "none"
+
+    @property
+    def share(self) -> Parameter | None:
+        """The parameter that says how much of each of two sources there is; None without one."""
+        return next((p for p in self.parameters if p.is_share), None)
+
+    @property
+    def has_amounts(self) -> bool:
+        """True if the result depends on how much of each source there is."""
+        return self.weighted or self.share is not None
 
     @property
     def uses_base(self) -> bool:
@@ -138,7 +112,19 @@ class Method:
 
     def takes_base(self, values: Mapping[str, Value]) -> bool:
         """True if the base takes part in the formula with these parameters."""
-        return self.uses_base or (self.base == "optional" and values.get("task_vectors") == 1.0)
+        return self.uses_base or (self.base == "optional" and values.get(BASE_FLAG) == 1.0)
+
+    def is_mean(self, values: Mapping[str, Value]) -> bool:
+        """True if the result is a mean with these parameters: weights can't add up to zero."""
+        return self.mean if isinstance(self.mean, bool) else values[self.mean] == 1.0
+
+    def runs_on_gpu(self, values: Mapping[str, Value]) -> bool:
+        """True if the GPU computes it with these parameters."""
+        return (
+            self.engine is not None
+            and self.engine.on_gpu
+            and all(p.gpu_value in (None, values[p.name]) for p in self.parameters)
+        )
 
     def completed(self, values: Mapping[str, Value]) -> tuple[tuple[str, Value], ...]:
         """Values of all parameters in the registry's order, defaults filled in, nothing checked.
@@ -153,7 +139,9 @@ class Method:
             if key not in known:
                 raise unknown(f"parameter of {self.name}", key, known)
         found = {name: values.get(name, p.default) for name, p in known.items()}
-        return tuple((name, _simple(value)) for name, value in found.items() if value is not None)
+        return tuple(
+            (name, simplified(value)) for name, value in found.items() if value is not None
+        )
 
     def checked(
         self, values: Mapping[str, object], where: str, sources: Iterable[str] = ()
@@ -196,40 +184,66 @@ class Method:
                 )
 
 
-WEIGHT_BOUNDS = (-1000.0, 1000.0)
-"""Inclusive bounds of a source's weight: wide, because methods that normalise take any scale."""
+@dataclass(frozen=True)
+class Mix:
+    """A merge of some sources.
 
+    Attributes:
+        method: how it is made.
+        weights: (source, weight) in their order; weight 1.0 where the method has no weights.
+        parameters: (name, value) of every parameter of the method; defaults are filled in.
+        base: the source that is the base.
+    """
 
-def for_each(value: Value, num_sources: int) -> tuple[float, ...]:
-    """A parameter's value for each source."""
-    return value if isinstance(value, tuple) else (value,) * num_sources
+    method: Method
+    weights: tuple[tuple[str, float], ...]
+    parameters: tuple[tuple[str, Value], ...]
+    base: str
 
+    def __post_init__(self) -> None:
+        values = self.method.completed(dict(self.parameters))
+        object.__setattr__(self, "parameters", values)
 
-def _simple(value: Value) -> Value:
-    """One number where all sources have the same."""
-    if not isinstance(value, tuple):
-        return float(value)
-    values = tuple(float(v) for v in value)
-    return values[0] if len(set(values)) == 1 else values
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The sources without their weights."""
+        return tuple(source for source, _ in self.weights)
 
+    def parameter(self, name: str) -> Value:
+        """The value of a parameter that the method has."""
+        return dict(self.parameters)[name]
 
-def checked_number(name: str, value: object, where: str) -> float:
-    """`value` as a finite float, or a `UsageError`; booleans are no numbers here."""
-    try:
-        number = float(value) if type(value) in (int, float) else math.nan  # type: ignore[arg-type]
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise UsageError(f"{where}: {name} is {value!r:.40}, but must be a number.")
-    return number
+    def number(self, name: str) -> float:
+        """The value of a parameter that is the same for all sources."""
+        value = self.parameter(name)
+        assert isinstance(value, float), name
+        return value
 
+    def for_each(self, name: str) -> tuple[float, ...]:
+        """The value of a parameter for each source."""
+        return for_each(self.parameter(name), len(self.weights))
 
-def checked_weight(model: str, value: object, where: str) -> float:
-    """A source's weight as a float within `WEIGHT_BOUNDS`, or a `UsageError`."""
-    weight = checked_number(f"the weight of {model}", value, where)
-    low, high = WEIGHT_BOUNDS
-    if not low <= weight <= high:
-        raise UsageError(
-            f"{where}: the weight of {model} is {weight:g}, outside its bounds {low:g} to {high:g}."
+    def select(self, indices: Iterable[int]) -> Mix:
+        """The merge of these sources only, in this order."""
+        chosen = list(indices)
+        values = tuple(
+            (name, tuple(value[i] for i in chosen) if isinstance(value, tuple) else value)
+            for name, value in self.parameters
         )
-    return weight
+        weights = tuple(self.weights[i] for i in chosen)
+        return replace(self, weights=weights, parameters=values)
+
+    def having(self, **values: Value) -> Mix:
+        """The same with other values of some parameters."""
+        return replace(self, parameters=tuple((dict(self.parameters) | values).items()))
+
+    def weighing(self, weights: Iterable[float]) -> Mix:
+        """The same with other weights, one for each source."""
+        pairs = zip(self.sources, weights, strict=True)
+        return replace(self, weights=tuple((source, weight) for source, weight in pairs))
+
+    def by(self, method: Method, **values: Value) -> Mix:
+        """The merge by another method: it gets what both have, `values`, and else defaults."""
+        known = method.by_name
+        kept = {name: value for name, value in self.parameters if name in known} | values
+        return replace(self, method=method, parameters=tuple(kept.items()))

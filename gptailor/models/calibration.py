@@ -1,9 +1,9 @@
-"""Statistics of models on calibration text, as they lie on disk: what `fisher` and `regmean` need.
+"""Statistics of models on calibration text, as they lie on disk: what some merge methods need.
 
 A folder holds `NAME.METHOD.safetensors` for each model. The tensors have the names of the model's
-own: for fisher the diagonal of the Fisher information, of the same shape; for regmean the Gram
-matrix of what goes into a linear layer (inputs, inputs). The metadata says which text they come
-from and which weights they belong to.
+own: a number for each element, of the same shape (fisher: the diagonal of the Fisher information);
+or the Gram matrix of what goes into a linear layer, (inputs, inputs) (regmean). The metadata says
+which text they come from and which weights they belong to.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from gptailor.models.checkpoint import DTYPE_BITS, FLOAT_DTYPES, TensorInfo, rea
 from gptailor.models.untrusted import open_regular, parse_json, read_up_to
 
 SCHEMA = "gptailor/calibration/1"
-METHODS = ("fisher", "regmean")
-"""The merge methods that need statistics; each has a kind of its own."""
 
 _SAMPLE_BYTES = 4096
 
@@ -62,7 +60,7 @@ class Statistics:
 
     Args:
         folder: of the calibration.
-        method: one of `METHODS`.
+        method: a merge method that needs them.
         model: the model's name.
 
     Raises:
@@ -100,19 +98,26 @@ class Statistics:
                 "`gptailor calibrate`."
             )
 
-    def find(self, info: TensorInfo) -> TensorInfo | None:
-        """What belongs to a tensor of the model; None for regmean where it is no linear layer.
+    def find(self, info: TensorInfo, *, per_element: bool) -> TensorInfo | None:
+        """What belongs to a tensor of the model.
+
+        Args:
+            info: the tensor.
+            per_element: True for a number for each element, False for a Gram matrix of inputs.
+
+        Returns:
+            None where it is no linear layer, which has no Gram matrix.
 
         Raises:
-            ModelError: it has another shape or dtype than it must, or fisher lacks it.
+            ModelError: it has another shape or dtype than it must, or is missing for an element.
         """
         found = self.tensors.get(info.name)
         if found is None:
-            if self.method == "regmean":
+            if not per_element:
                 return None
             raise ModelError(f"{self.path} lacks {info.name}: make it again.")
-        shape = info.shape if self.method == "fisher" else (info.shape[-1:] * 2)
-        is_matrix = len(info.shape) == 2 or self.method == "fisher"
+        shape = info.shape if per_element else (info.shape[-1:] * 2)
+        is_matrix = len(info.shape) == 2 or per_element
         if found.shape != shape or not is_matrix or found.dtype not in FLOAT_DTYPES:
             raise ModelError(
                 f"{self.path}: {info.name} is {found.dtype} of the shape {list(found.shape)}, but "

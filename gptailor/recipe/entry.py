@@ -124,6 +124,15 @@ class Merge:
         """The value of a parameter for each source."""
         return for_each(self.parameter(name), len(self.weights))
 
+    @property
+    def amounts(self) -> tuple[float, ...]:
+        """How much of each source there is: its weight, or what one parameter says of both."""
+        share = get_method(self.method).share
+        if share is None:
+            return tuple(weight for _, weight in self.weights)
+        second = self.number(share.name)
+        return 1.0 - second, second
+
     def at(self, tensor_name: str) -> Layer:
         """The entry, without modules, that makes the tensor of that name within the layer."""
         return _at(self, tensor_name)
@@ -300,9 +309,8 @@ def _read_body(
 
 def _check_merge(merge: Merge, base: str, where: str) -> None:
     """Raises for what no single value shows to be wrong."""
-    mean = {"linear": "normalize", "multislerp": "normalize_weights"}.get(merge.method)
     method = get_method(merge.method)
-    is_mean = merge.number(mean) if mean else method.is_calibrated
+    is_mean = method.is_mean(dict(merge.parameters))
     if is_mean and abs(sum(weight for _, weight in merge.weights)) < _TINY:
         raise UsageError(
             f"{where}: the weights of {merge.method} add up to zero, so they can't be a mean."

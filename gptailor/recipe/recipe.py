@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gptailor.errors import UsageError, plain, unknown
-from gptailor.merging.registry import get_method
-from gptailor.models.calibration import METHODS as CALIBRATED
+from gptailor.merging.registry import CALIBRATED, get_method
 from gptailor.models.calibration import Calibration
 from gptailor.models.untrusted import home_expanded, is_folder
 from gptailor.recipe.canonical import canonical_end, canonical_layer, hashed

@@ -189,11 +189,9 @@ def _shown(written: Layer, recipe: Recipe) -> dict[str, Any]:
     if isinstance(layer, Take):
         sources = [{"model": layer.model, "part": 1.0}]
         return {"method": None, "sources": sources, "modules": modules}
-    weights = [weight for _, weight in layer.weights]
-    if layer.method == "slerp":
-        weights = [1.0 - layer.number("t"), layer.number("t")]
+    weights = layer.amounts
     whole = sum(abs(weight) for weight in weights) or 1.0
-    is_weighted = get_method(layer.method).weighted or layer.method == "slerp"
+    is_weighted = get_method(layer.method).has_amounts
     return {
         "method": layer.method,
         "sources": [

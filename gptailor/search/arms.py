@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptailor.evaluation.similarity import Similarity
+from gptailor.merging.registry import LINEAR, TASK_ARITHMETIC
 from gptailor.recipe import NO_LAYER, End, Merge, Recipe, Take
 from gptailor.search.space import SearchSpace, is_gene
 
@@ -119,7 +120,7 @@ def _paper(space: SearchSpace, keep: int, rng: np.random.Generator) -> Recipe:
     values = (("lambda", 1.0), ("normalize", 0.0))
     kept = np.setdiff1d(np.arange(num_layers), gone)
     # there, embeddings follow the lowest kept layer, final norm and head the highest
-    return _merged(space, Merge("task_arithmetic", NO_LAYER, weights, values), kept)
+    return _merged(space, Merge(TASK_ARITHMETIC.name, NO_LAYER, weights, values), kept)
 
 
 def _taken(space: SearchSpace, model: str, kept: Sequence[int] | npt.NDArray[np.int64]) -> Recipe:
@@ -129,7 +130,7 @@ def _taken(space: SearchSpace, model: str, kept: Sequence[int] | npt.NDArray[np.
 
 def _averaged(space: SearchSpace, kept: Sequence[int] | npt.NDArray[np.int64]) -> Recipe:
     weights = tuple((name, 1.0) for name in space.names)
-    return _merged(space, Merge("linear", NO_LAYER, weights, (("normalize", 1.0),)), kept)
+    return _merged(space, Merge(LINEAR.name, NO_LAYER, weights, (("normalize", 1.0),)), kept)
 
 
 def _merged(

@@ -10,7 +10,7 @@ have those of the base. R is the number of rows.
 
 `keep` is 0 or 1, and always 1 for embeddings and head. `source` is the model whose layer is taken
 when nothing is merged. `method` 0 takes, m > 0 merges with the m-th method of the space. A level is
-0 for a model that is not part of the merge, or 1 + the index of its weight; slerp makes its t of
+0 for a model that is not part of the merge, or 1 + the index of its weight; slerp's t is made of
 the two weights, and to a method that has no weights a level only says that the model is part of
 it. Genes that have no effect (the source of a dropped layer) are kept, so that a layer comes back
 as it was.
@@ -130,7 +130,7 @@ class SearchSpace:
     def _num_merges(self, method: Method, num_models: int) -> int:
         """How many merges of one layer a method makes."""
         sources = num_models - method.uses_base
-        if method.name == "slerp":
+        if method.share is not None:
             parts = {round(b / (a + b), 6) for a in self.weights for b in self.weights}
             return math.comb(sources, 2) * len(parts)
         weights = len(self.weights) if method.weighted else 1
@@ -225,7 +225,7 @@ class SearchSpace:
     def has_weights(self, row: npt.NDArray[np.int64]) -> bool:
         """True if the levels of a merged layer are more than in or out."""
         method = self.methods[int(row[METHOD]) - 1]
-        return method.weighted or method.name == "slerp"
+        return method.has_amounts
 
     def _part(self, place: str | int, row: npt.NDArray[np.int64]) -> tuple[End, End]:
         """What a source layer, or an end, is made of, and its canonical form; recipes of a search
@@ -273,9 +273,9 @@ class SearchSpace:
         if len(levels) < method.min_sources:
             return take
         weights = tuple((name, self.weights[level - 1]) for name, level in levels)
-        if method.name == "slerp":
+        if method.share is not None:
             (_, first), (_, second) = weights
-            values["t"] = round(second / (first + second), 6)
+            values[method.share.name] = round(second / (first + second), 6)
         if not method.weighted:
             weights = tuple((name, 1.0) for name, _ in weights)
         return Merge(method.name, src_layer, weights, tuple(values.items()))
@@ -290,14 +290,14 @@ class SearchSpace:
         if layer.method not in methods:
             return
         row[METHOD] = 1 + methods.index(layer.method)
-        if layer.method != "slerp":
+        if self.methods[row[METHOD] - 1].share is None:
             for model, weight in layer.weights:
                 row[LEVELS + self.names.index(model)] = 1 + self._nearest(weight)
             return
         pairs = [(a, b) for a in range(len(self.weights)) for b in range(len(self.weights))]
-        t = layer.number("t")
+        share = layer.amounts[1]
         first, second = min(
-            pairs, key=lambda p: abs(self.weights[p[1]] / sum(self.weights[i] for i in p) - t)
+            pairs, key=lambda p: abs(self.weights[p[1]] / sum(self.weights[i] for i in p) - share)
         )
         for model, level in zip(layer.models, (first, second), strict=True):
             row[LEVELS + self.names.index(model)] = 1 + level

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gptailor.errors import ModelError, UsageError
+from gptailor.merging.registry import LINEAR, get_method
 from gptailor.models.checkpoint import read_error
 from gptailor.models.family import Family
 from gptailor.recipe import DTYPES, NO_LAYER, Merge
@@ -36,6 +37,7 @@ class ComputedTensor:
     Raises:
         ModelError: a source of a merge holds NaN, or a number becomes too large for float16 (the
             message names file and tensor), or a file changed or can't be read.
+        GptailorError: the engine was built for other merge methods.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class ComputedTensor:
         opened: Callable[[Source], _C.Tensor] | None = None,
     ) -> None:
         from gptailor import _C
+        from gptailor.merging.engine_table import check_engine
 
+        check_engine()
         opened = opened or (lambda source: _open(source, family))
         self.tensor = tensor
         method, arguments = merge_arguments(tensor)
@@ -57,7 +61,7 @@ class ComputedTensor:
             for source, info in zip(tensor.sources, tensor.statistics, strict=False)
         ]
         self._job: _C.Merge | RegMean
-        if method == "regmean":
+        if get_method(method).is_linear_solve:
             self._job = RegMean(sources, statistics, out_dtype=tensor.dtype, **arguments)
             return
         try:
@@ -220,7 +224,7 @@ def merge_arguments(tensor: OutTensor) -> tuple[str, dict[str, Any]]:
 
     Rows of methods that work by row are the last dimension of the sources, as the engine has it.
     """
-    merge = tensor.merge or Merge("linear", NO_LAYER, (("", 1.0),), (("normalize", 0.0),))
+    merge = tensor.merge or Merge(LINEAR.name, NO_LAYER, (("", 1.0),), (("normalize", 0.0),))
     return merge.method, {
         "weights": [weight for _, weight in merge.weights],
         "parameters": dict(merge.parameters),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gptailor.errors import ModelError, UsageError, unknown
-from gptailor.merging.registry import get_method
+from gptailor.merging.registry import LINEAR, get_method
 from gptailor.models.architecture import text_config
 from gptailor.models.checkpoint import FLOAT_DTYPES, TensorInfo
 from gptailor.models.family import Family
@@ -275,7 +275,7 @@ def _made(
         if not statistics:  # no linear layer: regmean averages it
             total = math.fsum(weight for _, weight in merge.weights)
             shares = tuple((model, weight / total) for model, weight in merge.weights)
-            merge = Merge("linear", merge.src_layer, shares, (("normalize", 0.0),))
+            merge = Merge(LINEAR.name, merge.src_layer, shares, (("normalize", 0.0),))
     tensor = OutTensor(
         name=out_name,
         dtype=_dtype(sources, recipe, family),
@@ -306,11 +306,12 @@ def _statistics(
     assert recipe.calibration is not None  # check_recipe saw it
     folder = recipe.calibration.folder
     opened = [family.candidates[s.model].statistics(folder, merge.method) for s in sources]
+    per_element = get_method(merge.method).statistics == "elements"
     found = []
     for one, source in zip(opened, sources, strict=True):
         whole = family.candidates[source.model].tensors[source.info.name]
-        info = one.find(whole)
-        if info is not None and merge.method == "fisher" and whole.shape != source.info.shape:
+        info = one.find(whole, per_element=per_element)
+        if info is not None and per_element and whole.shape != source.info.shape:
             info = _cut(info, source.info.shape[0])
         found.append(info)
     if None not in found:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from gptailor.errors import ModelError, ResourceError, UsageError, unknown
 from gptailor.evaluation.family import open_family
-from gptailor.models.calibration import METHODS as CALIBRATED
+from gptailor.merging.registry import CALIBRATED
 from gptailor.models.family import Family
 from gptailor.patience import Patience, slowly
 from gptailor.recipe import DTYPES, Recipe, Take, read_recipe

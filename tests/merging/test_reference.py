@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptailor.merging import reference
-from gptailor.merging.reference import METHODS, merge, selections
-from gptailor.merging.registry import METHODS as REGISTRY
+from gptailor.merging.reference import merge, selections
+from gptailor.merging.registry import METHODS
 
 REQUIRED: dict[str, dict[str, Any]] = {"slerp": {"t": 0.3}, "nearswap": {"t": 0.05}}
 N_SOURCES = {
-    name: (2 if takes.max_sources == 2 else min(3, takes.max_sources))
-    for name, takes in METHODS.items()
+    name: (2 if method.max_sources == 2 else min(3, method.max_sources))
+    for name, method in METHODS.items()
 }
 SPARSE = {
     "ties": {"density": 0.6},
@@ -49,11 +49,10 @@ def statistics(method: str, n_sources: int, shape: tuple[int, ...]) -> Any:
 
 
 def call(method: str, x: Any, base: Any, *, weights: Any = None, **parameters: Any) -> Any:
-    takes = METHODS[method]
-    asks = bool(parameters.get(takes.base, 0)) if isinstance(takes.base, str) else takes.base
+    declared = METHODS[method]
     return merge(
-        method, x, base if asks else None,
-        weights=weights if takes.weighted else None,
+        method, x, base if declared.takes_base(parameters) else None,
+        weights=weights if declared.weighted else None,
         parameters={**REQUIRED.get(method, {}), **parameters},
         statistics=statistics(method, len(x), x[0].shape), key=77,
     )  # fmt: skip
@@ -81,9 +80,9 @@ def test_shape_type_and_inputs_stay(method: str) -> None:
 def test_float32_is_close_to_float64(method: str) -> None:
     x, base = family(2, N_SOURCES[method])
     x, base = x.astype(np.float32), base.astype(np.float32)
-    takes, v = METHODS[method], {**REQUIRED.get(method, {}), **SPARSE.get(method, {})}
+    v = {**REQUIRED.get(method, {}), **SPARSE.get(method, {})}
     stats = statistics(method, len(x), x[0].shape)
-    used = base if takes.base is True else None
+    used = base if METHODS[method].uses_base else None
     single, double = (
         merge(method, x, used, parameters=v, key=1, statistics=stats, dtype=dtype)
         for dtype in (np.float32, np.float64)
@@ -97,9 +96,9 @@ def test_sources_that_are_the_base_give_the_base(method: str) -> None:
     _, base = family(3, 1)
     y = call(method, np.stack([base] * N_SOURCES[method]), base, **SPARSE.get(method, {}))
     np.testing.assert_allclose(y, base, rtol=1e-7)  # multislerp adds its eps to each norm
-    if METHODS[method].base is True:
+    if METHODS[method].uses_base:
         np.testing.assert_array_equal(y, base)
-    elif METHODS[method].base == "task_vectors":
+    elif METHODS[method].base == "optional":
         sources = np.stack([base] * N_SOURCES[method])
         np.testing.assert_array_equal(call(method, sources, base, task_vectors=1), base)
 
@@ -125,10 +124,8 @@ def test_equal_sources_give_that_source(method: str) -> None:
 def test_the_order_of_the_sources_does_not_matter(method: str, seed: int) -> None:
     if METHODS[method].max_sources < 16 or method in CALIBRATED:
         return
-    if method in SPARSE and "seed" in METHODS[method].parameters:
-        parameters = {}  # masks belong to the source's place
-    else:
-        parameters = SPARSE.get(method, {})
+    # random masks belong to the source's place
+    parameters = {} if METHODS[method].is_random else SPARSE.get(method, {})
     rng = np.random.default_rng(seed)
     x, base = family(seed, 4)
     w = rng.uniform(0.2, 1.0, 4)
@@ -178,7 +175,7 @@ def test_density_one_is_no_sparsification(method: str) -> None:
     if method == "sce":
         expected = selections.sce(x, base, select_topk=2.0)
     elif method in ("ties", "dare_ties", "della", "breadcrumbs_ties"):
-        normalize = bool(METHODS[method].parameters["normalize"])
+        normalize = bool(METHODS[method].by_name["normalize"].default)
         expected = reference.ties(x, base, w, normalize=normalize)
     else:
         expected = reference.task_arithmetic(x, base, w)
@@ -216,7 +213,7 @@ def test_lambda_and_weights_are_linear_where_nothing_is_normalised() -> None:
         )
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].base is True])
+@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].uses_base])
 def test_not_a_number_is_passed_on(method: str) -> None:
     x, base = family(15, N_SOURCES[method])
     spoilt, spoilt_base = x.copy(), base.copy()
@@ -262,18 +259,6 @@ def test_model_stock_needs_two_sources_when_called_directly() -> None:
     x, base = family(17, 1)
     with pytest.raises(ValueError, match="at least 2"):
         reference.model_stock(x, base)
-
-
-@pytest.mark.parametrize("method", [m for m in REGISTRY if m in METHODS])
-def test_the_registry_and_the_reference_agree(method: str) -> None:
-    registered, takes = REGISTRY[method], METHODS[method]
-    defaults = {p.name: p.default for p in registered.parameters}
-    shared = {k: v for k, v in takes.parameters.items() if k in defaults}
-    assert {k: v for k, v in defaults.items() if k in shared} == shared
-    assert set(defaults) <= set(takes.parameters)
-    assert registered.weighted == takes.weighted
-    assert registered.min_sources == takes.min_sources
-    assert registered.max_sources == takes.max_sources
 
 
 def test_every_formula_names_its_source() -> None:

@@ -385,7 +385,7 @@ ONE = np.ones(4, np.float32)
 @pytest.mark.parametrize(
     ("method", "n_sources", "with_base", "options", "message"),
     [
-        ("lineer", 1, False, {}, "lineer.*linear, slerp"),
+        ("lineer", 1, False, {}, "lineer.*linear, task_arithmetic"),
         ("linear", 0, False, {}, "1 to 16 sources"),
         ("linear", 17, False, {}, "1 to 16 sources"),
         ("linear", 1, False, {"density": 0.5}, "linear has no parameter 'density'"),

@@ -89,8 +89,7 @@ def check(
     out_dtype = DTYPES[seed % 3]
     sources, base_t = sample(rng, n_sources, shape, types)
     base_used = base_t if with_base else None
-    takes = reference.METHODS[method]
-    weights = rng.uniform(0.2, 1.0, n_sources).tolist() if takes.weighted else None
+    weights = rng.uniform(0.2, 1.0, n_sources).tolist() if METHODS[method].weighted else None
     x, base = [values(s) for s in sources], values(base_t) if with_base else None
     raw = run(
         method, sources, base_used, out_dtype=out_dtype, weights=weights or (),
@@ -116,7 +115,8 @@ def check(
 
 
 def _rescales(method: str, parameters: dict[str, Any]) -> bool:
-    return bool(parameters.get("rescale", reference.METHODS[method].parameters.get("rescale")))
+    declared = METHODS[method].by_name.get("rescale")
+    return declared is not None and bool(parameters.get("rescale", declared.default))
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)

@@ -33,23 +33,23 @@ def built(entry: Layer, models: dict[str, np.ndarray]) -> np.ndarray:
     """What the engine makes of an entry: float32."""
     if isinstance(entry, Take):
         return models[entry.model].ravel()
-    method, arguments = entry.method, dict(entry.parameters)
+    method = METHODS[entry.method]
     weights = [weight for _, weight in entry.weights]
-    if method == "regmean":
+    if method.is_linear_solve:
         grams = [gram(models[name]) for name in entry.models]
         sources = [torch.tensor(models[name]) for name in entry.models]
         return regmean(sources, grams, weights, entry.number(RATIO)).flatten().numpy()
-    if method == "average":  # always canonical when it is built
-        method, arguments = "linear", {"normalize": 1.0}
+    if method.engine is None:  # always canonical when it is built
+        return built(canonical_layer(entry, "base", MODELS), models)
     out = run(
-        method,
+        method.name,
         [tensor(models[name], "F32") for name in entry.models],
         tensor(models["base"], "F32") if entry.takes_base else None,
         statistics=[tensor(models[name] ** 2, "F32") for name in entry.models]
-        if METHODS[method].is_calibrated
+        if method.is_calibrated
         else (),
         weights=weights,
-        parameters=arguments,
+        parameters=dict(entry.parameters),
         key=7,
         threads=1,
     )

@@ -10,12 +10,16 @@ matter, R and C are their numbers; a row runs along the last dimension.
 Not a number is not looked for: it passes through.
 
 `merge` takes any method by its name; beside it each formula is a function with its equation and its
-paper.
+paper, which registers itself under the names of its methods. Every file of this folder is imported.
 """
+
+import importlib
+import pkgutil
 
 from .averages import TINY, Array, average, linear
 from .calibrated import fisher, regmean
-from .entry import METHODS, merge
+from .entry import merge
+from .formulas import FORMULAS
 from .selections import arcee_fusion, nearswap, ram, sce
 from .sparsifiers import (
     cut_outliers,
@@ -31,7 +35,7 @@ from .task_vectors import breadcrumbs, dare, della, task_arithmetic, ties
 from .widening import widen
 
 __all__ = [
-    "METHODS",
+    "FORMULAS",
     "PARALLEL",
     "TINY",
     "Array",
@@ -64,3 +68,6 @@ __all__ = [
     "trim",
     "widen",
 ]
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .formulas import computes
+
 Array = npt.NDArray[Any]
 
 TINY = 1e-8
@@ -30,6 +32,7 @@ def sum_of(w_S: Array) -> Any:
     return total
 
 
+@computes("linear")
 def linear(
     x_SN: Array, w_S: Sequence[float], *, normalize: bool = True, dtype: Any = np.float64
 ) -> Array:
@@ -56,6 +59,7 @@ def linear(
     return mean_N
 
 
+@computes("average")
 def average(x_SN: Array, *, dtype: Any = np.float64) -> Array:
     """Average models with equal weights: y = Σᵢ xᵢ / S.
 

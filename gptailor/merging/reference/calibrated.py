@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from .averages import Array
+from .formulas import computes
 
 
+@computes("fisher")
 def fisher(
     x_SN: Array,
     fisher_SN: Array,
@@ -50,6 +52,7 @@ def fisher(
     return y_N
 
 
+@computes("regmean")
 def regmean(
     x_SOI: Array,
     gram_SII: Array,

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from .averages import Array
+from .formulas import computes
 
 SCE_FLAT = 1e-6
 """Below this sum of mean squares, sce gives all sources the same weight."""
@@ -21,6 +22,7 @@ ARCEE_FLOOR = 1e-8
 """What arcee_fusion adds to each probability."""
 
 
+@computes("sce")
 def sce(x_SN: Array, base_N: Array, *, select_topk: float = 1.0, dtype: Any = np.float64) -> Array:
     """Select, calculate, erase: Wan et al. 2024, FuseChat, arXiv 2408.07990.
 
@@ -72,6 +74,7 @@ def _most_varied(delta_SN: Array, select_topk: float) -> Array:
     return mask_N
 
 
+@computes("ram")
 def ram(x_SN: Array, base_N: Array, *, epsilon: float = 1e-5, dtype: Any = np.float64) -> Array:
     """Average the differences of those that differ: Reinforced Agent Merging, arXiv 2601.13572.
 
@@ -94,6 +97,7 @@ def ram(x_SN: Array, base_N: Array, *, epsilon: float = 1e-5, dtype: Any = np.fl
     return y_N
 
 
+@computes("nearswap")
 def nearswap(x_SN: Array, base_N: Array, *, t: float, dtype: Any = np.float64) -> Array:
     """Take the source where it is near the base: alchemonaut 2024, QuartetAnemoi-70B-t0.0001.
 
@@ -133,6 +137,7 @@ def arcee_threshold(score_N: Array) -> np.float32:
     return np.float32(median + np.float32(1.5) * (q3 - q1))
 
 
+@computes("arcee_fusion")
 def arcee_fusion(x_SN: Array, base_N: Array, *, dtype: Any = np.float64) -> Array:
     """Take over what stands out: mergekit's Arcee Fusion.
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from .averages import TINY, Array, weighted_sum
+from .formulas import computes
 
 PARALLEL = 0.9995
 """From this |cosine| on, slerp interpolates linearly."""
@@ -53,6 +54,7 @@ def slerp_weights(x0_N: Array, x1_N: Array, t: float) -> tuple[float, float]:
     )
 
 
+@computes("slerp")
 def slerp(x_SN: Array, *, t: float, dtype: Any = np.float64) -> Array:
     """Interpolate along a great circle: Shoemake 1985, Animating Rotation with Quaternion Curves.
 
@@ -69,6 +71,7 @@ def slerp(x_SN: Array, *, t: float, dtype: Any = np.float64) -> Array:
     return weighted_sum(np.stack([x0_N, x1_N]), w)
 
 
+@computes("nuslerp", flatten="nuslerp_flatten", row_wise="nuslerp_row_wise")
 def nuslerp(
     x_SN: Array,
     w_S: Sequence[float],
@@ -109,6 +112,7 @@ def nuslerp(
     return y_N
 
 
+@computes("multislerp")
 def multislerp(
     x_SN: Array,
     w_S: Sequence[float],
@@ -165,6 +169,7 @@ def multislerp(
     return y_N
 
 
+@computes("karcher")
 def karcher(
     x_SN: Array, *, max_iter: int = 10, tol: float = 1e-5, dtype: Any = np.float64
 ) -> Array:
@@ -208,6 +213,8 @@ def karcher(
     return y_N
 
 
+@computes("model_stock")
+@computes("stock")
 def model_stock(
     x_SN: Array, base_N: Array, *, filter_wise: bool = False, dtype: Any = np.float64
 ) -> Array:

@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 
 from .averages import TINY, Array, sum_of, weighted_sum
+from .formulas import computes
 from .sparsifiers import cut_outliers, drop, drop_by_magnitude, rescaled, trim
 
 Sparsifier = Callable[[Array, int], Array]
 """Takes a difference and its source's index."""
+
+_SPARSE = {"lam": "lambda", "densities": "density"}
 
 
 def _add(
@@ -75,6 +78,7 @@ def _each(values: Sequence[float] | None, default: float, n_sources: int) -> Seq
     return [default] * n_sources if values is None else values
 
 
+@computes("task_arithmetic", lam="lambda")
 def task_arithmetic(
     x_SN: Array,
     base_N: Array,
@@ -100,6 +104,7 @@ def task_arithmetic(
     return _add(np.asarray(x_SN, dtype) - base, base, w, lam=lam, normalize=normalize, dtype=dtype)
 
 
+@computes("ties", **_SPARSE)
 def ties(
     x_SN: Array,
     base_N: Array,
@@ -133,6 +138,8 @@ def ties(
     )  # fmt: skip
 
 
+@computes("dare_linear", **_SPARSE, elect=False)
+@computes("dare_ties", **_SPARSE, elect=True)
 def dare(
     x_SN: Array,
     base_N: Array,
@@ -172,6 +179,8 @@ def dare(
     )  # fmt: skip
 
 
+@computes("della_linear", **_SPARSE, epsilons="epsilon", elect=False)
+@computes("della", **_SPARSE, epsilons="epsilon", elect=True)
 def della(
     x_SN: Array,
     base_N: Array,
@@ -218,6 +227,8 @@ def della(
     )  # fmt: skip
 
 
+@computes("breadcrumbs", **_SPARSE, gammas="gamma", elect=False)
+@computes("breadcrumbs_ties", **_SPARSE, gammas="gamma", elect=True)
 def breadcrumbs(
     x_SN: Array,
     base_N: Array,

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from .averages import Array
+from .formulas import computes
 
 
 def importance(
@@ -44,6 +45,7 @@ def rank_shares(change_SC: Array) -> Array:
     return share_SC
 
 
+@computes("widen")
 def widen(
     x_SN: Array,
     base_N: Array,
