@@ -207,7 +207,7 @@ class Bench:
             family, device=str(self.device), cache_bytes=0, candidate_bytes=1 << 62, backend=backend
         )
         names = list(models)
-        weights: DeviceWeights = resident.homes[0].weights
+        weights: DeviceWeights = resident.pools[0].weights
         weights.get([GroupKey(name, src) for name in names for src in range(layers)])
 
         def recipe(entries: Sequence[Any]) -> Recipe:

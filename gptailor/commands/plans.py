@@ -75,6 +75,13 @@ def _plan_lines(plan: Plan) -> list[str]:
 def _memory_lines(plan: Plan) -> list[str]:
     if plan.why_not:
         return [f"worker      {plan.why_not}"]
+    if plan.gpus is None and plan.cpu_candidates is not None:
+        return [
+            "worker      on the CPU (for a GPU: --gpu-gib); as evaluation.candidates_gib says, "
+            f"each reads candidates into {size(plan.cpu_candidates)};",
+            f"            each may keep {size(plan.cpu_cache)} of merged layers",
+            _stay_line(plan.cpu_stay),
+        ]
     if plan.gpus is None:
         lines = [
             "worker      on the CPU (for a GPU: --gpu-gib); candidates are mapped, in memory once "
@@ -84,7 +91,7 @@ def _memory_lines(plan: Plan) -> list[str]:
         if plan.footprint.is_cast:
             lines.append(
                 f"            and {size(plan.cpu_copies)} of copies of the candidates in "
-                f"{plan.dtype}, at least {size(plan.footprint.held)}"
+                f"{plan.dtype}, at least {size(plan.footprint.blocks.held)}"
             )
         return lines
     gpus = plan.gpus
@@ -93,13 +100,19 @@ def _memory_lines(plan: Plan) -> list[str]:
     if len(gpus.parts) > 1:
         lines.append(f"            the model is spread over {len(gpus.parts)} GPUs:")
         for part in gpus.parts:
-            layers = f"layers {part.first_layer} to {part.end_layer - 1}"
-            ends = ", embeddings, final norm, head" if part.gpu == 0 else ""
-            lines.append(f"            GPU {part.gpu}: {layers}{ends}, {size(part.n_bytes)}")
-    stay = "all candidates stay there"
-    if not gpus.all_stay:
-        stay = "the layers that are used most stay there, others are read again when needed"
-    return [*lines, f"            {stay}"]
+            holds = []
+            if part.first_layer < part.end_layer:
+                holds.append(f"layers {part.first_layer} to {part.end_layer - 1}")
+            if part.gpu == 0:
+                holds.append("embeddings, final norm, head")
+            lines.append(f"            GPU {part.gpu}: {', '.join(holds)}, {size(part.n_bytes)}")
+    return [*lines, _stay_line(gpus.all_stay)]
+
+
+def _stay_line(all_stay: bool) -> str:
+    if all_stay:
+        return "            all candidates stay there"
+    return "            the layers that are used most stay there, others are read again when needed"
 
 
 def _prefetch(arguments: argparse.Namespace) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from gptailor import _C
-from gptailor.evaluation.device_weights import ALIGNMENT, TORCH_DTYPES
+from gptailor.evaluation.device_weights import TORCH_DTYPES
+from gptailor.evaluation.footprint import padded
 from gptailor.merging.engine_table import check_engine
 from gptailor.merging.registry import get_method
 from gptailor.models.checkpoint import FLOAT_DTYPES
@@ -42,7 +43,7 @@ def merge_on_gpu(
     offsets, size = [], 0
     for tensor in tensors:
         offsets.append(size)
-        size += -(-tensor.n_bytes // ALIGNMENT) * ALIGNMENT
+        size += padded(tensor.n_bytes)
     block = torch.empty(size, dtype=torch.uint8, device=device)
     flags = torch.zeros((len(tensors), 2), dtype=torch.int32, device=device)
     check_engine()

@@ -1,7 +1,7 @@
 """The candidates' tensors on the device: mapped, or loaded once and kept within a budget.
 
 The unit is a group: the tensors of one source layer of one candidate, its embeddings, or its head.
-When the candidates do not all fit, the groups that are used most stay (`hot_set`), and the others
+When the candidates do not all fit, the groups that are used most stay (`lfu_cache`), and the others
 are read again each time they are needed. Groups of mapped files take no memory; their copies in
 another type do, and are cast again where not all of them fit.
 """
@@ -17,14 +17,12 @@ import torch.utils.dlpack
 from gptailor import _C
 from gptailor.errors import ModelError, ResourceError
 from gptailor.evaluation.casting import cast
-from gptailor.evaluation.footprint import weights_budget
+from gptailor.evaluation.footprint import padded
 from gptailor.evaluation.lfu_cache import LFUCache
+from gptailor.evaluation.memory_policy import too_small
 from gptailor.models.architecture import Role
 from gptailor.models.checkpoint import FLOAT_DTYPES, TensorInfo, read_error
 from gptailor.models.family import Family
-
-ALIGNMENT = 256
-"""Where tensors begin within a block: whole tensors lie side by side, as they do in the file."""
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
@@ -121,11 +119,12 @@ class LoadingBackend:
             raise ResourceError(f"The weights can't be loaded to {device}: {error}.") from error
 
     def load(self, family: Family, model: str, infos: Sequence[TensorInfo]) -> list[torch.Tensor]:
-        """Copies in one block; on a GPU they are there in the order of the current stream."""
+        """Copies in one block, whole tensors side by side as in the file; on a GPU they are there
+        in the order of the current stream."""
         offsets, size = [], 0
         for info in infos:
             offsets.append(size)
-            size += _padded(info.n_bytes)
+            size += padded(info.n_bytes)
         block = torch.empty(size, dtype=torch.uint8, device=self.device)
         parts = [block[at : at + info.n_bytes] for at, info in zip(offsets, infos, strict=True)]
         stream = 0
@@ -156,9 +155,9 @@ class DeviceWeights:
         backend: how their tensors get there.
         budget_bytes: what all groups on the device may have together, those that are only read for
             a merge included, views on mapped files excluded; None: no limit.
+        merge_bytes: part of it that no group keeps, for those that are only read for a merge.
         on_evict: called with a group that goes, before its memory is needed; what still points
             into it must let go.
-        places: those whose groups may be asked for; default: all.
         kept: type of the forward pass → names of tensors that stay float32 in it.
     """
 
@@ -167,8 +166,8 @@ class DeviceWeights:
         family: Family,
         backend: Backend,
         budget_bytes: int | None = None,
+        merge_bytes: int = 0,
         on_evict: Callable[[Group], None] = lambda group: None,
-        places: Collection[Place] | None = None,
         kept: Callable[[torch.dtype], Collection[str]] = lambda dtype: (),
     ) -> None:
         self.family = family
@@ -183,20 +182,8 @@ class DeviceWeights:
         self._names["embeddings"] = list(architecture.embeddings)
         self._names["head"] = list(architecture.head)
         self._held: frozenset[GroupKey] = frozenset()
-        places = self._names if places is None else places
-        keys = [GroupKey(m, place) for m in family.candidates for place in places]
-        total = sum(self._cost(key) for key in keys)
         self.budget_bytes = 1 << 62 if budget_bytes is None else budget_bytes
-        self.streams = total > self.budget_bytes
-        """The candidates do not all fit as they are in their files."""
-        # Room for what is read for one merge and goes again.
-        self._reserve = 0
-        if self.streams:
-            layers = [place for place in places if isinstance(place, int)]
-            self._reserve = max(
-                sum(self.n_bytes(GroupKey(m, src)) for m in family.candidates) for src in layers
-            )
-        self._hot: LFUCache[GroupKey] = LFUCache(self.budget_bytes - self._reserve)
+        self.cache: LFUCache[GroupKey] = LFUCache(self.budget_bytes - merge_bytes)
         self._keys: dict[tuple[str, Place, tuple[torch.dtype, ...]], GroupKey] = {}
 
     def _cost(self, key: GroupKey) -> int:
@@ -212,7 +199,7 @@ class DeviceWeights:
 
     def _size(self, key: GroupKey, info: TensorInfo) -> int:
         types = self._types(key, info)
-        return _padded(info.n_elements * types[-1].itemsize if types else info.n_bytes)
+        return padded(info.n_elements * types[-1].itemsize if types else info.n_bytes)
 
     def _types(self, key: GroupKey, info: TensorInfo) -> list[torch.dtype]:
         """The types that a tensor goes through, one for each of the group's casts."""
@@ -240,17 +227,17 @@ class DeviceWeights:
     def hold(self, keys: Iterable[GroupKey]) -> None:
         """Begins the next recipe: these groups stay until the one after it."""
         self._held = frozenset(keys)
-        self._hot.tick()
+        self.cache.tick()
 
     def get(self, keys: Collection[GroupKey]) -> dict[GroupKey, Group]:
-        """Groups on the device. Those that are neither held nor hot go when the caller lets go.
+        """Groups on the device. Those that are neither held nor kept go when the caller lets go.
 
         Raises:
             ModelError: a file can't be read.
             ResourceError: the budget, or the device's memory, is too small.
         """
         for key in keys:
-            self._hot.use(key)
+            self.cache.use(key)
         missing = [key for key in dict.fromkeys(keys) if key not in self._groups]
         protected = self._held.union(keys)
         passing = 0
@@ -259,20 +246,20 @@ class DeviceWeights:
             size, must = self._cost(key), key in self._held
             if size == 0:
                 continue
-            gone = self._hot.admit(key, size, held=protected, must=must)
+            gone = self.cache.admit(key, size, held=protected, must=must)
             if gone is None and must:
-                raise self._too_small()
+                raise too_small(self.budget_bytes, self.backend.device)
             if gone is None:
                 passing += size
             else:
                 kept.append(key)
                 self._evict(gone)
-        if self._hot.n_bytes + passing > self.budget_bytes:
-            gone = self._hot.shrink(self.budget_bytes - passing, protected)
+        if self.cache.n_bytes + passing > self.budget_bytes:
+            gone = self.cache.shrink(self.budget_bytes - passing, protected)
             if gone is None:
                 for key in kept:
-                    self._hot.remove(key)
-                raise self._too_small()
+                    self.cache.remove(key)
+                raise too_small(self.budget_bytes, self.backend.device)
             self._evict(gone)
         found = {key: self._groups[key] for key in keys if key in self._groups}
         for number, key in enumerate(missing):
@@ -280,9 +267,9 @@ class DeviceWeights:
                 found[key] = self._load(key)
             except BaseException:
                 for never in set(missing[number:]) & set(kept):
-                    self._hot.remove(never)
+                    self.cache.remove(never)
                 raise
-            if key in self._hot or self._cost(key) == 0:
+            if key in self.cache or self._cost(key) == 0:
                 self._groups[key] = found[key]
         return found
 
@@ -315,26 +302,3 @@ class DeviceWeights:
     def _evict(self, keys: Iterable[GroupKey]) -> None:
         for key in keys:
             self._on_evict(self._groups.pop(key))
-
-    def _too_small(self) -> ResourceError:
-        return ResourceError(
-            f"One recipe's layers need more than the {self.budget_bytes / 2**30:.1f} GiB that the "
-            f"candidates may have on {self.backend.device}: raise evaluation.candidates_gib or "
-            "use fewer workers for each device."
-        )
-
-
-def default_budget(device: torch.device, kept_bytes: int, workers: int) -> int:
-    """What candidates may have on a GPU: this worker's share of what is free, less headroom.
-
-    Args:
-        device: a CUDA device.
-        kept_bytes: what merged layers may take beside them.
-        workers: how many share the device.
-    """
-    free, total = torch.cuda.mem_get_info(device)
-    return weights_budget(free, total, kept_bytes, workers)
-
-
-def _padded(n_bytes: int) -> int:
-    return -(-n_bytes // ALIGNMENT) * ALIGNMENT

@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 from gptailor.config import EvaluationConfig
 from gptailor.errors import GptailorError, ModelError, ResourceError, TaskError
+from gptailor.evaluation.devices import is_out_of_memory
 from gptailor.evaluation.lm import ResidentLM
 from gptailor.evaluation.loading import load_tokenizer
 from gptailor.evaluation.outcome import Cost, Documents, Outcome, Score
-from gptailor.evaluation.resident import ResidentModel, is_out_of_memory
+from gptailor.evaluation.resident import ResidentModel
 from gptailor.evaluation.similarity import Similarity, measure
 from gptailor.evaluation.workload import open_workloads
 from gptailor.models.family import Family

@@ -20,12 +20,9 @@ from pathlib import Path
 
 from gptailor.errors import plain
 from gptailor.evaluation.memory import available_bytes
+from gptailor.evaluation.memory_policy import ROOM
 
 PRECISE = "float32"
-
-ROOM = 0.6
-"""Part of a machine's free memory that copies of candidates in another type may take: beside them
-are merged layers, activations, and the candidates' own files in the page cache."""
 
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 """As Linux calls them: of x86 (Cooper Lake, Sapphire Rapids, Zen 4), and of Arm (Neoverse V1)."""

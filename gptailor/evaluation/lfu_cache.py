@@ -1,4 +1,4 @@
-"""Which groups of bytes stay within a budget: those used most, where older uses count less.
+"""A least-frequently-used cache whose counts decay: which groups of bytes stay within a budget.
 
 A search asks for nearly the same layers in every recipe. If the least recently used one had to go,
 a set that is a little too large would lose every layer just before it is asked for again.
@@ -30,7 +30,7 @@ class LFUCache(Generic[K]):
         self.budget_bytes = budget_bytes
         self.n_bytes = 0
         self._sizes: dict[K, int] = {}
-        self._heat: dict[K, float] = {}  # log2 of the sum of 2^(time of use / half-life)
+        self._counts: dict[K, float] = {}  # log2 of the sum of 2^(time of use / half-life)
         self._now = 0
 
     def __contains__(self, key: K) -> bool:
@@ -45,28 +45,28 @@ class LFUCache(Generic[K]):
 
     def use(self, key: K) -> None:
         """Counts a use of a key, kept or not."""
-        now, heat = self._now / HALF_LIFE, self._heat.get(key, -math.inf)
-        high, low = max(now, heat), min(now, heat)
-        self._heat[key] = high + math.log2(1.0 + 2.0 ** (low - high))
+        now, count = self._now / HALF_LIFE, self._counts.get(key, -math.inf)
+        high, low = max(now, count), min(now, count)
+        self._counts[key] = high + math.log2(1.0 + 2.0 ** (low - high))
 
     def admit(
         self, key: K, n_bytes: int, *, held: Collection[K] = (), must: bool = False
     ) -> list[K] | None:
-        """Keeps a key if there is room, or if colder ones can make room.
+        """Keeps a key if there is room, or if keys that are used less can make room.
 
         Args:
             key: not kept yet, used at least once.
             n_bytes: its size.
             held: keys that may not go.
-            must: hotter ones may go, too.
+            must: keys that are used more may go, too.
 
         Returns:
-            The keys that had to go, the coldest first; None if `key` does not get in, and then
+            The keys that had to go, the least used first; None if `key` does not get in, and then
             nothing has changed.
         """
         assert key not in self._sizes
-        heat = math.inf if must else self._heat[key]
-        going = self._coldest(self.n_bytes + n_bytes - self.budget_bytes, held, heat)
+        count = math.inf if must else self._counts[key]
+        going = self._least_used(self.n_bytes + n_bytes - self.budget_bytes, held, count)
         if going is None:
             return None
         for old in going:
@@ -76,12 +76,12 @@ class LFUCache(Generic[K]):
         return going
 
     def shrink(self, n_bytes: int, held: Collection[K] = ()) -> list[K] | None:
-        """Lets the coldest keys go until at most `n_bytes` are kept.
+        """Lets the least used keys go until at most `n_bytes` are kept.
 
         Returns:
             The keys that went; None if that is impossible, and then nothing has changed.
         """
-        going = self._coldest(self.n_bytes - n_bytes, held, math.inf)
+        going = self._least_used(self.n_bytes - n_bytes, held, math.inf)
         for old in going or ():
             self.remove(old)
         return going
@@ -90,15 +90,15 @@ class LFUCache(Generic[K]):
         """Forgets that a key is kept; its uses still count."""
         self.n_bytes -= self._sizes.pop(key)
 
-    def _coldest(self, n_bytes: int, held: Collection[K], below: float) -> list[K] | None:
-        """The coldest keys that have `n_bytes` together, all of them colder than `below`."""
+    def _least_used(self, n_bytes: int, held: Collection[K], below: float) -> list[K] | None:
+        """The least used keys that have `n_bytes` together, all with a count below `below`."""
         going: list[K] = []
         if n_bytes <= 0:
             return going
-        for key in sorted(self._sizes, key=self._heat.__getitem__):  # stable: the older one first
+        for key in sorted(self._sizes, key=self._counts.__getitem__):  # stable: the older one first
             if key in held:
                 continue
-            if self._heat[key] >= below:
+            if self._counts[key] >= below:
                 return None
             going.append(key)
             n_bytes -= self._sizes[key]

@@ -1,12 +1,51 @@
-"""How much memory a node's programs may have, and still take: of the machine, or of a group."""
+"""How much memory a device has, and what of it can still be taken: a GPU's, or a node's.
+
+On a node the smallest limit of this process's control groups counts, too.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 _UNLIMITED = 1 << 60
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Memory of one device, in bytes.
+
+    Attributes:
+        free_bytes: what nobody has taken.
+        total_bytes: all of it.
+    """
+
+    free_bytes: int
+    total_bytes: int
+
+
+def device_memory(device: torch.device) -> DeviceMemory:
+    """Memory of a GPU, or of this node.
+
+    Side effect: a process that asks a GPU for the first time takes some hundred MB of it.
+    """
+    if device.type != "cuda":
+        return host_memory()
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return DeviceMemory(free, int(torch.cuda.get_device_properties(device).total_memory))
+
+
+def host_memory() -> DeviceMemory:
+    """Memory of this node, as far as this process may use it."""
+    return DeviceMemory(available_bytes(), total_bytes())
 
 
 def available_bytes() -> int:

@@ -147,7 +147,7 @@ def _checked_family(config: Config, problems: list[str]) -> Family | None:
 
 def _note_device(config: Config, note: Callable[[str], None]) -> None:
     """Tells that there is no such GPU here; where the search will run there may be one."""
-    from gptailor.evaluation.resident import pick_device
+    from gptailor.evaluation.devices import pick_device
 
     try:
         pick_device(config.evaluation.device)

@@ -20,9 +20,10 @@ from gptailor.patience import Say, slowly
 if TYPE_CHECKING:
     from gptailor.config import Config
     from gptailor.evaluation.dry_run import WorkloadSize
-    from gptailor.evaluation.footprint import Footprint, GpuPlan
+    from gptailor.evaluation.footprint import Footprint
     from gptailor.search.probe import Probe
     from gptailor.search.space import SearchSpace
+    from gptailor.verbs.worker_memory import GpuPlan
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 """What keeps the libraries of a job from asking the network."""
@@ -135,8 +136,11 @@ class Plan:
         gpus: how a worker's GPUs are used; None: it evaluates on the CPU.
         why_not: the sentence that says why that is impossible, or empty.
         cpu_cache: what merged layers may keep of a worker's memory on the CPU, in bytes.
-        cpu_copies: what copies of the candidates in another type may keep of it, in bytes; 0 where
-            files and evaluations have the same type.
+        cpu_copies: what copies of mapped candidates in another type may keep of it, in bytes; 0
+            where files, recipes and evaluations have the same type.
+        cpu_candidates: what candidates may have of it where `evaluation.candidates_gib` says so and
+            they are read, in bytes; None where they are mapped.
+        cpu_stay: all candidates, or all copies, stay there.
         device: where the probes were measured.
         probes: the measured evaluations; empty without.
         workers: that the following figures are for.
@@ -156,6 +160,8 @@ class Plan:
     why_not: str
     cpu_cache: int
     cpu_copies: int
+    cpu_candidates: int | None
+    cpu_stay: bool
     device: str
     probes: list[Probe]
     workers: int
@@ -193,11 +199,11 @@ def plan(
     from gptailor.config import read_config
     from gptailor.evaluation.dry_run import DryRun
     from gptailor.evaluation.family import find_calibration
-    from gptailor.evaluation.footprint import find_footprint, held_bytes, plan_gpus
+    from gptailor.evaluation.footprint import find_footprint, held_bytes
     from gptailor.evaluation.forward_dtype import Ability, choose, find_ability
-    from gptailor.evaluation.memory import available_bytes, total_bytes
     from gptailor.models.ends import announcements
     from gptailor.search.space import SearchSpace
+    from gptailor.verbs.worker_memory import find_worker_memory
 
     parsed = read_config(config, overrides)
     family = open_family(parsed.models, parsed.base)
@@ -217,16 +223,17 @@ def plan(
     footprint = find_footprint(
         family,
         choice.dtype,
+        recipes=parsed.space.dtype,
         batch_tokens=max(size.batch_tokens for size in sizes.values()),
         logits=max(size.logits for size in sizes.values()),
     )
-    gpu_bytes = _gpu_bytes(parsed.evaluation.device, gpu_gib)
-    gpus, why_not = None, ""
-    if gpu_bytes is not None:
-        try:
-            gpus = plan_gpus(footprint, gpu_bytes, gpus_per_worker)
-        except ResourceError as error:
-            why_not = str(error)
+    memory = find_worker_memory(
+        footprint.blocks,
+        parsed.evaluation,
+        workers=workers,
+        gpus_per_worker=gpus_per_worker,
+        gpu_gib=gpu_gib,
+    )
     device = ""
     probes: list[Probe] = []
     if probe:
@@ -244,10 +251,12 @@ def plan(
         why_dtype=choice.sentence,
         footprint=footprint,
         node_bytes=sum(p.stat().st_size for p in family_files(family)),
-        gpus=gpus,
-        why_not=why_not,
-        cpu_cache=footprint.merged_cache(total_bytes(), workers),
-        cpu_copies=footprint.cast_room(available_bytes(), workers),
+        gpus=memory.gpus,
+        why_not=memory.why_not,
+        cpu_cache=memory.cpu_cache,
+        cpu_copies=memory.cpu_copies,
+        cpu_candidates=memory.cpu_candidates,
+        cpu_stay=memory.cpu_stay,
         device=device,
         probes=probes,
         workers=workers,
@@ -260,19 +269,6 @@ def plan(
 def family_files(family: Family) -> list[Path]:
     """The weight files of all candidates."""
     return [path for c in family.candidates.values() for path in c.checkpoint.files]
-
-
-def _gpu_bytes(device: str, gpu_gib: float | None) -> int | None:
-    """Memory of a worker's GPU; None if it will have none."""
-    if gpu_gib is not None:
-        return int(gpu_gib * 2**30)
-    if device == "cpu":
-        return None
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    return int(torch.cuda.get_device_properties(0).total_memory)
 
 
 def _check_room(footprint: Footprint, device: str) -> None:

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 from gptailor.config import EvaluationConfig
 from gptailor.errors import ResourceError
-from gptailor.evaluation.device_pool import MovesInputs, move_inputs
 from gptailor.evaluation.evaluator import Evaluator
+from gptailor.evaluation.input_hooks import MovesInputs, move_inputs
 from gptailor.evaluation.resident import ResidentModel
 from gptailor.models.family import Family
 from gptailor.recipe import Merge, Recipe, Take
@@ -147,13 +147,13 @@ def test_no_operation_meets_tensors_of_two_devices(kind: str) -> None:
     assert torch.equal(logits, expected)
 
 
-# Homes on the CPU
+# Pools on the CPU
 
 
 def sizes(models: dict[str, str]) -> tuple[int, int]:
     """Bytes of a layer and of all candidates, as weights on a device have them."""
     resident = ResidentModel(Family(models, "base"), device="cpu", candidate_bytes=1 << 40)
-    weights = resident.homes[0].weights
+    weights = resident.pools[0].weights
     one = max(weights.n_bytes(weights.key("base", src, ())) for src in range(6))
     return one, sum(
         weights.n_bytes(weights.key(model, src, ()))
@@ -163,20 +163,20 @@ def sizes(models: dict[str, str]) -> tuple[int, int]:
 
 
 def spread(models: dict[str, str], **options: Any) -> ResidentModel:
-    """Two homes, neither of which has room for a model and what is read for a merge."""
+    """Two pools, neither of which has room for a model and what is read for a merge."""
     layer, _ = sizes(models)
     options = {"candidate_bytes": 4 * layer + 5 * layer, **options}
     return ResidentModel(Family(models, "base"), device="cpu", spread_over=[CPU, CPU], **options)
 
 
-def test_layers_have_homes_only_where_a_model_does_not_fit(models: dict[str, str]) -> None:
+def test_a_model_is_spread_only_where_it_does_not_fit(models: dict[str, str]) -> None:
     family = Family(models, "base")
     layer, total = sizes(models)
-    for room, homes in ((total, 1), (6 * layer + 20_000 + 4 * layer, 1), (9 * layer, 2)):
+    for room, pools in ((total, 1), (6 * layer + 20_000 + 4 * layer, 1), (9 * layer, 2)):
         resident = ResidentModel(family, device="cpu", candidate_bytes=room, spread_over=[CPU, CPU])
-        assert len(resident.homes) == homes, room
-    assert resident._home_of == (0, 0, 0, 1, 1, 1)
-    assert len(ResidentModel(family, device="cpu", spread_over=[CPU, CPU]).homes) == 1  # mapped
+        assert len(resident.pools) == pools, room
+    assert resident._pool_of == (0, 0, 0, 1, 1, 1)
+    assert len(ResidentModel(family, device="cpu", spread_over=[CPU, CPU]).pools) == 1  # mapped
     with pytest.raises(ResourceError, match=r"the worker's 2 GPUs have .* give each worker more"):
         ResidentModel(family, device="cpu", candidate_bytes=6 * layer, spread_over=[CPU, CPU])
 
@@ -192,16 +192,16 @@ def test_a_spread_model_is_the_same_model(models: dict[str, str]) -> None:
             expected = plain.assemble(chosen)(input_ids=ids).logits
             found = resident.assemble(chosen)(input_ids=ids).logits
         assert torch.equal(expected, found), number
-    for home in resident.homes:
-        groups = list(home.weights._hot)
+    for pool in resident.pools:
+        groups = list(pool.weights.cache)
         assert groups
         for group in groups:
-            assert resident._home(group.place) is home
-        assert home.weights._hot.n_bytes <= home.weights.budget_bytes
-        assert 0 < home.merged_bytes <= 60_000
+            assert resident._pool(group.place) is pool
+        assert pool.weights.cache.n_bytes <= pool.weights.budget_bytes
+        assert 0 < pool.merged.n_bytes <= 60_000
 
 
-def test_an_assembled_model_moves_what_goes_from_home_to_home(models: dict[str, str]) -> None:
+def test_an_assembled_model_moves_what_goes_from_device_to_device(models: dict[str, str]) -> None:
     """Also where one source layer stands thrice, so that its module was copied."""
     resident = spread(models)
     weights = (("red", 0.5), ("blue", 0.5))
@@ -250,6 +250,6 @@ def test_a_search_s_evaluation_is_the_same(
 
     monkeypatch.setattr(ResidentModel, "__init__", spread_init)
     evaluator = Evaluator(family, config)
-    assert len(evaluator.resident.homes) == 2
+    assert len(evaluator.resident.pools) == 2
     assert evaluator.evaluate(recipe).scores == expected.scores
     assert evaluator.similarity("red", "bfloat16") == similar

@@ -135,7 +135,7 @@ def test_recipes_are_those_of_mapped_files(
         loaded.check_pointers(chosen)
 
 
-def test_the_budget_holds_and_hot_layers_stay(models: dict[str, str]) -> None:
+def test_the_budget_holds_and_layers_in_use_stay(models: dict[str, str]) -> None:
     family = Family(models, "base")
     everything = DeviceWeights(family, CountedBackend())
     layer = everything.n_bytes(GroupKey("base", 0))
@@ -144,14 +144,15 @@ def test_the_budget_holds_and_hot_layers_stay(models: dict[str, str]) -> None:
     budget = outside + (6 + n_models) * layer  # six layers stay, and one merge passes through
     backend = CountedBackend()
     evicted: list[int] = []
-    weights = DeviceWeights(family, backend, budget, lambda group: evicted.append(id(group)))
-    assert weights.streams
+    weights = DeviceWeights(
+        family, backend, budget, n_models * layer, on_evict=lambda group: evicted.append(id(group))
+    )
     rng = random.Random(0)
     for _ in range(40):
-        hot = [GroupKey("red", src) for src in range(4)]
-        cold = GroupKey(rng.choice(list(models)), rng.randrange(4, 6))
-        weights.hold([*hot, cold, GroupKey("base", "embeddings")])
-        weights.get([*hot, cold, GroupKey("base", "embeddings")])
+        often = [GroupKey("red", src) for src in range(4)]
+        rarely = GroupKey(rng.choice(list(models)), rng.randrange(4, 6))
+        weights.hold([*often, rarely, GroupKey("base", "embeddings")])
+        weights.get([*often, rarely, GroupKey("base", "embeddings")])
         src = rng.randrange(6)
         borrowed = weights.get([GroupKey(name, src) for name in models])
         assert len(borrowed) == n_models
@@ -170,9 +171,9 @@ def test_copies_of_mapped_files_have_a_limit(
     """bfloat16 candidates in float32, where memory is just enough for one recipe."""
     family = Family(models, "base")
     plenty = ResidentModel(family, device="cpu", dtype="float32", cache_bytes=0)
-    monkeypatch.setattr("gptailor.evaluation.device_pool.available_bytes", lambda: 0)
+    monkeypatch.setattr("gptailor.evaluation.memory.available_bytes", lambda: 0)
     scarce = ResidentModel(family, device="cpu", dtype="float32", cache_bytes=0)
-    weights = scarce.homes[0].weights
+    weights = scarce.pools[0].weights
     one_model = sum(4 * t.n_elements for t in family.base.tensors.values())
     assert weights.budget_bytes < 1.7 * one_model
     rng = random.Random(0)
@@ -190,7 +191,7 @@ def test_copies_of_mapped_files_have_a_limit(
         assert 0 < size <= weights.budget_bytes
     every = sum(
         t.numel() * t.element_size()
-        for key, group in plenty.homes[0].weights._groups.items()
+        for key, group in plenty.pools[0].weights._groups.items()
         for t in group.tensors.values()
         if key.casts
     )

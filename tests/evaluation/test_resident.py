@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from gptailor.config import EvaluationConfig
 from gptailor.errors import ModelError, ResourceError, UsageError
+from gptailor.evaluation.devices import pick_device
 from gptailor.evaluation.evaluator import Evaluator
-from gptailor.evaluation.resident import ResidentModel, pick_device
+from gptailor.evaluation.resident import ResidentModel
 from gptailor.models.family import Family
 from gptailor.recipe import NO_LAYER, Layer, Merge, Recipe, Take
 from gptailor.stitching.write import write_model
@@ -91,8 +92,9 @@ def test_a_merged_layer_is_computed_once(
     resident: ResidentModel, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed: list[str] = []
-    real = resident._compute
-    monkeypatch.setattr(resident, "_compute", lambda t: computed.append(t.name) or real(t))
+    merger = resident._merger
+    real = merger._compute
+    monkeypatch.setattr(merger, "_compute", lambda t, _: computed.append(t.name) or real(t, _))
     layer = Merge("task_arithmetic", 1, (("red", 0.33), ("blue", 0.21)), TA)
     resident.assemble(recipe(models, layer, Take("red", 2)))
     assert len(computed) == 9
@@ -105,8 +107,9 @@ def test_what_is_kept_is_known_by_all_that_it_is_made_of(
 ) -> None:
     """Layers that differ in a module, a seed or one source's density are not each other."""
     computed: list[str] = []
-    real = resident._compute
-    monkeypatch.setattr(resident, "_compute", lambda t: computed.append(t.name) or real(t))
+    merger = resident._merger
+    real = merger._compute
+    monkeypatch.setattr(merger, "_compute", lambda t, _: computed.append(t.name) or real(t, _))
     merge = Merge("dare_ties", 1, (("blue", 0.41), ("red", 0.37)), (("density", 0.5),))
     values = dict(merge.parameters)
     averages = [
@@ -142,8 +145,8 @@ def test_the_cache_of_merged_layers_is_bounded(models: dict[str, str]) -> None:
     for i in range(12):
         weights = (("red", 0.1 + i / 20), ("blue", 0.5))
         resident.assemble(recipe(models, Merge("task_arithmetic", 1, weights, TA)))
-    assert resident.homes[0].merged_bytes <= 50_000
-    assert len(resident.homes[0].merged) >= 2
+    assert resident.pools[0].merged.n_bytes <= 50_000
+    assert len(resident.pools[0].merged) >= 2
 
 
 def test_nan_in_a_merged_tensor_is_infeasible_and_said(

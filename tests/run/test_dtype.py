@@ -16,7 +16,8 @@ from gptailor.errors import UsageError
 from gptailor.evaluation import forward_dtype
 from gptailor.evaluation.evaluator import Evaluator
 from gptailor.evaluation.footprint import held_bytes
-from gptailor.evaluation.forward_dtype import ROOM, Ability
+from gptailor.evaluation.forward_dtype import Ability
+from gptailor.evaluation.memory_policy import ROOM
 from gptailor.models.family import Family
 from gptailor.run.archive import Archive
 from gptailor.run.config_difference import config_difference

@@ -209,7 +209,7 @@ def test_the_resident_model_is_the_written_one(place: Path, tmp_path: Path) -> N
         np.testing.assert_array_equal(state[name].numpy(), values)
     other = replace(recipe, layers=recipe.layers[::-1], _cache={})
     resident.assemble(other)
-    assert len(resident.homes[0].merged) == 3  # found again
+    assert len(resident.pools[0].merged) == 3  # found again
     with pytest.raises(UsageError, match="needs calibration data"):
         resident.assemble(replace(recipe, calibration=None, _cache={}))
 

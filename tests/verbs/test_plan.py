@@ -15,7 +15,9 @@ from gptailor import cli, verbs
 from gptailor.config import parse_config
 from gptailor.errors import ResourceError
 from gptailor.evaluation.evaluator import Evaluator
-from gptailor.evaluation.footprint import Footprint, find_footprint, plan_gpus
+from gptailor.evaluation.footprint import Blocks, find_footprint
+from gptailor.evaluation.memory import DeviceMemory
+from gptailor.evaluation.memory_policy import MemoryPlan, check_dense, plan_memory
 from gptailor.models.ends import Ends
 from gptailor.models.family import Family
 from gptailor.recipe import Merge
@@ -24,14 +26,21 @@ from gptailor.search.space import LEVELS, METHOD, SOURCE
 from tests.search.helpers import make_space
 
 GIB = 1 << 30
-LLAMA_70B = Footprint(
-    candidates=dict.fromkeys(("base", "a", "b", "c"), 141_107_412_992),
+LLAMA_70B = Blocks(
+    num_candidates=4,
+    base=141_107_412_992,
     layers=(1_711_308_800,) * 80,
     outside=4_202_708_992,
-    activations=5 * GIB,
-    logits=GIB,
-    is_cast=False,
+    read_layers=(4 * 1_711_308_800,) * 80,
+    read_outside=4 * 4_202_708_992,
 )
+
+
+def plan_gpus(gpu_bytes: int, num_gpus: int) -> MemoryPlan:
+    gpu = DeviceMemory(gpu_bytes, gpu_bytes)
+    found = plan_memory(LLAMA_70B, "cuda", [gpu] * num_gpus, DeviceMemory(GIB, GIB))
+    check_dense(LLAMA_70B, found, "cuda")
+    return found
 
 
 def config_file(folder: Path, models: dict[str, str], tasks: Path, **evaluation: object) -> Path:
@@ -132,6 +141,24 @@ def test_the_words_for_a_person_and_for_a_script(
     assert "give each worker more GPUs" in capsys.readouterr().out
 
 
+def test_it_tells_what_candidates_gib_does(
+    models: dict[str, str], tasks_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for gib, words in (
+        (1.0, "all candidates stay there"),
+        (0.0003, "the layers that are used most stay there"),
+        (0.0001, "raise evaluation.candidates_gib"),
+    ):
+        path = config_file(tmp_path, models, tasks_dir, dtype="bfloat16", candidates_gib=gib)
+        assert cli.main(["plan", str(path), "--no-probe"]) == 0
+        said = capsys.readouterr().out
+        assert words in said
+        assert ("evaluation.candidates_gib says, each reads candidates into" in said) == (
+            gib > 0.0001
+        )
+        assert "mapped" not in said
+
+
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "slerp", "karcher", "sce"])
 @pytest.mark.parametrize("stand_ins", [("base", "base"), ("base", "green"), ("red", "green")])
 def test_the_space_has_as_many_recipes_as_can_be_counted(
@@ -168,31 +195,32 @@ def test_probes_keep_protected_layers_and_merge_half() -> None:
 
 
 def test_one_gpu_is_enough_as_long_as_a_model_fits() -> None:
-    plan = plan_gpus(LLAMA_70B, 192 * GIB, 4)
-    assert [(p.gpu, p.first_layer, p.end_layer) for p in plan.parts] == [(0, 0, 80)]
+    plan = plan_gpus(192 * GIB, 4)
+    assert [(d.first_layer, d.end_layer) for d in plan.devices] == [(0, 80)]
     assert not plan.all_stay
-    assert plan_gpus(LLAMA_70B, 1000 * GIB, 1).all_stay
+    assert plan_gpus(1000 * GIB, 1).all_stay
 
 
 def test_a_70b_family_on_gpus_of_80_gib() -> None:
     with pytest.raises(ResourceError, match="give each worker more GPUs"):
-        plan_gpus(LLAMA_70B, 80 * GIB, 2)
-    four = plan_gpus(LLAMA_70B, 80 * GIB, 4)
-    assert [(p.first_layer, p.end_layer) for p in four.parts] == [
+        plan_gpus(80 * GIB, 2)
+    four = plan_gpus(80 * GIB, 4)
+    assert [(d.first_layer, d.end_layer) for d in four.devices] == [
         (0, 18), (18, 39), (39, 60), (60, 80),
     ]  # fmt: skip
     assert not four.all_stay
-    eight = plan_gpus(LLAMA_70B, 192 * GIB, 8)
-    assert len(eight.parts) == 1
+    eight = plan_gpus(192 * GIB, 8)
+    assert len(eight.devices) == 1
     with pytest.raises(ResourceError, match="One merge reads"):
-        plan_gpus(LLAMA_70B, 6 * GIB, 8)
+        plan_gpus(6 * GIB, 8)
 
 
 def test_the_footprint_knows_casts_and_every_tensor(models: dict[str, str]) -> None:
     family = Family(models, "base")
-    own = find_footprint(family, "bfloat16", batch_tokens=100, logits=10)
-    cast = find_footprint(family, "float32", batch_tokens=100, logits=10)
-    assert (own.is_cast, cast.is_cast) == (False, True)
+    own = find_footprint(family, "bfloat16", recipes="bfloat16", batch_tokens=100, logits=10)
+    cast = find_footprint(family, "float32", recipes="bfloat16", batch_tokens=100, logits=10)
+    rounded = find_footprint(family, "bfloat16", recipes="float16", batch_tokens=100, logits=10)
+    assert (own.is_cast, cast.is_cast, rounded.is_cast) == (False, True, True)
     assert own.model == own.candidates["base"]
     assert cast.model == 2 * own.model
     assert own.logits == 3 * 10 * 96 * 2

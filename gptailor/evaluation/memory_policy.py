@@ -1,0 +1,254 @@
+"""What a worker holds on each of its devices: candidates, copies of them, merged layers.
+
+Pure functions from sizes to a plan. `gptailor plan` prints it, `ResidentModel` and `DevicePool`
+obey it. On the CPU candidates are views on mapped files, which cost nothing; only their copies in
+another type have a budget. On a GPU, or where `evaluation.candidates_gib` says how much memory they
+may have, candidates are read into memory. Where they do not all fit there, the layers that are used
+most stay, and the others are read again when they are needed. Where one model does not fit, its
+layers are spread over all GPUs of the worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from gptailor.errors import ResourceError
+from gptailor.evaluation.footprint import Blocks
+from gptailor.evaluation.memory import DeviceMemory
+from gptailor.evaluation.spread import gib, place_layers
+
+CACHED_MODELS = 8
+"""Merged layers are kept up to this many times the base, where there is memory for it."""
+
+ROOM = 0.6
+"""Part of a machine's free memory that copies of candidates in another type may take: beside them
+are merged layers, activations, and the candidates' own files in the page cache."""
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """What one device of a worker holds. All sizes are in bytes.
+
+    Attributes:
+        first_layer, end_layer: half-open range of source layers; the first device has embeddings,
+            final norm and head, too.
+        model_bytes: one model's part, in the type of the forward pass.
+        candidate_bytes: what candidates may take, or their copies where files are mapped.
+        merge_bytes: part of it that is kept free for what is read for one merge and goes again.
+        streams: the candidates' parts do not all fit as they are in their files.
+    """
+
+    first_layer: int
+    end_layer: int
+    model_bytes: int
+    candidate_bytes: int
+    merge_bytes: int = 0
+    streams: bool = False
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a worker uses the memory of its devices. All sizes are in bytes.
+
+    Attributes:
+        devices: those that are used. More than one: the model is spread over them.
+        is_mapped: candidates are views on mapped files.
+        cache_bytes: what merged layers may take on each device.
+        copy_bytes: the most that copies of mapped candidates take.
+        pin_bytes: what may be page-locked of the files for each device.
+        fits: one dense model fits, and what one merge reads.
+        all_stay: all candidates stay on their devices once they are there, with their copies.
+    """
+
+    devices: tuple[DevicePlan, ...]
+    is_mapped: bool
+    cache_bytes: int
+    copy_bytes: int
+    pin_bytes: int
+    fits: bool
+    all_stay: bool
+
+    @property
+    def device_of(self) -> tuple[int, ...]:
+        """For each source layer the index of its device."""
+        return tuple(
+            number
+            for number, device in enumerate(self.devices)
+            for _ in range(device.first_layer, device.end_layer)
+        )
+
+
+def is_mapped(device_type: str, candidate_bytes: int | None) -> bool:
+    """Whether candidates are views on mapped files.
+
+    Args:
+        device_type: "cpu" or "cuda".
+        candidate_bytes: what they may take by the user's word; None without one.
+    """
+    return device_type == "cpu" and candidate_bytes is None
+
+
+def may_spread(device: str, workers: int) -> bool:
+    """Whether a worker takes further GPUs when a model does not fit on one.
+
+    Args:
+        device: as `evaluation.device` says.
+        workers: how many share the device.
+    """
+    return device in ("auto", "cuda") and workers == 1
+
+
+def plan_memory(
+    blocks: Blocks,
+    device_type: str,
+    memories: Iterable[DeviceMemory],
+    host: DeviceMemory,
+    *,
+    workers: int = 1,
+    candidate_bytes: int | None = None,
+    cache_bytes: int | None = None,
+) -> MemoryPlan:
+    """Plans one device as long as a model fits there, else all that may be used.
+
+    Args:
+        blocks: the family's weights.
+        device_type: "cpu" or "cuda".
+        memories: of the devices that may be used, at least one. Those after the first are only
+            asked for if the model has to be spread.
+        host: memory of the node.
+        workers: how many share the first device.
+        candidate_bytes: what candidates may take on each device; None: see `is_mapped`; on a GPU
+            what is free there, less headroom.
+        cache_bytes: what merged layers may take on each device; None: see `CACHED_MODELS`.
+
+    Raises:
+        ResourceError: a model does not fit on several devices together. One device alone is taken
+            all the same, as cut models may fit there: see `check_dense`.
+    """
+    rest = iter(memories)
+    first = next(rest)
+    if cache_bytes is None:  # this worker's part of an eighth
+        cache_bytes = min(CACHED_MODELS * blocks.base, first.total_bytes // (8 * workers))
+    if is_mapped(device_type, candidate_bytes):
+        return _plan_mapped(blocks, host, workers, cache_bytes)
+
+    def budget(memory: DeviceMemory) -> int:
+        if candidate_bytes is not None:
+            return candidate_bytes
+        return _weights_budget(memory, cache_bytes, workers)
+
+    num_layers = len(blocks.layers)
+    budgets = [budget(first)]
+    placement: Sequence[int] = [0] * num_layers
+    fits = _dense_bytes(blocks, budgets[0]) <= budgets[0]
+    if not fits and (more := [budget(memory) for memory in rest]):
+        budgets += more
+        placement = _place(blocks, budgets)
+        fits = True
+    devices = []
+    for number, n_bytes in enumerate(budgets):
+        begin = sum(device < number for device in placement)
+        end = begin + sum(device == number for device in placement)
+        devices.append(_device_plan(blocks, begin, end, number == 0, n_bytes))
+    # To page-lock a file pays when it is read again and again.
+    streams = blocks.files > sum(budgets)
+    return MemoryPlan(
+        devices=tuple(devices),
+        is_mapped=False,
+        cache_bytes=cache_bytes,
+        copy_bytes=0,
+        pin_bytes=host.total_bytes // (4 * workers * len(budgets)) if streams else 0,
+        fits=fits,
+        all_stay=all(_all_stay(blocks, device, n == 0) for n, device in enumerate(devices)),
+    )
+
+
+def _plan_mapped(blocks: Blocks, host: DeviceMemory, workers: int, cache_bytes: int) -> MemoryPlan:
+    room = max(blocks.held, int(ROOM * host.free_bytes) // workers)
+    return MemoryPlan(
+        devices=(DevicePlan(0, len(blocks.layers), blocks.model, room),),
+        is_mapped=True,
+        cache_bytes=cache_bytes,
+        copy_bytes=min(blocks.copies, room),
+        pin_bytes=0,
+        fits=True,
+        all_stay=blocks.copies <= room,
+    )
+
+
+def check_dense(blocks: Blocks, plan: MemoryPlan, device_type: str) -> None:
+    """Checks that a dense model fits, which a search evaluates first.
+
+    Raises:
+        ResourceError: it does not.
+    """
+    if plan.fits:
+        return
+    budget = plan.devices[0].candidate_bytes
+    if device_type == "cuda":
+        _place(blocks, [budget])  # says what is missing
+    raise too_small(budget, device_type)
+
+
+def too_small(candidate_bytes: int, device: object) -> ResourceError:
+    """The error for a recipe that needs more than candidates may take on a device."""
+    return ResourceError(
+        f"One recipe's layers need more than the {gib(candidate_bytes)} GiB that the "
+        f"candidates may have on {device}: raise evaluation.candidates_gib or "
+        "use fewer workers for each device."
+    )
+
+
+def _weights_budget(memory: DeviceMemory, cache_bytes: int, workers: int) -> int:
+    """What candidates may take on a GPU: a worker's share of what is free, less headroom and what
+    merged layers may take."""
+    share = min(memory.free_bytes, memory.total_bytes // workers)
+    headroom = max(share // 8, min(2 << 30, share // 4))  # activations, logits, the allocator
+    return max(0, share - headroom - cache_bytes)
+
+
+def _dense_bytes(blocks: Blocks, budget: int) -> int:
+    """What a dense model needs of a device's budget: where not all candidates fit, what is read
+    for one merge comes on top."""
+    return blocks.model + (blocks.largest_merge if blocks.files > budget else 0)
+
+
+def _place(blocks: Blocks, budgets: Sequence[int]) -> tuple[int, ...]:
+    """For each source layer its device, so that each has room for what is read for one merge.
+
+    Raises:
+        ResourceError: the model does not fit.
+    """
+    free = [max(budget - blocks.largest_merge, 0) for budget in budgets]
+    if max(free) == 0:
+        raise ResourceError(
+            f"One merge reads {gib(blocks.largest_merge)} GiB, but weights may have "
+            f"{gib(max(budgets))} GiB on a GPU: use larger GPUs."
+        )
+    return place_layers(blocks.layers, blocks.outside, free)
+
+
+def _device_plan(
+    blocks: Blocks, begin: int, end: int, has_ends: bool, candidate_bytes: int
+) -> DevicePlan:
+    outside, read_outside = (blocks.outside, blocks.read_outside) if has_ends else (0, 0)
+    streams = sum(blocks.read_layers[begin:end]) + read_outside > candidate_bytes
+    return DevicePlan(
+        first_layer=begin,
+        end_layer=end,
+        model_bytes=sum(blocks.layers[begin:end]) + outside,
+        candidate_bytes=candidate_bytes,
+        merge_bytes=max(blocks.read_layers[begin:end], default=0) if streams else 0,
+        streams=streams,
+    )
+
+
+def _all_stay(blocks: Blocks, device: DevicePlan, has_ends: bool) -> bool:
+    """Whether a device has room for all candidates in the types of their files, which merges read,
+    and for their copies beside them."""
+    layers = slice(device.first_layer, device.end_layer)
+    needed = sum(blocks.read_layers[layers]) + (blocks.read_outside if has_ends else 0)
+    if blocks.copies:
+        needed += device.model_bytes * blocks.num_candidates
+    return needed <= device.candidate_bytes
