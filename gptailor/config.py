@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from gptailor.errors import UsageError, plain, unknown
-from gptailor.merging.registry import METHODS, TASK_ARITHMETIC, get_method
+from gptailor.merging.registry import TASK_ARITHMETIC, get_method
 from gptailor.models.untrusted import home_expanded, is_folder
 from gptailor.recipe import DTYPES, absolute_ref
 from gptailor.strict_yaml import dump_yaml, load_yaml, read_text, truth
@@ -32,8 +32,6 @@ ARMS = ("dense", "block_influence", "angular", "uniform", "paper", "random")
 
 RENAMED = {"search.seeds": "search.arms"}
 """Keys of earlier versions that are still read → what they are called now."""
-
-ALL_METHODS = tuple(METHODS)
 
 
 class _Strict(BaseModel):

@@ -27,7 +27,6 @@ REQUEUE = 75
 MEANT = (DONE, USAGE, MODEL, RESOURCE, STOPPED_EARLY, REQUEUE)
 """Those that only gptailor itself gives: a launcher or a killed rank gives others."""
 
-
 SIGNALS = 128
 """Larger codes stand for a signal, as in a shell: 130 is SIGINT, 143 SIGTERM."""
 

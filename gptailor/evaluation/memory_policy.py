@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from gptailor.errors import ResourceError
 from gptailor.evaluation.footprint import Blocks
 from gptailor.evaluation.memory import DeviceMemory
-from gptailor.evaluation.spread import gib, place_layers
+from gptailor.evaluation.spread import gib, layer_ranges, place_layers
 
 CACHED_MODELS = 8
 """Merged layers are kept up to this many times the base, where there is memory for it."""
@@ -146,11 +146,11 @@ def plan_memory(
         budgets += more
         placement = _place(blocks, budgets)
         fits = True
-    devices = []
-    for number, n_bytes in enumerate(budgets):
-        begin = sum(device < number for device in placement)
-        end = begin + sum(device == number for device in placement)
-        devices.append(_device_plan(blocks, begin, end, number == 0, n_bytes))
+    ranges = layer_ranges(placement)
+    devices = [
+        _device_plan(blocks, ranges.get(number, range(0)), number == 0, n_bytes)
+        for number, n_bytes in enumerate(budgets)
+    ]
     # To page-lock a file pays when it is read again and again.
     streams = blocks.files > sum(budgets)
     return MemoryPlan(
@@ -229,17 +229,16 @@ def _place(blocks: Blocks, budgets: Sequence[int]) -> tuple[int, ...]:
     return place_layers(blocks.layers, blocks.outside, free)
 
 
-def _device_plan(
-    blocks: Blocks, begin: int, end: int, has_ends: bool, candidate_bytes: int
-) -> DevicePlan:
+def _device_plan(blocks: Blocks, layers: range, has_ends: bool, candidate_bytes: int) -> DevicePlan:
     outside, read_outside = (blocks.outside, blocks.read_outside) if has_ends else (0, 0)
-    streams = sum(blocks.read_layers[begin:end]) + read_outside > candidate_bytes
+    read = blocks.read_layers[layers.start : layers.stop]
+    streams = sum(read) + read_outside > candidate_bytes
     return DevicePlan(
-        first_layer=begin,
-        end_layer=end,
-        model_bytes=sum(blocks.layers[begin:end]) + outside,
+        first_layer=layers.start,
+        end_layer=layers.stop,
+        model_bytes=sum(blocks.layers[layers.start : layers.stop]) + outside,
         candidate_bytes=candidate_bytes,
-        merge_bytes=max(blocks.read_layers[begin:end], default=0) if streams else 0,
+        merge_bytes=max(read, default=0) if streams else 0,
         streams=streams,
     )
 

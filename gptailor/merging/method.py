@@ -11,7 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from gptailor.errors import UsageError, unknown
-from gptailor.merging.parameter import BASE_FLAG, Parameter, Value, for_each, simplified
+from gptailor.merging.parameter import (
+    BASE_FLAG,
+    Parameter,
+    Parametrised,
+    Value,
+    for_each,
+    simplified,
+)
 
 
 @dataclass(frozen=True)
@@ -185,7 +192,7 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Mix:
+class Mix(Parametrised):
     """A merge of some sources.
 
     Attributes:
@@ -208,16 +215,6 @@ class Mix:
     def sources(self) -> tuple[str, ...]:
         """The sources without their weights."""
         return tuple(source for source, _ in self.weights)
-
-    def parameter(self, name: str) -> Value:
-        """The value of a parameter that the method has."""
-        return dict(self.parameters)[name]
-
-    def number(self, name: str) -> float:
-        """The value of a parameter that is the same for all sources."""
-        value = self.parameter(name)
-        assert isinstance(value, float), name
-        return value
 
     def for_each(self, name: str) -> tuple[float, ...]:
         """The value of a parameter for each source."""

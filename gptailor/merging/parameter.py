@@ -107,6 +107,22 @@ class Parameter:
         return int(value) if self.kind == "integer" else value
 
 
+class Parametrised:
+    """What has values of a method's parameters: (name, value) of each."""
+
+    parameters: tuple[tuple[str, Value], ...]
+
+    def parameter(self, name: str) -> Value:
+        """The value of a parameter that the method has."""
+        return dict(self.parameters)[name]
+
+    def number(self, name: str) -> float:
+        """The value of a parameter that is the same for all sources."""
+        value = self.parameter(name)
+        assert isinstance(value, float), name
+        return value
+
+
 WEIGHT_BOUNDS = (-1000.0, 1000.0)
 """Inclusive bounds of a source's weight: wide, because methods that normalise take any scale."""
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gptailor.errors import UsageError, unknown
+from gptailor.merging.parameter import Parametrised
 from gptailor.merging.registry import (
     Method,
     Value,
     checked_number,
     checked_weight,
-    for_each,
     get_method,
 )
 
@@ -69,7 +69,7 @@ class Take:
 
 
 @dataclass(frozen=True)
-class Merge:
+class Merge(Parametrised):
     """An output layer that merges layer `src_layer` of several models.
 
     Attributes:
@@ -109,20 +109,6 @@ class Merge:
     def takes_base(self) -> bool:
         """True if the recipe's base takes part in the formula."""
         return get_method(self.method).takes_base(dict(self.parameters))
-
-    def parameter(self, name: str) -> Value:
-        """The value of a parameter that the method has."""
-        return dict(self.parameters)[name]
-
-    def number(self, name: str) -> float:
-        """The value of a parameter that is the same for all sources."""
-        value = self.parameter(name)
-        assert isinstance(value, float), name
-        return value
-
-    def for_each(self, name: str) -> tuple[float, ...]:
-        """The value of a parameter for each source."""
-        return for_each(self.parameter(name), len(self.weights))
 
     @property
     def amounts(self) -> tuple[float, ...]:

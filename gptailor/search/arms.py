@@ -30,6 +30,9 @@ from gptailor.merging.registry import LINEAR, TASK_ARITHMETIC
 from gptailor.recipe import NO_LAYER, End, Merge, Recipe, Take
 from gptailor.search.space import SearchSpace, is_gene
 
+NEEDS_SIMILARITY = ("block_influence", "angular", "uniform")
+"""Arms that follow from what layers do, which has to be measured first."""
+
 
 def control_arms(
     space: SearchSpace,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from gptailor.evaluation.outcome import Evaluation
 from gptailor.execution.executor import Finished, Job
 from gptailor.recipe import Recipe
 from gptailor.search.migration import Migration
@@ -113,10 +112,8 @@ class AsynchronousLoop(Loop):
             return queue.take(waiting, "search", min(n, allowed))
 
         def tell(finished: Sequence[Finished]) -> None:
-            new: list[Evaluation] = []
-            for evaluation in queue.recorder.record(finished):
-                if evaluation.recipe not in budget:
-                    new.append(evaluation)
+            ended = queue.recorder.record(finished)
+            new = [evaluation for evaluation in ended if evaluation.recipe not in budget]
             for evaluation in new:
                 budget.count(evaluation, is_new=True)
             searcher.tell([self._scored(e.recipe) for e in new])

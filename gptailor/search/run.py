@@ -22,7 +22,7 @@ from gptailor.models.family import Family
 from gptailor.recipe import Recipe
 from gptailor.run.archive import Archive
 from gptailor.search.algorithms import ALGORITHMS
-from gptailor.search.arms import control_arms
+from gptailor.search.arms import NEEDS_SIMILARITY, control_arms
 from gptailor.search.budget import Budget
 from gptailor.search.loops import AsynchronousLoop, GenerationalLoop
 from gptailor.search.objectives import Objectives
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 MIN_ROUNDS = 4
 """Where a generation gives each worker fewer evaluations than these, generations are given up."""
-
-NEEDS_SIMILARITY = ("block_influence", "angular", "uniform")
 
 
 class Run:
@@ -110,18 +108,9 @@ class Run:
             self.recorder.archive.add_arm(arm, recipe)
         recipes = _unique([recipe for _, recipe in arms])[: search.evaluations]
         with self.progress.step(lambda: self.progress.line(time.monotonic()), self._doing):
-            if self.is_asynchronous:
-                # a run that goes on does not repeat its first children
-                known = len(self.recorder.evaluations("search"))
-                make = self._maker(3, known)
-                AsynchronousLoop(self._queue, self._objectives, self.progress.note).run(
-                    recipes, make
-                )
-            else:
-                make = self._maker()
-                GenerationalLoop(self._queue, self._objectives, self.progress.note).run(
-                    recipes, make
-                )
+            kind = AsynchronousLoop if self.is_asynchronous else GenerationalLoop
+            loop = kind(self._queue, self._objectives, self.progress.note)
+            loop.run(recipes, self._make_searcher)
 
     @property
     def is_asynchronous(self) -> bool:
@@ -152,18 +141,18 @@ class Run:
         """All that is known, of other islands, too, in the order in which they ended."""
         return self.recorder.evaluations(documents)
 
-    def _maker(self, *salt: int) -> Callable[[Sequence[Recipe]], Searcher]:
-        """Makes the searcher that the configuration names, from control arms."""
+    def _make_searcher(self, start: Sequence[Recipe]) -> Searcher:
+        """The searcher that the configuration names, from control arms."""
         search = self.config.search
         algorithm = ALGORITHMS[search.algorithm]
-        kind = algorithm.asynchronous if self.is_asynchronous else algorithm.generational
-
-        def make(start: Sequence[Recipe]) -> Searcher:
-            seed = (self.peers.seed(search.seed), *salt)
-            num_objectives = len(self.config.objectives)
-            return kind(self.space, Settings(num_objectives, search.population, seed, tuple(start)))
-
-        return make
+        kind = algorithm.generational
+        seed: tuple[int, ...] = (self.peers.seed(search.seed),)
+        if self.is_asynchronous:
+            kind = algorithm.asynchronous
+            # a run that goes on does not repeat its first children
+            seed = (*seed, 3, len(self.recorder.evaluations("search")))
+        num_objectives = len(self.config.objectives)
+        return kind(self.space, Settings(num_objectives, search.population, seed, tuple(start)))
 
     def _similarities(self) -> dict[str, Similarity]:
         if not set(NEEDS_SIMILARITY) & set(self.config.search.arms):

@@ -70,7 +70,7 @@ _WORD_S = TERM_GRACE_S + 5.0
 
 
 class Evaluates(Protocol):
-    """What does the jobs of a rank; `local.Worker` in a search."""
+    """What does the jobs of a rank; `execution.worker.Worker` in a search."""
 
     def workload(self) -> WorkloadInfo:
         """What will be evaluated."""
