@@ -3,21 +3,22 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-# processes that run tests; each needs a GB of memory, and for `test-cluster` it has a Slurm of its own
-TEST_PROCESSES ?= 2
+# processes that run tests; each needs a GB of memory, and for `test-long` three, and a Slurm of its own
+TEST_PROCESSES ?= 3
 SOURCES := $(wildcard csrc/* gptailor/merging/*.py) setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test test-cluster test-slow sanitize lint typecheck bench clean
+.PHONY: demo test test-long test-slow sanitize lint typecheck bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gptailor demo --workers 2
 
 test: lint typecheck
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest -m "not long and not slow and not gpu" -n $(TEST_PROCESSES) \
+		--dist loadfile --no-loadscope-reorder
 
-# what befalls a search on a cluster (time limits, dead nodes, preemption): minutes of waiting
-test-cluster: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "cluster and slow" -n $(TEST_PROCESSES)
+# whole programs: the demo, islands, and searches on a cluster through time limits, dead nodes, preemption
+test-long: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "long and not gpu" -n $(TEST_PROCESSES) --dist worksteal
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "slow or gpu"

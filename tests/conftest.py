@@ -15,10 +15,22 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval's bootstrap: its pool can wait for ever
+os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval's bootstrap: its pool can wait forever
+# Tests run side by side, one per core. Two threads each, on models this small, mostly wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+TESTS = Path(__file__).parent
+LONGEST_FIRST = ("execution", "search", "cluster", "verbs", "commands", "docs", "evaluation")
+"""Folders whose files take longest: begun first, so that no process is left with one at the end."""
 
 NUM_LAYERS = 6
 WORDS = [f"w{i:02d}" for i in range(90)]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For tests that run side by side, each file in one process (`--dist loadfile`)."""
+    order = {folder: number for number, folder in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.relative_to(TESTS).parts[0], len(order)))
 
 
 def save_tokenizer(folder: Path) -> None:

@@ -326,14 +326,16 @@ def test_examples_are_turns_where_there_is_a_chat() -> None:
 # Keys of earlier versions
 
 
-def test_the_old_name_of_a_key_is_read_with_a_note(tmp_path: Path) -> None:
+def test_the_old_name_of_a_key_is_read_with_a_note(
+    models: dict[str, str], tasks_dir: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "search.yaml"
     path.write_text(
         yaml.safe_dump(
             {
-                "models": {"base": "org/base"},
+                "models": models,
                 "base": "base",
-                "evaluation": {"tasks": ["t"]},
+                "evaluation": {"tasks": ["t_shared"], "include_path": str(tasks_dir)},
                 "search": {"seed": 3, "seeds": ["random"]},
             }
         )

@@ -72,7 +72,7 @@ class Cluster:
         """Returns when both nodes are idle; raises with the log of the daemon that did not come."""
         settings, folder = self.settings, self.folder
         own = [f"{kind}-{node}" for kind in ("spool", "tmp") for node in settings.nodes]
-        for name in ("database", "state", *own):
+        for name in ("database", "tmp-database", "state", *own):
             (folder / name).mkdir()
         key = folder / "munge.key"
         key.touch(0o600)
@@ -256,7 +256,9 @@ class Cluster:
     def _start_database(self) -> Daemon:
         folder = self.folder
         common = ("--no-defaults", f"--datadir={folder}/database", f"--user={getpass.getuser()}")
-        self.run("mariadb-install-db", *common, "--skip-test-db", "--skip-name-resolve")
+        # in a common folder, two that install at the same moment delete each other's files
+        install = ("env", f"TMPDIR={folder / 'tmp-database'}", "mariadb-install-db")
+        self.run(*install, *common, "--skip-test-db", "--skip-name-resolve")
         (folder / "database.sql").write_text(self.settings.database_text())
         return self._daemon(
             "mariadbd",

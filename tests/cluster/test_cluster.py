@@ -12,7 +12,7 @@ from tests.cluster.cluster import Cluster, running
 from tests.cluster.processes import find, program, wait_until
 from tests.cluster.programs import missing_packages, skip_without
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.long]
 
 
 def script(folder: Path, *lines: str) -> Path:
@@ -52,7 +52,6 @@ def test_sacct_knows_how_a_job_ended(cluster: Cluster, tmp_path: Path) -> None:
     assert cluster.sacct(bad) == [("FAILED", 3)]
 
 
-@pytest.mark.slow  # Slurm's clocks
 def test_a_job_is_requeued_when_its_node_dies(cluster: Cluster, tmp_path: Path) -> None:
     place = script(tmp_path, f"echo $SLURMD_NODENAME >> {tmp_path}/ran", "sleep 1000")
     job = cluster.submit("--requeue", "-w", "n2", "-o", tmp_path / "log", place)
@@ -75,7 +74,6 @@ def test_a_rank_is_found_and_killed(cluster: Cluster, tmp_path: Path) -> None:
     assert cluster.wait(job) == "FAILED"
 
 
-@pytest.mark.slow  # Slurm's clocks
 def test_a_higher_partition_preempts(cluster: Cluster, tmp_path: Path) -> None:
     low = cluster.submit("-N2", "--exclusive", "--requeue", script(tmp_path, "sleep 1000"))
     cluster.wait(low, ["RUNNING"])
@@ -86,7 +84,6 @@ def test_a_higher_partition_preempts(cluster: Cluster, tmp_path: Path) -> None:
     assert [state for state, _ in cluster.sacct(low)] == ["PREEMPTED", "RUNNING"]
 
 
-@pytest.mark.slow  # Slurm's clocks
 def test_a_strict_site_refuses_to_requeue(strict_cluster: Cluster, tmp_path: Path) -> None:
     job = strict_cluster.submit("--requeue", script(tmp_path, "sleep 1000"))
     strict_cluster.wait(job, ["RUNNING"])

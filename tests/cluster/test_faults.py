@@ -17,7 +17,7 @@ from tests.cluster.searches import make_search
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.timeout(900),
-    pytest.mark.slow,  # Slurm looks at its clocks rarely, and each start loads the models again
+    pytest.mark.long,  # Slurm looks at its clocks rarely, and each start loads the models again
 ]
 
 Front = list[tuple[str, float]]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from gptailor import cli
 from gptailor.demo import PATH as DEMO
 from tests.cluster.cluster import Cluster
 from tests.cluster.processes import wait_until
@@ -67,17 +68,20 @@ class Launcher:
         )  # fmt: skip
         return done.returncode, done.stdout
 
+    def launch_words(self, *words: str) -> list[str]:
+        """On both nodes unless the words name a number of nodes."""
+        nodes = [] if "--nodes" in words else ["--nodes", "2"]
+        search = ("launch", str(DEMO / "search.yaml"), f"output={self.run}")
+        shape = ("--cpus-per-worker", "2", "--gpus-per-node", "2", "--time", "20", "--mpi", "none")
+        return [*search, *shape, *nodes, *words]
+
     def launch(self, *words: str, seconds: float = 60, code: int = 0) -> tuple[int, str]:
-        """With the small program as the search, on both nodes unless it is said otherwise."""
+        """With the small program as the search."""
         self.run.mkdir(exist_ok=True)
         program = self.folder / "program.py"
         program.write_text(PROGRAM)
-        nodes = [] if "--nodes" in words else ["--nodes", "2"]
-        return self.gptailor(
-            *("launch", DEMO / "search.yaml", f"output={self.run}", "--cpus-per-worker", "2"),
-            *("--gpus-per-node", "2", "--time", "20", "--mpi", "none", *nodes, *words),
-            GPTAILOR=f"{sys.executable} {program} {self.run} {seconds} {code}",
-        )
+        gptailor = f"{sys.executable} {program} {self.run} {seconds} {code}"
+        return self.gptailor(*self.launch_words(*words), GPTAILOR=gptailor)
 
     def submitted(self, *words: str, seconds: float = 60, code: int = 0) -> list[str]:
         done, said = self.launch(*words, "--json", seconds=seconds, code=code)
@@ -133,7 +137,7 @@ def test_the_dry_run_shows_what_is_submitted(launcher: Launcher) -> None:
     assert "it's a test" in launcher.cluster.run("scontrol", "show", "job", job)
 
 
-@pytest.mark.slow  # a job of its own; `make test-cluster` and CI run it
+@pytest.mark.long  # a job of its own
 def test_a_job_is_told_truly_from_its_submission_to_its_end(launcher: Launcher) -> None:
     (job,) = launcher.submitted("--slurm", "hold")
     told = launcher.status()[job]
@@ -162,7 +166,7 @@ def test_a_job_is_told_truly_from_its_submission_to_its_end(launcher: Launcher) 
     assert launcher.gptailor("cancel", launcher.run)[0] == 0
 
 
-@pytest.mark.slow  # a job of its own; `make test-cluster` and CI run it
+@pytest.mark.long  # a job of its own
 def test_the_exit_code_of_a_job_is_that_of_the_search(launcher: Launcher) -> None:
     (job,) = launcher.submitted("--nodes", "1", seconds=0, code=3)
     launcher.cluster.wait(job)
@@ -170,7 +174,7 @@ def test_the_exit_code_of_a_job_is_that_of_the_search(launcher: Launcher) -> Non
     assert (told["state"], told["exit_code"], told["is_live"]) == ("FAILED", 3, False)
 
 
-@pytest.mark.slow  # a job of its own; `make test-cluster` and CI run it
+@pytest.mark.long  # a job of its own
 def test_a_job_that_ended_before_its_search_began(launcher: Launcher) -> None:
     (job,) = launcher.submitted("--nodes", "1", "--setup", "exit 9")
     launcher.cluster.wait(job)
@@ -179,7 +183,7 @@ def test_a_job_that_ended_before_its_search_began(launcher: Launcher) -> None:
     assert told["note"] == f"it ended before the search began: see logs/job-{job}.log"
 
 
-@pytest.mark.slow  # two searches
+@pytest.mark.long  # two searches
 def test_islands_join_a_run(launcher: Launcher) -> None:
     """An array; a second launch submits the islands that have no job."""
     first, second = launcher.submitted("--islands", "2", "--nodes", "1")
@@ -198,7 +202,7 @@ def test_islands_join_a_run(launcher: Launcher) -> None:
     assert set(json.loads(said)["ended"]) == {first, second, third}
 
 
-@pytest.mark.slow  # Slurm's clocks
+@pytest.mark.long  # Slurm's clocks
 def test_an_island_that_is_requeued_leaves_the_others_alone(launcher: Launcher) -> None:
     """The last element has the array's number as its own: to requeue that is to requeue all."""
     jobs = launcher.submitted("--islands", "2", "--nodes", "1", seconds=60)
@@ -228,24 +232,33 @@ def test_an_island_that_is_requeued_leaves_the_others_alone(launcher: Launcher) 
         pytest.param(
             ["evaluation.tasks=[no_such_task]"],
             "unknown task 'no_such_task'",
-            marks=pytest.mark.slow,  # reads the names of all tasks of lm-eval
+            marks=pytest.mark.long,  # reads the names of all tasks of lm-eval
         ),
         (["models.base=/nowhere"], "/nowhere"),
         (["output=/proc/run"], "/proc/run can't be written"),
     ],
 )
 def test_what_is_wrong_is_said_on_the_login_node(
-    launcher: Launcher, words: list[str], message: str
+    launcher: Launcher,
+    words: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    code, said = launcher.launch(*words)
+    """In this process, so that the libraries are loaded once for all that is tried."""
+    for name, value in launcher.cluster.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(launcher.folder)
+    code = cli.main(launcher.launch_words(*words))
     assert code in (2, 3, 4)
+    said = capsys.readouterr().err
     assert message in said
     lines = [line for line in said.splitlines() if not line.startswith("Checking the search (")]
     assert len(lines) == 1, said
     assert not launcher.cluster.jobs()
 
 
-@pytest.mark.slow  # Slurm's clocks
+@pytest.mark.long  # Slurm's clocks
 def test_preemption_with_time_to_end(launcher: Launcher) -> None:
     """Slurm takes a job that ends in the time of grace for finished; the supervisor does not."""
     cluster = launcher.cluster
@@ -264,7 +277,7 @@ def test_preemption_with_time_to_end(launcher: Launcher) -> None:
         cluster.run("scontrol", "update", "partitionname=main", "gracetime=0")
 
 
-@pytest.mark.slow  # with the others it is long enough
+@pytest.mark.long  # with the others it is long enough
 def test_a_launch_within_a_job_is_one_of_its_own(launcher: Launcher) -> None:
     inside = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "7", "SLURM_MEM_PER_NODE": "1"}
     old = dict(launcher.cluster.env)
@@ -278,7 +291,7 @@ def test_a_launch_within_a_job_is_one_of_its_own(launcher: Launcher) -> None:
     assert launcher.cluster.wait(job) == "COMPLETED"
 
 
-@pytest.mark.slow  # a second cluster
+@pytest.mark.long  # a second cluster
 def test_a_site_without_requeue(strict_cluster: Cluster, tmp_path: Path) -> None:
     launcher = Launcher(strict_cluster, tmp_path)
     (job,) = launcher.submitted("--nodes", "1", seconds=0, code=75)

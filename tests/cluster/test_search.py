@@ -10,10 +10,9 @@ from tests.cluster.cluster import Cluster
 from tests.cluster.jobs import check_status, launch, submit, wait_for_ranks
 from tests.cluster.searches import make_search
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(600)]
 
 
-@pytest.mark.slow  # a minute; `make test-cluster` and CI run it
 def test_sbatch_finds_the_same_front_though_ranks_are_killed(
     cluster: Cluster, tmp_path: Path, front: list[tuple[str, float]]
 ) -> None:
@@ -30,7 +29,6 @@ def test_sbatch_finds_the_same_front_though_ranks_are_killed(
     check_status(cluster, search, job)
 
 
-@pytest.mark.slow  # as the one above
 def test_launch_finds_the_same_front(
     cluster: Cluster, tmp_path: Path, front: list[tuple[str, float]]
 ) -> None:
@@ -42,7 +40,6 @@ def test_launch_finds_the_same_front(
     assert search.front() == front
 
 
-@pytest.mark.slow  # as the ones above
 def test_mpich_under_pmi2(
     cluster: Cluster, mpich: Path, tmp_path: Path, front: list[tuple[str, float]]
 ) -> None:

@@ -326,7 +326,7 @@ INTERRUPTED = """
 import os, sys
 from gptailor.cli import main
 os.fsync = lambda fd: os.kill(os.getpid(), int(sys.argv[3]))
-sys.exit(main(["stitch", sys.argv[1], sys.argv[2]]))
+sys.exit(main(["stitch", sys.argv[1], sys.argv[2], "--no-verify"]))
 """
 
 

@@ -52,7 +52,15 @@ def count(run: Path) -> int:
         return 0
 
 
-@pytest.mark.parametrize("fault", list(CODES))
+@pytest.mark.parametrize(
+    "fault",
+    # the first two with a pool of two workers
+    [
+        pytest.param("worker", marks=pytest.mark.long),
+        pytest.param("int", marks=pytest.mark.long),
+        "term",
+    ],
+)
 def test_a_fault_ends_the_search_in_order(
     fault: str, models: dict[str, str], tasks_dir: Path, tmp_path: Path
 ) -> None:

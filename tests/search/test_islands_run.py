@@ -136,7 +136,11 @@ def check_paid_once(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "schedule", ["asynchronous", pytest.param("generational", marks=pytest.mark.slow)]
+    "schedule",
+    [
+        pytest.param("asynchronous", marks=pytest.mark.long),  # three whole programs
+        pytest.param("generational", marks=pytest.mark.slow),
+    ],
 )
 def test_an_island_is_lost(
     schedule: str, models: dict[str, str], tasks_dir: Path, tmp_path: Path

@@ -24,18 +24,22 @@ SAID = re.compile(
 )
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("demo") / "run"
+@pytest.mark.long  # 320 evaluations
+@pytest.mark.timeout(900)
+def test_the_demo(tmp_path: Path) -> None:
+    run = tmp_path / "run"
     command = [sys.executable, "-m", "gptailor.cli", "demo", "--workers", "2", "--out", str(run)]
-    with run.with_name("stderr").open("w") as said:
-        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=said, check=True)
-    return run
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    it_says_how_far_it_is_and_nothing_else(done.stderr)
+    each_variant_is_best_at_a_skill_of_its_own(run)
+    a_stitched_model_beats_every_simple_cut(run)
+    it_ends_with_a_report_and_a_model(run)
 
 
-def test_it_says_how_far_it_is_and_nothing_else(run: Path) -> None:
-    """No library's warning, and none of Python's, as of semaphores that a worker leaves behind."""
-    for line in run.with_name("stderr").read_text().splitlines():
+def it_says_how_far_it_is_and_nothing_else(stderr: str) -> None:
+    """No warning of a library or of Python, such as one about leaked semaphores."""
+    for line in stderr.splitlines():
         assert SAID.match(line), line
 
 
@@ -49,7 +53,7 @@ def test_the_family_is_small_and_real() -> None:
     assert size < 4_000_000
 
 
-def test_each_variant_is_best_at_a_skill_of_its_own(run: Path) -> None:
+def each_variant_is_best_at_a_skill_of_its_own(run: Path) -> None:
     with Archive(run, readonly=True) as archive:
         evaluations = archive.evaluations("search")
     dense = {
@@ -66,7 +70,7 @@ def test_each_variant_is_best_at_a_skill_of_its_own(run: Path) -> None:
         assert dense[model][task] > others + 0.2
 
 
-def test_a_stitched_model_beats_every_simple_cut(run: Path) -> None:
+def a_stitched_model_beats_every_simple_cut(run: Path) -> None:
     """At about 75 % of the layers, on the documents of the search and on those held out."""
     report = json.loads((run / "front.json").read_text())
     with Archive(run, readonly=True) as archive:
@@ -86,7 +90,7 @@ def test_a_stitched_model_beats_every_simple_cut(run: Path) -> None:
     assert best("holdout", arms=False) > best("holdout", arms=True) + 0.1
 
 
-def test_it_ends_with_a_report_and_a_model(run: Path) -> None:
+def it_ends_with_a_report_and_a_model(run: Path) -> None:
     assert (run / "report" / "index.html").is_file()
     (model,) = (run / "models").iterdir()
     assert (model / RECIPE_FILE).is_file()

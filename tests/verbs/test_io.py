@@ -57,13 +57,19 @@ def test_evaluate(models: dict[str, str], tasks_dir: Path, modes: list[str]) -> 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_search(
-    workers: int, models: dict[str, str], tasks_dir: Path, tmp_path: Path, modes: list[str]
+    workers: int,
+    models: dict[str, str],
+    tasks_dir: Path,
+    tmp_path: Path,
+    modes: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The search works on copies, and its archive names the originals."""
     config = {
         "models": models,
         "base": "base",
         "evaluation": {"tasks": ["t_long"], "include_path": str(tasks_dir), "device": "cpu"},
-        "search": {"population": 4, "evaluations": 4, "seeds": []},
+        "search": {"population": 4, "evaluations": 4, "arms": []},
         "output": str(tmp_path / "run"),
     }
     path = tmp_path / "search.yaml"
@@ -74,6 +80,10 @@ def test_search(
         verbs.search(path, workers=workers, io="pread")
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    verbs.search(path, workers=workers, io="pread", stage=str(scratch))
+    monkeypatch.setenv("NODE_DISK", str(scratch))
+    run = verbs.search(path, workers=workers, io="pread", stage="$NODE_DISK")
     assert len(list(scratch.glob("*/*/model.safetensors"))) == len(models)
+    written = (run / "archive.db").read_bytes() + (run / "config.yaml").read_bytes()
+    assert str(scratch).encode() not in written
+    assert models["red"].encode() in written
     assert set(modes) <= {"pread"}

@@ -24,6 +24,7 @@ def front(run: Path) -> list[str]:
     return [point["point"] for point in json.loads((run / "front.json").read_text())["front"]]
 
 
+@pytest.mark.long  # three ranks load everything
 def test_real_evaluations_find_the_front_of_one_process(
     models: dict[str, str], tasks_dir: Path, tmp_path: Path
 ) -> None:

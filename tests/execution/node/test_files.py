@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from gptailor.config import Config, parse_config
 from gptailor.errors import ModelError, ResourceError, UsageError
@@ -327,24 +326,6 @@ def test_a_source_that_changes_meanwhile_is_told(
     with pytest.raises(ModelError, match="changed while it was copied"):
         staging.staged([Candidate("base", folder)], scratch)
     assert not [p for p in scratch.glob("*/*") if p.is_dir()]
-
-
-def test_a_search_works_on_copies_and_tells_of_the_originals(
-    models: dict[str, str], tasks_dir: Path, scratch: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    config = config_of(models, include_path=str(tasks_dir)).model_dump()
-    config |= {"output": str(run), "search": {"population": 4, "evaluations": 6, "arms": []}}
-    (tmp_path / "search.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "gptailor.cli", "search", str(tmp_path / "search.yaml")]
-    environment = {**os.environ, "NODE_DISK": str(scratch), "OMP_NUM_THREADS": "1"}
-    command += ["--workers", "2", "--stage", "$NODE_DISK"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert len(list(scratch.glob("*/*/model.safetensors"))) == 4
-    text = (run / "archive.db").read_bytes() + (run / "config.yaml").read_bytes()
-    assert str(scratch).encode() not in text
-    assert models["red"].encode() in text
 
 
 # The way to read
