@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from gptailor import cli
+from gptailor.commands import COMMANDS
 from gptailor.recipe import Recipe
 from gptailor.run.archive import Archive
 
@@ -61,7 +62,7 @@ def test_every_command_of_the_readme_runs(
         for line in block.splitlines()
         if line.startswith("gptailor ")
     ]
-    assert {line.split()[1] for line in commands} == set(cli.COMMANDS) - {"demo"}
+    assert {line.split()[1] for line in commands} == set(COMMANDS) - {"demo"}
     for line in commands:
         words = line.split()[1:]
         if words[0] in NEEDS_SLURM:
@@ -124,7 +125,7 @@ def test_help_answers_at_once_and_shows_an_example() -> None:
         "heavy = {'torch', 'transformers', 'lm_eval', 'pymoo', 'pydantic', 'numpy'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
-    for verb in cli.COMMANDS:
+    for verb in COMMANDS:
         done = subprocess.run(
             [sys.executable, "-c", code, verb, "-h"], capture_output=True, text=True, check=True
         )

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from gptailor.config import TaskSpec
+
 LOADER = """import json, pathlib
 import datasets
 
@@ -33,6 +35,11 @@ GENERATE: dict[str, Any] = {
     "generation_kwargs": {"until": ["w06"], "max_gen_toks": 4, "do_sample": False},
     "metric_list": [EXACT_MATCH],
 }
+
+
+def tasks_of(*names: str) -> tuple[TaskSpec, ...]:
+    """What `tasks: [name, …]` of a `search.yaml` becomes."""
+    return tuple(TaskSpec(task=name) for name in names)
 
 
 def words(count: int, start: int = 0) -> str:

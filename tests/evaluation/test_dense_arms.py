@@ -149,8 +149,9 @@ def test_a_search_scores_them_as_eval_and_lm_eval_do(
         found = {arm: e for e in archive.evaluations("search") for arm in e.arms}
     evaluation = found["dense:red"]
     scores = {score.task: score.value for score in evaluation.outcome.scores}
-    own = {"include_path": str(tasks_dir), "dtype": "float32", "metric": "acc"}
-    mine = verbs.evaluate(models["red"], TASKS, **own)
+    mine = verbs.evaluate(
+        models["red"], TASKS, include_path=str(tasks_dir), dtype="float32", metric="acc"
+    )
     theirs = lm_eval_results(Path(models["red"]), tasks_dir, TASKS, "float32", 4)["results"]
     assert scores == {score.task: score.value for score in mine}
     assert scores == {t: pytest.approx(theirs[t]["acc,none"]) for t in TASKS}

@@ -31,7 +31,7 @@ def entry(method: str) -> Merge:
         p.name: GIVEN.get(p.name, p.default) for p in known.parameters if p.name != "task_vectors"
     }
     checked = {name: value for name, value in values.items() if value is not None}
-    return Merge(method, 1, weights, tuple(checked.items()))  # type: ignore[arg-type]
+    return Merge(method, 1, weights, tuple(checked.items()))
 
 
 def opened(family: Family, source: Source) -> torch.Tensor:

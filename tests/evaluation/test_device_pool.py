@@ -24,7 +24,8 @@ from gptailor.evaluation.evaluator import Evaluator
 from gptailor.evaluation.input_hooks import MovesInputs, move_inputs
 from gptailor.evaluation.resident import ResidentModel
 from gptailor.models.family import Family
-from gptailor.recipe import Merge, Recipe, Take
+from gptailor.recipe import Layer, Merge, Recipe, Take
+from tests.evaluation.own_tasks import tasks_of
 from tests.evaluation.test_device_weights import random_recipe
 
 CPU = torch.device("cpu")
@@ -69,11 +70,11 @@ class Labels:
             self.set(tensor, device)
 
 
-class Refuses(TorchDispatchMode):
+class Refuses(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Operations between labels."""
 
     def __init__(self, labels: Labels) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.labels = labels
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -205,9 +206,9 @@ def test_an_assembled_model_moves_what_goes_from_device_to_device(models: dict[s
     """Also where one source layer stands thrice, so that its module was copied."""
     resident = spread(models)
     weights = (("red", 0.5), ("blue", 0.5))
-    layers = (Take("red", 1), Take("red", 4), Take("blue", 4), Merge("linear", 4, weights))
-    layers += (Take("green", 0), Take("base", 5))
-    model = resident.assemble(Recipe(models, "base", layers, "base", "base"))
+    layers: list[Layer] = [Take("red", 1), Take("red", 4), Take("blue", 4)]
+    layers += [Merge("linear", 4, weights), Take("green", 0), Take("base", 5)]
+    model = resident.assemble(Recipe(models, "base", tuple(layers), "base", "base"))
     ids = torch.arange(4, 30)[None]
     with torch.inference_mode():
         expected = model(input_ids=ids).logits
@@ -236,7 +237,7 @@ def test_a_search_s_evaluation_is_the_same(
     models: dict[str, str], tasks_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = EvaluationConfig(
-        tasks=["t_long", "t_generate"], include_path=str(tasks_dir), device="cpu"
+        tasks=tasks_of("t_long", "t_generate"), include_path=str(tasks_dir), device="cpu"
     )
     family = Family(models, "base")
     plain = Evaluator(family, config)

@@ -80,7 +80,9 @@ def random_recipe(models: dict[str, str], rng: random.Random) -> Recipe:
         if rng.random() < 0.4:
             weights = tuple((n, rng.choice([0.3, 1.0])) for n in names if n != "base")
             ends[end] = Merge("task_arithmetic", NO_LAYER, weights, TA)
-    return Recipe(models, "base", tuple(layers), *ends, rng.choice(["bfloat16", "float32"]))
+    return Recipe(
+        models, "base", tuple(layers), ends[0], ends[1], rng.choice(["bfloat16", "float32"])
+    )
 
 
 def state(resident: ResidentModel) -> dict[str, torch.Tensor]:

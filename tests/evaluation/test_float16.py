@@ -66,8 +66,15 @@ def test_calibration(large: dict[str, str], tmp_path: Path) -> None:
     made = Recipe(large, "base", (Take("red", 3),), "base", "base", "bfloat16")
     (tmp_path / "recipe.yaml").write_text(made.to_yaml())
     (tmp_path / "text.txt").write_text("w01 w02 w03 w04\n" * 4)
-    words = {"methods": ["regmean"], "device": "cpu", "num_tokens": 100}
-    source, text = tmp_path / "recipe.yaml", tmp_path / "text.txt"
+
+    def calibrate(dtype: str) -> int:
+        source, text, out = tmp_path / "recipe.yaml", tmp_path / "text.txt", tmp_path / "out"
+        return len(
+            verbs.calibrate(
+                source, text, out, methods=["regmean"], device="cpu", num_tokens=100, dtype=dtype
+            )
+        )
+
     with pytest.raises(ModelError, match=rf"red/model\.safetensors: {NAME}: element 167 is 70144"):
-        verbs.calibrate(source, text, tmp_path / "out", dtype="float16", **words)
-    assert len(verbs.calibrate(source, text, tmp_path / "out", dtype="bfloat16", **words)) == 2
+        calibrate("float16")
+    assert calibrate("bfloat16") == 2

@@ -138,10 +138,15 @@ def test_eval_scores_a_recipe_as_its_folder_in_the_chosen_type(
     verbs.stitch(tmp_path / "recipe.yaml", tmp_path / "model", verify=False)
     tasks = ["t_shared", "t_long", "t_lambada"]
 
-    def scored(source: Path, **values: str) -> tuple[list[float], str]:
+    def scored(source: Path, dtype: str | None = None) -> tuple[list[float], str]:
         said: list[str] = []
         found = verbs.evaluate(
-            source, tasks, include_path=str(tasks_dir), device="cpu", note=said.append, **values
+            source,
+            tasks,
+            include_path=str(tasks_dir),
+            device="cpu",
+            dtype=dtype,
+            note=said.append,
         )
         (sentence,) = [text for text in said if "computed in" in text]
         return [score.value for score in found], sentence

@@ -32,10 +32,10 @@ def put(name: str, **keys: Any) -> Callable[[Path], None]:
     return change
 
 
-CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
+CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (lambda folder: None, ""),
     "another format": (put("tokenizer_config.json", model_max_length=7), ""),
-    "licence": (lambda folder: (folder / "LICENSE").write_text("mine") and None, ""),
+    "licence": (lambda folder: (folder / "LICENSE").write_text("mine"), ""),
     "sampling": (put("generation_config.json", temperature=0.7, top_k=5, eos_token_id=2), ""),
     "same end": (put("generation_config.json", eos_token_id=2), ""),
     "template": (put("tokenizer_config.json", chat_template="{{ x }}"), "chat template"),

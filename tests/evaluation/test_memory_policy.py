@@ -26,6 +26,7 @@ from gptailor.evaluation.resident import ResidentModel
 from gptailor.models.family import Family
 from gptailor.recipe import Recipe, Take
 from gptailor.verbs.worker_memory import WorkerMemory, find_worker_memory
+from tests.evaluation.own_tasks import tasks_of
 from tests.evaluation.test_device_weights import CountedBackend, random_recipe
 
 CPU = torch.device("cpu")
@@ -83,7 +84,7 @@ def planned(family: Family, dtype: str, **options: Any) -> WorkerMemory:
     options = {"workers": 1, "gpus_per_worker": 1, "gpu_gib": None, **options}
     candidates = options.pop("candidates", None)
     gib = None if candidates is None else candidates / GIB
-    evaluation = EvaluationConfig(tasks=("t",), device="cpu", candidates_gib=gib)
+    evaluation = EvaluationConfig(tasks=tasks_of("t"), device="cpu", candidates_gib=gib)
     return find_worker_memory(find_blocks(family, dtype, "bfloat16"), evaluation, **options)
 
 

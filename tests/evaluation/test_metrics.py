@@ -279,7 +279,7 @@ def test_every_group_of_lm_eval_has_a_metric_that_lm_eval_gives_it() -> None:
         rules = scan.config(name)["aggregate_metric_list"]
         group = GroupConfig(group=name, aggregate_metric_list=rules)
         leaves = list(scan.members(name, {}))
-        group.get_all_tasks = lambda leaves=leaves: leaves  # type: ignore[attr-defined]
+        group.get_all_tasks = lambda leaves=leaves: leaves
         keys = {leaf.task_name: declared_keys(leaf) for leaf in leaves}
         given = group_keys(group, keys)
         common = common_keys(list(keys.values()))

@@ -16,11 +16,14 @@ from gptailor.config import EvaluationConfig
 from gptailor.errors import ModelError, ResourceError, UsageError
 from gptailor.evaluation.devices import pick_device
 from gptailor.evaluation.evaluator import Evaluator
+from gptailor.evaluation.merger import Groups
 from gptailor.evaluation.resident import ResidentModel
 from gptailor.models.family import Family
 from gptailor.recipe import NO_LAYER, Layer, Merge, Recipe, Take
+from gptailor.stitching.plan import OutTensor
 from gptailor.stitching.write import write_model
 from tests.conftest import save_llama
+from tests.evaluation.own_tasks import tasks_of
 
 TA = (("lambda", 1.0), ("normalize", 0.0))
 _T = (("t", 0.01),)
@@ -28,6 +31,19 @@ _T = (("t", 0.01),)
 
 def recipe(models: dict[str, str], *layers: Layer, dtype: str = "bfloat16") -> Recipe:
     return Recipe(models, "base", layers, "base", "base", dtype)
+
+
+def computed_by(resident: ResidentModel, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the tensors that are merged from now on."""
+    computed: list[str] = []
+    real = resident._merger._compute
+
+    def compute(tensor: OutTensor, loaded: Groups) -> torch.Tensor:
+        computed.append(tensor.name)
+        return real(tensor, loaded)
+
+    monkeypatch.setattr(resident._merger, "_compute", compute)
+    return computed
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +107,7 @@ def test_logits_are_those_of_the_written_folder(tmp_path: Path, tied: bool) -> N
 def test_a_merged_layer_is_computed_once(
     resident: ResidentModel, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    computed: list[str] = []
-    merger = resident._merger
-    real = merger._compute
-    monkeypatch.setattr(merger, "_compute", lambda t, _: computed.append(t.name) or real(t, _))
+    computed = computed_by(resident, monkeypatch)
     layer = Merge("task_arithmetic", 1, (("red", 0.33), ("blue", 0.21)), TA)
     resident.assemble(recipe(models, layer, Take("red", 2)))
     assert len(computed) == 9
@@ -106,10 +119,7 @@ def test_what_is_kept_is_known_by_all_that_it_is_made_of(
     resident: ResidentModel, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Layers that differ in a module, a seed or one source's density are not each other."""
-    computed: list[str] = []
-    merger = resident._merger
-    real = merger._compute
-    monkeypatch.setattr(merger, "_compute", lambda t, _: computed.append(t.name) or real(t, _))
+    computed = computed_by(resident, monkeypatch)
     merge = Merge("dare_ties", 1, (("blue", 0.41), ("red", 0.37)), (("density", 0.5),))
     values = dict(merge.parameters)
     averages = [
@@ -158,7 +168,7 @@ def test_nan_in_a_merged_tensor_is_infeasible_and_said(
     tensors["model.layers.2.mlp.up_proj.weight"][3, 4] = float("nan")
     save_file(tensors, path, metadata={"format": "pt"})
     mine = models | {"red": str(tmp_path / "red")}
-    config = EvaluationConfig(tasks=("t_shared",), include_path=str(tasks_dir), device="cpu")
+    config = EvaluationConfig(tasks=tasks_of("t_shared"), include_path=str(tasks_dir), device="cpu")
     evaluator = Evaluator(Family(mine, "base"), config)
     merge = Merge("task_arithmetic", 2, (("red", 0.5), ("blue", 0.5)), TA)
     merged = evaluator.evaluate(recipe(mine, Take("red", 0), merge))
@@ -190,7 +200,7 @@ def test_a_device_that_is_not_there_is_refused() -> None:
 def test_out_of_memory_is_nobody_s_score(
     models: dict[str, str], tasks_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = EvaluationConfig(tasks=("t_shared",), include_path=str(tasks_dir), device="cpu")
+    config = EvaluationConfig(tasks=tasks_of("t_shared"), include_path=str(tasks_dir), device="cpu")
     evaluator = Evaluator(Family(models, "base"), config)
     errors = [
         MemoryError(),
@@ -221,7 +231,9 @@ def test_nan_while_generating_is_no_score(
     tensors["model.layers.2.mlp.up_proj.weight"][:] = float("nan")
     save_file(tensors, path, metadata={"format": "pt"})
     mine = models | {"red": str(tmp_path / "red")}
-    config = EvaluationConfig(tasks=("t_generate",), include_path=str(tasks_dir), device="cpu")
+    config = EvaluationConfig(
+        tasks=tasks_of("t_generate"), include_path=str(tasks_dir), device="cpu"
+    )
     outcome = Evaluator(Family(mine, "base"), config).evaluate(recipe(mine, Take("red", 2)))
     assert outcome.status == "infeasible"
     assert outcome.accuracy is None

@@ -15,13 +15,17 @@ from gptailor.errors import ModelError
 from gptailor.evaluation.evaluator import Evaluator
 from gptailor.evaluation.similarity import measure
 from gptailor.models.family import Family
+from tests.evaluation.own_tasks import tasks_of
 
 
 def test_measures_equal_the_reference(models: dict[str, str], tasks_dir: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     config = EvaluationConfig(
-        tasks=("t_shared", "t_long"), include_path=str(tasks_dir), dtype="float32", device="cpu"
+        tasks=tasks_of("t_shared", "t_long"),
+        include_path=str(tasks_dir),
+        dtype="float32",
+        device="cpu",
     )
     evaluator = Evaluator(Family(models, "base"), config)
     workload = evaluator.workloads["search"]
@@ -60,7 +64,7 @@ def test_a_candidate_that_gives_no_numbers_is_named(
     weights = load_file(tmp_path / "bad" / "model.safetensors")
     weights["model.layers.3.mlp.up_proj.weight"][5, 7] = float("inf")
     save_file(weights, tmp_path / "bad" / "model.safetensors", {"format": "pt"})
-    config = EvaluationConfig(tasks=("t_shared",), include_path=str(tasks_dir), device="cpu")
+    config = EvaluationConfig(tasks=tasks_of("t_shared"), include_path=str(tasks_dir), device="cpu")
     evaluator = Evaluator(
         Family({"base": models["base"], "red": str(tmp_path / "bad")}, "base"), config
     )

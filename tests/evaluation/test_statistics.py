@@ -38,20 +38,22 @@ def llama(tied: bool = True) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(1)
-    return LlamaForCausalLM(
+    model: nn.Module = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
             num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=tied,
             initializer_range=0.2, attention_bias=True,
         )
-    ).eval()  # fmt: skip
+    )  # fmt: skip
+    return model.eval()
 
 
 def squares_of(model: nn.Module, tokens: tuple[int, ...], drawn: Any) -> dict[str, torch.Tensor]:
     """(∂ Σₜ log p(drawn) / ∂θ)² of one sequence."""
     names, parameters = zip(*model.named_parameters(), strict=True)
     logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
-    total = sum(torch.log_softmax(logits[t], 0)[word] for t, word in enumerate(drawn))
+    terms = (torch.log_softmax(logits[t], 0)[word] for t, word in enumerate(drawn))
+    total = sum(terms, torch.zeros(()))
     gradients = torch.autograd.grad(total, parameters)
     return {n: g.detach() ** 2 for n, g in zip(names, gradients, strict=True)}
 

@@ -78,9 +78,13 @@ def test_a_cut_that_no_config_can_describe_is_refused_before_anything_is_written
 
 
 def test_rules_without_a_key_are_found_by_the_layers(tmp_path: Path) -> None:
-    keys = {"attn_layer_period": 4, "attn_layer_offset": 1, "expert_layer_period": 2}
-    sizes = {"num_experts": 2, "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False}
-    folder = save_real(tmp_path / "m", "jamba", **keys, **sizes)
+    keys: dict[str, Any] = {
+        "attn_layer_period": 4,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+    }
+    keys |= {"num_experts": 2, "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False}
+    folder = save_real(tmp_path / "m", "jamba", **keys)
     found = structure(folder)
     assert found.cut((0, 1, 2)).config["num_hidden_layers"] == 3  # the rule gives what it gave
     with pytest.raises(UsageError, match="JambaAttentionDecoderLayer"):
@@ -158,15 +162,15 @@ def test_weights_that_a_model_writes_to_are_not_shared(tmp_path: Path) -> None:
 
 
 def test_scores_that_depend_on_chance_are_not_compared(tmp_path: Path) -> None:
-    keys = {"is_decoder": True, "axial_pos_embds": False, "num_buckets": 4}
-    layers = {"attn_layers": ["local", "lsh"] * 2, "attention_head_size": 8}
-    folder = save_real(tmp_path / "m", "reformer", **keys, **layers)
+    keys: dict[str, Any] = {"is_decoder": True, "axial_pos_embds": False, "num_buckets": 4}
+    keys |= {"attn_layers": ["local", "lsh"] * 2, "attention_head_size": 8}
+    folder = save_real(tmp_path / "m", "reformer", **keys)
     with pytest.raises(ModelError, match=r"draws random numbers \(aten::randn"):
         ResidentModel(opened(folder), dtype="float32", device="cpu")
 
 
 def test_modules_that_a_model_replaces_are_not_shared(tmp_path: Path) -> None:
-    keys = {"is_decoder": True, "attention_type": "block_sparse", "block_size": 4}
+    keys: dict[str, Any] = {"is_decoder": True, "attention_type": "block_sparse", "block_size": 4}
     folder = save_real(tmp_path / "m", "big_bird", num_random_blocks=1, **keys)
     with pytest.raises(ModelError, match="replaces its own modules"):
         ResidentModel(opened(folder), dtype="float32", device="cpu")

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from gptailor.config import EvaluationConfig, TaskSpec
 from gptailor.errors import UsageError
-from gptailor.evaluation.workload import Workload, choose_documents
+from gptailor.evaluation.documents import choose_documents
+from gptailor.evaluation.workload import Workload
 
 
 @given(

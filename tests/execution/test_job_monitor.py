@@ -128,7 +128,9 @@ def test_the_record_says_what_each_worker_does(
         record = read(tmp_path, "7")
         assert record is not None
         assert (record.log, record.hosts[1:]) == ("islands/2/logs/rank-000.log", ("n1", "n2"))
-        began, free = pytest.approx(ago + 50, abs=2), pytest.approx(ago + 40, abs=2)
+        began, free = (worker.since for worker in record.workers[:2])
+        assert began == pytest.approx(ago + 50, abs=2)
+        assert free == pytest.approx(ago + 40, abs=2)
         assert record.workers == (
             WorkerRecord(1, "n1", 11, "cuda:0", "1f3a09bc: 3 tokens", began),
             WorkerRecord(2, "n1", 12, "cuda:1", None, free),

@@ -18,8 +18,9 @@ import yaml
 from gptailor import cli
 from gptailor.config import parse_config
 from gptailor.errors import ModelError
+from gptailor.evaluation.similarity import Similarity
 from gptailor.execution import pool as processes
-from gptailor.execution.executor import EvaluationJob, SimilarityJob
+from gptailor.execution.executor import EvaluationJob, Job, SimilarityJob
 from gptailor.execution.local import InProcess
 from gptailor.execution.pool import LocalPool
 from gptailor.recipe import Recipe, Take
@@ -132,31 +133,33 @@ def test_workers_say_what_they_are_at(
     try:
         assert [a.device for a in pool.abilities()] == ["cpu", "cpu"]
         pool.load("float32")
-        heard = set()
+        started: set[str] = set()
         while not all(future.done() for future in pool._begun):
-            heard |= set(pool.words().values())
+            started |= set(pool.words().values())
             time.sleep(0.005)
-        assert {"loading libraries", "loading the base", "loading tokenizer and tasks"} <= heard
+        assert {"loading libraries", "loading the base", "loading tokenizer and tasks"} <= started
         assert pool.words() == {}
         layers = tuple(Take("red", layer) for layer in range(6))
         recipe = Recipe(config.models, "base", layers, "base", "base", "bfloat16")
-        jobs = [
+        jobs: list[Job] = [
             EvaluationJob(recipe, "search"),
             EvaluationJob(recipe, "search"),
             SimilarityJob("red"),
         ]
-        heard.clear()
+        heard: set[tuple[int, str]] = set()
         for job in jobs:
             pool.start(1, job)
             while not (finished := pool.finished(0.0)):
                 heard |= set(pool.words().items())
         assert pool.words() == {}
         (measured,) = finished
+        assert isinstance(measured.result, Similarity)
         alone = InProcess(config)
         for dtype in ("float32", "bfloat16"):  # it computes in the type that it was told
             alone.load(dtype)
             alone.start(0, measured.job)
             (one,) = alone.finished(0.0)
+            assert isinstance(one.result, Similarity)
             same = one.result.block_influence == pytest.approx(
                 measured.result.block_influence, abs=1e-6
             )

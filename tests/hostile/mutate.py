@@ -87,8 +87,8 @@ def mutate_tree(rng: random.Random, tree: Any) -> Any:
     return tree
 
 
-def _name(rng: random.Random, name: Any) -> str:
-    name = str(name)
+def _name(rng: random.Random, value: object) -> str:
+    name = str(value)
     cut = rng.randint(0, len(name))
     middle = rng.choice(["\n", ".0.", "\x7f", "é", "\ud801", "."])
     return rng.choice(

@@ -38,10 +38,10 @@ from gptailor.report.export import front_csv, front_dict, to_json
 from gptailor.run.archive import Archive
 from gptailor.run.island_folder import island_folder
 from gptailor.run.journal import NAME, read_journal
-from gptailor.run.journal_entry import Begun, Closed, Measured
+from gptailor.run.journal_entry import Begun, Closed, Entry, Measured
 from gptailor.run.journal_line import from_line, to_line
 from gptailor.search.island_peers import IslandPeers
-from gptailor.search.nsga2 import genome_of
+from gptailor.search.population import genome_of
 from gptailor.search.space import SearchSpace
 from gptailor.stitching.plan import make_plan
 from gptailor.strict_yaml import load_yaml
@@ -423,7 +423,7 @@ def journal_seeds() -> list[bytes]:
         )
     ]
     measured = Measured("red", Similarity((0.5,) * 4, ((0.1,) * 5,) * 5))
-    entries = [header, *rows, measured, Begun((("a" * 64, "search"),)), Closed()]
+    entries: list[Entry] = [header, *rows, measured, Begun((("a" * 64, "search"),)), Closed()]
     lines = [to_line(entry) for entry in entries]
     return [b"".join(lines), b"".join(lines[:2]), b"".join(lines)[:-9], lines[0]]
 

@@ -136,7 +136,8 @@ def test_views_of_files_and_buffers(tmp_path: Path) -> None:
         n = chooser.random.choice([0, 1, 7, 4095, 4096, 4097, 9000])
         path.write_bytes(chooser.random.randbytes(n))
         files = [_C.open_input(str(path), io) for io in ("mmap", "pread", "direct")]
-        for owner in (_C.MappedFile(path), _C.Buffer(n), *files):
+        owners: list[_C.InputFile | _C.Buffer] = [_C.MappedFile(path), _C.Buffer(n), *files]
+        for owner in owners:
             try:
                 tensor = owner.tensor(
                     chooser.integer(n), chooser.shape(chooser.integer(n)), chooser.dtype()

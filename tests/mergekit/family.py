@@ -37,7 +37,7 @@ def save_family(folder: Path) -> None:
 
 def _weights(seed: int, tied: bool) -> dict[str, np.ndarray[Any, Any]]:
     random = np.random.RandomState(seed)  # its numbers never change
-    shapes = {"model.embed_tokens.weight": (_VOCABULARY, _HIDDEN)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (_VOCABULARY, _HIDDEN)}
     for i in range(NUM_LAYERS):
         layer = f"model.layers.{i}."
         for name in ("q", "k", "v", "o"):
@@ -46,8 +46,8 @@ def _weights(seed: int, tied: bool) -> dict[str, np.ndarray[Any, Any]]:
         shapes[f"{layer}mlp.up_proj.weight"] = (_MLP, _HIDDEN)
         shapes[f"{layer}mlp.down_proj.weight"] = (_HIDDEN, _MLP)
         for name in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"{layer}{name}.weight"] = (_HIDDEN,)  # type: ignore[assignment]
-    shapes["model.norm.weight"] = (_HIDDEN,)  # type: ignore[assignment]
+            shapes[f"{layer}{name}.weight"] = (_HIDDEN,)
+    shapes["model.norm.weight"] = (_HIDDEN,)
     if not tied:
         shapes["lm_head.weight"] = (_VOCABULARY, _HIDDEN)
     return {
@@ -75,7 +75,7 @@ def _save(folder: Path, weights: Mapping[str, np.ndarray[Any, Any]], tied: bool)
         "pad_token_id": 0,
     }
     vocabulary = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(_VOCABULARY - 4))]
-    tokenizer = {
+    tokenizer: dict[str, object] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,

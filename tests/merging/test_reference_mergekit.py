@@ -19,13 +19,13 @@ from gptailor.merging.registry import METHODS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mergekit_methods.npz"
 with np.load(GOLDEN) as _file:
-    _VALUES = _file["values"]
+    _VALUES: np.ndarray = _file["values"]
     INDEX: dict[str, Any] = json.loads(_file["index"].tobytes())
 CASES: list[dict[str, Any]] = INDEX["cases"]
 OURS_ONLY = {name for name, method in METHODS.items() if not method.in_mergekit}
 
 
-def stored(place: list[Any]) -> np.ndarray:
+def stored(place: tuple[int, list[int]]) -> np.ndarray:
     offset, shape = place
     return _VALUES[offset : offset + int(np.prod(shape))].reshape(shape)
 
@@ -33,6 +33,12 @@ def stored(place: list[Any]) -> np.ndarray:
 def inputs(case: dict[str, Any]) -> tuple[np.ndarray, np.ndarray | None]:
     tensors = stored(INDEX["tensors"][case["tensors"]])
     return tensors[1 : 1 + case["n_sources"]], tensors[0] if case["base"] else None
+
+
+def inputs_and_base(case: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    x, base = inputs(case)
+    assert base is not None
+    return x, base
 
 
 def ours(case: dict[str, Any], dtype: Any = np.float64) -> np.ndarray:
@@ -152,7 +158,7 @@ def test_mergekit_divides_zero_by_zero_in_rows_of_one_element() -> None:
 def test_mergekit_ranks_della_along_the_second_dimension() -> None:
     """The same where there are two; with three, a row is the last dimension here."""
     for case in those("rows of a tensor of three dimensions"):
-        (x, base), y = inputs(case), ours(case)
+        (x, base), y = inputs_and_base(case), ours(case)
         flat = merge(
             case["method"], x.reshape(3, 6, 4), base.reshape(6, 4), weights=case["weights"],
             parameters=case["parameters"], key=INDEX["key"],
@@ -177,7 +183,7 @@ def test_mergekit_amplifies_rounding_where_directions_are_opposite() -> None:
 
 def test_mergekit_drops_everything_at_a_density_of_zero() -> None:
     for case in those("a density of zero"):
-        x, base = inputs(case)
+        x, base = inputs_and_base(case)
         np.testing.assert_allclose(stored(case["result"]), base, rtol=1e-6)
         assert 1 <= (ours(case) != base).sum() <= len(x)
 
@@ -185,9 +191,8 @@ def test_mergekit_drops_everything_at_a_density_of_zero() -> None:
 def test_mergekit_picks_among_equal_magnitudes() -> None:
     """It keeps just as many as asked, by the order of its sort; we keep all that are as large."""
     for case in those("equal magnitudes at the threshold"):
-        theirs, base = stored(case["result"]), inputs(case)[1]
-        y = ours(case)
-        x, _ = inputs(case)
+        theirs, y = stored(case["result"]), ours(case)
+        x, base = inputs_and_base(case)
         mirrored = merge(
             case["method"], x[:, ::-1, ::-1], base[::-1, ::-1], weights=case["weights"],
             parameters=case["parameters"],
@@ -200,7 +205,7 @@ def test_mergekit_picks_among_equal_magnitudes() -> None:
 def test_mergekit_loses_the_divergence_of_close_models() -> None:
     """In float32, Σ p log(p / q) of a finetune is smaller than what it is rounded by."""
     (case,) = those("a divergence below float32's rounding")
-    (x, base), y = inputs(case), ours(case)
+    (x, base), y = inputs_and_base(case), ours(case)
     wide = base.astype(np.longdouble), x[0].astype(np.longdouble)
     q, p = (np.exp(v) / np.exp(v).sum(axis=-1, keepdims=True) + 1e-8 for v in wide)
     divergence = (p * np.log(p / q)).sum(axis=-1, keepdims=True)

@@ -243,7 +243,10 @@ def test_other_names_of_the_count(key: str) -> None:
 
 
 def test_lists_that_only_have_the_same_length() -> None:
-    keys = {"eos_token_id": [1, 2, 3, 4], "suppress_token_ids": [1, 2, 3, 4]}
+    keys: dict[str, list[int] | list[str]] = {
+        "eos_token_id": [1, 2, 3, 4],
+        "suppress_token_ids": [1, 2, 3, 4],
+    }
     keys |= {"architectures": ["a", "b", "c", "d"]}
     assert per_layer_lists(config(**keys), 4) == {}
     cut = cut_config(config(**keys), (0,))
@@ -382,7 +385,7 @@ def shortened(model_type: str) -> Any:
     cls = CONFIG_MAPPING[model_type]
     default = cls()
     data = default.to_dict()
-    keys = {key: 12 for key in SHORT if key in data}
+    keys: dict[str, int | list[float]] = {key: 12 for key in SHORT if key in data}
     keys |= {"num_kv_shared_layers": 0} if data.get("num_kv_shared_layers") else {}
     if model_type in ("gemma3n_text",):
         keys["activation_sparsity_pattern"] = [0.9] * 3 + [0.0] * 9

@@ -210,7 +210,7 @@ def test_any_json_header_is_an_error_or_valid(
 def test_index_errors(tmp_path: Path) -> None:
     shard = "model-00001-of-00001.safetensors"
     (tmp_path / shard).write_bytes(header())
-    good = {"a": shard, "b": shard}
+    good: dict[str, object] = {"a": shard, "b": shard}
     cases: list[tuple[dict[str, object], str]] = [
         (good | {"c": "model-00002-of-00002.safetensors"}, "model-00002-of-00002.safetensors"),
         (good | {"c": shard}, f"puts c into {shard}, but that file lacks it"),

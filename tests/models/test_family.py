@@ -120,11 +120,11 @@ def test_fewer_rows_than_tokens(base: Path, tmp_path: Path) -> None:
 def test_rows_that_are_no_tokens_are_not_padding(base: Path, tmp_path: Path) -> None:
     """A table of positions has rows, too, and the model needs them."""
     name = "model.embed_positions.weight"
-    models = [
+    short, long = (
         save_model(tmp_path / str(n), tensors={name: ("BF16", (n, HIDDEN), b"\0" * n * HIDDEN * 2)})
         for n in (64, 128)
-    ]
-    assert f"{name} has the shape [128, 16], but [64, 16] in the base" in refused(*models)
+    )
+    assert f"{name} has the shape [128, 16], but [64, 16] in the base" in refused(short, long)
 
 
 def test_wider_embeddings_are_not_padding(base: Path, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_what_a_result_has(tmp_path: Path) -> None:
 
 
 def test_what_is_downloaded() -> None:
-    from huggingface_hub.utils import filter_repo_objects
+    from huggingface_hub.utils._paths import filter_repo_objects
 
     wanted = [*MORE, *VOCABULARIES, "merges.txt", "bpe.codes", "config.json", "model.safetensors"]
     others = ["original/model.safetensors", "onnx/config.json", "metal/vocab.txt", "tf_model.h5"]

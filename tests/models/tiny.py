@@ -206,7 +206,9 @@ def save_family(
     return {name: str(save_model(root / name, **kwargs)) for name in names}
 
 
-def run_python(code: str, *arguments: object, **environment: str) -> Any:
+def run_python(
+    code: str, *arguments: object, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Runs a program in a process of its own; returns the completed process, as text."""
     words = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,8 @@ from gptailor import _C
 TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 N_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 DTYPES = list(TORCH)
+
+Parameters = Mapping[str, float | Sequence[float]]  # of a method, by name
 
 # Unit roundoff: half the gap between 1 and the next number.
 EPS = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
@@ -31,7 +32,7 @@ def tensor(values: np.ndarray, dtype: str, shift: int = 0) -> _C.Tensor:
 
 def values(t: _C.Tensor) -> np.ndarray:
     """What a tensor holds, as float32 (exact)."""
-    return torch.from_dlpack(t).float().numpy().copy()
+    return torch.utils.dlpack.from_dlpack(t).float().numpy().copy()
 
 
 def run(
@@ -50,8 +51,8 @@ def run(
     check_nan: bool = True,
     check_overflow: bool = True,
     threads: int = 0,
-    parameters: Mapping[str, Any] | None = None,
-    **named: Any,
+    parameters: Parameters | None = None,
+    **named: float | Sequence[float],
 ) -> np.ndarray:
     """The whole result as bytes, asked for in slices of `step` elements.
 
@@ -79,7 +80,7 @@ def run(
     step = step or max(n, 1)
     for begin in range(0, n, step):
         merge.run(begin, min(step, n - begin), out, begin * width + shift)
-    return np.frombuffer(out, np.uint8)[shift:].copy()
+    return np.frombuffer(memoryview(out), np.uint8)[shift:].copy()
 
 
 def as_float(raw: np.ndarray, dtype: str) -> np.ndarray:

@@ -54,7 +54,9 @@ def decide(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[str | None, st
     own = ("GPTAILOR_CUDA", "GPTAILOR_SANITIZE", "GPTAILOR_CUDA_ARCHS")
     for key in (*own, "CUDA_HOME", "CUDA_PATH", "CUDACXX"):
         monkeypatch.delenv(key, raising=False)
-    return runpy.run_path(str(ROOT / "setup.py"))["decide_cuda"]
+    decide_cuda: Callable[[], tuple[str | None, str, str]]
+    decide_cuda = runpy.run_path(str(ROOT / "setup.py"))["decide_cuda"]
+    return decide_cuda
 
 
 @pytest.fixture
@@ -132,7 +134,7 @@ print(c.cuda_device_count())
 @needs_sources
 @pytest.mark.skipif(_C.cuda_device_count() > 0, reason="there is a GPU")
 def test_the_gpu_benchmark_says_that_there_is_no_gpu() -> None:
-    command = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--quick"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--quick"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from native_tools import TORCH, run
 
 from gptailor import _C
+from tests.native.native_tools import TORCH, run
 
 SIGNALLING = {"F16": 0x0200, "BF16": 0x0040}  # the quiet bit of a NaN
 

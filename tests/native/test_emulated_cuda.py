@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,7 +64,7 @@ def test_kernels_on_the_cpu(tmp_path: Path) -> None:
     assert passed and int(passed.group(1)) > 100, result.stdout
 
 
-def _setup() -> dict[str, object]:
+def _setup() -> dict[str, Any]:
     import runpy
 
     import setuptools

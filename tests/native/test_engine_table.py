@@ -91,6 +91,7 @@ def test_what_the_engine_does_not_have_is_an_error_of_the_compiler(
     text = table().replace("true, densities)", "false, densities)")
     assert right in text
     (tmp_path / "declared_methods.h").write_text(text.replace(right, wrong, 1) if right else text)
-    command = [compiler, "-std=c++17", "-fsyntax-only", f"-I{tmp_path}", ROOT / "csrc/methods.cpp"]
+    source = str(ROOT / "csrc/methods.cpp")
+    command = [compiler, "-std=c++17", "-fsyntax-only", f"-I{tmp_path}", source]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode == 0) == (not wrong), done.stderr

@@ -43,7 +43,8 @@ def test_every_mode_reads_the_same_bytes(mode: str, path: Path) -> None:
     for offset, n_bytes in RANGES:
         assert file.read(offset, n_bytes) == DATA[offset : offset + n_bytes]
         tensor = file.tensor(offset, (n_bytes,), "U8")
-        assert torch.from_dlpack(tensor).numpy().tobytes() == DATA[offset : offset + n_bytes]
+        seen = torch.utils.dlpack.from_dlpack(tensor)
+        assert seen.numpy().tobytes() == DATA[offset : offset + n_bytes]
         tensor.check_intact()
     file.check_intact()
 
@@ -196,9 +197,10 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("no C compiler")
-    words = [compiler, "-shared", "-fPIC", "-o", folder / "shim.so", folder / "shim.c", "-ldl"]
-    subprocess.run(words, check=True)
-    return folder / "shim.so"
+    library = folder / "shim.so"
+    words = ["-shared", "-fPIC", "-o", str(library), str(folder / "shim.c"), "-ldl"]
+    subprocess.run([compiler, *words], check=True)
+    return library
 
 
 def shimmed(shim: Path, path: Path, mode: str, begin: int, n: int, what: str) -> list[str]:
@@ -253,7 +255,7 @@ else:
         f.write(b"changed!")
 try:
     job.run(100, size // 4 - 100, out)
-    values = np.frombuffer(out, np.float32)
+    values = np.frombuffer(memoryview(out), np.float32)
     print("right" if (values[:-100] == values[0]).all() else "wrong", "True")
 except OSError as error:
     print(error.errno, error.filename == path)
@@ -291,7 +293,7 @@ path, keep = sys.argv[1], int(sys.argv[2])
 with open(path, "wb") as f:
     f.write(bytes([7]) * (1 << 20))
 files = [_C.MappedFile(path) for _ in range(3)]
-views = [torch.from_dlpack(f.tensor(0, (1 << 20,), "U8")) for f in files[:2]]
+views = [torch.utils.dlpack.from_dlpack(f.tensor(0, (1 << 20,), "U8")) for f in files[:2]]
 os.truncate(path, keep)
 print([int(v.sum()) == 7 * keep for v in views], int(views[0][keep - 1]))
 for file in files:

@@ -36,7 +36,7 @@ def test_an_empty_file(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     file = _C.MappedFile(tmp_path / "empty")
     assert (file.size, file.read(0, 0)) == (0, b"")
-    assert torch.from_dlpack(file.tensor(0, (0, 3), "F32")).shape == (0, 3)
+    assert torch.utils.dlpack.from_dlpack(file.tensor(0, (0, 3), "F32")).shape == (0, 3)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_tensors_outlive_the_file_object(path: Path) -> None:
     file = _C.MappedFile(path)
     ref = weakref.ref(file) if hasattr(file, "__weakref__") else None
     view = file.tensor(0, (1024,), "I32")
-    t = torch.from_dlpack(view)
+    t = torch.utils.dlpack.from_dlpack(view)
     path.unlink()
     del file, view
     gc.collect()
@@ -85,7 +85,7 @@ def test_the_mapping_goes_with_the_last_tensor(path: Path) -> None:
     def maps() -> int:
         return Path("/proc/self/maps").read_text().count(str(path))
 
-    t = torch.from_dlpack(_C.MappedFile(path).tensor(0, (8,), "U8"))
+    t = torch.utils.dlpack.from_dlpack(_C.MappedFile(path).tensor(0, (8,), "U8"))
     assert maps() == 1
     del t
     gc.collect()
@@ -101,7 +101,7 @@ def test_the_mapping_goes_with_the_last_tensor(path: Path) -> None:
 def test_any_offset(path: Path, offset: int, dtype: str) -> None:
     t = _C.MappedFile(path).tensor(offset, (5, 3), dtype)
     assert (t.shape, t.dtype, t.n_elements) == ((5, 3), dtype, 15)
-    seen = torch.from_dlpack(t)
+    seen = torch.utils.dlpack.from_dlpack(t)
     assert seen.shape == (5, 3)
     assert seen.clone().view(torch.uint8).numpy().tobytes() == BYTES[offset:][: t.n_bytes]
 
@@ -119,11 +119,11 @@ def test_any_offset(path: Path, offset: int, dtype: str) -> None:
 def test_torch_knows_the_type(dtype: str, want: torch.dtype) -> None:
     buffer = _C.Buffer(64)
     t = buffer.tensor(0, (2, 1, 3), dtype)
-    seen = torch.from_dlpack(t)
+    seen = torch.utils.dlpack.from_dlpack(t)
     assert (seen.dtype, tuple(seen.shape)) == (want, (2, 1, 3))
     assert t.n_bytes == 6 * seen.element_size()
     assert t.__dlpack_device__() == (1, 0)
-    assert torch.from_dlpack(buffer.tensor(0, (), dtype)).shape == ()
+    assert torch.utils.dlpack.from_dlpack(buffer.tensor(0, (), dtype)).shape == ()
     if dtype != "BOOL":
         again = _C.Tensor.from_dlpack(seen)
         assert (again.shape, again.dtype) == (t.shape, t.dtype)
@@ -171,10 +171,10 @@ def test_a_buffer_is_zeroed_aligned_and_writable() -> None:
     view = memoryview(buffer)
     assert (buffer.size, view.nbytes, view.readonly) == (1 << 20, 1 << 20, False)
     assert not np.frombuffer(view, np.uint8).any()
-    t = torch.from_dlpack(buffer.tensor(0, (4,), "F32"))
+    t = torch.utils.dlpack.from_dlpack(buffer.tensor(0, (4,), "F32"))
     assert t.data_ptr() % 64 == 0
     t[2] = 1.5
-    assert np.frombuffer(buffer, np.float32)[2] == 1.5
+    assert np.frombuffer(memoryview(buffer), np.float32)[2] == 1.5
     del buffer
     gc.collect()
     view[0:4] = np.float32(2.5).tobytes()
@@ -193,16 +193,16 @@ def test_tensors_of_other_libraries() -> None:
     t = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)
     view = _C.Tensor.from_dlpack(t)
     assert (view.shape, view.dtype) == ((2, 3), "BF16")
-    assert torch.from_dlpack(view).data_ptr() == t.data_ptr()
+    assert torch.utils.dlpack.from_dlpack(view).data_ptr() == t.data_ptr()
     merge = _C.Merge("linear", [view], out_dtype="F32")
     del t, view
     gc.collect()
     out = _C.Buffer(24)
     merge.run(0, 6, out)
-    assert np.frombuffer(out, np.float32).tolist() == [0, 1, 2, 3, 4, 5]
+    assert np.frombuffer(memoryview(out), np.float32).tolist() == [0, 1, 2, 3, 4, 5]
     with pytest.raises(BufferError, match="contiguous"):
         _C.Tensor.from_dlpack(torch.zeros(3, 4).t())
     assert _C.Tensor.from_dlpack(torch.zeros(3, 4)[1:2].t()).shape == (4, 1)
-    assert _C.Tensor.from_dlpack(np.float32([1, 2])).shape == (2,)
+    assert _C.Tensor.from_dlpack(np.array([1, 2], np.float32)).shape == (2,)
     with pytest.raises(AttributeError):
         _C.Tensor.from_dlpack([1.0])  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -13,10 +14,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_tools import DTYPES, EPS, FLOOR, N_BYTES, as_float, rounded, run, tensor, values
 
 from gptailor import _C
 from gptailor.merging import reference
+from tests.native.native_tools import (
+    DTYPES,
+    EPS,
+    FLOOR,
+    N_BYTES,
+    as_float,
+    rounded,
+    run,
+    tensor,
+    values,
+)
 
 METHODS = ["linear", "task_arithmetic", "slerp", "ties"]
 # Around the lengths at which the code changes its way: a vector, a block, a reduction block.
@@ -177,7 +188,7 @@ def test_threads_of_python_may_share_a_merge() -> None:
     for worker in workers:
         worker.join()
     whole = run("ties", sources, base_t, out_dtype="BF16", density=0.5)
-    assert np.array_equal(np.frombuffer(out, np.uint8), whole)
+    assert np.array_equal(np.frombuffer(memoryview(out), np.uint8), whole)
 
 
 # Numpy only: torch would take seconds to import.
@@ -233,7 +244,7 @@ def test_one_source_is_a_copy_of_its_bytes(dtype: str) -> None:
     memoryview(buffer)[1:] = raw.tobytes()
     source = buffer.tensor(1, (70_001,), dtype)
     assert np.array_equal(run("linear", [source], out_dtype=dtype, check_nan=False), raw)
-    finite = tensor(np.float32([1, -0.0, 0, -2.5, np.inf, 2.0**-140]), dtype)
+    finite = tensor(np.array([1, -0.0, 0, -2.5, np.inf, 2.0**-140], np.float32), dtype)
     expected = np.frombuffer(np.from_dlpack(_as_bytes(finite)), np.uint8)
     assert np.array_equal(run("linear", [finite], out_dtype=dtype, weights=[1.0]), expected)
 
@@ -241,11 +252,11 @@ def test_one_source_is_a_copy_of_its_bytes(dtype: str) -> None:
 def _as_bytes(t: _C.Tensor) -> Any:
     import torch
 
-    return torch.from_dlpack(t).view(torch.uint8)
+    return torch.utils.dlpack.from_dlpack(t).view(torch.uint8)
 
 
 def test_a_negative_zero_keeps_its_sign() -> None:
-    zero = tensor(np.float32([-0.0]), "F32")
+    zero = tensor(np.array([-0.0], np.float32), "F32")
     raw = run("linear", [zero, zero], weights=[0.5, 0.5])
     assert np.signbit(as_float(raw, "F32")).all()
 
@@ -262,8 +273,8 @@ def test_merging_a_model_with_itself_changes_nothing() -> None:
 
 
 def test_slerp_of_parallel_zero_and_orthogonal_tensors() -> None:
-    x = np.float32([3, 4, 0, 0])
-    y = np.float32([0, 0, 3, 4])
+    x = np.array([3, 4, 0, 0], np.float32)
+    y = np.array([0, 0, 3, 4], np.float32)
     raw = run("slerp", [tensor(x, "F32"), tensor(y, "F32")], t=0.5)
     np.testing.assert_allclose(as_float(raw, "F32"), (x + y) * np.sqrt(0.5), rtol=1e-6)
     raw = run("slerp", [tensor(x, "F32"), tensor(-x, "F32")], t=0.25)
@@ -277,12 +288,13 @@ def test_slerp_of_parallel_zero_and_orthogonal_tensors() -> None:
 @given(st.integers(1, 3000), st.floats(0, 1), st.integers(0, 3), st.integers(0, 2**32 - 1))
 def test_ties_keeps_exactly_the_largest(n: int, density: float, kind: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    delta = {
+    kinds: dict[int, Callable[[], np.ndarray]] = {
         0: lambda: rng.standard_normal(n),
         1: lambda: rng.integers(-3, 4, n).astype(float),  # many of one magnitude
         2: lambda: rng.standard_normal(n) * 2.0 ** rng.integers(-148, 120, n).astype(float),
         3: lambda: np.full(n, -1.5),
-    }[kind]().astype(np.float32)
+    }
+    delta = kinds[kind]().astype(np.float32)
     zero = tensor(np.zeros(n, np.float32), "F32")
     got = as_float(run("ties", [tensor(delta, "F32")], zero, density=density), "F32")
     np.testing.assert_array_equal(got, reference.trim(delta, density))
@@ -313,8 +325,8 @@ def test_a_nan_is_found_where_it_is(method: str, bad: int | str, at: int) -> Non
 
 
 def test_infinities() -> None:
-    x = tensor(np.float32([1, np.inf, 2]), "F32")
-    y = tensor(np.float32([1, -np.inf, 2]), "F32")
+    x = tensor(np.array([1, np.inf, 2], np.float32), "F32")
+    y = tensor(np.array([1, -np.inf, 2], np.float32), "F32")
     zero = tensor(np.zeros(3, np.float32), "F32")
     assert as_float(run("linear", [x, x]), "F32")[1] == np.inf
     with pytest.raises(_C.NanError, match="not a number") as error:
@@ -332,11 +344,12 @@ def test_infinities() -> None:
 
 def test_the_largest_numbers_of_float16() -> None:
     """65520 lies half-way between 65504 and what would be 65536; all below is rounded down."""
-    fits = np.float32([65504.0, -65504.0, np.nextafter(np.float32(65520), np.float32(0)), np.inf])
+    below = np.nextafter(np.float32(65520), np.float32(0))
+    fits = np.array([65504.0, -65504.0, below, np.inf], np.float32)
     got = as_float(run("linear", [tensor(fits, "F32")], out_dtype="F16"), "F16")
     assert got.tolist() == [65504.0, -65504.0, 65504.0, np.inf]
     for value in (65520.0, -65520.0, 1e30, float(np.finfo(np.float32).max)):
-        source = tensor(np.float32([1, value, 70000.0]), "F32")
+        source = tensor(np.array([1, value, 70000.0], np.float32), "F32")
         with pytest.raises(_C.RangeError, match=r"element 1 is .*, but the largest number in"):
             run("linear", [source], out_dtype="F16")
         got = as_float(run("linear", [source], out_dtype="F16", check_overflow=False), "F16")
@@ -369,7 +382,7 @@ def test_a_number_too_large_is_found_where_it_is(method: str, at: int) -> None:
 
 
 def test_a_nan_is_told_before_a_number_too_large() -> None:
-    x = tensor(np.float32([70000.0, np.nan]), "F32")
+    x = tensor(np.array([70000.0, np.nan], np.float32), "F32")
     y = tensor(np.ones(2, np.float32), "F32")
     with pytest.raises(_C.NanError):
         run("linear", [x, y], out_dtype="F16")
@@ -435,7 +448,8 @@ def test_wrong_tensors_and_ranges() -> None:
             merge.run(0, count, out, offset)
     merge.run(4, 0, out, 9)
     merge.run(0, 4, out, 1)
-    assert as_float(np.frombuffer(out, np.uint8)[1:].copy(), "BF16").tolist() == [1.0] * 4
+    written = np.frombuffer(memoryview(out), np.uint8)[1:].copy()
+    assert as_float(written, "BF16").tolist() == [1.0] * 4
 
 
 def test_the_output_may_not_be_an_input() -> None:

@@ -14,20 +14,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from native_tools import as_float, run, tensor
 
 from gptailor import _C
 from gptailor.merging import reference
+from tests.native.native_tools import as_float, run, tensor
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mergekit_methods.npz"
 with np.load(GOLDEN) as _file:
-    _VALUES = _file["values"]
+    _VALUES: np.ndarray = _file["values"]
     INDEX: dict[str, Any] = json.loads(_file["index"].tobytes())
 METHODS = sorted({case["method"] for case in INDEX["cases"]})
 SPHERES = {"slerp", "nuslerp", "multislerp", "karcher", "model_stock"}
 
 
-def stored(place: list[Any]) -> np.ndarray:
+def stored(place: tuple[int, list[int]]) -> np.ndarray:
     offset, shape = place
     return _VALUES[offset : offset + int(np.prod(shape))].reshape(shape)
 
@@ -112,16 +112,17 @@ def test_more_elements_than_31_bits_count(
     if method == "arcee_fusion":  # most scores are 0, and so is the threshold
         expected = x[0]
     elif method in ("dare_ties", "della"):
+        assert base is not None
         masks = [_mask(method, x[s], base, n, s) for s in range(n_sources)]
         kept = base + (x - base) * np.stack(masks)
         expected = reference.ties(kept, base, [1.0] * n_sources, normalize=method == "della")
     else:
         expected = reference.merge(method, x, base, parameters=alone or parameters)
-    got = np.frombuffer(out, np.float32)
+    got = np.frombuffer(memoryview(out), np.float32)
     np.testing.assert_allclose(got, expected.ravel(), rtol=1e-5, atol=1e-6 * scale)
 
 
-def _mask(method: str, x: np.ndarray, base: Any, n: int, source: int) -> np.ndarray:
+def _mask(method: str, x: np.ndarray, base: np.ndarray, n: int, source: int) -> np.ndarray:
     """Which of the last 8 of n elements stay; density 0.5, epsilon 0.15, seed 0, key 1."""
     counters = np.array([[n // 4 - 2, 0, source, 0], [n // 4 - 1, 0, source, 0]], np.uint32)
     words = reference.philox.philox4x32(counters.T, reference.philox.key_words(0, 1)).T.ravel()

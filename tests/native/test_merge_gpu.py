@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from native_tools import TORCH, as_float, run
 
 from gptailor import _C
+from tests.native.native_tools import TORCH, as_float, run
 
 EMULATED = _C.build_info()["cuda_version"] == "emulated"
 DEVICE = "cpu" if EMULATED else "cuda"
@@ -104,7 +104,7 @@ def test_a_list_of_tensors(case: tuple[str, int, bool, dict[str, Any]], shift: i
         for n in SIZES
     ]
     found = torch.zeros((len(SIZES), 2), dtype=torch.int32, device=DEVICE)
-    options = {"weights": weights, "parameters": parameters, "factor": 1.25 if shift else 1.0}
+    factor = 1.25 if shift else 1.0
     _C.merge_cuda(
         method,
         outs,
@@ -113,7 +113,9 @@ def test_a_list_of_tensors(case: tuple[str, int, bool, dict[str, Any]], shift: i
         keys=keys,
         found=found,
         stream=stream(),
-        **options,
+        weights=weights,
+        parameters=parameters,
+        factor=factor,
     )
     assert not found.any()
     for i, out in enumerate(outs):
@@ -125,7 +127,9 @@ def test_a_list_of_tensors(case: tuple[str, int, bool, dict[str, Any]], shift: i
             _C.Tensor.from_dlpack(bases[i].cpu()) if with_base else None,
             out_dtype=out_dtype,
             key=keys[i],
-            **options,
+            weights=weights,
+            parameters=parameters,
+            factor=factor,
         )
         got, want = out.cpu().float().numpy(), as_float(raw, out_dtype)
         if method in SPHERES and not EMULATED:
@@ -152,9 +156,18 @@ def test_thresholds_whatever_the_sample_says(values: str, density: float) -> Non
         x[n // 2 :] = 0
     base = torch.zeros(n)
     out = torch.empty(n, device=DEVICE)
-    options = {"weights": [1.0], "parameters": {"density": density}}
-    _C.merge_cuda("ties", [out], [[x.to(DEVICE)]], [base.to(DEVICE)], stream=stream(), **options)
-    want = run("ties", [_C.Tensor.from_dlpack(x)], _C.Tensor.from_dlpack(base), **options)
+    told: dict[str, float] = {"density": density}
+    _C.merge_cuda(
+        "ties",
+        [out],
+        [[x.to(DEVICE)]],
+        [base.to(DEVICE)],
+        stream=stream(),
+        weights=[1.0],
+        parameters=told,
+    )
+    pair = _C.Tensor.from_dlpack(x), _C.Tensor.from_dlpack(base)
+    want = run("ties", [pair[0]], pair[1], weights=[1.0], parameters=told)
     np.testing.assert_array_equal(out.cpu().numpy(), as_float(want, "F32"))
 
 
@@ -176,8 +189,9 @@ def test_nan_is_flagged() -> None:
         found = torch.zeros((4, 2), dtype=torch.int32, device=DEVICE)
         outs = [torch.empty_like(t) for t in tensors]
         sources = [[t] * n_sources for t in tensors]
-        options = {"parameters": parameters, "found": found, "stream": stream()}
-        _C.merge_cuda(method, outs, sources, bases, **options)
+        _C.merge_cuda(
+            method, outs, sources, bases, parameters=parameters, found=found, stream=stream()
+        )
         assert found.tolist() == [[0, 0], [0, 0], [1, 0], [1, 0]], method
     with pytest.raises(ValueError, match="two I32 for each"):
         _C.merge_cuda("ram", [outs[0]], [[tensors[0]]], [bases[0]], found=found)
@@ -195,8 +209,15 @@ def test_numbers_too_large_for_float16_are_flagged() -> None:
         outs = [torch.empty(20_000, dtype=TORCH[kind], device=DEVICE) for kind in kinds]
         bases = [torch.zeros(20_000, device=DEVICE) for _ in kinds] if with_base else None
         found = torch.zeros((len(kinds), 2), dtype=torch.int32, device=DEVICE)
-        options = {"parameters": {"normalize": 0}, "found": found, "stream": stream()}
-        _C.merge_cuda(method, outs, [[t] * n_sources for t in sources], bases, **options)
+        _C.merge_cuda(
+            method,
+            outs,
+            [[t] * n_sources for t in sources],
+            bases,
+            parameters={"normalize": 0},
+            found=found,
+            stream=stream(),
+        )
         assert found.tolist() == [[0, 0], [0, 1], [0, 0], [0, 0], [0, 0], [0, 1]], method
 
 

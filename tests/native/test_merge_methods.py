@@ -7,15 +7,16 @@ where two keys are within rounding of each other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
-from native_tools import DTYPES, EPS, as_float, rounded, run, tensor, values
 
 from gptailor import _C
 from gptailor.merging import reference
 from gptailor.merging.registry import METHODS, Method
+from tests.native.native_tools import DTYPES, EPS, as_float, rounded, run, tensor, values
 
 # method, sources, base?, parameter sets
 CASES: list[tuple[str, int, bool, dict[str, Any]]] = [
@@ -96,10 +97,14 @@ def check(
         parameters=parameters, key=99, **options,
     )  # fmt: skip
     got = as_float(raw, out_dtype)
-    told = {"weights": weights, "parameters": parameters, "key": 99}
-    with np.errstate(all="ignore"):
-        exact = reference.merge(method, x, base, **told).ravel()
-        same_steps = reference.merge(method, x, base, **told, dtype=np.float32).ravel()
+
+    def expected(dtype: type[np.floating]) -> np.ndarray:
+        with np.errstate(all="ignore"):
+            return reference.merge(
+                method, x, base, weights=weights, parameters=parameters, key=99, dtype=dtype
+            ).ravel()
+
+    exact, same_steps = expected(np.float64), expected(np.float32)
     if method in ELEMENTWISE or (method in SAME_CHOICE and not _rescales(method, parameters)):
         np.testing.assert_array_equal(got, rounded(same_steps, out_dtype))
         return
@@ -210,13 +215,13 @@ def test_directions_that_cancel_have_no_mean() -> None:
 def test_random_masks_depend_on_seed_key_and_source() -> None:
     one, zero = tensor(np.ones(4096, np.float32), "F32"), tensor(np.zeros(4096, np.float32), "F32")
 
-    def mask(seed: int, key: int, weights: list[float]) -> bytes:
+    def mask(seed: int, key: int, weights: Sequence[float]) -> bytes:
         o = {"density": 0.5, "rescale": 0, "seed": seed}
         return run(
             "dare_linear", [one, one], zero, weights=weights, key=key, parameters=o
         ).tobytes()
 
-    masks = {mask(s, k, w) for s in (0, 1) for k in (0, 1, 2**64 - 1) for w in ([1, 0], [0, 1])}
+    masks = {mask(s, k, w) for s in (0, 1) for k in (0, 1, 2**64 - 1) for w in ((1, 0), (0, 1))}
     assert len(masks) == 12
 
 

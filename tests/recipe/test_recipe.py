@@ -136,9 +136,11 @@ def test_keys() -> None:
         assert f"the key {key!r} is missing" in refused({k: v for k, v in good.items() if k != key})
     assert "schema is 'gptailor/recipe/2'" in refused(good | {"schema": "gptailor/recipe/2"})
     assert "schema is None" in refused({k: v for k, v in good.items() if k != "schema"})
-    for nothing in (None, [], "text", 3):
+    no_mappings: tuple[object, ...] = (None, [], "text", 3)
+    for nothing in no_mappings:
         assert "must be a mapping" in refused(nothing)
-    for layers in (None, [], {}, "x"):
+    no_entries: tuple[object, ...] = (None, [], {}, "x")
+    for layers in no_entries:
         assert "layers must be a list with at least one entry" in refused(good | {"layers": layers})
     assert "models: base is 3, but must be a folder" in refused(good | {"models": {"base": 3}})
     assert "models must map names" in refused(good | {"models": {1: "x", "base": "b"}})

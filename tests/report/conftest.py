@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from report_browser import Browser, find_chromium
-from report_runs import make_run
+
+from tests.report.report_browser import Browser, find_chromium
+from tests.report.report_runs import make_run
 
 
 @pytest.fixture(scope="session")

@@ -53,7 +53,11 @@ def score_of(
     return replace(score, values=tuple(values), chance=chance) if keep else score
 
 
-def outcome(rng: random.Random, accuracies: dict[str, float], tasks: tuple = TASKS) -> Outcome:
+def outcome(
+    rng: random.Random,
+    accuracies: dict[str, float],
+    tasks: tuple[tuple[str, str, float], ...] = TASKS,
+) -> Outcome:
     """Answers of one model: a document that is hard for one is mostly hard for all."""
     count = 400
     scores = []

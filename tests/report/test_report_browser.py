@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from report_browser import Browser
-from report_runs import add, make_run, make_small, near_chance, recipe_of
-from test_report_page import HOSTILE, runs_without_a_front
 
 from gptailor.evaluation.outcome import Cost, Outcome, Score
 from gptailor.recipe import NO_LAYER, Merge, Take
 from gptailor.report import Report, load_report, write_report
 from gptailor.run.archive import Archive
+from tests.report.report_browser import Browser
+from tests.report.report_runs import add, make_run, make_small, near_chance, recipe_of
+from tests.report.test_report_page import HOSTILE, runs_without_a_front
 
 pytestmark = pytest.mark.system
 SCORED = Outcome("ok", 0.5, (Score("piqa", "acc", 0.5, 0.02, 100),), "", Cost())

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from report_runs import CRASH, LAYERS, NAMES, add, dense, make_run, recipe_of, size_of
 
 from gptailor.errors import ResourceError, UsageError
 from gptailor.evaluation.outcome import Cost, Outcome, Score
@@ -26,6 +25,7 @@ from gptailor.report.hypervolume import hypervolume_history
 from gptailor.report.measured import Measured
 from gptailor.run.archive import Archive
 from gptailor.run.pareto import pareto_front
+from tests.report.report_runs import CRASH, LAYERS, NAMES, add, dense, make_run, recipe_of, size_of
 
 sizes = st.integers(1, 12)
 accuracies = st.sampled_from([0.0, 0.1, 0.2, 0.25, 0.3, 0.5, 0.7, 0.9])

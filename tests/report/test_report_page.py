@@ -8,7 +8,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from report_runs import CRASH, NAMES, add, make_run, recipe_of
 
 from gptailor.evaluation.outcome import Cost, Outcome
 from gptailor.recipe import Take
@@ -16,6 +15,7 @@ from gptailor.report import front_table, load_report, write_report
 from gptailor.report.figures import front_png
 from gptailor.report.page import json_for_script, page_data, page_html
 from gptailor.run.archive import Archive
+from tests.report.report_runs import CRASH, NAMES, add, make_run, recipe_of
 
 HOSTILE = (
     "</script><img src=x onerror=document.documentElement.dataset.hacked=1>",

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from report_runs import (
+
+from gptailor.evaluation.outcome import Cost, Outcome, Score
+from gptailor.recipe import Recipe, Take
+from gptailor.report import front_table, load_report
+from gptailor.report.export import front_csv, front_dict, to_json, write_front
+from gptailor.report.headline import headline
+from gptailor.report.measured import Figure, Measured, figure, measured_of
+from gptailor.report.page import page_html
+from gptailor.run.archive import Archive
+from gptailor.verbs.runs import worth_a_holdout
+from tests.report.report_runs import (
     CUT,
     LAYERS,
     NINE,
@@ -22,16 +33,6 @@ from report_runs import (
     recipe_of,
     right,
 )
-
-from gptailor.evaluation.outcome import Cost, Outcome, Score
-from gptailor.recipe import Recipe, Take
-from gptailor.report import front_table, load_report
-from gptailor.report.export import front_csv, front_dict, to_json, write_front
-from gptailor.report.headline import headline
-from gptailor.report.measured import Figure, Measured, figure, measured_of
-from gptailor.report.page import page_html
-from gptailor.run.archive import Archive
-from gptailor.verbs.runs import worth_a_holdout
 
 # On the search's documents math is the best dense candidate, on the holdout it knows nothing.
 OTHER_IS_BEST: dict[str, tuple[Recipe, Sets]] = {
@@ -204,7 +205,7 @@ def test_errors_are_those_of_a_bootstrap_over_the_documents() -> None:
     both = figure((a - b) / c, [(1 / c, one), (-1 / c, other), (-(a - b) / c**2, best)])
     assert both.stderr == pytest.approx(((drawn[:, 0] - drawn[:, 1]) / drawn[:, 2]).std(), rel=0.06)
     alone = [figure(m.accuracy, [(1.0, m)]).stderr or 0.0 for m in (one, other)]
-    assert (difference.stderr or 1.0) < 0.7 * np.hypot(*alone)  # that is what pairing is worth
+    assert (difference.stderr or 1.0) < 0.7 * math.hypot(*alone)  # that is what pairing is worth
 
 
 def test_the_paired_error_is_that_of_the_differences(tmp_path: Path) -> None:
@@ -234,7 +235,7 @@ def test_leaves_of_one_document_are_taken_together() -> None:
     ]
     one, other = (Measured(s.value, None, (s,)) for s in scores)
     found = figure(one.accuracy - other.accuracy, [(1.0, one), (-1.0, other)])
-    weighted = 5 * np.array([0.4, 0.3, 0.1, 0.1, 0.1]) * np.subtract(*values)
+    weighted = 5 * np.array([0.4, 0.3, 0.1, 0.1, 0.1]) * (np.array(values[0]) - np.array(values[1]))
     assert found.stderr == pytest.approx(weighted.std(ddof=1) / np.sqrt(5))
 
 

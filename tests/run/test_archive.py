@@ -247,7 +247,9 @@ def test_readonly_needs_a_run_and_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_reader_while_a_writer_works(tmp_path: Path) -> None:
-    total, seen, errors = 60, [], []
+    total = 60
+    seen: list[int] = []
+    errors: list[BaseException] = []
 
     def read() -> None:
         try:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from gptailor.errors import ResourceError, UsageError
 from gptailor.evaluation.outcome import Cost, Evaluation, Outcome, Score
 from gptailor.evaluation.similarity import Similarity
-from gptailor.recipe import Merge, Recipe, Take
+from gptailor.recipe import Layer, Merge, Recipe, Take
 from gptailor.run import journal as module
 from gptailor.run.journal import (
     MAX_LINE_BYTES,
@@ -39,13 +39,16 @@ HEADER = Header(1, 3, {"search": {"seed": 0}}, "f", "d", FAMILY)
 def recipe(*src_layers: int) -> Recipe:
     values = (("lambda", 0.3), ("normalize", 0.0))
     merge = Merge("task_arithmetic", 7, (("red", 0.1),), values)
-    layers = (*(Take("red", i) for i in src_layers), merge)
-    return Recipe(MODELS, "base", layers, "base", "red", "float16")
+    layers: list[Layer] = [*(Take("red", i) for i in src_layers), merge]
+    return Recipe(MODELS, "base", tuple(layers), "base", "red", "float16")
 
 
 def evaluation(*src_layers: int, reason: str = "", documents: Any = "search") -> Evaluation:
-    scores = (Score("t é", "ppl", math.inf, None, 7, 2.0), Score("u", "acc", 0.5, 0.1, 9))
-    scores += (Score("v", "acc", 0.5, 0.1, 3, 1.0, (0.0, 1.0, 0.5), ((1, 0.5), (2, 0.5)), 0.25),)
+    scores = (
+        Score("t é", "ppl", math.inf, None, 7, 2.0),
+        Score("u", "acc", 0.5, 0.1, 9),
+        Score("v", "acc", 0.5, 0.1, 3, 1.0, (0.0, 1.0, 0.5), ((1, 0.5), (2, 0.5)), 0.25),
+    )
     cost = Cost(1.5, 0.25, 1.0, 107, 5000)
     outcome = Outcome("ok", 0.625, scores, "", cost)
     if reason:
@@ -183,7 +186,8 @@ def test_a_long_journal_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_reader_beside_a_writer(tmp_path: Path) -> None:
     rows = [evaluation(*range(i % 7)) for i in range(200)]
-    reader, found = JournalReader(tmp_path / NAME), []
+    reader = JournalReader(tmp_path / NAME)
+    found: list[Entry] = []
 
     def read() -> None:
         while len(found) < len(rows) + 1:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from gptailor.evaluation.forward_dtype import Ability
 from gptailor.evaluation.outcome import Cost, Outcome
 from gptailor.evaluation.similarity import Similarity
 from gptailor.execution.executor import EvaluationJob, Finished, Job, WorkloadInfo
@@ -52,6 +53,12 @@ class Simulated:
         self._score = score
         self._seconds = seconds
         self._queue: list[tuple[float, int, Job, float]] = []
+
+    def abilities(self) -> Sequence[Ability]:
+        return [Ability("simulated", "cpu", (), 2**30)] * self.num_workers
+
+    def load(self, dtype: str) -> None:
+        pass
 
     def words(self) -> dict[int, str]:
         return {}

@@ -26,7 +26,6 @@ from gptailor.search.migration import Migration
 from gptailor.search.peers import NoPeers
 from gptailor.search.searcher import Scored
 from tests.search.archipelago import (
-    MODELS,
     Sleeper,
     in_threads,
     make_config,
@@ -36,6 +35,7 @@ from tests.search.archipelago import (
     recipe_of,
     search,
 )
+from tests.search.helpers import MODELS
 from tests.search.simulated import similarity
 
 CONFIG = make_config()

@@ -8,7 +8,6 @@ import pytest
 from gptailor import patience
 from gptailor.evaluation.outcome import Evaluation
 from gptailor.recipe import Take
-from gptailor.search import progress as module
 from gptailor.search.progress import Progress
 from tests.search.helpers import make_space, synthetic
 
@@ -25,7 +24,7 @@ def evaluation(number: int, num_layers: int) -> Evaluation:
 
 def test_plain_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     stream = io.StringIO()
     progress = Progress(20, 8, stream)
     for number in range(1, 21):
@@ -57,7 +56,8 @@ def test_a_step_on_a_terminal_is_one_line_that_is_rewritten(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(patience, "EVERY_S", 0.05)
-    stream, logged = Terminal(), []
+    stream = Terminal()
+    logged: list[str] = []
     with Progress(3, 8, stream, logged.append) as progress:
         with progress.step("Loading", lambda: "half of it"):
             time.sleep(0.3)
@@ -78,7 +78,7 @@ def test_a_step_without_a_terminal_is_lines(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_long_log_stays_short(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     stream = io.StringIO()
     progress = Progress(1000, 8, stream)
     one = evaluation(1, 6)

@@ -11,7 +11,7 @@ from gptailor.errors import Interrupted, Requeue
 from gptailor.execution.executor import EvaluationJob, Finished, Job
 from gptailor.execution.stop import Stop
 from gptailor.recipe import Merge, Recipe, Take
-from gptailor.search.scheduler import Scheduler
+from gptailor.search.scheduler import Ask, Scheduler, Tell
 from gptailor.search.space import SearchSpace
 from tests.search.helpers import make_space
 from tests.search.simulated import Simulated
@@ -27,8 +27,9 @@ def simulated(num_workers: int) -> Simulated:
     return Simulated(num_workers, 8, lambda job: 0.5, lambda job: float(job.recipe.num_layers))
 
 
-def feed(jobs: list[Job]) -> tuple[list[Finished], object, object]:
-    waiting, found = list(jobs), []
+def feed(jobs: Sequence[Job]) -> tuple[list[Finished], Ask, Tell]:
+    waiting = list(jobs)
+    found: list[Finished] = []
 
     def ask(n: int) -> Sequence[Job]:
         given, waiting[:] = waiting[:n], waiting[n:]
@@ -41,7 +42,7 @@ def test_every_job_is_done_once_and_nobody_waits() -> None:
     executor = simulated(3)
     jobs: list[Job] = [job(3 + i % 6) for i in range(30)]
     found, ask, tell = feed(jobs)
-    Scheduler(executor, Stop()).run(ask, tell)  # type: ignore[arg-type]
+    Scheduler(executor, Stop()).run(ask, tell)
     assert sorted(id(f.job) for f in found) == sorted(id(j) for j in jobs)
     assert executor.busy_s / (3 * executor.clock) > 0.95
     assert all(began <= executor.clock for began, _, _ in executor.log)
@@ -52,11 +53,11 @@ def test_relatives_go_to_the_worker_that_holds_them() -> None:
     scheduler = Scheduler(executor, Stop())
     red, base = job(8, "red"), job(8, "base")
     _, ask, tell = feed([red, base])
-    scheduler.run(ask, tell)  # type: ignore[arg-type]
+    scheduler.run(ask, tell)
     of = {id(j): worker for _, worker, j in executor.log}
     children: list[Job] = [job(6, "base"), job(6, "red")]
     _, ask, tell = feed(children)
-    scheduler.run(ask, tell)  # type: ignore[arg-type]
+    scheduler.run(ask, tell)
     of |= {id(j): worker for _, worker, j in executor.log}
     assert of[id(children[0])] == of[id(base)]
     assert of[id(children[1])] == of[id(red)]
@@ -72,10 +73,10 @@ def test_merges_made_before_count_as_held() -> None:
 
     plain = EvaluationJob(SPACE.recipe([Take("green", i) for i in range(3)]), "search")
     _, ask, tell = feed([plain, EvaluationJob(recipe("red"), "search")])
-    scheduler.run(ask, tell)  # type: ignore[arg-type]
+    scheduler.run(ask, tell)
     child = EvaluationJob(recipe("blue"), "search")
     _, ask, tell = feed([child])
-    scheduler.run(ask, tell)  # type: ignore[arg-type]
+    scheduler.run(ask, tell)
     assert [worker for _, worker, j in executor.log if j is child] == [1]
 
 
@@ -85,16 +86,17 @@ def test_what_took_long_is_expected_to_take_long(slope: float) -> None:
     scheduler = Scheduler(executor, Stop())
     assert scheduler.more_is_longer("search")
     _, ask, tell = feed([job(3), job(8), job(5)])
-    scheduler.run(ask, tell)  # type: ignore[arg-type]
+    scheduler.run(ask, tell)
     assert scheduler.more_is_longer("search") == (slope > 0)
 
 
-def test_a_search_waits_for_its_first_worker() -> None:
+def test_a_search_waits_for_its_first_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     executor = simulated(2)
-    late, free = [[], []], executor.free
-    executor.free = lambda: late.pop() if late else free()  # type: ignore[method-assign]
+    late: list[list[int]] = [[], []]
+    free = executor.free
+    monkeypatch.setattr(executor, "free", lambda: late.pop() if late else free())
     found, ask, tell = feed([job(3)])
-    Scheduler(executor, Stop()).run(ask, tell)  # type: ignore[arg-type]
+    Scheduler(executor, Stop()).run(ask, tell)
     assert len(found) == 1
 
 
@@ -105,12 +107,12 @@ def test_stop_waits_for_what_runs_and_starts_nothing(number: int) -> None:
     scheduler = Scheduler(executor, stop)
 
     def note(finished: Sequence[Finished]) -> None:
-        tell(finished)  # type: ignore[operator]
+        tell(finished)
         stop._note(number, None)
 
     error = Requeue if number == signal.SIGUSR2 else Interrupted
     with pytest.raises(error):
-        scheduler.run(ask, note)  # type: ignore[arg-type]
+        scheduler.run(ask, note)
     assert len(found) == len(executor.log) == 2
     assert not scheduler.running
 
@@ -121,11 +123,11 @@ def test_what_cannot_end_in_time_is_given_back() -> None:
     scheduler = Scheduler(executor, stop)
 
     def note(finished: Sequence[Finished]) -> None:
-        tell(finished)  # type: ignore[operator]
+        tell(finished)
         stop._note(signal.SIGUSR2, None)
 
     with pytest.raises(Requeue):
-        scheduler.run(ask, note)  # type: ignore[arg-type]
+        scheduler.run(ask, note)
     assert len(found) == 1
     assert len(scheduler.running) == 1
 
@@ -135,5 +137,5 @@ def test_a_request_before_the_start_starts_nothing() -> None:
     stop._note(signal.SIGUSR2, None)
     _, ask, tell = feed([job(3)])
     with pytest.raises(Requeue):
-        Scheduler(executor, stop).run(ask, tell)  # type: ignore[arg-type]
+        Scheduler(executor, stop).run(ask, tell)
     assert not executor.log

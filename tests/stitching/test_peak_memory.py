@@ -15,7 +15,7 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "memory.py"
 @pytest.mark.slow
 @pytest.mark.parametrize("io", ["mmap", "pread", "direct"])
 def test_a_model_of_70_billion_parameters(io: str, tmp_path: Path) -> None:
-    words = [sys.executable, BENCHMARK, "--json", "--io", io, "--work", tmp_path]
+    words = [sys.executable, str(BENCHMARK), "--json", "--io", io, "--work", str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)

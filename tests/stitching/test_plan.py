@@ -170,7 +170,7 @@ def test_neighbours_are_copied_as_one_range(tmp_path: Path) -> None:
     assert len(copies(whole)) == 1
     cut = make_plan(recipe(models, *(Take("base", i) for i in (0, 1, 2, 5, 6, 9))), family)
     assert len(copies(cut)) == 4  # 0–2 with the embeddings, 5–6, 9, the norm
-    mixed = [Take("red" if i in (4, 5) else "base", i) for i in range(12)]
+    mixed: list[Layer] = [Take("red" if i in (4, 5) else "base", i) for i in range(12)]
     assert len(copies(make_plan(recipe(models, *mixed), family))) == 3
     merge = Merge("linear", 4, (("red", 1.0), ("green", 1.0)), (("normalize", 1.0),))
     mixed = [merge if i == 4 else Take("base", i) for i in range(12)]

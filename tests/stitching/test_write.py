@@ -171,7 +171,7 @@ def one_rounding(value: Array, dtype: str) -> Array:
     """Half a unit in the last place, plus what float32 loses before the rounding."""
     bits, least = {"F32": (24, -149), "F16": (11, -24), "BF16": (8, -133)}[dtype]
     exponent = np.floor(np.log2(np.maximum(np.abs(value), 1e-300)))
-    return 2.0 ** np.maximum(exponent - bits, least - 1) + 1e-6
+    return np.asarray(2.0 ** np.maximum(exponent - bits, least - 1) + 1e-6)
 
 
 @pytest.mark.parametrize("in_dtype", ["BF16", "F16", "F32"])
@@ -623,7 +623,8 @@ def test_scales_are_the_outputs_of_layers_times_a_number(
     dtype: str, torch: Any, families: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
     models, scales = families[dtype], (1.7, 0.6, 1.0, 2.5, 0.8)
-    layers = (Take("red", 0), MERGES["slerp"], Take("base", 2), MERGES["ties"], Take("blue", 4))
+    layers: list[Layer]
+    layers = [Take("red", 0), MERGES["slerp"], Take("base", 2), MERGES["ties"], Take("blue", 4)]
     plain = recipe(models, *layers, dtype=NAMES[dtype])
     scaled = recipe(
         models,

@@ -44,10 +44,10 @@ def big_model(folder: Path, hidden: int, num_layers: int, holes: bool, meta: str
     """A Llama shape with a large `ffn`; random bytes, or a hole where the weights should be."""
     ffn = 2 * hidden
     save_model(folder, 1)
-    shapes = {"model.embed_tokens.weight": [20, hidden]}
+    shapes: dict[str, list[int]] = {"model.embed_tokens.weight": [20, hidden]}
     for i in range(num_layers):
-        for suffix, shape in LAYER_SHAPES.items():
-            sizes = [{16: hidden, 24: ffn}[n] for n in shape]
+        for suffix, small in LAYER_SHAPES.items():
+            sizes = [{16: hidden, 24: ffn}[n] for n in small]
             shapes[f"model.layers.{i}.{suffix}"] = sizes
     shapes["model.norm.weight"] = [hidden]
     header: dict[str, Any] = {"__metadata__": {"format": "pt" + meta}}

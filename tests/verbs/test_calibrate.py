@@ -39,6 +39,7 @@ from gptailor.recipe import Merge, Recipe, read_recipe
 from gptailor.run.archive import Archive
 from tests.calibrations import save_statistics
 from tests.conftest import save_tokenizer
+from tests.evaluation.own_tasks import tasks_of
 from tests.models.tiny import Array, floats, load_model, load_tensors, save_family
 
 NAMES = ("base", "sort", "clock")
@@ -137,7 +138,7 @@ def test_a_stitched_model_is_what_the_formulas_say(place: Path, tmp_path: Path) 
         for method, model in [("fisher", "sort"), ("fisher", "clock"),
                               *(("regmean", m) for m in NAMES)]
     }  # fmt: skip
-    cases = [
+    cases: list[tuple[int, str, dict[str, float], dict[str, float]]] = [
         (0, "fisher", {"sort": 1, "clock": 0.5}, {}),
         (1, "regmean", {"base": 0.2, "sort": 1, "clock": 1}, {}),
         (2, "regmean", {"sort": 1, "clock": 1}, {"reduce_non_diagonal_ratio": 1}),
@@ -378,8 +379,8 @@ def test_calibrate_takes_a_search_yaml(place: Path, tmp_path: Path) -> None:
 def test_an_evaluation_that_lacks_statistics_is_infeasible(place: Path) -> None:
     recipe = read_recipe(place / "recipe.yaml")
     tasks = EvaluationConfig(
-        tasks=("demo_sort",), include_path=str(PATH / "tasks"), rungs=(5,), device="cpu"  # type: ignore[arg-type]
-    )  # fmt: skip
+        tasks=tasks_of("demo_sort"), include_path=str(PATH / "tasks"), rungs=(5,), device="cpu"
+    )
     evaluator = Evaluator(Family(recipe.models, "base"), tasks)
     outcome = evaluator.evaluate(replace(recipe, calibration=None, _cache={}))
     assert outcome.status == "infeasible"
@@ -574,7 +575,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     stale = tmp_path / f"{temporary.name.rpartition('-')[0]}-4194305"  # more than pids go
     stale.write_bytes(b"half")
     with writing(path, {"a": "b"}, {"x": ("F32", (2, 3)), "y": ("BF16", ())}) as file:
-        file.write("x", memoryview(np.arange(6, dtype="f4")))
+        file.write("x", np.arange(6, dtype=np.float32).data)
         assert len(list(tmp_path.iterdir())) == 1
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     tensors = load_tensors(path)

@@ -44,9 +44,9 @@ def test_stitch(models: dict[str, str], tmp_path: Path, modes: list[str]) -> Non
 
 
 def test_evaluate(models: dict[str, str], tasks_dir: Path, modes: list[str]) -> None:
-    def evaluate(**how: str) -> object:
+    def evaluate(io: str | None = None) -> object:
         return verbs.evaluate(
-            models["red"], ["t_long"], include_path=str(tasks_dir), limit=2, device="cpu", **how
+            models["red"], ["t_long"], include_path=str(tasks_dir), limit=2, device="cpu", io=io
         )
 
     with pytest.raises(UsageError, match="GPTAILOR_IO"):

@@ -79,6 +79,7 @@ def test_its_figures_are_those_of_real_evaluations(
     assert plan.footprint.model == sum(t.n_bytes for t in family.base.tensors.values())
     assert plan.footprint.resident == 4 * plan.footprint.model
     assert plan.evaluation_s == pytest.approx(sum(p.seconds for p in plan.probes) / 3)
+    assert plan.evaluation_s is not None and plan.evaluations_per_hour is not None
     assert plan.evaluations_per_hour == pytest.approx(3 * 3600 / plan.evaluation_s)
     assert plan.hours == pytest.approx(40 / plan.evaluations_per_hour)
 

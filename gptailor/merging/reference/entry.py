@@ -18,20 +18,20 @@ Value = float | Sequence[float]
 
 def merge(
     method: str,
-    sources: Sequence[Array],
+    sources: Sequence[Array] | Array,
     base: Array | None = None,
     *,
     weights: Sequence[float] | None = None,
     parameters: Mapping[str, Value] | None = None,
     key: int = 0,
-    statistics: Sequence[Array] | None = None,
+    statistics: Sequence[Array] | Array | None = None,
     dtype: Any = np.float64,
 ) -> Array:
     """The result of any method; arrays of one shape in, one of that shape out.
 
     Args:
         method: a name of the registry.
-        sources: the tensors, in the recipe's order.
+        sources: the tensors, in the recipe's order; a list, or stacked.
         base: where the method uses it.
         weights: one for each source; None is 1 for each.
         parameters: by the registry's names; flags as 0 or 1, per-source ones as a number or a list.

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from unittest import mock
 
 from gptailor import cli, patience
 from gptailor.errors import ModelError
@@ -38,13 +39,11 @@ class Inventor:
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.num_jobs = 0
+        self.beat: Callable[[], None] = lambda: None
 
     def workload(self) -> WorkloadInfo:
         other = FAULTS.get("documents") == self.rank
         return WorkloadInfo({"search": 10}, "other" if other else "invented")
-
-    def beat(self) -> None:
-        pass
 
     def words(self) -> str:
         return "half of it"
@@ -88,10 +87,8 @@ def main() -> int:
     if "rank 0" in FAULTS:
         from gptailor.search.run import Run
 
-        def search(run: Run) -> None:
-            raise ZeroDivisionError("a fault of this test")
-
-        Run.search = search  # type: ignore[method-assign]
+        fault = ZeroDivisionError("a fault of this test")
+        mock.patch.object(Run, "search", side_effect=fault).start()
     code = cli.main()
     heavy = [name for name in ("torch", "transformers", "lm_eval") if name in sys.modules]
     print(f"heavy modules of rank 0: {heavy}", file=sys.stderr)
