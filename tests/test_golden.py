@@ -28,7 +28,7 @@ import pytest
 
 from gptailor.config import Config, read_config
 from gptailor.demo import PATH as DEMO
-from gptailor.execution.executor import EvaluationJob
+from gptailor.execution.executor import EvaluationJob, Finished
 from gptailor.merging.registry import METHODS
 from gptailor.models.calibration import Calibration
 from gptailor.models.ends import Ends
@@ -90,7 +90,7 @@ def searched(
     def seconds(job: EvaluationJob) -> float:
         return 1.0 + job.recipe.num_layers + int(job.recipe.hash[:4], 16) / 16**4
 
-    simulated: Any = Simulated(workers, family.num_layers, lambda j: score(j.recipe), seconds)
+    simulated = Simulated(workers, family.num_layers, lambda j: score(j.recipe), seconds)
     with counted_time(), Archive(folder) as archive:
         progress = Progress(config.search.evaluations, family.num_layers, stream=io.StringIO())
         run = Run(config, family, archive, simulated, progress)
@@ -144,12 +144,16 @@ def islands(folder: Path) -> list[str]:
 
         left = 10**9
 
-        def finished(self, timeout_s: float) -> Any:
+        def finished(self, timeout_s: float) -> list[Finished]:
             if self.left <= 0:
                 raise Lost
             found = super().finished(timeout_s)
             self.left -= len(found)
             return found
+
+    class Impatient(IslandPeers):
+        def wait(self) -> None:
+            pass
 
     def seconds(job: EvaluationJob) -> float:
         return 1.0 + job.recipe.num_layers
@@ -158,11 +162,10 @@ def islands(folder: Path) -> list[str]:
         return synthetic(job.recipe).accuracy
 
     def visit(island: int, jobs: int) -> None:
-        mortal: Any = Mortal(2, NUM_LAYERS, score, seconds)
+        mortal = Mortal(2, NUM_LAYERS, score, seconds)
         mortal.left = jobs
         with open_archive(folder, island, config) as archive:
-            others = IslandPeers(folder, island, 3, archive, now=lambda: float(next(clock)))
-            others.wait = lambda: None  # type: ignore[method-assign]
+            others = Impatient(folder, island, 3, archive, now=lambda: float(next(clock)))
             progress = Progress(config.search.evaluations, NUM_LAYERS, stream=io.StringIO())
             run = Run(config, family_of(NUM_LAYERS), archive, mortal, progress, peers=others)
             try:

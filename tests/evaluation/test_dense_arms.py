@@ -67,7 +67,7 @@ def arms_of(family: Family) -> dict[str, Recipe]:
 def test_dense_arms_have_the_logits_of_their_models(
     models: dict[str, str], kept: int | None
 ) -> None:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, PreTrainedConfig
 
     family = Family(models, "base")
     resident = ResidentModel(family, device="cpu", dtype="float32", candidate_bytes=kept)
@@ -78,7 +78,8 @@ def test_dense_arms_have_the_logits_of_their_models(
             expected = AutoModelForCausalLM.from_pretrained(models[model], dtype=torch.float32)
             found = resident.assemble(arms[f"dense:{model}"])
             assert torch.equal(found(input_ids=ids).logits, expected(input_ids=ids).logits)
-            assert found.config.vocab_size == expected.config.vocab_size  # type: ignore[union-attr]
+            assert isinstance(found.config, PreTrainedConfig)
+            assert found.config.vocab_size == expected.config.vocab_size
 
 
 def test_what_is_merged_is_what_is_written(models: dict[str, str], tmp_path: Path) -> None:

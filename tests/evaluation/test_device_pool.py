@@ -79,13 +79,14 @@ class Refuses(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        devices = {self.labels.get(x) for x in inputs if x.ndim} - {None}
+        found = (self.labels.get(x) for x in inputs if x.ndim)
+        devices = {device for device in found if device is not None}
         if len(devices) > 1:
             raise MixedError(f"{func} got tensors of {devices}")
         result = func(*args, **(kwargs or {}))
         for x in tree_leaves(result) if devices else ():
             if isinstance(x, torch.Tensor):
-                self.labels.set(x, *devices)  # type: ignore[arg-type]
+                self.labels.set(x, *devices)
         return result
 
 

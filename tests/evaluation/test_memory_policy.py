@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from gptailor.evaluation.footprint import Blocks, find_blocks, padded
 from gptailor.evaluation.memory import DeviceMemory
 from gptailor.evaluation.memory_policy import check_dense, plan_memory
 from gptailor.evaluation.resident import ResidentModel
+from gptailor.evaluation.slots import Parameters
 from gptailor.models.family import Family
 from gptailor.recipe import Recipe, Take
 from gptailor.verbs.worker_memory import WorkerMemory, find_worker_memory
@@ -47,22 +49,22 @@ class Used:
         self.evicted = 0
         real = resident._skeleton.forget
 
-        def forget(parameters: Any) -> None:
+        def forget(parameters: Parameters) -> None:
             self.evicted += 1
             real(parameters)
 
-        resident._skeleton.forget = forget  # type: ignore[method-assign]
         self.copies = [0] * len(resident.pools)
         self.merged = [0] * len(resident.pools)
         self.places: list[set[object]] = [set() for _ in resident.pools]
         rng = random.Random(5)
-        for _ in range(60):
-            resident.assemble(replace(random_recipe(models, rng), dtype="bfloat16", _cache={}))
-            for number, pool in enumerate(resident.pools):
-                copies = sum(map(_copied, pool.weights._groups.values()))
-                self.copies[number] = max(self.copies[number], copies)
-                self.merged[number] = max(self.merged[number], _merged(pool))
-                self.places[number] |= {key.place for key in pool.weights._groups}
+        with mock.patch.object(resident._skeleton, "forget", forget):
+            for _ in range(60):
+                resident.assemble(replace(random_recipe(models, rng), dtype="bfloat16", _cache={}))
+                for number, pool in enumerate(resident.pools):
+                    copies = sum(map(_copied, pool.weights._groups.values()))
+                    self.copies[number] = max(self.copies[number], copies)
+                    self.merged[number] = max(self.merged[number], _merged(pool))
+                    self.places[number] |= {key.place for key in pool.weights._groups}
 
 
 def _copied(group: Group) -> int:

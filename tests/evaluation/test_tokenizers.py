@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -97,7 +98,7 @@ def test_one_tokenizer_in_two_formats(
         make_plan(recipe, opened(base, other))
 
 
-def changed(path: Path, change: Callable[[dict[str, object]], object]) -> None:
+def changed(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     data = json.loads(path.read_text())
     change(data)
     path.write_text(json.dumps(data))
@@ -107,8 +108,8 @@ def test_another_tokenizer_in_another_format(spm: Path, bpe: Path, tmp_path: Pat
     old = model_with(tmp_path / "old", spm, FORMATS["spm"])
     new = model_with(tmp_path / "new", in_json(old, tmp_path / "json"), ["tokenizer.json", CONFIG])
 
-    def swap(data: dict[str, object]) -> None:
-        vocab = data["model"]["vocab"]  # type: ignore[index]
+    def swap(data: dict[str, Any]) -> None:
+        vocab = data["model"]["vocab"]
         one, two = [token for token in vocab if len(token) > 1 and token[0] == "▁"][:2]
         vocab[one], vocab[two] = vocab[two], vocab[one]
 
@@ -125,7 +126,7 @@ def test_tokens_more_or_less(spm: Path, tmp_path: Path) -> None:
     new = model_with(tmp_path / "new", in_json(old, tmp_path / "json"), ["tokenizer.json", CONFIG])
     more = {"id": 340, "content": "<new>", "special": True, "single_word": False, "lstrip": False,
             "rstrip": False, "normalized": False}  # fmt: skip
-    changed(new / "tokenizer.json", lambda data: data["added_tokens"].append(more))  # type: ignore[attr-defined]
+    changed(new / "tokenizer.json", lambda data: data["added_tokens"].append(more))
     assert "which has no '<new>'" in refused(old, new)
     assert "which has '<new>', too" in refused(new, old)
 
@@ -133,7 +134,7 @@ def test_tokens_more_or_less(spm: Path, tmp_path: Path) -> None:
 def test_the_same_tokens_and_another_splitting(bpe: Path, tmp_path: Path) -> None:
     old = model_with(tmp_path / "old", bpe, FORMATS["bpe"])
     new = model_with(tmp_path / "new", in_json(old, tmp_path / "json"), ["tokenizer.json", CONFIG])
-    changed(new / "tokenizer.json", lambda data: data["model"].update(merges=[]))  # type: ignore[attr-defined]
+    changed(new / "tokenizer.json", lambda data: data["model"].update(merges=[]))
     text = refused(old, new)
     assert "which splits 'The quick brown fox jumps over the lazy dog.' in another way" in text
     for name in ("tokenizer.json", CONFIG):  # the way out

@@ -201,11 +201,10 @@ base_model: base
 parameters: {lambda: [{filter: proj, value: 0.5}]}
 """
     layer = recipe(folder, text).layers[0]
-    lambdas = {
-        name: dict(layer.at(name).parameters)["lambda"]  # type: ignore[union-attr]
-        for name in ("self_attn.q_proj.weight", "input_layernorm.weight")
-    }
-    assert lambdas == {"self_attn.q_proj.weight": 0.5, "input_layernorm.weight": 1.0}
+    for name, value in (("self_attn.q_proj.weight", 0.5), ("input_layernorm.weight", 1.0)):
+        merge = layer.at(name)
+        assert isinstance(merge, Merge)
+        assert dict(merge.parameters)["lambda"] == value
 
 
 # Models, dtypes, tokenizer

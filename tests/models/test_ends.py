@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -121,6 +120,6 @@ def test_every_piece_is_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, dtype: str
 ) -> None:
     monkeypatch.setattr(ends, "_PIECE", 7)
-    place: Any = divmod(at, HIDDEN)
-    assert not found(tmp_path / "a", red=changed(TOKENS, *place, dtype=dtype)).are_equal
+    row, column = divmod(at, HIDDEN)
+    assert not found(tmp_path / "a", red=changed(TOKENS, row, column, dtype=dtype)).are_equal
     assert found(tmp_path / "b", red=changed(TOKENS, dtype=dtype)).are_equal

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -403,7 +402,5 @@ def test_importing_leaves_the_handler_alone() -> None:
         "line = [l for l in open('/proc/self/status') if l.startswith('SigCgt')][0]\n"
         "print(int(line.split()[1], 16) >> 6 & 1)"
     )
-    done: Any = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "0"

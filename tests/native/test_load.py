@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 from itertools import pairwise
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import pytest
@@ -87,13 +89,17 @@ def test_ranges_arrive(
     way=st.sampled_from(["pread", "direct"]),
 )
 def test_any_cut_into_one_block(
-    file: tuple[Path, np.ndarray], cuts: list[int], order: object, buffer_bytes: int, way: str
+    file: tuple[Path, np.ndarray],
+    cuts: list[int],
+    order: random.Random,
+    buffer_bytes: int,
+    way: str,
 ) -> None:
     path, content = file
     cuts = sorted(cuts)
     block = empty(cuts[-1] - cuts[0] + 2, None)
     requests = [(path, a, block[1 + a - cuts[0] : 1 + b - cuts[0]]) for a, b in pairwise(cuts)]
-    order.shuffle(requests)  # type: ignore[attr-defined]
+    order.shuffle(requests)
     _C.DeviceLoader(None, way=way, threads=2, buffer_bytes=buffer_bytes).load(requests)
     assert block[0] == block[-1] == 7  # nothing beside the ranges is written
     np.testing.assert_array_equal(block[1:-1].numpy(), content[cuts[0] : cuts[-1]])
@@ -113,6 +119,13 @@ def test_several_files_and_types(tmp_path: Path) -> None:
     assert torch.equal(outs[1], values["1.bin"][500:])
 
 
+class LoaderOptions(TypedDict, total=False):
+    way: str
+    threads: int
+    buffer_bytes: int
+    pin_bytes: int
+
+
 def test_what_is_wrong_is_said(file: tuple[Path, np.ndarray], tmp_path: Path) -> None:
     path, _ = file
     loader = _C.DeviceLoader(None)
@@ -130,15 +143,16 @@ def test_what_is_wrong_is_said(file: tuple[Path, np.ndarray], tmp_path: Path) ->
         loader.load([(tmp_path / "fifo", 0, empty(0, None))])
     with pytest.raises(BufferError, match="contiguous"):
         loader.load([(path, 0, torch.zeros(4, 4).t())])
-    for arguments, message in [
+    wrong: list[tuple[LoaderOptions, str]] = [
         ({"way": "fast"}, "unknown way to load 'fast'"),
         ({"way": "pinned"}, "only loads to a GPU"),
         ({"threads": -1}, "threads is negative"),
         ({"buffer_bytes": 0}, "buffer_bytes must be"),
         ({"pin_bytes": -1}, "pin_bytes is negative"),
-    ]:
+    ]
+    for arguments, message in wrong:
         with pytest.raises(ValueError, match=message):
-            _C.DeviceLoader(None, **arguments)  # type: ignore[arg-type]
+            _C.DeviceLoader(None, **arguments)
     with pytest.raises(ValueError, match="device is -1"):
         _C.DeviceLoader(-1)
 

@@ -84,7 +84,7 @@ def test_retention_is_in_percent_of_the_best_dense_candidate(run: Path) -> None:
     candidates = [p for p in report.points if p.is_dense]
     assert len(candidates) == len(NAMES)
     search = max(candidates, key=lambda p: p.search.accuracy)
-    holdout = max(candidates, key=lambda p: p.holdout.accuracy)  # type: ignore[union-attr]
+    holdout = max(candidates, key=lambda p: p.holdout.accuracy if p.holdout else -1.0)
     assert search.holdout is not None and holdout.holdout is not None
     assert (report.search.point, report.holdout.point) == (search.id, holdout.id)
     assert search.search.retention == holdout.holdout.retention == 100.0
@@ -159,12 +159,13 @@ def test_files_hold_the_report(run: Path, tmp_path: Path) -> None:
         assert float(row["accuracy"]) == entry["search"]["accuracy"] == point.search.accuracy
         assert float(row["retention_percent"]) == point.search.retention
         kept = report.search.kept(point.search)
+        assert kept is not None and point.holdout is not None
         error = entry["search"]["retention_percent_stderr"]
-        assert float(row["retention_percent_stderr"]) == error == kept.stderr  # type: ignore[union-attr]
+        assert float(row["retention_percent_stderr"]) == error == kept.stderr
         above = entry["search"]["above_chance_points"]
         assert float(row["above_chance_points"]) == above == point.search.above_chance
         assert float(row["search:gsm:em,none"]) == point.search.scores[2].value
-        assert float(row["holdout:boolq:acc,none:stderr"]) == point.holdout.scores[1].stderr  # type: ignore[union-attr]
+        assert float(row["holdout:boolq:acc,none:stderr"]) == point.holdout.scores[1].stderr
         for data_of_score, score in zip(
             entry["search"]["scores"], point.search.scores, strict=True
         ):

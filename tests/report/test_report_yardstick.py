@@ -253,23 +253,25 @@ def test_without_values_models_are_independent_and_that_is_said(tmp_path: Path) 
     assert found.stderr == pytest.approx(np.hypot(one.stderr or 0, other.stderr or 0))
 
 
+SCORE = Score("t", "acc", 0.5, 0.02, 500, 1.0, tuple(right(250, 500)), (), 0.0)
+
+
 @pytest.mark.parametrize(
-    "change",
+    "score",
     [
-        {"task": "other"},
-        {"metric": "acc_norm"},
-        {"weight": 2.0},
-        {"values": right(10, 499)},
-        {"values": ()},
-        {"leaves": ((100, 0.5), (400, 0.5))},
+        replace(SCORE, task="other"),
+        replace(SCORE, metric="acc_norm"),
+        replace(SCORE, weight=2.0),
+        replace(SCORE, values=tuple(right(10, 499))),
+        replace(SCORE, values=()),
+        replace(SCORE, leaves=((100, 0.5), (400, 0.5))),
     ],
 )
-def test_other_documents_are_not_compared_one_by_one(change: dict[str, object]) -> None:
-    score = Score("t", "acc", 0.5, 0.02, 500, 1.0, tuple(right(250, 500)), (), 0.0)
-    one = Measured(0.5, 0.02, (score,))
-    other = Measured(0.5, 0.02, (replace(score, **change),))  # type: ignore[arg-type]
+def test_other_documents_are_not_compared_one_by_one(score: Score) -> None:
+    one = Measured(0.5, 0.02, (SCORE,))
+    other = Measured(0.5, 0.02, (score,))
     assert not figure(0.0, [(1.0, one), (-1.0, other)]).is_paired
-    assert figure(0.0, [(1.0, one), (-1.0, replace(one, scores=(replace(score),)))]).is_paired
+    assert figure(0.0, [(1.0, one), (-1.0, replace(one, scores=(replace(SCORE),)))]).is_paired
 
 
 def test_what_is_noise() -> None:

@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -160,7 +159,7 @@ def test_a_second_record_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_status_that_there_is_not(tmp_path: Path) -> None:
-    wrong: Any = Outcome("crashed", None, (), "", Cost())  # type: ignore[arg-type]
+    wrong = Outcome("crashed", None, (), "", Cost())  # type: ignore[arg-type]  # no Status
     with Archive(tmp_path) as archive:
         with pytest.raises(UsageError, match="CHECK constraint"):
             archive.record(recipe(0), "search", 10, wrong)

@@ -8,11 +8,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from gptailor.config import Config, parse_config
+from gptailor.evaluation.forward_dtype import Ability
 from gptailor.evaluation.outcome import Cost, Evaluation, Outcome
-from gptailor.execution.executor import EvaluationJob, Finished, Job
+from gptailor.execution.executor import EvaluationJob, Finished, Job, WorkloadInfo
 from gptailor.recipe import Recipe, Take
 from gptailor.run.archive import Archive
 from gptailor.run.folder import RunData
@@ -72,6 +72,18 @@ class Sleeper:
         self._fails_at = fails_at
         self._running: dict[int, tuple[float, Job]] = {}
 
+    def abilities(self) -> Sequence[Ability]:
+        return [Ability("sleeping", "cpu", (), 2**30)] * self.num_workers
+
+    def load(self, dtype: str) -> None:
+        pass
+
+    def words(self) -> dict[int, str]:
+        return {}
+
+    def workload(self) -> WorkloadInfo:
+        return WorkloadInfo({"search": 1}, "sleeping")
+
     def free(self) -> Sequence[int]:
         return [w for w in range(self.num_workers) if w not in self._running]
 
@@ -98,6 +110,9 @@ class Sleeper:
     def now(self) -> float:
         return time.monotonic()
 
+    def close(self) -> None:
+        pass
+
 
 class Lost(Exception):
     """An island dies here."""
@@ -119,8 +134,7 @@ def search(
         ready()
         progress = Progress(config.search.evaluations, NUM_LAYERS, stream=io.StringIO())
         try:
-            job: Any = executor
-            made = Run(config, family_of(NUM_LAYERS), archive, job, progress, peers=others)
+            made = Run(config, family_of(NUM_LAYERS), archive, executor, progress, peers=others)
             made.search()
             made.holdout([e.recipe for e in worth_a_holdout(made.evaluations("search"))])
         except Lost:

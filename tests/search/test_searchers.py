@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 
@@ -131,7 +131,7 @@ def test_a_whole_search_uses_its_budget(algorithm: str, schedule: str, tmp_path:
     def search(evaluations: int) -> list[str]:
         budget = config.search.model_copy(update={"evaluations": evaluations})
         asked = config.model_copy(update={"search": budget})
-        executor: Any = Simulated(3, NUM_LAYERS, lambda j: score(j.recipe), lambda j: 1.0)
+        executor = Simulated(3, NUM_LAYERS, lambda j: score(j.recipe), lambda j: 1.0)
         with Archive(tmp_path) as archive:
             progress = Progress(evaluations, NUM_LAYERS, stream=io.StringIO())
             Run(asked, family_of(NUM_LAYERS), archive, executor, progress).search()

@@ -194,7 +194,8 @@ def test_the_stitched_model_names_its_statistics(place: Path, tmp_path: Path) ->
     assert kept == found
     assert kept.hash == found.hash
     assert Recipe.from_dict(kept.to_dict()) == Recipe.from_yaml(kept.to_yaml()) == kept
-    assert {(m, n) for m, n, _ in kept.calibration.digests} == set(kept.used_statistics)  # type: ignore[union-attr]
+    assert kept.calibration is not None
+    assert {(m, n) for m, n, _ in kept.calibration.digests} == set(kept.used_statistics)
     again = stitched(tmp_path / "out" / "gptailor_recipe.yaml", tmp_path / "again")
     first = load_model(tmp_path / "out")
     assert again.keys() == first.keys()
@@ -355,7 +356,7 @@ def test_a_search_uses_them(
     merged = [e for e in evaluations if e.recipe.canonical().calibration is not None]
     assert merged
     assert all(e.outcome.status == "ok" for e in evaluations)
-    assert all(e.recipe.calibration.digests for e in merged)  # type: ignore[union-attr]
+    assert all(e.recipe.calibration and e.recipe.calibration.digests for e in merged)
     words = ["stitch", tmp_path / "run", "--point", merged[0].recipe.point, tmp_path / "model"]
     assert run(*words, "--no-verify") == 0
     capsys.readouterr()

@@ -20,7 +20,7 @@ import pytest
 from gptailor import cli, verbs
 from gptailor.commands.status_text import status_text
 from gptailor.errors import UsageError
-from gptailor.evaluation.outcome import Cost, Outcome
+from gptailor.evaluation.outcome import Cost, Outcome, Status
 from gptailor.execution.slurm.status import STALE_S, look_at
 from gptailor.recipe import Recipe, Take
 from gptailor.run.archive import Archive
@@ -51,8 +51,8 @@ def recipe(layer: int, count: int = 1) -> Recipe:
     return Recipe({"base": "/m"}, "base", layers, "base", "base")
 
 
-def outcome(status: str, accuracy: float | None) -> Outcome:
-    return Outcome(status, accuracy, (), "" if status == "ok" else "why", Cost())  # type: ignore[arg-type]
+def outcome(status: Status, accuracy: float | None) -> Outcome:
+    return Outcome(status, accuracy, (), "" if status == "ok" else "why", Cost())
 
 
 def a_run(folder: Path) -> Path:

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from typing import TypedDict
 
 import pytest
 
@@ -141,31 +142,42 @@ def test_a_worker_may_have_several_gpus() -> None:
     assert replace(REQUEST, gpus_per_node=0, workers_per_node=6).num_ranks == 8 * 6 + 1
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"gpus_per_node": 0}, "name --gpus-per-node or --workers-per-node"),
-        ({"gpus_per_worker": 8}, "A worker of 8 GPUs does not fit a node of 4"),
-        ({"gpus_per_worker": 2, "workers_per_node": 3}, "need more than the 4 GPUs of a node"),
-        ({"time_min": 5}, "--signal-before 300 leaves no time to search in a job of 5 minutes"),
-        ({"signal_before_s": 70000}, "--signal-before 70000 leaves no time"),
-        ({"slurm": parse_slurm(["nodes=3"])}, "--slurm nodes: this follows from launch's own"),
-        ({"slurm": parse_slurm(["signal=B:USR2@60"])}, "--slurm signal: this follows"),
-        ({"slurm": parse_slurm(["partition=gpu"])}, "write --partition gpu"),
-        ({"slurm": parse_slurm(["a b=3"])}, "--slurm a b: that is no option of sbatch"),
-        ({"slurm": parse_slurm(["comment=a\nrm -r ~"])}, "a batch script has one line for this"),
-        ({"setup": ("module load a\nrm -r ~",)}, "a batch script has one line for this"),
-        ({"partition": "a\n"}, "a batch script has one line for this"),
-        ({"overrides": ("a=\n1",)}, "a batch script has one line for this"),
-        ({"run_folder": Path("/runs/50%")}, "Slurm reads % in the name of a log"),
-    ],
-)
-def test_what_cannot_be_is_said_before_slurm_is_asked(
-    changes: dict[str, object], message: str
-) -> None:
+class Changes(TypedDict, total=False):
+    gpus_per_node: int
+    gpus_per_worker: int
+    workers_per_node: int
+    time_min: int
+    signal_before_s: int
+    slurm: tuple[tuple[str, str | bool], ...]
+    setup: tuple[str, ...]
+    partition: str
+    overrides: tuple[str, ...]
+    run_folder: Path
+
+
+REFUSED: list[tuple[Changes, str]] = [
+    ({"gpus_per_node": 0}, "name --gpus-per-node or --workers-per-node"),
+    ({"gpus_per_worker": 8}, "A worker of 8 GPUs does not fit a node of 4"),
+    ({"gpus_per_worker": 2, "workers_per_node": 3}, "need more than the 4 GPUs of a node"),
+    ({"time_min": 5}, "--signal-before 300 leaves no time to search in a job of 5 minutes"),
+    ({"signal_before_s": 70000}, "--signal-before 70000 leaves no time"),
+    ({"slurm": parse_slurm(["nodes=3"])}, "--slurm nodes: this follows from launch's own"),
+    ({"slurm": parse_slurm(["signal=B:USR2@60"])}, "--slurm signal: this follows"),
+    ({"slurm": parse_slurm(["partition=gpu"])}, "write --partition gpu"),
+    ({"slurm": parse_slurm(["a b=3"])}, "--slurm a b: that is no option of sbatch"),
+    ({"slurm": parse_slurm(["comment=a\nrm -r ~"])}, "a batch script has one line for this"),
+    ({"setup": ("module load a\nrm -r ~",)}, "a batch script has one line for this"),
+    ({"partition": "a\n"}, "a batch script has one line for this"),
+    ({"overrides": ("a=\n1",)}, "a batch script has one line for this"),
+    ({"run_folder": Path("/runs/50%")}, "Slurm reads % in the name of a log"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
+def test_what_cannot_be_is_said_before_slurm_is_asked(changes: Changes, message: str) -> None:
     REQUEST.check()
     with pytest.raises(UsageError, match=r"^[^\n]*$") as error:
-        replace(REQUEST, **changes).check()  # type: ignore[arg-type]
+        replace(REQUEST, **changes).check()
     assert message in str(error.value)
 
 
