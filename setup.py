@@ -91,7 +91,7 @@ def install(built: Path, target: Path) -> None:
     temporary.replace(target)
 
 
-class CMakeBuild(build_ext):
+class CMakeBuild(build_ext):  # type: ignore[misc]
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 

@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from gptailor.config import Config, read_config
@@ -33,10 +34,11 @@ from gptailor.execution.stop import Stop
 from gptailor.models.family import Family
 from gptailor.recipe import Recipe
 from gptailor.run.archive import Archive
-from gptailor.search.nsga2 import AsyncNSGA2
 from gptailor.search.progress import Progress
 from gptailor.search.run import Run
+from gptailor.search.searcher import Settings
 from gptailor.search.space import SearchSpace
+from gptailor.search.steady_state import SteadyStateNSGA2
 from gptailor.verbs.watched_run import WatchedRun
 
 IDLE_S = 10.0
@@ -47,12 +49,10 @@ class Sleeper:
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
+        self.beat: Callable[[], None] = lambda: None
 
     def workload(self) -> WorkloadInfo:
         return WorkloadInfo({"search": 1}, "asleep")
-
-    def beat(self) -> None:
-        pass
 
     def words(self) -> str:
         return ""
@@ -167,7 +167,8 @@ def lead(channel: Channel, arguments: argparse.Namespace) -> int:
         )  # fmt: skip
         family = Family(config.models, config.base)
         space = SearchSpace(config.space, config.models, config.base, family.num_layers)
-        recipes = AsyncNSGA2(space, 2, 24, [1], []).ask(256)
+        proposals = SteadyStateNSGA2(space, Settings(2, 24, (1,))).ask(256)
+        recipes = [proposal.recipe for proposal in proposals]
         stop = Stop()
         with Crew(channel, stop) as crew:
             monitor = JobMonitor(stop, config.search.evaluations, config.output)

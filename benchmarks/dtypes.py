@@ -53,7 +53,7 @@ def measure(folder: str, dtype: str, documents: int, rounds: int) -> None:
 
     import torch
 
-    from gptailor.config import EvaluationConfig
+    from gptailor.config import EvaluationConfig, TaskSpec
     from gptailor.demo import PATH
     from gptailor.evaluation.evaluator import Evaluator
     from gptailor.models.family import Family
@@ -61,7 +61,7 @@ def measure(folder: str, dtype: str, documents: int, rounds: int) -> None:
 
     family = Family({"base": folder}, "base")
     config = EvaluationConfig(
-        tasks=("demo_translate", "demo_sort", "demo_clock"),
+        tasks=tuple(TaskSpec(task=f"demo_{name}") for name in ("translate", "sort", "clock")),
         include_path=str(PATH / "tasks"),
         rungs=(documents,),
         dtype=dtype,
@@ -87,7 +87,8 @@ def main() -> None:
     parser.add_argument("--measure", nargs=2, metavar=("FOLDER", "DTYPE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        measure(*arguments.measure, arguments.documents, arguments.rounds)
+        folder, dtype = arguments.measure
+        measure(folder, dtype, arguments.documents, arguments.rounds)
         return
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder))

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from gptailor import _C
-from gptailor.merging import reference
+from gptailor.merging import reference, registry
 
 # method, sources, base?, parameters, goal: share of the bandwidth of a copy
 METHODS: list[tuple[str, int, bool, dict[str, Any], float | None]] = [
@@ -114,12 +114,12 @@ class Bench:
         """A base and n finetunes near it, bfloat16."""
         g = torch.Generator(self.device).manual_seed(seed)
 
-        def normal(shape: tuple[int, int], scale: float) -> torch.Tensor:
+        def normal(shape: Sequence[int], scale: float) -> torch.Tensor:
             kind = torch.bfloat16
             return torch.empty(shape, dtype=kind, device=self.device).normal_(0, scale, generator=g)
 
         base = [normal(shape, 0.02) for shape in shapes]
-        return [base, *([b + normal(tuple(b.shape), 0.002) for b in base] for _ in range(n))]  # type: ignore[arg-type]
+        return [base, *([b + normal(b.shape, 0.002) for b in base] for _ in range(n))]
 
     def merge(
         self, method: str, models: list[list[torch.Tensor]], n: int, with_base: bool, **options: Any
@@ -156,17 +156,14 @@ class Bench:
         for key, out in enumerate(outs):
             x = [model[key].cpu().float().numpy() for model in models[1 : n + 1]]
             base = models[0][key].cpu().float().numpy() if with_base else None
-            takes = reference.METHODS[method]
             weights = np.linspace(0.3, 0.7, n).tolist() if n > 1 else [1.0]
-            told = {
-                "weights": weights if takes.weighted else None,
-                "parameters": parameters,
-                "key": key,
-            }
+            told = weights if registry.METHODS[method].weighted else None
             got = out.cpu().float().numpy()
             errors = []
             for kind in (np.float64, np.float32):  # which elements stay may hang on a rounding
-                exact = np.asarray(reference.merge(method, x, base, dtype=kind, **told), np.float64)
+                exact = reference.merge(
+                    method, x, base, weights=told, parameters=parameters, key=key, dtype=kind
+                ).astype(np.float64)
                 allowed = np.abs(exact) * 2.0**-8 + np.abs(np.stack(x)).sum(axis=0) * 2.0**-19
                 errors.append(np.abs(got.reshape(exact.shape) - exact) / np.maximum(allowed, 1e-30))
             worst = max(worst, float(np.minimum(*errors).max()))

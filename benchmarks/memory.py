@@ -41,7 +41,7 @@ def write_sparse_model(folder: Path) -> None:
             {f"model.layers.{i}.{k}": shape for i in layers for k, shape in in_layer.items()}
         )
     parts.append({"model.norm.weight": [HIDDEN], "lm_head.weight": [VOCABULARY, HIDDEN]})
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shapes in enumerate(parts, 1):
         name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         weight_map |= dict.fromkeys(shapes, name)

@@ -135,10 +135,8 @@ class Island(threading.Thread):
                 )
                 began = self.clock.rank0_s
                 commit_s = SYNCS * args.sync_ms / 1000
-                with (
-                    DiskArchive(self.folder, self.clock, commit_s) as archive,
-                    self._others(archive, config) as others,
-                ):
+                archive = DiskArchive(self.folder, self.clock, commit_s)
+                with archive, self._others(archive, config) as others:
                     search = Run(
                         config, PretendFamily(), archive, executor, quiet(args), peers=others
                     )

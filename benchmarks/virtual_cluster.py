@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from landscape import NUM_LAYERS, Landscape, chance
 
+from gptailor.evaluation.forward_dtype import Ability
 from gptailor.evaluation.similarity import Similarity
 from gptailor.execution.executor import EvaluationJob, Finished, Job, WorkloadInfo
 
@@ -165,6 +166,12 @@ class VirtualCluster:
             return SIMILARITY_S
         ratio = np.interp(chance(f"time {job.recipe.hash}"), PROBABILITIES, self._ratios)
         return float(ratio) * self._unit * (self._a + self._b * job.recipe.num_layers)
+
+    def abilities(self) -> Sequence[Ability]:
+        return [Ability("virtual", "cuda", (), 1 << 40)] * self.num_workers
+
+    def load(self, dtype: str) -> None:
+        pass
 
     def words(self) -> dict[int, str]:
         return {}

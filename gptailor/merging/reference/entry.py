@@ -53,7 +53,7 @@ def merge(
         raise ValueError(f"weights: {len(w_S)} values for {len(x_SN)} sources")
     result: Array = FORMULAS[method](
         x_SN,
-        *([] if statistics is None else [np.stack(statistics)]),
+        *([] if statistics is None else [np.stack(list(statistics))]),
         parameters={name: value for name, value in values.items() if name != BASE_FLAG},
         base_N=base,
         w_S=w_S,
