@@ -1,7 +1,7 @@
 """gptailor makes a language model smaller: it cuts, stitches and merges layers of its finetunes.
 
-`verbs` has a function for each verb of the command line; the other names are the objects that they
-take and give.
+`verbs` has a function for each verb of the command line; the other names are the objects that these
+functions take and return.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first used, so that `import gptailor` costs nothing."""
+    """Imports a public name when it is first used, so `import gptailor` costs nothing."""
     if name == "verbs":
         return importlib.import_module("gptailor.verbs")
     if name not in _HOME_OF:

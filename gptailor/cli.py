@@ -1,4 +1,4 @@
-"""The command line: words in, verbs called, errors in one sentence, exit codes.
+"""The command line: parses arguments, calls verbs, prints errors, returns exit codes.
 
 0 done · 1 our bug · 2 usage or config · 3 a model or tokenizer is unusable · 4 out of memory or
 disk · 5 stopped early, can be resumed · 130/143 interrupted (everything evaluated is kept).
@@ -22,12 +22,12 @@ from gptailor.execution.slurm.exit_code_file import write_exit_code
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors in our form, with the nearest right word."""
+    """Reports errors in gptailor's own form."""
 
     def error(self, message: str) -> NoReturn:
         if not is_first():
             leave_quietly(exit_codes.USAGE)
-        sys.stderr.write(f"gptailor: {message}. `{self.prog} -h` shows how.\n")
+        sys.stderr.write(f"gptailor: {message}. See `{self.prog} -h`.\n")
         sys.exit(exit_codes.USAGE)
 
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         write_exit_code(code)
         if (channel := sys.modules.get("gptailor.execution.mpi.channel")) is not None:
-            channel.leave(code)  # ends the other ranks of an MPI program if they don't end alone
+            channel.leave(code)  # ends the other ranks of an MPI program that don't end themselves
     return code
 
 
@@ -52,7 +52,7 @@ def _run(argv: Sequence[str] | None) -> int:
     _check_verb(words)
     arguments = _parsed(parser, words)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars; our progress says more
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars; ours says more
     signal.signal(signal.SIGTERM, _terminated)
     try:
         run: Callable[[argparse.Namespace], int] = arguments.run
@@ -73,7 +73,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _parsed(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
-    """Parses, with key.path=value allowed after options, too (argparse alone stops at them)."""
+    """Parses arguments; key.path=value may also follow options, which argparse alone rejects."""
     arguments, rest = parser.parse_known_args(words)
     overrides = [word for word in rest if "=" in word and not word.startswith("-")]
     wrong = [word for word in rest if word not in overrides]
@@ -96,7 +96,7 @@ def _explain(error: Exception) -> int:
         return _said("out of memory: use a smaller batch_size, or fewer workers", code)
     if isinstance(error, OSError) and is_disk_full(error):
         return _said(f"the disk is full ({error.filename or 'unknown file'}): free space", code)
-    text = f"a bug of ours: {type(error).__name__}: {error}. --debug shows the traceback"
+    text = f"a bug in gptailor: {type(error).__name__}: {error}. --debug shows the traceback"
     return _said(text, code)
 
 

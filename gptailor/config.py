@@ -1,7 +1,7 @@
 """The search configuration: `search.yaml`, every key checked before anything heavy is imported.
 
-Paths are seen from the file's folder, the output from the working directory. `key.path=value`
-arguments of the command line override the file.
+Paths are relative to the file's folder, the output to the working directory. `key.path=value`
+arguments on the command line override the file.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from gptailor.recipe import DTYPES, absolute_ref
 from gptailor.strict_yaml import dump_yaml, load_yaml, read_text, truth
 
 ARMS = ("dense", "block_influence", "angular", "uniform", "paper", "random")
-"""The control arms that a search can start from; the dense candidates are evaluated anyway."""
+"""The control arms that a search can start from; dense candidates are always evaluated."""
 
 RENAMED = {"search.seeds": "search.arms"}
-"""Keys of earlier versions that are still read → what they are called now."""
+"""Keys of earlier versions that are still read → their names today."""
 
 
 class _Strict(BaseModel):
@@ -54,7 +54,7 @@ class MergeSpace(_Strict):
 
     @property
     def calibrated(self) -> tuple[str, ...]:
-        """Those of the methods that need statistics of the models."""
+        """The methods that need calibration statistics of the models."""
         return tuple(name for name in self.methods if get_method(name).is_calibrated)
 
     @field_validator("methods")
@@ -73,7 +73,7 @@ class MergeSpace(_Strict):
 
 
 class Space(_Strict):
-    """What a recipe of the search may look like."""
+    """Which recipes the search may propose."""
 
     layers: LayerSpace = LayerSpace()
     merge: MergeSpace = MergeSpace()
@@ -99,10 +99,10 @@ class TaskSpec(_Strict):
     Attributes:
         task: lm-eval's name of a task, group or tag.
         num_fewshot: examples in the context; None for the task's own number.
-        metric: "acc", or with its filter "exact_match,strict-match"; None for the first one, of a
-            group for what it aggregates.
+        metric: "acc", or with its filter "exact_match,strict-match"; None for the task's first
+            metric, or the one that a group aggregates.
         weight: in the accuracy objective.
-        limit: as in lm-eval: only the first documents of each task, or a part of them below 1.
+        limit: as in lm-eval: only the first documents of each task; a fraction of them if below 1.
     """
 
     task: str
@@ -124,26 +124,26 @@ class _Tasks(_Strict):
 
 
 class Holdout(_Tasks):
-    """Tasks that the search never sees; they are scored on the front at its end."""
+    """Tasks that the search never sees; the front is scored on them at the end."""
 
 
 class EvaluationConfig(_Tasks):
     """How a recipe is scored.
 
     Attributes:
-        include_path: a folder with own tasks in lm-eval's YAML.
+        include_path: a folder with the user's own tasks in lm-eval's YAML.
         holdout: tasks for the front only.
-        rungs: documents in all, taken from every task alike; empty for all documents.
+        rungs: total number of documents, spread evenly over the tasks; empty for all documents.
         dtype: of the model while it is scored; "auto": that of the recipes, but float32 on a
             processor that is slow at it.
         device: "auto", "cpu", "cuda", "cuda:1".
         batch_size: sequences in one forward pass.
-        candidates_gib: how much of the device's memory the candidates' weights may have; default:
-            what is free on a GPU, less headroom. On the CPU they are mapped and have none, unless
-            this is given. If not all fit, the layers that are used most stay.
+        candidates_gib: how much of the device's memory the candidates' weights may take; default:
+            what is free on a GPU, less headroom. On the CPU they are mapped and take none unless
+            this is given. If not all fit, the most used layers stay.
         apply_chat_template, system_instruction: as in lm-eval.
-        fewshot_as_multiturn: as in lm-eval: examples are turns of the chat of their own. They are
-            if there is a chat template, unless this says otherwise.
+        fewshot_as_multiturn: as in lm-eval: each example is a turn of the chat. Default: the value
+            of `apply_chat_template`.
     """
 
     include_path: str | None = None
@@ -193,12 +193,12 @@ class SearchConfig(_Strict):
     Attributes:
         algorithm: "nsga2", or "random", the baseline: see `gptailor.search.algorithms`.
         population: recipes in a generation.
-        evaluations: recipes that are evaluated in all, control arms included.
+        evaluations: total number of recipes to evaluate, control arms included.
         seed: of every random choice.
         arms: control arms that are evaluated first and start the population.
-        arm_sizes: parts of the layers that the control arms keep.
-        schedule: "generational": the result follows from seed and scores, whatever the number of
-            workers; "asynchronous": no worker ever waits for another; "auto": asynchronous where
+        arm_sizes: fractions of the layers that the control arms keep.
+        schedule: "generational": the result depends on seed and scores only, not on the number of
+            workers; "asynchronous": no worker ever waits for another; "auto": asynchronous if
             there are more workers than a quarter of the population.
     """
 
@@ -234,7 +234,7 @@ class Config(_Strict):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a person should know of the file itself, for example that a key has a new name."""
+        """What the user should know about the file itself, for example that a key was renamed."""
         return self._notes
 
     @model_validator(mode="after")
@@ -247,8 +247,8 @@ class Config(_Strict):
         if self.space.merge.calibrated and self.calibration is None:
             raise UsageError(
                 f"space.merge.methods names {self.space.merge.calibrated[0]}, which needs "
-                "calibration data: make them with `gptailor calibrate` and name their folder as "
-                "calibration."
+                "calibration data: make it with `gptailor calibrate` and set calibration to its "
+                "folder."
             )
         names = [spec.task for spec in self.evaluation.tasks]
         held = (
@@ -264,7 +264,7 @@ class Config(_Strict):
         return self
 
     def computed_in(self, dtype: str) -> Config:
-        """The same with `evaluation.dtype` as it was chosen."""
+        """Returns a copy with `evaluation.dtype` set to `dtype`."""
         evaluation = self.evaluation.model_copy(update={"dtype": dtype})
         return self.model_copy(update={"evaluation": evaluation})
 
@@ -295,17 +295,17 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         _override(data, f"{RENAMED.get(key, key)}{equals}{text}")
     config = with_absolute_paths(parse_config(data, str(path)), path.parent)
     config._notes = tuple(
-        f"{key} is called {RENAMED[key]} now; the old name is still read."
+        f"{key} is now called {RENAMED[key]}; the old name still works."
         for key in dict.fromkeys(renamed)
     )
     return config
 
 
 def renamed_keys(data: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A configuration in today's words, and the keys that had older ones.
+    """Returns a configuration with today's key names, and the keys that were renamed.
 
     Raises:
-        UsageError: a key is there by both names.
+        UsageError: a key is given under both names.
     """
     changed, old_keys = dict(data), []
     for old, new in RENAMED.items():
@@ -313,7 +313,7 @@ def renamed_keys(data: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ..
         inside = changed.get(section)
         if isinstance(inside, dict) and old_key in inside:
             if new_key in inside:
-                raise UsageError(f"{old} is called {new} now: leave {old} out.")
+                raise UsageError(f"{old} is now called {new}: leave {old} out.")
             old_keys.append(old)
             changed[section] = {
                 new_key if key == old_key else key: value for key, value in inside.items()
@@ -322,7 +322,7 @@ def renamed_keys(data: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ..
 
 
 def parse_config(data: object, source: str) -> Config:
-    """Checks a configuration that was read already; raises like `read_config`."""
+    """Checks a configuration that was already read; raises like `read_config`."""
     if isinstance(data, dict):
         data, _ = renamed_keys(data)
     try:
@@ -332,7 +332,7 @@ def parse_config(data: object, source: str) -> Config:
 
 
 def parse_evaluation(data: object, source: str) -> EvaluationConfig:
-    """Checks the part `evaluation` of a configuration; raises like `read_config`."""
+    """Checks the `evaluation` section of a configuration; raises like `read_config`."""
     try:
         return EvaluationConfig.model_validate(data)
     except ValidationError as error:
@@ -340,7 +340,7 @@ def parse_evaluation(data: object, source: str) -> EvaluationConfig:
 
 
 def with_absolute_paths(config: Config, folder: Path) -> Config:
-    """The configuration with folders (models, calibration, tasks) seen from `folder`."""
+    """Returns the configuration with folders (models, calibration, tasks) relative to `folder`."""
     data = config.model_dump()
     if config.calibration is not None:
         data["calibration"] = str((folder / Path(config.calibration).expanduser()).resolve())
@@ -368,7 +368,7 @@ def _override(data: dict[str, Any], override: str) -> None:
 
 
 def _explained(error: ValidationError, source: str) -> UsageError:
-    """One sentence for pydantic's first complaint, with the nearest right key."""
+    """One sentence for pydantic's first complaint; suggests the nearest key for a typo."""
     first = error.errors()[0]
     where = plain(".".join(str(part) for part in first["loc"]), 100)
     if first["type"] == "extra_forbidden":
@@ -389,7 +389,7 @@ def _explained(error: ValidationError, source: str) -> UsageError:
 
 
 def _keys(parents: Sequence[str | int]) -> list[str]:
-    """The known keys at a place in the configuration."""
+    """The keys that exist at a place in the configuration."""
     model: Any = Config
     for part in parents:
         if isinstance(part, int):
@@ -409,5 +409,5 @@ def _models_in(annotation: Any) -> list[Any]:
 
 
 def config_yaml(config: Config) -> str:
-    """The resolved configuration as a YAML text that `read_config` reads again."""
+    """The resolved configuration as YAML that `read_config` can read."""
     return dump_yaml(config.model_dump(mode="json"))

@@ -1,8 +1,7 @@
-"""The errors that a user can meet, each with the exit code that a script can act on.
+"""The errors that a user can see, each with an exit code that a script can act on.
 
 Every message is one sentence: what happened, where (file, tensor, key), what to do. Names and
-values in it may come from files of unknown origin, so the root of all errors makes it one line that
-a terminal can show.
+values in it may come from untrusted files, so the base class turns it into one printable line.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _MAX_MESSAGE = 2000
 
 
 class GptailorError(Exception):
-    """Root of all errors that gptailor raises on purpose; `exit_code` ends the command line."""
+    """Base of all errors that gptailor raises on purpose; the process ends with `exit_code`."""
 
     exit_code = exit_codes.BUG
 
@@ -36,11 +35,11 @@ class UsageError(GptailorError, ValueError):
 
 
 class TaskError(UsageError):
-    """The code that belongs to a task failed, while requests were made or answers judged."""
+    """A task's own code failed while it made requests or scored answers."""
 
 
 class ModelError(GptailorError):
-    """A model or tokenizer is unusable as it lies on disk."""
+    """A model or tokenizer on disk is unusable."""
 
     exit_code = exit_codes.MODEL
 
@@ -52,23 +51,23 @@ class ResourceError(GptailorError):
 
 
 class StoppedEarly(GptailorError):
-    """The work was ended before it was complete, and `--resume` continues it."""
+    """The work stopped before it was complete; `--resume` continues it."""
 
     exit_code = exit_codes.STOPPED_EARLY
 
 
 class WorkerCrashed(GptailorError):
-    """A worker met what nobody expected; its traceback was shown before."""
+    """A worker hit an unexpected error; its traceback has already been shown."""
 
 
 class Requeue(StoppedEarly):
-    """The time of the job is over: it asks to be started again, and goes on then."""
+    """The job's time is up: it asks to be requeued and then continues."""
 
     exit_code = exit_codes.REQUEUE
 
 
 class Interrupted(StoppedEarly):
-    """A signal ended the work, after a clean save; the exit code is a shell's for that signal."""
+    """A signal ended the work after a clean save; the exit code is the shell's for that signal."""
 
     def __init__(self, signum: int) -> None:
         name = signal.Signals(signum).name
@@ -77,11 +76,11 @@ class Interrupted(StoppedEarly):
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived while nobody had taken it over for an end in good order."""
+    """SIGTERM arrived while no handler for a clean shutdown was installed."""
 
 
 def exit_code_of(error: BaseException | None) -> int:
-    """What the command line ends with after an error; 0 without one."""
+    """The exit code of the command line after an error; 0 without one."""
     if error is None:
         return exit_codes.DONE
     if isinstance(error, GptailorError):
@@ -96,12 +95,12 @@ def exit_code_of(error: BaseException | None) -> int:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """True for a full disk, and for a quota that is used up."""
+    """True for a full disk and for an exhausted quota."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def plain(text: str, limit: int = 300) -> str:
-    """Foreign text as a part of a message: one line, printable, at most `limit` characters."""
+    """Makes untrusted text safe for a message: one line, printable, at most `limit` characters."""
     if len(text) > limit:
         text = text[: limit - 1] + "…"
     if text.isprintable():
@@ -111,7 +110,7 @@ def plain(text: str, limit: int = 300) -> str:
 
 
 def size(n_bytes: float) -> str:
-    """A number of bytes with three digits and a decimal unit."""
+    """Formats a number of bytes with three digits and a decimal unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if n_bytes < 999.5:
             return f"{n_bytes:.3g} {unit}"
@@ -120,23 +119,23 @@ def size(n_bytes: float) -> str:
 
 
 def sizes(one: float, other: float) -> tuple[str, str]:
-    """Two numbers of bytes that are not the same, so that they do not look so."""
+    """Formats two different numbers of bytes so that they also look different."""
     texts = size(one), size(other)
     return texts if texts[0] != texts[1] else (f"{one:,.0f} bytes", f"{other:,.0f} bytes")
 
 
 def unknown(kind: str, name: object, known: Iterable[object], where: str = "") -> UsageError:
-    """A `UsageError` for a name that is not known, with the nearest right one.
+    """Returns a `UsageError` for an unknown name; it suggests the nearest known one.
 
     Args:
         kind: what the name should have been, for example "merge method".
         name: what was written.
-        known: all names that would have been right.
-        where: the place, for example "layers[3]"; empty when the kind says enough.
+        known: all valid names.
+        where: the place, for example "layers[3]"; empty if `kind` says enough.
     """
     wrong = str(name)
     names = [plain(str(k), _MAX_SHOWN) for k in known]
-    # difflib takes quadratic time: what nobody typed is not compared
+    # difflib takes quadratic time: names too long to be a typo are not compared
     near = []
     if len(wrong) <= _MAX_SHOWN:
         near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)

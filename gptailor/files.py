@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Writes files atomically."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file beside its place and renames it; makes its folder where it is missing.
+    """Writes a temporary file next to `path` and renames it; makes the folder if it is missing.
 
     Readers see the old file or the new one. Several processes, on several nodes, may write the same
-    file at once: one of them is the last. Nothing is flushed to the disk.
+    file at once: the last one wins. Nothing is flushed to disk.
 
     Raises:
-        OSError: it can't be written; the file that was there stays, and nothing else is left.
+        OSError: it can't be written; an existing file stays, and nothing else is left behind.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:

@@ -1,6 +1,6 @@
-"""What is said while something takes long: nothing of what is quick, then a line now and then.
+"""Progress lines for slow steps: quick steps print nothing, slow ones a line now and then.
 
-A step of a program may be one call into a library, or wait for others, so the lines come from a
+A step may be a single library call, or may wait for other processes, so the lines come from a
 thread. It only reads what the step has counted.
 """
 
@@ -13,16 +13,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 EVERY_S = 10.0
-"""So long nothing is said before a line tells what is going on; and between two such lines."""
+"""Seconds without output before a line says what is going on; also the interval between lines."""
 
 LONG_S = 120.0
 EVERY_OF_LONG_S = 60.0
-"""A step that takes longer is told of more rarely: a log of a night stays readable."""
+"""Interval for steps longer than `LONG_S`, so that overnight logs stay readable."""
 
 BEAT_S = 1.0
 
 Say = Callable[[str], None]
-"""Takes a sentence for a person who waits, or for a log."""
+"""Takes a sentence for the terminal or a log."""
 
 
 @dataclass
@@ -34,10 +34,12 @@ class _Step:
 
 
 class Patience:
-    """Tells what a program is at while it says nothing else; a context, in which its thread lives.
+    """Reports what a program is doing while it prints nothing else.
+
+    A context manager: its thread runs inside the context.
 
     Args:
-        say: takes the line.
+        say: takes each line.
     """
 
     def __init__(self, say: Say) -> None:
@@ -55,12 +57,12 @@ class Patience:
         how_far: Callable[[], str] = lambda: "",
         every_s: float | None = None,
     ) -> Iterator[None]:
-        """What is done within; an inner step takes the place of an outer one.
+        """Names what the context does; an inner step replaces an outer one.
 
         Args:
-            what: "Loading the tasks"; or gives that, where it changes.
-            how_far: gives "3 of 14 files", or nothing; called in the thread.
-            every_s: as `EVERY_S`, for a step of which less has to be said.
+            what: "Loading the tasks", or a function that returns such a text if it changes.
+            how_far: returns "3 of 14 files", or an empty string; called in the thread.
+            every_s: like `EVERY_S`, for a step that needs fewer lines.
         """
         of = what if callable(what) else lambda: what
         step = _Step(of, how_far, every_s or EVERY_S, time.monotonic())
@@ -71,11 +73,11 @@ class Patience:
             self._steps.remove(step)
 
     def watch(self, beat: Callable[[], None]) -> None:
-        """What is looked at from now on, about every second, in the thread."""
+        """Calls `beat` from now on, about every second, in the thread."""
         self._beat = beat
 
     def spoke(self) -> None:
-        """Something was said by somebody else: that is enough for a while."""
+        """Records that something else was just printed, which postpones the next line."""
         self._spoke_at = time.monotonic()
 
     def __enter__(self) -> Patience:
@@ -87,11 +89,11 @@ class Patience:
     def __exit__(self, *error: object) -> None:
         self._over.set()
         if self._thread is not None:
-            self._thread.join(BEAT_S)  # what it looks at may hang, as file systems do
+            self._thread.join(BEAT_S)  # what it reads may hang, as file systems do
 
     def _watch(self) -> None:
         while not self._over.wait(min(BEAT_S, EVERY_S)):
-            # what is looked at may change in this moment; there will be another one
+            # the state may change while it is read; the next beat tries again
             with contextlib.suppress(Exception):
                 self._beat()
             with contextlib.suppress(Exception):
@@ -101,7 +103,7 @@ class Patience:
                     self.spoke()
 
     def _line(self, now: float) -> str:
-        """What there is to say now; mostly nothing."""
+        """The line that is due now; usually empty."""
         if not self._steps:
             return ""
         step = self._steps[-1]
@@ -115,13 +117,13 @@ class Patience:
 
 @contextlib.contextmanager
 def slowly(what: str, say: Say, how_far: Callable[[], str] = lambda: "") -> Iterator[None]:
-    """One step by itself, as in `Patience.step`."""
+    """A single step, as in `Patience.step`."""
     with Patience(say) as patience, patience.step(what, how_far):
         yield
 
 
 def duration(seconds: float) -> str:
-    """ "45 s", "12 min", "3 h 05 min"."""
+    """Formats a duration: "45 s", "12 min", "3 h 05 min"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

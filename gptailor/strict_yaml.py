@@ -1,12 +1,11 @@
-"""YAML as people type it, read strictly: a key that is written twice is an error.
+"""Strict YAML: a duplicate key is an error.
 
-Keys are names, so they stay the text that they are: a model may be called `no`, `on`, `1e3` or
-`2026-01-01`, of which YAML makes a truth value, a number and a date. Among values only `true` and
-`false` are truth values, as in YAML 1.2; where one is needed, `truth` takes the older words, too.
+Keys are names and always stay text: a model may be called `no`, `on`, `1e3` or `2026-01-01`, which
+YAML would turn into a boolean, a number or a date. Among values only `true` and `false` are
+booleans, as in YAML 1.2; where a boolean is expected, `truth` accepts the older words, too.
 
-Recipes are passed around, so they are untrusted, too: anchors that stand for other anchors can make
-a page into gigabytes, and long numbers take quadratic time. Both are refused before they cost
-anything.
+Recipes are passed around, so they are untrusted: nested aliases can expand a page to gigabytes, and
+long numbers take quadratic time. Both are refused before they cost anything.
 """
 
 from __future__ import annotations
@@ -25,30 +24,30 @@ _MAX_NUMBER_CHARACTERS = 64
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key that is written twice is an error, not a silent overwrite."""
+    """YAML in which a duplicate key is an error, not a silent overwrite."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self._flattened: dict[int, yaml.MappingNode] = {}
 
     def get_single_node(self) -> Any:
-        """The document as nodes, refused if it would grow when its aliases are written out."""
+        """The document as nodes; refused if it is too large once its aliases are expanded."""
         node = super().get_single_node()
         if node is not None and _size(node, {}) > MAX_YAML_CHARACTERS:
             raise yaml.constructor.ConstructorError(
-                None, None, "too large once its aliases are written out", node.start_mark
+                None, None, "too large once its aliases are expanded", node.start_mark
             )
         return node
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Takes in what `<<` names; a key of the mapping's own stands above that."""
+        """Merges in what `<<` names; the mapping's own keys take precedence."""
         if id(node) not in self._flattened:
             self._flattened[id(node)] = node
             _check_unique(node)
             super().flatten_mapping(node)
 
     def fetch_flow_collection_start(self, token: Any) -> None:
-        """A bracket opens; the scanner looks at all open ones for each token that follows."""
+        """Limits open brackets: the scanner looks at all of them for each token that follows."""
         if self.flow_level >= _MAX_FLOW_DEPTH:
             raise yaml.scanner.ScannerError(
                 None, None, f"brackets more than {_MAX_FLOW_DEPTH} deep", self.get_mark()
@@ -57,15 +56,15 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML that the loader reads as what it was."""
+    """Writes YAML that the loader reads back unchanged."""
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
-    """Characters of a node, those of aliases counted each time; a node in itself is infinite."""
+    """Characters in a node, aliases counted each time; a node that contains itself is infinite."""
     if isinstance(node, yaml.ScalarNode):
         return 1 + len(node.value)
     if id(node) not in known:
-        known[id(node)] = MAX_YAML_CHARACTERS + 1  # what it is while it is being counted
+        known[id(node)] = MAX_YAML_CHARACTERS + 1  # its size while it is being counted
         size = 1
         for child in node.value:
             for part in child if isinstance(child, tuple) else (child,):
@@ -108,8 +107,8 @@ def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[st
 
 
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
-# YAML 1.1 takes 1e-5, without a point, for a text; everybody means the number. What is written must
-# know it, too, and quote a name like that.
+# YAML 1.1 reads 1e-5, without a decimal point, as text; everybody means the number. The dumper must
+# know this, too, so that it quotes names like that.
 for _class in (_StrictLoader, _Dumper):
     _class.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
@@ -130,15 +129,15 @@ _TRUTH = {"yes": True, "on": True, "no": False, "off": False}
 
 
 def truth(value: object) -> object:
-    """A truth value for the words that YAML 1.1 has for it; anything else as it is."""
+    """Turns YAML 1.1's words for booleans into one; returns anything else unchanged."""
     return _TRUTH.get(value.lower(), value) if isinstance(value, str) else value
 
 
 def read_text(path: Path) -> str:
-    """The text of a YAML file, which may be a pipe; of one that is too long, only so much.
+    """The text of a YAML file, which may be a pipe; cut just past the limit if it is too long.
 
     Raises:
-        OSError, UnicodeDecodeError: it can't be read, or is no text.
+        OSError, UnicodeDecodeError: it can't be read, or is not text.
     """
     with path.open(encoding="utf-8") as file:
         return file.read(MAX_YAML_CHARACTERS + 1)
@@ -148,7 +147,7 @@ def load_yaml(text: str, source: str) -> Any:
     """Parses YAML strictly.
 
     Raises:
-        UsageError: the text is not YAML, or writes a key twice; with the line.
+        UsageError: the text is not YAML, or has a duplicate key; the message names the line.
     """
     if len(text) > MAX_YAML_CHARACTERS:
         raise UsageError(f"{source} has more than {MAX_YAML_CHARACTERS:,} characters.")
@@ -165,12 +164,12 @@ def load_yaml(text: str, source: str) -> Any:
         if isinstance(error, (LookupError, AttributeError)):
             problem = "a value does not fit its tag"
         if problem == "but found another document":
-            problem = "a second document begins here, but one is read: keep one in each file"
+            problem = "a second document begins here, but a file may hold only one"
         raise UsageError(f"{source}{line}: {plain(problem)}.") from error
 
 
 def dump_yaml(data: Any, *, in_one_line: bool = False) -> str:
-    """YAML that `load_yaml` reads as `data`; keys keep their order, lines their length."""
+    """YAML that `load_yaml` reads as `data`; keys keep their order, long lines are not wrapped."""
     text: str = yaml.dump(
         data,
         Dumper=_Dumper,

@@ -342,7 +342,7 @@ def test_the_old_name_of_a_key_is_read_with_a_note(
     )
     config = read_config(path)
     assert (config.search.seed, config.search.arms) == (3, ("random",))
-    sentence = "search.seeds is called search.arms now; the old name is still read."
+    sentence = "search.seeds is now called search.arms; the old name still works."
     assert config.notes == (sentence,)
     assert "seeds" not in config_yaml(config)
     overridden = read_config(path, ["search.seeds=[angular]"])
@@ -356,7 +356,7 @@ def test_the_old_name_of_a_key_is_read_with_a_note(
 
 def test_a_key_by_both_names_is_refused() -> None:
     data = {"search": {"seeds": ["random"], "arms": ["random"]}}
-    with pytest.raises(UsageError, match=r"search\.seeds is called search\.arms now: leave"):
+    with pytest.raises(UsageError, match=r"search\.seeds is now called search\.arms: leave"):
         parse_config(data, "s.yaml")
 
 

@@ -1,4 +1,4 @@
-"""The words of each verb: its arguments, and how its result is printed."""
+"""The command line of each verb: its arguments, and how its result is printed."""
 
 from gptailor.commands import jobs, models, plans, runs
 from gptailor.commands.command import Command

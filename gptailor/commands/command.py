@@ -1,4 +1,4 @@
-"""What a verb of the command line is made of, and the arguments that several verbs have."""
+"""The description of a verb, and arguments that several verbs share."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Command:
-    """A verb.
+    """A verb of the command line.
 
     Attributes:
-        what: it does, in a few words.
+        what: what it does, in a few words.
         example: shown by `-h`.
-        add_arguments: to the verb's parser.
-        run: prints the result and gives the exit code.
+        add_arguments: adds its arguments to the verb's parser.
+        run: prints the result and returns the exit code.
         keeps: what an interruption leaves behind.
     """
 
@@ -28,7 +28,7 @@ class Command:
 
 
 def say(text: str) -> None:
-    """Tells the person who waits, beside the result."""
+    """Prints to stderr, apart from the result."""
     print(text, file=sys.stderr)
 
 
@@ -44,8 +44,8 @@ def add_io(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--io",
         choices=("auto", "mmap", "pread", "direct"),
-        help="how weights are read: mapped, by large reads, or around the page cache; auto takes "
-        "pread on network file systems, else mmap (auto, or what GPTAILOR_IO says)",
+        help="how weights are read: mapped, with large reads, or past the page cache; auto takes "
+        "pread on network file systems, else mmap (GPTAILOR_IO, or auto)",
     )
 
 
@@ -62,6 +62,6 @@ def add_stage(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stage",
         metavar="DIR",
-        help="a folder of the node's own disk, to which the candidates are copied once before its "
-        "workers open them; variables are filled in on the node (what GPTAILOR_STAGE says)",
+        help="a folder on the node's own disk, to which the candidates are copied once before its "
+        "workers open them; variables are expanded on the node (GPTAILOR_STAGE)",
     )

@@ -1,4 +1,4 @@
-"""The words of the verbs that are about jobs."""
+"""The command lines of the verbs for Slurm jobs."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _show_launched(launched: Launched, nodes: int) -> None:
         print(f"Submitted {'jobs' if len(ids) > 1 else 'job'} {names}, each {each}.")
     else:
         print(f"Submitted job {ids[0]}: {each}.")
-    print(f"What they say: {run}/logs/. What comes next:")
+    print(f"Logs: {run}/logs/. Next steps:")
     print(f"  gptailor status {run}")
     print(f"  gptailor report {run}")
     print(f"  gptailor cancel {run}")
@@ -96,13 +96,13 @@ def _cancel(arguments: argparse.Namespace) -> int:
         print(json.dumps({"ended": done.ended, "left": done.left, "elsewhere": elsewhere}))
     else:
         if done.ended:
-            print(f"Ended: {', '.join(done.ended)}. `gptailor search … --resume` goes on.")
+            print(f"Ended: {', '.join(done.ended)}. `gptailor search … --resume` continues.")
         if done.left:
-            print(f"Asked to end, but not gone yet: {', '.join(done.left)}.")
+            print(f"Asked to end, but still running: {', '.join(done.left)}.")
         for job, host in done.elsewhere:
-            print(f"{job} was started by hand on {host}: type `gptailor cancel` there.")
+            print(f"{job} was started by hand on {host}: run `gptailor cancel` there.")
         if not (done.ended or done.left or done.elsewhere):
-            print(f"No job of {arguments.run_folder} is going on.")
+            print(f"No job of {arguments.run_folder} is running.")
     return exit_codes.STOPPED_EARLY if done.left or done.elsewhere else exit_codes.DONE
 
 
@@ -110,29 +110,29 @@ def _add_launch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a search.yaml")
     parser.add_argument("overrides", nargs="*", help="key.path=value")
     add = parser.add_argument
-    add("--nodes", type=at_least_one, default=1, help="of a job (1)")
+    add("--nodes", type=at_least_one, default=1, help="nodes per job (1)")
     add("--gpus-per-node", type=_at_least_zero, default=0, help="0 for a search on CPUs (0)")
-    add("--time", required=True, help="limit of a job: 90, 1:30:00, 2-00:00:00")
-    add("--workers-per-node", type=at_least_one, help="ranks that evaluate (one for each GPU)")
-    add("--gpus-per-worker", type=at_least_one, default=1, help="for models that need more (1)")
-    add("--cpus-per-worker", type=at_least_one, default=4, help="cores of a rank (4)")
-    add("--mem", help="memory of a node, as for sbatch: 200G; 0 is all of it")
+    add("--time", required=True, help="time limit of a job: 90, 1:30:00, 2-00:00:00")
+    add("--workers-per-node", type=at_least_one, help="ranks that evaluate (one per GPU)")
+    add("--gpus-per-worker", type=at_least_one, default=1, help="more for larger models (1)")
+    add("--cpus-per-worker", type=at_least_one, default=4, help="cores per rank (4)")
+    add("--mem", help="memory per node, as for sbatch: 200G; 0 for all of it")
     for name in ("partition", "account", "constraint", "qos"):
         add(f"--{name}", help="as for sbatch")
-    add("--setup", action="append", default=[], metavar="LINE", help="of shell, before the start")
+    add("--setup", action="append", default=[], metavar="LINE", help="shell line to run first")
     add("--slurm", action="append", default=[], metavar="KEY=VALUE", help="further sbatch options")
     add("--islands", type=at_least_one, metavar="K", help="jobs that work on the search together")
     add("--mpi", metavar="TYPE", help="for srun: pmix, pmi2 (MPI_TYPE, or pmix)")
     add(
         "--signal-before", type=at_least_one, default=300, metavar="SECONDS",
-        help="before the time limit the search stops: the longest evaluation and 60 (300)",
+        help="how long before the time limit the search stops: the longest evaluation and 60 (300)",
     )  # fmt: skip
-    add("--max-requeues", type=_at_least_zero, default=100, help="of a job (100)")
+    add("--max-requeues", type=_at_least_zero, default=100, help="requeues per job (100)")
     add("--log-json", action="store_true", help="the ranks' logs as JSON lines, too")
     modes = ("auto", "mmap", "pread", "direct")
     add("--io", choices=modes, help="how weights are read, as for search")
-    add("--stage", metavar="DIR", help="of the nodes' disks, as for search")
-    add("--dry-run", action="store_true", help="print the batch script, submit nothing")
+    add("--stage", metavar="DIR", help="a folder on the nodes' disks, as for search")
+    add("--dry-run", action="store_true", help="print the batch script and submit nothing")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +142,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 def _add_cancel(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
     parser.add_argument(
-        "--wait", type=float, default=90.0, metavar="SECONDS", help="for their end (90)"
+        "--wait", type=float, default=90.0, metavar="SECONDS", help="wait for their end (90)"
     )
 
 
@@ -161,17 +161,17 @@ COMMANDS = {
         _launch,
     ),
     "status": Command(
-        "how far a run is, and what its jobs do",
+        "show how far a run is and what its jobs are doing",
         "gptailor status runs/smollm2",
         _add_run,
         _status,
         "nothing was changed",
     ),
     "cancel": Command(
-        "end the jobs of a run; search --resume goes on",
+        "end the jobs of a run; search --resume continues it",
         "gptailor cancel runs/smollm2",
         _add_cancel,
         _cancel,
-        "what was asked to end, ends",
+        "jobs that were asked to end will end",
     ),
 }

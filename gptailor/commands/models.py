@@ -1,4 +1,4 @@
-"""The words of the verbs that are about one model."""
+"""The command lines of the verbs for one model."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         return 0
     for path in files:
         print(path)
-    print(f"A recipe that uses them has the line `calibration: {files[0].parent}`.")
+    print(f"To use them, add `calibration: {files[0].parent}` to the recipe.")
     return 0
 
 
@@ -88,12 +88,12 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _names(text: str | None) -> list[str]:
-    """Names with commas between them."""
+    """Splits a comma-separated list of names."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 def _score_dict(score: Score) -> dict[str, object]:
-    """A score for JSON, which has no word for a number that is not finite."""
+    """A score for JSON, which can't represent numbers that are not finite."""
     numbers = {"value": score.value, "stderr": score.stderr, "chance": score.chance}
     finite = {k: v if v is not None and math.isfinite(v) else None for k, v in numbers.items()}
     words = {"task": score.task, "metric": score.metric}
@@ -105,9 +105,9 @@ def _add_stitch(parser: argparse.ArgumentParser) -> None:
         "source", help="a recipe.yaml, a mergekit YAML, or a run folder with --point"
     )
     parser.add_argument("out", help="the model folder to make")
-    parser.add_argument("--point", help="id of a point of the run, or its beginning")
+    parser.add_argument("--point", help="id of a point of the run, or its first characters")
     parser.add_argument(
-        "--no-verify", dest="verify", action="store_false", help="leave out the smoke test"
+        "--no-verify", dest="verify", action="store_false", help="skip the smoke test"
     )
     parser.add_argument(
         "--no-sync", dest="sync", action="store_false", help="do not wait for the disk"
@@ -117,8 +117,8 @@ def _add_stitch(parser: argparse.ArgumentParser) -> None:
         "--max-shard-size",
         metavar="SIZE",
         default="50GB",
-        help="of a file of weights, like 5GB or 500MiB (50GB). On a disk that can share blocks "
-        "with the inputs (XFS, Btrfs) copied layers take no room, but may make a few files more",
+        help="largest weight file, like 5GB or 500MiB (50GB). On a disk that can share blocks "
+        "with the inputs (XFS, Btrfs) copied layers take no space, but may need a few more files",
     )
     add_io(parser)
 
@@ -126,22 +126,22 @@ def _add_stitch(parser: argparse.ArgumentParser) -> None:
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a recipe.yaml or a search.yaml")
     parser.add_argument(
-        "--text", required=True, help="a document a line, or a .jsonl of objects with a text"
+        "--text", required=True, help="one document per line, or a .jsonl of objects with a text"
     )
-    parser.add_argument("--out", help="folder for the result (what the file names as calibration)")
+    parser.add_argument("--out", help="folder for the result (the calibration that source names)")
     parser.add_argument(
         "--method",
         action="append",
         default=[],
-        help="fisher or regmean, may be given twice (those that the file uses)",
+        help="fisher or regmean; may be given twice (those that source uses)",
     )
     parser.add_argument(
-        "--tokens", type=at_least_one, default=100_000, help="how many are read (100000)"
+        "--tokens", type=at_least_one, default=100_000, help="how many to read (100000)"
     )
     parser.add_argument(
         "--seq-len", type=at_least_one, default=512, help="tokens in a sequence, at most (512)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the words drawn for fisher (0)")
+    parser.add_argument("--seed", type=int, default=0, help="for the tokens drawn for fisher (0)")
     parser.add_argument("--dtype", default="float32", help="of the models while they read")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 or auto")
 
@@ -149,29 +149,29 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model folder, a hub id, a recipe.yaml or a mergekit YAML")
     asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--tasks", help="lm-eval's names, with commas")
+    asked.add_argument("--tasks", help="lm-eval's names, separated by commas")
     asked.add_argument(
         "--like",
         metavar="SEARCH",
-        help="a search.yaml, or the config.yaml of a run: its tasks, their options, its documents",
+        help="a search.yaml or a run's config.yaml: scores on its tasks, options and documents",
     )
-    parser.add_argument("--metric", help="only this one, like acc_norm (all that the tasks have)")
+    parser.add_argument("--metric", help="only this one, like acc_norm (all metrics of the tasks)")
     parser.add_argument(
         "--limit",
         type=float,
-        help="only so many documents of each task, the first ones; a part of them if below 1",
+        help="only the first documents of each task; a fraction of them if below 1",
     )
-    parser.add_argument("--include-path", help="a folder with own tasks")
+    parser.add_argument("--include-path", help="a folder with your own tasks")
     parser.add_argument("--num-fewshot", type=int, help="examples in the context")
     parser.add_argument(
-        "--apply-chat-template", action="store_true", help="ask as a user in the model's chat"
+        "--apply-chat-template", action="store_true", help="prompt with the model's chat template"
     )
     parser.add_argument(
         "--fewshot-as-multiturn",
         action=argparse.BooleanOptionalAction,
-        help="examples are turns of the chat of their own (if there is a chat template)",
+        help="each example is a turn of the chat (if there is a chat template)",
     )
-    parser.add_argument("--system-instruction", help="what stands before all else")
+    parser.add_argument("--system-instruction", help="the system prompt")
     parser.add_argument("--batch-size", type=int, help="sequences in a batch (32)")
     parser.add_argument("--dtype", help="bfloat16, float16, float32 or auto (auto)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 or auto (auto)")
@@ -186,7 +186,7 @@ COMMANDS = {
         _stitch,
     ),
     "calibrate": Command(
-        "read a text with each model, for merges by fisher and regmean",
+        "run each model on a text, for merges by fisher and regmean",
         "gptailor calibrate recipe.yaml --text sample.txt --method regmean --out calibration",
         _add_calibrate,
         _calibrate,

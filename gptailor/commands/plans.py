@@ -1,4 +1,4 @@
-"""The words of the verbs before a search on a cluster."""
+"""The command lines of the verbs that prepare a search on a cluster."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def _plan_lines(plan: Plan) -> list[str]:
     for name, work in plan.sizes.items():
         lines.append(
             f"{name:11} {work.documents:,} documents, {work.requests:,} requests, "
-            f"{work.tokens:,} tokens for each evaluation"
+            f"{work.tokens:,} tokens per evaluation"
         )
     lines += [
-        f"disk        {size(plan.node_bytes)} for {count} candidates, read once by each node",
+        f"disk        {size(plan.node_bytes)} for {count} candidates, read once per node",
         f"type        {plan.why_dtype}",
         f"model       {size(needs.model)} dense in {plan.dtype}, {size(needs.resident)} for all "
         "candidates",
@@ -58,16 +58,16 @@ def _plan_lines(plan: Plan) -> list[str]:
     for probe in plan.probes:
         lines.append(
             f"probe       {probe.name}, {probe.layers} layers: {probe.seconds:.2f} s "
-            f"({probe.assemble_s:.2f} s until the model was ready, {probe.forward_s:.2f} s in it, "
+            f"({probe.assemble_s:.2f} s to assemble, {probe.forward_s:.2f} s in forward passes, "
             f"{probe.tokens:,} tokens)"
         )
     if plan.evaluation_s is None or plan.hours is None:
         return [*lines, "time        not measured"]
     return [
         *lines,
-        f"time        {plan.evaluation_s:.2f} s for an evaluation by a worker like this one "
+        f"time        {plan.evaluation_s:.2f} s per evaluation on a worker like this one "
         f"({plan.device}); with {plan.workers} of them",
-        f"            {plan.evaluations_per_hour:,.0f} an hour, {plan.hours:.2g} hours for all "
+        f"            {plan.evaluations_per_hour:,.0f} per hour, {plan.hours:.2g} hours for all "
         "(without the holdout)",
     ]
 
@@ -78,19 +78,19 @@ def _memory_lines(plan: Plan) -> list[str]:
     if plan.gpus is None and plan.cpu_candidates is not None:
         return [
             "worker      on the CPU (for a GPU: --gpu-gib); as evaluation.candidates_gib says, "
-            f"each reads candidates into {size(plan.cpu_candidates)};",
-            f"            each may keep {size(plan.cpu_cache)} of merged layers",
+            f"each reads candidates into {size(plan.cpu_candidates)}",
+            f"            and may cache {size(plan.cpu_cache)} of merged layers;",
             _stay_line(plan.cpu_stay),
         ]
     if plan.gpus is None:
         lines = [
             "worker      on the CPU (for a GPU: --gpu-gib); candidates are mapped, in memory once "
-            "for all workers of a node;",
-            f"            each may keep {size(plan.cpu_cache)} of merged layers",
+            "for all workers on a node;",
+            f"            each may cache {size(plan.cpu_cache)} of merged layers",
         ]
         if plan.footprint.is_cast:
             lines.append(
-                f"            and {size(plan.cpu_copies)} of copies of the candidates in "
+                f"            and {size(plan.cpu_copies)} for copies of the candidates in "
                 f"{plan.dtype}, at least {size(plan.footprint.blocks.held)}"
             )
         return lines
@@ -112,7 +112,7 @@ def _memory_lines(plan: Plan) -> list[str]:
 def _stay_line(all_stay: bool) -> str:
     if all_stay:
         return "            all candidates stay there"
-    return "            the layers that are used most stay there, others are read again when needed"
+    return "            the most used layers stay there, others are read again when needed"
 
 
 def _prefetch(arguments: argparse.Namespace) -> int:
@@ -127,13 +127,13 @@ def _prefetch(arguments: argparse.Namespace) -> int:
         source = f"{model.ref} in " if model.from_hub else ""
         print(f"{name:{width}}  {size(model.n_bytes):>8}  {source}{model.folder}")
     documents = ", ".join(f"{count} {name}" for name, count in found.documents.items())
-    print(f"Tokenizer and tasks are there: {documents} documents.")
+    print(f"Tokenizer and tasks are available: {documents} documents.")
     if found.only_checked:
-        print("Nothing was downloaded, as HF_HUB_OFFLINE is set.")
-    print("All of it was loaded without a network, as a job will do with")
+        print("Nothing was downloaded, because HF_HUB_OFFLINE is set.")
+    print("Everything was loaded without a network, as a job will do with these variables:")
     for variable, value in found.variables.items():
         print(f"  export {variable}={shlex.quote(value)}")
-    print("in its environment. Its nodes must see these folders under the same names.")
+    print("Its nodes must see these folders under the same paths.")
     return 0
 
 
@@ -144,28 +144,26 @@ def _add_prefetch(parser: argparse.ArgumentParser) -> None:
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     _add_prefetch(parser)
+    parser.add_argument("--workers", type=at_least_one, default=1, help="workers of the search (1)")
     parser.add_argument(
-        "--workers", type=at_least_one, default=1, help="that the search will have (1)"
-    )
-    parser.add_argument(
-        "--gpus-per-worker", type=at_least_one, default=1, help="of each of them (1)"
+        "--gpus-per-worker", type=at_least_one, default=1, help="GPUs of each worker (1)"
     )
     parser.add_argument(
         "--gpu-gib",
         type=float,
-        help="memory of a GPU in GiB, like 80 (that of this machine's, or a plan for the CPU)",
+        help="memory of a GPU in GiB, like 80 (this machine's GPU, or a plan for the CPU)",
     )
     parser.add_argument(
         "--no-probe",
         dest="probe",
         action="store_false",
-        help="leave out the three evaluations that tell the time",
+        help="skip the three evaluations that measure the time",
     )
 
 
 COMMANDS = {
     "plan": Command(
-        "what a search will cost: memory, bytes, time from three evaluations",
+        "estimate what a search costs: memory, bytes, and time from three evaluations",
         "gptailor plan search.yaml --workers 64 --gpus-per-worker 2 --gpu-gib 80 --no-probe",
         _add_plan,
         _plan,

@@ -1,4 +1,4 @@
-"""The words of the verbs that are about a search."""
+"""The command lines of the verbs for a search."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _check(arguments: argparse.Namespace) -> int:
         for problem in problems:
             print(problem)
         if not problems:
-            print("Nothing found that would make a search fail.")
+            print("No problems found.")
     return exit_codes.USAGE if problems else exit_codes.DONE
 
 
@@ -90,12 +90,12 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a search.yaml")
     parser.add_argument("overrides", nargs="*", help="key.path=value")
     parser.add_argument(
-        "--resume", action="store_true", help="for search --resume: the output may hold a run"
+        "--resume", action="store_true", help="check for search --resume: the output may hold a run"
     )
     parser.add_argument(
         "--fast",
         action="store_true",
-        help="leave out what takes longest: building the model without its weights, loading the "
+        help="skip what takes longest: building the model without its weights, loading the "
         "tasks' data, and the requests of a few documents",
     )
 
@@ -103,7 +103,7 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 def _add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a search.yaml")
     parser.add_argument("overrides", nargs="*", help="key.path=value")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in its folder")
+    parser.add_argument("--resume", action="store_true", help="continue the run in its folder")
     parser.add_argument(
         "--island", metavar="I/K", help="be number I (from 0) of K searches that share the folder"
     )
@@ -113,7 +113,7 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "local", "mpi"),
         default="auto",
         help="where recipes are evaluated: on this machine, or by the other ranks of an MPI "
-        "program; auto sees whether srun or mpirun started several (auto)",
+        "program; auto detects whether srun or mpirun started several (auto)",
     )
     parser.add_argument(
         "--log-json", action="store_true", help="the ranks' logs as JSON lines, too (MPI)"
@@ -131,14 +131,14 @@ KEEPS = "everything that was evaluated is kept"
 
 COMMANDS = {
     "demo": Command(
-        "the main job, whole, on a small family that ships with the package",
+        "run the whole workflow on a small family that ships with the package",
         "gptailor demo --out gptailor-demo",
         _add_demo,
         _demo,
         KEEPS,
     ),
     "check": Command(
-        "why a search would fail, from configs, headers and a few documents, in seconds",
+        "find what would make a search fail, from configs, headers and a few documents",
         "gptailor check search.yaml",
         _add_check,
         _check,

@@ -1,4 +1,4 @@
-"""The status of a run as a person reads it, and as a program does."""
+"""The status of a run as text and as JSON."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from gptailor.run.job_record import WorkerRecord
 
 MAX_WORKERS = 16
-"""So many workers of a job are listed, those first that are at it longest."""
+"""At most this many workers of a job are listed, longest-running evaluations first."""
 
 MAX_OVER = 8
-"""So many jobs that are over are listed, the last ones."""
+"""At most this many finished jobs are listed, the most recent ones."""
 
 MAX_FAILURES = 8
 
 
 def status_json(status: RunStatus) -> dict[str, Any]:
-    """Everything, as JSON objects."""
+    """The whole status as JSON objects."""
     jobs = []
     for job in status.jobs:
         data = dataclasses.asdict(job)
@@ -34,7 +34,7 @@ def status_json(status: RunStatus) -> dict[str, Any]:
 
 
 def status_text(status: RunStatus) -> str:
-    """A head line, the jobs, their workers, what failed."""
+    """The status as text: a summary line, the jobs, their workers, failures."""
     lines = [_head(status)]
     if status.evaluated.note:
         lines.append(status.evaluated.note)
@@ -45,7 +45,7 @@ def status_text(status: RunStatus) -> str:
         if hidden:
             lines.append(f"… and {len(hidden)} earlier ones (--json shows all)")
     else:
-        lines.append("No job is known of this run.")
+        lines.append("This run has no known jobs.")
     for job in status.jobs:
         if job.runs and job.record.workers:
             lines += ["", *_workers(job)]

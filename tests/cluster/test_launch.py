@@ -157,7 +157,7 @@ def test_a_job_is_told_truly_from_its_submission_to_its_end(launcher: Launcher) 
     assert f"is going on in job {job}" in said
 
     code, said = launcher.gptailor("cancel", launcher.run)
-    assert (code, said) == (0, f"Ended: {job}. `gptailor search … --resume` goes on.\n")
+    assert (code, said) == (0, f"Ended: {job}. `gptailor search … --resume` continues.\n")
     assert launcher.cluster.squeue(job)[0] in ("", "CANCELLED")
     wait_until(lambda: not launcher.status()[job]["is_live"], 20, "sacct knows")
     told = launcher.status()[job]

@@ -70,7 +70,7 @@ def one_line(stderr: str) -> str:
     assert stderr.endswith(".\n")
     assert stderr.count("\n") == 1, stderr
     assert stderr.startswith("gptailor: ")
-    assert "a bug of ours" not in stderr
+    assert "a bug in gptailor" not in stderr
     return stderr
 
 

@@ -153,12 +153,12 @@ HEAD = "schema: gptailor/recipe/1\nmodels: {a: x}\nbase: a\nlayers:\n"
 LONG = "".join(map(chr, range(0x4E00, 0x9000)))  # no two characters alike: difflib's worst
 NUMBER = HEAD + "- {take: a, layer: "
 RECIPES: dict[str, tuple[str, str]] = {
-    "a billion laughs": (LAUGHS, "too large once its aliases are written out"),
+    "a billion laughs": (LAUGHS, "too large once its aliases are expanded"),
     "laughs where a number should be": (
         LAUGHS + HEAD + "- {take: a, layer: *a29}\n", "too large once its aliases"
     ),
-    "laughs through merge keys": (MERGES, "too large once its aliases are written out"),
-    "a list in itself": ("a: &a [*a]\n", "too large once its aliases are written out"),
+    "laughs through merge keys": (MERGES, "too large once its aliases are expanded"),
+    "a list in itself": ("a: &a [*a]\n", "too large once its aliases are expanded"),
     "base 60": (NUMBER + "1:" * 300_000 + "1}\n", "characters"),
     "base 60 in fractions": (NUMBER + "1:" * 300_000 + "1.5}\n", "characters"),
     "a long hexadecimal number": (NUMBER + "0x" + "f" * 900_000 + "}\n", "characters"),

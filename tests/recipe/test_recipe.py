@@ -328,7 +328,7 @@ BAD_YAML = [
     ("x: &x {a: 1}\ny: {<<: *x, b: 1, b: 2}\n", "line 2: the key 'b' is written twice"),
     ("x: &x {a: 1}\ny: {<<: {<<: *x, b: 1, b: 2}}\n", "line 2: the key 'b' is written twice"),
     ("x: &x {a: 1}\ny: {<<: *x, <<: *x}\n", "line 2: the key '<<' is written twice"),
-    ("a: 1\n---\na: 2\n", "line 2: a second document begins here, but one is read: keep one in"),
+    ("a: 1\n---\na: 2\n", "line 2: a second document begins here, but a file may hold only one"),
     ("layers:\n  - {take: red, take: blue}\n", "the key 'take' is written twice"),
     ("a: [1\n", "line 2"),
     ("? [a]\n: b\n", "line 1: a key that is a list or a mapping"),

@@ -147,7 +147,7 @@ def test_it_tells_what_candidates_gib_does(
 ) -> None:
     for gib, words in (
         (1.0, "all candidates stay there"),
-        (0.0003, "the layers that are used most stay there"),
+        (0.0003, "the most used layers stay there"),
         (0.0001, "raise evaluation.candidates_gib"),
     ):
         path = config_file(tmp_path, models, tasks_dir, dtype="bfloat16", candidates_gib=gib)
