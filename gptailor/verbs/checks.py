@@ -1,6 +1,6 @@
-"""Why a search would fail, found before it begins: by `check` all at once, by a search one by one.
+"""Finds out why a search would fail: `check` lists all problems, a search stops at the first.
 
-What stands here is called by both, so that they can't disagree.
+Both call the functions in this module, so they can't disagree.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gptailor.config import Config
 
 FEW = 8
-"""Documents of each task whose requests `check` makes: those that are most likely to be refused."""
+"""How many documents of each task `check` makes requests for: those most likely to be refused."""
 
 
 def check(
@@ -31,17 +31,17 @@ def check(
     fast: bool = False,
     note: Callable[[str], None] = lambda text: None,
 ) -> list[str]:
-    """Why a search would fail; empty if it won't. Nothing is evaluated, no weights are read.
+    """Returns the reasons why a search would fail; evaluates nothing and reads no weights.
 
-    The base's model is built without memory, and the tasks are loaded: lm-eval's own download
-    their datasets. Models are local folders, or are downloaded first.
+    The base model is built without weights, and the tasks are loaded: lm-eval's own tasks download
+    their datasets. Models that are not local folders are downloaded first.
 
     Args:
         config: a `search.yaml`.
         overrides: `key.path=value`.
-        resume: for `search --resume`: the output may hold a run.
-        fast: leave out what takes more than a second or two: the model, the tasks' data.
-        note: is told what a person should know of the models.
+        resume: check for `search --resume`: the output may hold a run.
+        fast: skip what takes more than a second or two: the model, the tasks' data.
+        note: takes what the user should know about the models.
 
     Raises:
         UsageError: the configuration itself is wrong.
@@ -60,7 +60,7 @@ def check(
 def find_problems(
     config: Config, *, fast: bool = False, note: Callable[[str], None] = lambda text: None
 ) -> list[str]:
-    """What is wrong with models, space and tasks; see `check`."""
+    """Returns what is wrong with models, space and tasks; see `check`."""
     problems: list[str] = []
     family = None
     try:
@@ -90,7 +90,7 @@ def find_problems(
 
 
 def check_place(config: Config, resume: bool, island: tuple[int, int] | None = None) -> Path:
-    """Where a search has its archive, if it may be there and can be written; makes nothing.
+    """Checks that a search may write its archive, and returns its folder; creates nothing.
 
     Raises:
         UsageError: there is a run already, one of another kind or configuration, or a file.
@@ -105,7 +105,7 @@ def check_place(config: Config, resume: bool, island: tuple[int, int] | None = N
     has_begun = (place / "archive.db").exists()
     if has_begun and not resume:
         raise UsageError(
-            f"{place} holds a run already: continue it with --resume, or name another output."
+            f"{place} already holds a run: continue it with --resume, or name another output."
         )
     if has_begun or island is not None:
         check_config_file(output, config)
@@ -114,7 +114,7 @@ def check_place(config: Config, resume: bool, island: tuple[int, int] | None = N
 
 
 def check_space(config: Config, family: Family) -> None:
-    """Raises unless the space fits the family, and the family bears a cut."""
+    """Raises unless the space fits the family and its layers can be cut."""
     from gptailor.evaluation.family import find_calibration
     from gptailor.search.space import SearchSpace
 
@@ -125,7 +125,7 @@ def check_space(config: Config, family: Family) -> None:
 
 
 def _checked_family(config: Config, problems: list[str]) -> Family | None:
-    """The opened candidates; None if one of them can't be used by itself, which `problems` tell."""
+    """The opened candidates; None if one is unusable, for which `problems` gets the reason."""
     from gptailor.evaluation.lazy_reader import LazyReader
     from gptailor.models.side_files import has_tokenizer
 
@@ -146,7 +146,7 @@ def _checked_family(config: Config, problems: list[str]) -> Family | None:
 
 
 def _note_device(config: Config, note: Callable[[str], None]) -> None:
-    """Tells that there is no such GPU here; where the search will run there may be one."""
+    """Notes that this machine has no such GPU; the one that runs the search may have it."""
     from gptailor.evaluation.devices import pick_device
 
     try:
@@ -156,13 +156,13 @@ def _note_device(config: Config, note: Callable[[str], None]) -> None:
 
 
 def _note_dtype(config: Config, family: Family, fast: bool, note: Callable[[str], None]) -> None:
-    """Tells that this machine is slow at the type that was asked for, if it would be used."""
+    """Notes that this machine is slow at the requested dtype, if it would be used."""
     from gptailor.evaluation.footprint import held_bytes
     from gptailor.evaluation.forward_dtype import choose, find_ability
 
     evaluation = config.evaluation
     if evaluation.dtype == "auto" or (fast and evaluation.device == "auto"):
-        return  # whether there is a GPU takes torch a while to tell
+        return  # torch takes a while to find out whether there is a GPU
     ability = find_ability(evaluation.device)
     choice = choose(evaluation.dtype, config.space.dtype, [ability], held_bytes(family))
     if choice.is_slow:
@@ -185,7 +185,7 @@ def _unknown_tasks(config: Config) -> list[str]:
 
 
 def check_writable(place: Path) -> None:
-    """Tries the nearest folder that is there, as permissions alone don't tell; makes nothing.
+    """Checks by writing to the nearest existing folder, since permissions don't tell everything.
 
     Raises:
         UsageError: a file is where a folder should be.
@@ -201,4 +201,4 @@ def check_writable(place: Path) -> None:
                     f"The run folder {place} can't be written: {folder}: {error.strerror}."
                 ) from error
         if folder.exists() or folder.is_symlink():
-            raise UsageError(f"The run folder {place} can't be made: {folder} is no folder.")
+            raise UsageError(f"The run folder {place} can't be made: {folder} is not a folder.")

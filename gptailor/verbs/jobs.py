@@ -1,4 +1,4 @@
-"""The verbs that are about jobs: start them on a cluster, look at them, end them."""
+"""The verbs for Slurm jobs: submit them, look at them, end them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gptailor.execution.slurm.submit import JobRequest
 
 CANCEL_WAIT_S = 90.0
-"""Slurm kills what is left of a job 30 s after it asked it to end, as sites mostly have it."""
+"""Most sites have Slurm kill what is left of a job 30 s after asking it to end."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Cancelled:
     Attributes:
         ended: jobs that are gone now.
         left: jobs that were asked to end and are not gone yet.
-        elsewhere: runs of other machines, as (job, machine): they can only be ended there.
+        elsewhere: runs on other machines, as (job, machine): they can only be ended there.
     """
 
     ended: tuple[str, ...]
@@ -88,8 +88,8 @@ def launch(
 ) -> Launched:
     """Submits a search to Slurm, as one job or as one for each island.
 
-    What can be found out on the login node is found out here. Where the run is going on already,
-    only islands without a job are submitted.
+    Everything that can be checked on the login node is checked first. If the run is already in
+    progress, only islands without a job are submitted.
 
     Args:
         config: a `search.yaml`.
@@ -99,12 +99,12 @@ def launch(
         io: how weights are read: auto, mmap, pread or direct.
         stage: a folder of the nodes' own disks for copies of the candidates.
         log_json: write the ranks' logs as JSON lines, too.
-        dry_run: makes the batch script only; neither Slurm nor the models are looked at.
-        note: is told what takes long.
+        dry_run: makes the batch script only; checks neither Slurm nor the models.
+        note: takes a line for what takes long.
         overrides, nodes and the others: as in `JobRequest`.
 
     Raises:
-        UsageError: something is wrong, Slurm is missing or refuses, or the run is going on.
+        UsageError: something is wrong, Slurm is missing or refuses, or the run is in progress.
         ResourceError: the run folder can't be written.
     """
     from gptailor.config import read_config
@@ -158,7 +158,7 @@ def launch(
 
 
 def status(run: str | Path) -> RunStatus:
-    """How far a run is, and what its jobs do; disturbs nothing.
+    """Returns how far a run is and what its jobs are doing, without disturbing it.
 
     Raises:
         UsageError: the folder holds no run.
@@ -171,9 +171,9 @@ def status(run: str | Path) -> RunStatus:
 def cancel(
     run: str | Path, *, wait_s: float = CANCEL_WAIT_S, note: Say = lambda text: None
 ) -> Cancelled:
-    """Ends the jobs of a run, and waits until they are gone; `search --resume` goes on.
+    """Ends the jobs of a run and waits until they are gone; `search --resume` continues it.
 
-    `note` is told who is waited for.
+    `note` takes a line about the jobs that are waited for.
 
     Raises:
         UsageError: the folder holds no run, or Slurm refuses.
@@ -189,7 +189,7 @@ def cancel(
             os.kill(record.pid, signal.SIGTERM)
     until = time.monotonic() + wait_s
     of_slurm = [r.job_id for r in live if not r.job_id.startswith("local-")]
-    with slowly(f"Waiting for the end of {', '.join(r.job_id for r in live)}", note):
+    with slowly(f"Waiting for {', '.join(r.job_id for r in live)} to end", note):
         left = cluster.cancel(cluster.queued(of_slurm), wait_s)
         while (still := [r for r in here if process_lives(r)]) and time.monotonic() < until:
             time.sleep(0.2)
@@ -212,7 +212,7 @@ def _check_cluster(asked: JobRequest) -> None:
 
 
 def _without_job(output: Path, numbers: Sequence[int | None]) -> list[int | None]:
-    """Those of the islands (None: the whole search) that no job works on now."""
+    """The islands (None: the whole search) that no job is working on."""
     from gptailor.execution.slurm.status import job_states
     from gptailor.run.job_record import read_all
 
@@ -224,7 +224,7 @@ def _without_job(output: Path, numbers: Sequence[int | None]) -> list[int | None
     if None in taken or None in numbers or not left:
         ids = ", ".join(record.job_id for record in live)
         raise UsageError(
-            f"The run {output} is going on in job {ids}: `gptailor status` shows how far it is; "
+            f"The run {output} is in progress in job {ids}: `gptailor status` shows how far it is; "
             + (
                 "more --islands join it."
                 if None not in taken and None not in numbers
@@ -235,12 +235,12 @@ def _without_job(output: Path, numbers: Sequence[int | None]) -> list[int | None
 
 
 def _check_search(parsed: Config, output: Path, *, has_islands: bool) -> None:
-    """Raises a `UsageError` for what would end the search within its first minute."""
+    """Raises a `UsageError` for anything that would end the search within its first minute."""
     from gptailor.run.archive import Archive
     from gptailor.run.resume import check_config_file, check_kind
     from gptailor.verbs.checks import check_writable, find_problems
 
-    check_writable(output)  # soon, not after the tasks were loaded
+    check_writable(output)  # now, not after the tasks are loaded
     check_kind(output, has_islands=has_islands)
     check_config_file(output, parsed)
     Archive.check_not_in_use(output)

@@ -1,4 +1,4 @@
-"""The verbs that are about one model: write it, score it, read a text with its sources."""
+"""The verbs for one model: write it, score it, calibrate its sources on a text."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def stitch(
     Args:
         source: a recipe file, a mergekit YAML, or a run folder together with `point`.
         out: the folder to make; it must not exist.
-        point: the point's id in the run, or the beginning of it.
+        point: the point's id in the run, or its first characters.
         verify: load the result, run it once and generate 20 tokens before it gets its name.
         sync: flush to the disk before the folder gets its name.
         threads: for merging; 0 for as many as there are cores.
-        io: how weights are read: auto, mmap, pread or direct; None for what GPTAILOR_IO says.
-        max_shard_size: of a file of weights, like 5GB; None for 50GB, as in transformers 5.
-        note: is told what a person should know of the models and of the result.
+        io: how weights are read: auto, mmap, pread or direct; None for GPTAILOR_IO's value.
+        max_shard_size: largest weight file, like 5GB; None for 50GB, as in transformers 5.
+        note: takes what the user should know about the models and the result.
 
     Raises:
         UsageError, ModelError, ResourceError: see `stitching.write.write_model`.
@@ -79,7 +79,7 @@ def stitch(
 
 
 def _check_room(recipe: Recipe, family: Family, out: str | Path) -> None:
-    """Raises a `ResourceError` if there is no memory to test the result: before it is written."""
+    """Raises a `ResourceError` early if there is too little memory to test the result."""
     from gptailor.evaluation.memory import available_bytes
     from gptailor.stitching.plan import check_recipe
 
@@ -88,7 +88,7 @@ def _check_room(recipe: Recipe, family: Family, out: str | Path) -> None:
     room = available_bytes()
     if n_bytes > room:
         raise ResourceError(
-            f"{out} would take {n_bytes / 1e9:.1f} GB of memory to be tested, of which "
+            f"Testing {out} would take {n_bytes / 1e9:.1f} GB of memory, but only "
             f"{room / 1e9:.1f} GB are free: use --no-verify."
         )
 
@@ -116,19 +116,19 @@ def calibrate(
     device: str = "auto",
     note: Callable[[str], None] = lambda text: None,
 ) -> list[Path]:
-    """Writes what fisher and regmean need to know of the models; returns the files.
+    """Writes the statistics of the models that fisher and regmean need; returns the files.
 
     Args:
         source: a recipe file or a `search.yaml`.
         text: each line is a document; or a `.jsonl` whose objects have a `text`.
-        out: the folder; default: what the file names as its calibration.
-        methods: for which; default: those that the file uses.
+        out: the folder; default: the one that the file names as its calibration.
+        methods: fisher, regmean or both; default: those that the file uses.
         num_tokens: how much of the text is read, at most.
-        seq_len: the longest piece of a document.
-        seed: of the words that are drawn for fisher.
-        dtype: of the models while they read.
+        seq_len: the longest piece of a document, in tokens.
+        seed: of the tokens that are drawn for fisher.
+        dtype: of the models in the forward pass.
         device: as in `search.yaml`.
-        note: is told what a person should know of the models.
+        note: takes what the user should know about the models.
 
     Raises:
         UsageError: there is nothing to do, no folder, or no text.
@@ -197,21 +197,21 @@ def evaluate(
     Args:
         source: a model, a recipe file or a mergekit YAML.
         tasks: lm-eval's names of tasks, groups or tags.
-        like: a `search.yaml`, or the config.yaml of a run, in the place of tasks and of all that
-            is said about them: scores on the very documents of that search, and of its holdout.
-        metric: only this one, as in `search.yaml`; None for all that the tasks have.
-        limit: as in lm-eval: only the first documents of each task, or a part of them below 1.
-        include_path: a folder with own tasks.
+        like: a `search.yaml` or a run's config.yaml, instead of tasks and their options: scores on
+            the same documents as that search and its holdout.
+        metric: only this one, as in `search.yaml`; None for all metrics of the tasks.
+        limit: as in lm-eval: only the first documents of each task; a fraction of them if below 1.
+        include_path: a folder with the user's own tasks.
         num_fewshot: examples in the context; None for each task's own number.
         apply_chat_template, system_instruction: as in lm-eval.
-        fewshot_as_multiturn: as in lm-eval; None for what `apply_chat_template` is.
-        batch_size, dtype, device: as in `search.yaml`; None for its defaults, or what `like` says.
-        io: how weights are read: auto, mmap, pread or direct; None for what GPTAILOR_IO says.
-        note: is told what a person should know of the models.
+        fewshot_as_multiturn: as in lm-eval; None for the value of `apply_chat_template`.
+        batch_size, dtype, device: as in `search.yaml`; None for its defaults, or `like`'s values.
+        io: how weights are read: auto, mmap, pread or direct; None for GPTAILOR_IO's value.
+        note: takes what the user should know about the models.
 
     Returns:
-        For each task or group the metric that a search takes, then its others, then those of the
-        tasks inside of it; with `metric` or `like` only what a search takes.
+        For each task or group the metric that a search uses, then its others, then those of the
+        tasks inside it; with `metric` or `like` only the metric that a search uses.
 
     Raises:
         UsageError: tasks or metric are unknown, the model can't answer a request, or the code of a
@@ -254,7 +254,7 @@ def evaluate(
         also = [key for key, value in {**each, **given}.items() if value is not None]
         if tasks or also:
             key = "tasks" if tasks else also[0]
-            raise UsageError(f"like takes its tasks as {like} has them: leave {key} out.")
+            raise UsageError(f"like takes its tasks from {like}: leave {key} out.")
         asked = search.evaluation.model_dump() | {k: v for k, v in asked.items() if v is not None}
     else:
         asked |= {"tasks": [{"task": task, **each} for task in tasks], **given}
@@ -280,7 +280,7 @@ def evaluate(
 def _calibrated(
     path: Path,
 ) -> tuple[dict[str, str], str, str | None, dict[str, list[str]]]:
-    """Models, base, calibration folder, and the models that each method needs statistics of."""
+    """Models, base, calibration folder, and method → models whose statistics it needs."""
     from gptailor.config import read_config
     from gptailor.recipe import SCHEMA
     from gptailor.strict_yaml import load_yaml, read_text
@@ -288,7 +288,7 @@ def _calibrated(
     try:
         data = load_yaml(read_text(path), str(path))
     except (OSError, UnicodeDecodeError):
-        data = {"schema": SCHEMA}  # read_recipe says what is wrong
+        data = {"schema": SCHEMA}  # read_recipe raises the error
     needed: dict[str, list[str]] = {}
     if isinstance(data, dict) and "evaluation" in data:
         config = read_config(path)
@@ -303,12 +303,12 @@ def _calibrated(
 
 
 def _described(path: Path, io: str | None = None) -> tuple[Recipe, Family, str]:
-    """The recipe in a file, a recipe's or mergekit's; its opened models; Markdown for the card."""
+    """Reads a recipe or a mergekit YAML; returns recipe, opened family, Markdown for the card."""
     from gptailor.strict_yaml import read_text
 
     config = None
-    with contextlib.suppress(OSError, UnicodeDecodeError):  # read_recipe tells
-        if "merge_method" in read_text(path):  # most recipes need no reader of mergekit's
+    with contextlib.suppress(OSError, UnicodeDecodeError):  # read_recipe raises the error
+        if "merge_method" in read_text(path):  # most recipes need no mergekit reader
             from gptailor.mergekit import read_mergekit, to_recipe
 
             config = read_mergekit(path)
@@ -321,7 +321,7 @@ def _described(path: Path, io: str | None = None) -> tuple[Recipe, Family, str]:
 
 
 def _point(run: Path, point: str) -> tuple[Recipe, str]:
-    """A run's recipe by the beginning of its id, and its scores in Markdown."""
+    """Finds a run's recipe by the first characters of its id; its scores in Markdown."""
     from gptailor.run.folder import read_run
 
     evaluations = read_run(run).evaluations
@@ -329,7 +329,9 @@ def _point(run: Path, point: str) -> tuple[Recipe, str]:
     matches = [recipe for digest, recipe in by_id.items() if digest.startswith(point)]
     if len(matches) != 1:
         if matches:
-            raise UsageError(f"{len(matches)} points of {run} begin with {point!r}: write more.")
+            raise UsageError(
+                f"{len(matches)} points of {run} begin with {point!r}: give more characters."
+            )
         raise unknown("point", point, [recipe.point for recipe in by_id.values()], str(run))
     rows = [
         f"| {s.task} | {e.documents} | {s.metric} | {s.value:.4f} |"

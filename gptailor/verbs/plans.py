@@ -1,4 +1,4 @@
-"""The verbs before a search on a cluster: fetch what it needs, say what it will cost."""
+"""The verbs that prepare a search on a cluster: fetch what it needs, estimate what it costs."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
     from gptailor.verbs.worker_memory import GpuPlan
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-"""What keeps the libraries of a job from asking the network."""
+"""Keeps the libraries in a job from using the network."""
 
 _NO_NETWORK = "http://127.0.0.1:9"
-"""A proxy that is never there: whoever asks the network all the same is refused at once."""
+"""A proxy that does not exist: code that still tries the network is refused at once."""
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where a candidate lies.
+    """Where a candidate is stored.
 
     Attributes:
-        ref: as the configuration names it.
+        ref: the configuration's reference.
         folder: its files, as a job will find them.
         n_bytes: of its weights.
-        from_hub: it lies in the hub's cache.
+        from_hub: it is in the hub's cache.
     """
 
     ref: str
@@ -56,9 +56,9 @@ class Prefetched:
     Attributes:
         models: name → files.
         documents: "search" and, if there is one, "holdout" → documents of one evaluation.
-        variables: that jobs need in their environment.
+        variables: environment variables that jobs need.
         hf_home: the folder with what came from the hub; nodes must see it.
-        only_checked: nothing could have been downloaded, as HF_HUB_OFFLINE was set.
+        only_checked: nothing could be downloaded, because HF_HUB_OFFLINE was set.
     """
 
     models: dict[str, ModelFiles]
@@ -74,14 +74,14 @@ def prefetch(
     *,
     note: Say = lambda text: None,
 ) -> Prefetched:
-    """Downloads what a search needs, then loads it where there is no network, as a job will.
+    """Downloads what a search needs, then loads it without a network, as a job will.
 
     Models come from the hub unless they are local folders; tasks are loaded once, so that lm-eval
-    fetches their datasets. `note` is told what a person should know of the models.
+    fetches their datasets. `note` takes what the user should know about the models.
 
     Raises:
-        UsageError: the configuration is wrong, or a task can't be had.
-        ModelError: a model or tokenizer can't be had, or is unusable.
+        UsageError: the configuration is wrong, or a task can't be fetched.
+        ModelError: a model or tokenizer can't be fetched, or is unusable.
         ResourceError: the disk is full.
     """
     from gptailor.config import read_config
@@ -94,12 +94,12 @@ def prefetch(
         note(text)
     with slowly("Fetching the tasks' documents", note):
         sizes = DryRun(parsed, family).sizes()  # downloads
-    with slowly("Loading all of it again without a network", note):
+    with slowly("Loading everything again without a network", note):
         found = _offline(parsed.model_dump_json())
     for name, work in sizes.items():
         if found[name]["digest"] != work.digest:
             raise UsageError(
-                f"The {name} documents are others without a network: name fixed revisions of the "
+                f"The {name} documents differ without a network: name fixed revisions of the "
                 "datasets in the tasks."
             )
     models = {
@@ -127,26 +127,26 @@ class Plan:
 
     Attributes:
         recipes_log10: logarithm of the number of recipes, at most.
-        evaluations: that the search makes.
-        sizes: "search" and, if there is one, "holdout" → what one evaluation has to do.
+        evaluations: number of evaluations that the search makes.
+        sizes: "search" and, if there is one, "holdout" → the work of one evaluation.
         dtype: in which evaluations are computed.
-        why_dtype: the sentence that says why.
+        why_dtype: a sentence with the reason for `dtype`.
         footprint: memory, see `Footprint`.
-        node_bytes: that a node reads from the candidates' disk, once for all its workers.
+        node_bytes: what a node reads from the candidates' disk, once for all its workers.
         gpus: how a worker's GPUs are used; None: it evaluates on the CPU.
-        why_not: the sentence that says why that is impossible, or empty.
-        cpu_cache: what merged layers may keep of a worker's memory on the CPU, in bytes.
-        cpu_copies: what copies of mapped candidates in another type may keep of it, in bytes; 0
-            where files, recipes and evaluations have the same type.
-        cpu_candidates: what candidates may have of it where `evaluation.candidates_gib` says so and
-            they are read, in bytes; None where they are mapped.
-        cpu_stay: all candidates, or all copies, stay there.
+        why_not: a sentence that says why a worker can't evaluate, or empty.
+        cpu_cache: memory that merged layers may take in a worker on the CPU, in bytes.
+        cpu_copies: memory that copies of mapped candidates in another dtype may take, in bytes; 0
+            if files, recipes and evaluations have the same dtype.
+        cpu_candidates: memory that candidates may take if `evaluation.candidates_gib` is set, so
+            that they are read, in bytes; None if they are mapped.
+        cpu_stay: all candidates, or all copies, stay in memory.
         device: where the probes were measured.
         probes: the measured evaluations; empty without.
-        workers: that the following figures are for.
+        workers: number of workers that the following figures are for.
         evaluation_s: mean of the probes, in seconds; None without.
         evaluations_per_hour: of all workers together; None without.
-        hours: until all evaluations are done; None without. The holdout comes on top.
+        hours: until all evaluations are done, without the holdout; None without probes.
     """
 
     recipes_log10: float
@@ -180,19 +180,19 @@ def plan(
     probe: bool = True,
     note: Say = lambda text: None,
 ) -> Plan:
-    """Says what a search will cost, from headers, tasks and three evaluations on this machine.
+    """Estimates what a search costs, from headers, tasks and three evaluations on this machine.
 
     Args:
         config: a `search.yaml`.
         overrides: `key.path=value`.
         workers: how many the search will have.
         gpus_per_worker: how many GPUs each of them will have.
-        gpu_gib: memory of a GPU; default: of this machine's; without one the plan is for the CPU.
+        gpu_gib: memory of a GPU; default: this machine's GPU; without one the plan is for the CPU.
         probe: measure three evaluations; else the plan has no times.
-        note: is told what a person who waits should know.
+        note: takes what the user should know, and progress lines.
 
     Raises:
-        UsageError: the configuration is wrong, or a task can't be had.
+        UsageError: the configuration is wrong, or a task can't be fetched.
         ModelError: a model or tokenizer is unusable.
         ResourceError: this machine has too little memory for the probes.
     """
@@ -215,7 +215,7 @@ def plan(
     )
     with slowly("Loading the tasks", note):
         sizes = DryRun(parsed, family).sizes()
-    there = Ability("a GPU's node", "cuda", (), 0)  # that is planned for, and may not be here
+    there = Ability("a GPU's node", "cuda", (), 0)  # planned for, possibly not this machine
     ability = find_ability(parsed.evaluation.device) if gpu_gib is None else there
     choice = choose(
         parsed.evaluation.dtype, parsed.space.dtype, [ability] * workers, held_bytes(family)
@@ -239,7 +239,7 @@ def plan(
     if probe:
         _check_room(footprint, parsed.evaluation.device)
         work = 2e-12 * family.parameters() * sizes["search"].tokens
-        note(f"Measuring three evaluations of up to {work:,.3g} Tflop (--no-probe leaves it out).")
+        note(f"Measuring three evaluations of up to {work:,.3g} Tflop (--no-probe skips them).")
         device, probes = _probes(parsed.computed_in(choice.dtype), space, note)
     seconds = sum(p.seconds for p in probes) / len(probes) if probes else None
     per_hour = None if seconds is None else workers * 3600.0 / seconds
@@ -272,7 +272,7 @@ def family_files(family: Family) -> list[Path]:
 
 
 def _check_room(footprint: Footprint, device: str) -> None:
-    """Raises a `ResourceError` where the probes would make the machine crawl: on a login node."""
+    """Raises a `ResourceError` if the probes would swamp the machine, for example a login node."""
     from gptailor.evaluation.forward_dtype import is_cpu
     from gptailor.evaluation.memory import available_bytes
 
@@ -280,13 +280,13 @@ def _check_room(footprint: Footprint, device: str) -> None:
     if is_cpu(device) and footprint.model > 0.8 * room:
         needed, there = sizes(footprint.model, room)
         raise ResourceError(
-            f"A model has {needed}, but {there} of memory are "
-            "free here: leave the probes out with --no-probe, or plan on a compute node."
+            f"A model takes {needed}, but only {there} of memory are "
+            "free here: skip the probes with --no-probe, or plan on a compute node."
         )
 
 
 def _probes(config: Config, space: SearchSpace, note: Say) -> tuple[str, list[Probe]]:
-    """The device and what was measured there."""
+    """The device, and the probes measured on it."""
     from gptailor.evaluation.evaluator import Evaluator
     from gptailor.execution.node.files import open_candidates
     from gptailor.search.probe import measure_probes
@@ -301,7 +301,7 @@ def _probes(config: Config, space: SearchSpace, note: Say) -> tuple[str, list[Pr
 
 
 def _offline(config_json: str) -> dict[str, dict[str, object]]:
-    """What a process that has no network finds."""
+    """What a process without a network finds."""
     proxies = {
         key: _NO_NETWORK
         for name in ("http_proxy", "https_proxy", "all_proxy")
@@ -325,13 +325,13 @@ def _offline(config_json: str) -> dict[str, dict[str, object]]:
         kinds: tuple[type[GptailorError], ...] = (ModelError, ResourceError)
         by_code = {kind.exit_code: kind for kind in kinds}
         kind = by_code.get(answer["exit_code"], UsageError)
-        raise kind(f"It was found, but not without a network: {answer['error']}")
+        raise kind(f"Loading worked, but not without a network: {answer['error']}")
     found: dict[str, dict[str, object]] = answer["sizes"]
     return found
 
 
 def _places() -> dict[str, str]:
-    """The folders of the hub's files, where they are not below HF_HOME as usual one by one."""
+    """HF_HOME, and the folders of the hub's files that are not in their usual place in it."""
     import datasets
     from huggingface_hub import constants
 

@@ -1,6 +1,6 @@
-"""The verbs that are about a search: run it, report it, the demo.
+"""The verbs for a search: run it, report on it, the demo.
 
-This is the place where the parts meet: configuration, family, executor, archive, report.
+This module connects the parts: configuration, family, executor, archive, report.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from gptailor.search.progress import Progress
 
 LOCK_WAIT_S = 120.0
-"""How long a search that is watched over waits for a lock that a dead node may have left."""
+"""How long a supervised search waits for a lock that a dead node may have left."""
 
 
 def search(
@@ -49,30 +49,30 @@ def search(
     """Searches, scores the front on the holdout, writes the report; returns the run folder.
 
     Args:
-        config: a `search.yaml`, or what was read from one.
-        overrides: `key.path=value` for a file.
-        resume: go on with the run that is in the output folder (or begin it).
+        config: a `search.yaml`, or a configuration that was read from one.
+        overrides: `key.path=value`, if `config` is a file.
+        resume: continue the run in the output folder (or begin it).
         workers: processes on this machine.
         executor: "local": this machine; "mpi": the other ranks of an MPI program; "auto": those,
             if srun or mpirun started this process as one of several.
         log_json: write the ranks' logs as JSON lines, too.
-        island: (I, K) for number I of K searches that share the run folder; None for a search
-            alone.
-        io: how weights are read: auto, mmap, pread or direct; None for what GPTAILOR_IO says where
-            they are read.
-        stage: a folder of each node's own disk, to which the candidates are copied before they are
-            opened; None for what GPTAILOR_STAGE says on the node. In an MPI program those of rank
-            0 count for all.
+        island: (I, K) for number I of K searches that share the run folder; None for a search on
+            its own.
+        io: how weights are read: auto, mmap, pread or direct; None for the value of GPTAILOR_IO
+            where they are read.
+        stage: a folder on each node's own disk, to which the candidates are copied before they are
+            opened; None for the value of GPTAILOR_STAGE on the node. In an MPI program rank 0's
+            `io` and `stage` count for all.
 
     Raises:
-        UsageError: the configuration is wrong, the output folder holds a run already, or the
+        UsageError: the configuration is wrong, the output folder already holds a run, or the
             islands of the run search something else.
         ModelError: a model or tokenizer is unusable.
         ResourceError: memory or disk is exhausted; what was evaluated is kept.
         StoppedEarly: a worker died, or a signal asked to stop; `resume=True` continues.
 
-    Side effect: SIGUSR2 is taken over: it ends the search in good order (`Requeue`); in an MPI
-        program SIGTERM and SIGINT, too. Only rank 0 of an MPI program returns.
+    Side effect: installs a handler for SIGUSR2 that ends the search cleanly (`Requeue`); in an MPI
+        program for SIGTERM and SIGINT, too. Only rank 0 of an MPI program returns.
     """
     from gptailor.execution.mpi.launcher import join
     from gptailor.execution.stop import Stop, job_ends_at
@@ -107,7 +107,7 @@ def _search(
     stop: Stop,
     crew: Crew | None = None,
 ) -> Path:
-    """The search, in this process or by the crew of an MPI program."""
+    """Searches in this process, or with the crew of an MPI program."""
     from gptailor.config import Config, read_config
     from gptailor.execution.job_monitor import JobMonitor
     from gptailor.execution.local import open_executor
@@ -125,7 +125,7 @@ def _search(
     output = Path(config.output)
     place = check_place(config, resume, island)
     log = (lambda text: None) if crew is None else crew.log.say
-    # in a moment, not after the models are loaded; but a node that died may keep the lock a while
+    # now, not after the models are loaded; but the lock of a dead node may stay for a while
     wait_s = LOCK_WAIT_S if is_supervised() else 0.0
     say = _say if crew is None else crew.say
     Archive.check_not_in_use(place, wait_s=wait_s, note=say)
@@ -172,7 +172,7 @@ def _joined(
     io: str | None,
     stage: str | None,
 ) -> Executor:
-    """The crew as the workers of a search; the job's record begins with who they are."""
+    """Makes the crew the workers of a search; the job's record starts with their list."""
     from gptailor.execution.logs import log_path
     from gptailor.execution.mpi.executor import MpiExecutor
 
@@ -188,7 +188,7 @@ def _say(text: str) -> None:
 
 
 def _note_run(config: Config, info: WorkloadInfo, place: Path, progress: Progress) -> None:
-    """Writes down what can be made again, and says what is searched on."""
+    """Writes config.yaml and environment.json; notes documents and run folder."""
     from gptailor.config import config_yaml
 
     output = Path(config.output)
@@ -199,7 +199,7 @@ def _note_run(config: Config, info: WorkloadInfo, place: Path, progress: Progres
 
 
 def _introduce(config: Config, family: Family, progress: Progress) -> None:
-    """Says what is searched, and what a person should know of it."""
+    """Notes what is searched, and what the user should know about it."""
     from gptailor.evaluation.habits import habits
     from gptailor.models.ends import announcements
 
@@ -217,9 +217,9 @@ def _begun(
     progress: Progress,
     is_island: bool,
 ) -> tuple[Config, WorkloadInfo]:
-    """Has the workers load what they need; the configuration with the type that was chosen.
+    """Has the workers load what they need; returns the configuration with the chosen dtype.
 
-    All of it comes before the archive is made: a wrong task leaves no run.
+    This happens before the archive is made, so a wrong task leaves no run behind.
     """
     from gptailor.run.dtype import choose_dtype
 
@@ -239,10 +239,10 @@ def _begun(
 
 
 def worth_a_holdout(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """All dense candidates, and of each size the best model, stitched model and control arm."""
+    """All dense candidates, and for each size the best model, stitched model and control arm."""
     ok = [e for e in evaluations if e.outcome.accuracy is not None]
     arms, stitched = [e for e in ok if e.arms], [e for e in ok if not e.arms]
-    # those that failed, too: what is kept on the holdout is of the best dense candidate there
+    # failed ones, too: "kept" on the holdout is relative to the best dense candidate there
     dense = [e for e in evaluations if any(arm.startswith("dense:") for arm in e.arms)]
     chosen = (*_front(ok), *_front(arms), *_front(stitched), *dense)
     return list({e.recipe.hash: e for e in chosen}.values())
@@ -251,9 +251,9 @@ def worth_a_holdout(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
 def report(
     run: str | Path, out: str | Path | None = None, *, note: Say = lambda text: None
 ) -> Path:
-    """Writes the report of a run again (front, figures, page); returns the page's path.
+    """Writes the report of a run (front, figures, page); returns the page's path.
 
-    `note` is told that it takes long, where it does.
+    `note` takes a line if this takes long.
     """
     from gptailor.report import write_report
 
@@ -262,9 +262,9 @@ def report(
 
 
 def demo(out: str | Path = "gptailor-demo", *, workers: int = 1) -> Path:
-    """The main job, whole, on the family that ships with the package; returns the run folder.
+    """Runs the whole workflow on the family that ships with the package; returns the run folder.
 
-    Searches, reports, and stitches the best model of at most 75 % of the layers.
+    Searches, reports, and stitches the best model with at most 75 % of the layers.
     """
     from gptailor.config import read_config
     from gptailor.demo import PATH
@@ -291,7 +291,7 @@ def demo(out: str | Path = "gptailor-demo", *, workers: int = 1) -> Path:
 
 
 def environment() -> dict[str, object]:
-    """Where a run happens: versions and machine."""
+    """The environment of a run: versions and machine."""
     import platform
     import socket
     from importlib import metadata
@@ -322,7 +322,7 @@ def _front(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
 
 
 def _write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file atomically."""
     from gptailor.errors import ResourceError
     from gptailor.files import write_whole
 

@@ -1,4 +1,4 @@
-"""A run as a job's monitor sees it: what joins `search` to `execution`, which knows no search."""
+"""A run as a job's monitor sees it: connects `search` to `execution`, which can't import it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class WatchedRun:
         self._run = run
 
     def now(self) -> float:
-        """Seconds of the executor's clock."""
+        """Seconds on the executor's clock."""
         return self._run.executor.now()
 
     def state(self) -> SearchState:

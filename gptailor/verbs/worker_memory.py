@@ -1,4 +1,4 @@
-"""What `gptailor plan` tells of a worker's memory: what a search's own plan for it is."""
+"""A worker's memory for `gptailor plan`, computed with the same function as in a search."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class GpuPart:
     Attributes:
         gpu: its index among the worker's.
         first_layer, end_layer: half-open range of source layers.
-        n_bytes: of one model, in the type of the forward pass.
+        n_bytes: of one model, in the dtype of the forward pass.
     """
 
     gpu: int
@@ -36,11 +36,11 @@ class GpuPlan:
     """How a worker's GPUs are used.
 
     Attributes:
-        parts: which GPU holds what; one part: the model is not spread.
-        budget: what weights may have on each GPU, in bytes.
-        cache: what merged layers may have on each GPU, in bytes.
-        all_stay: every candidate fits; else the layers that are used most stay, and the others are
-            read again each time.
+        parts: which GPU holds what; one part if the model is not spread.
+        budget: what weights may take on each GPU, in bytes.
+        cache: what merged layers may take on each GPU, in bytes.
+        all_stay: every candidate fits; else the most used layers stay, and the others are read
+            again each time.
     """
 
     parts: tuple[GpuPart, ...]
@@ -55,10 +55,10 @@ class WorkerMemory:
 
     Attributes:
         gpus: how its GPUs are used; None: it evaluates on the CPU, or can't evaluate.
-        why_not: the sentence that says why it can't evaluate, or empty.
-        cpu_cache: what merged layers may keep on the CPU.
-        cpu_copies: what copies of mapped candidates may keep there.
-        cpu_candidates: what candidates may have there if they are read; None if they are mapped.
+        why_not: a sentence that says why it can't evaluate, or empty.
+        cpu_cache: what merged layers may take on the CPU.
+        cpu_copies: what copies of mapped candidates may take there.
+        cpu_candidates: what candidates may take there if they are read; None if they are mapped.
         cpu_stay: all candidates, or all copies, stay there.
     """
 
@@ -78,14 +78,14 @@ def find_worker_memory(
     gpus_per_worker: int,
     gpu_gib: float | None,
 ) -> WorkerMemory:
-    """Plans a worker: on GPUs that it has for itself, or on this machine's CPU.
+    """Plans a worker's memory: on GPUs of its own, or on this machine's CPU.
 
     Args:
         blocks: the family's weights.
-        evaluation: says which device, and what candidates may have there.
+        evaluation: says which device, and how much of it candidates may take.
         workers: how many share the CPU.
         gpus_per_worker: how many GPUs each of them has.
-        gpu_gib: memory of a GPU; None: of this machine's, and without one it is the CPU.
+        gpu_gib: memory of a GPU; None: of this machine's GPU, or the CPU if it has none.
     """
     gib = evaluation.candidates_gib
     candidate_bytes = None if gib is None else int(gib * 2**30)

@@ -154,7 +154,7 @@ def test_a_job_is_told_truly_from_its_submission_to_its_end(launcher: Launcher) 
 
     code, said = launcher.launch()
     assert code == 2
-    assert f"is going on in job {job}" in said
+    assert f"is in progress in job {job}" in said
 
     code, said = launcher.gptailor("cancel", launcher.run)
     assert (code, said) == (0, f"Ended: {job}. `gptailor search … --resume` continues.\n")

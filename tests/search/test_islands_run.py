@@ -207,7 +207,7 @@ def test_killed_and_resumed(models: dict[str, str], tasks_dir: Path, tmp_path: P
 def test_a_run_is_of_one_kind(models: dict[str, str], tasks_dir: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, models, tasks_dir, tmp_path / "run", evaluations=5)
     verbs.search(config, island=(0, 2))
-    with pytest.raises(UsageError, match=r"islands/0 holds a run already"):
+    with pytest.raises(UsageError, match=r"islands/0 already holds a run"):
         verbs.search(config, island=(0, 2))
     with pytest.raises(UsageError, match=r"holds a run with islands: continue it with --island"):
         verbs.search(config, resume=True)

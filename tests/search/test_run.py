@@ -189,7 +189,7 @@ def test_usr2_ends_in_good_order_and_resume_completes(
 def test_more_evaluations_go_on(models: dict[str, str], tasks_dir: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, models, tasks_dir, tmp_path / "run", evaluations=12)
     verbs.search(config)
-    with pytest.raises(UsageError, match="holds a run already"):
+    with pytest.raises(UsageError, match="already holds a run"):
         verbs.search(config)
     verbs.search(config, overrides=["search.evaluations=20"], resume=True)
     assert len([e for e in evaluations(tmp_path / "run") if e.documents == "search"]) == 20

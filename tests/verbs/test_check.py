@@ -153,18 +153,18 @@ def a_method_without_its_statistics(place: Path, config: dict[str, Any]) -> None
     config["calibration"] = str(place / "nothing")
 
 
-@breaks("holds a run already: continue it with --resume")
+@breaks("already holds a run: continue it with --resume")
 def an_output_with_a_run(place: Path, config: dict[str, Any]) -> None:
     (place / "run").mkdir()
     (place / "run" / "archive.db").write_text("a run")
 
 
-@breaks("can't be made: .*/run is no folder")
+@breaks("can't be made: .*/run is not a folder")
 def a_file_where_the_output_belongs(place: Path, config: dict[str, Any]) -> None:
     (place / "run").write_text("precious")
 
 
-@breaks("can't be made: .*/file is no folder")
+@breaks("can't be made: .*/file is not a folder")
 def a_file_above_the_output(place: Path, config: dict[str, Any]) -> None:
     (place / "file").write_text("precious")
     config["output"] = str(place / "file" / "runs" / "mine")
@@ -350,7 +350,7 @@ def test_check_finds_nothing_where_a_search_runs(place: Path) -> None:
     assert state(place) == before
     verbs.search(path)
     [problem] = verbs.check(path)
-    assert "holds a run already: continue it with --resume" in problem
+    assert "already holds a run: continue it with --resume" in problem
     assert verbs.check(path, resume=True) == []
     config = good(place)
     config["search"]["evaluations"] = 5

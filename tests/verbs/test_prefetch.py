@@ -114,7 +114,9 @@ def test_a_task_that_asks_the_network_each_time_is_found_out(
     assert local in text
     remote = f"urllib.request.urlopen('{server}/data.json').read()"
     (tasks / "load.py").write_text("import urllib.request\n" + text.replace(local, remote))
-    with pytest.raises(UsageError, match="It was found, but not without a network: The task t_sha"):
+    with pytest.raises(
+        UsageError, match="Loading worked, but not without a network: The task t_sha"
+    ):
         verbs.prefetch(config_file(tmp_path, models, tasks))
 
 
