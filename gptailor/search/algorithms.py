@@ -1,7 +1,7 @@
-"""The search algorithms by the names that `search.algorithm` knows.
+"""The search algorithms, by their names in `search.algorithm`.
 
-To add one: a class with `ask` and `tell` (see `searcher.Searcher`), its name in
-`config.ALGORITHMS`, and a line here.
+To add one: write a class with `ask` and `tell` (see `searcher.Searcher`), add its name to
+`config.SearchConfig.algorithm`, and add a line here.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from gptailor.search.steady_state import SteadyStateNSGA2
 
 @dataclass(frozen=True)
 class Algorithm:
-    """How an algorithm searches under each schedule.
+    """The searcher classes of an algorithm, one per schedule.
 
     Attributes:
-        generational: asked without a number, for a batch at a time.
-        asynchronous: asked for as many recipes as there are free workers.
+        generational: is asked for a batch at a time, without a number.
+        asynchronous: is asked for as many recipes as there are free workers.
     """
 
     generational: Callable[[SearchSpace, Settings], Searcher]

@@ -1,6 +1,6 @@
-"""The control arms: prunings that need no search, and from which the search starts.
+"""The control arms: prunings that need no search, and that the search starts from.
 
-- `dense:MODEL`: a candidate as it is.
+- `dense:MODEL`: an unchanged candidate.
 - `block_influence:SIZE@MODEL`: layers with the least Block Influence are dropped (Men et al. 2024,
   ShortGPT, arXiv 2403.03853).
 - `angular:SIZE@MODEL`: the contiguous block with the least angular distance is dropped (Gromov et
@@ -11,9 +11,8 @@
   (GPTailor, arXiv 2506.20480, and the configurations published with it).
 - `random:SIZE@MODEL`: random layers of one random candidate are dropped.
 
-SIZE is the part of the layers that is kept. Each arm is the model that it names: where candidates
-differ in their embeddings, final norm or head, it has those of MODEL, or merges them as it merges
-layers.
+SIZE is the fraction of layers that is kept. If candidates differ in their embeddings, final norm or
+head, an arm takes those of MODEL, or merges them like its layers.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from gptailor.recipe import NO_LAYER, End, Merge, Recipe, Take
 from gptailor.search.space import SearchSpace, is_gene
 
 NEEDS_SIMILARITY = ("block_influence", "angular", "uniform")
-"""Arms that follow from what layers do, which has to be measured first."""
+"""Arms that need measured similarities of the layers."""
 
 
 def control_arms(
@@ -41,17 +40,17 @@ def control_arms(
     similarities: Mapping[str, Similarity],
     seed: int,
 ) -> list[tuple[str, Recipe]]:
-    """The control arms by name, in the order in which they are evaluated.
+    """Returns (name, recipe) of the control arms, in the order in which they are evaluated.
 
     Args:
         space: bounds the sizes and says which layers are protected.
-        arms: which kinds, by `config.ARMS`.
-        sizes: parts of the layers to keep, for example 0.75.
-        similarities: model → what its layers do, for `block_influence`, `angular`, `uniform`.
+        arms: which kinds, from `config.ARMS`.
+        sizes: fractions of the layers to keep, for example 0.75.
+        similarities: model → its layers' similarities, for `block_influence`, `angular`, `uniform`.
         seed: of the random arm.
     """
     found: list[tuple[str, Recipe]] = []
-    for model in space.names:  # always: without them there is nothing to compare with
+    for model in space.names:  # always: everything else is compared with them
         found.append((f"dense:{model}", _taken(space, model, range(space.num_layers))))
     if "uniform" in arms and len(space.names) > 1:
         found.append(("uniform:1", _averaged(space, range(space.num_layers))))
@@ -85,7 +84,7 @@ def control_arms(
 def keep_by_influence(
     space: SearchSpace, influence: npt.NDArray[np.float64], keep: int
 ) -> npt.NDArray[np.int64]:
-    """The `keep` layers with most Block Influence, ascending; ties keep the lower layer."""
+    """The `keep` layers with the most Block Influence, ascending; ties keep the lower layer."""
     order = sorted(
         range(space.num_layers), key=lambda i: (i not in space.protected, -influence[i], i)
     )
@@ -95,11 +94,11 @@ def keep_by_influence(
 def keep_by_angle(
     space: SearchSpace, angular: npt.NDArray[np.float64], keep: int
 ) -> npt.NDArray[np.int64]:
-    """All layers but the contiguous block whose input and output are nearest, ascending."""
+    """All layers but the contiguous block whose input and output are closest, ascending."""
     size = space.num_layers - keep
     protected = set(space.protected)
     begins = [begin for begin in range(keep + 1) if not protected & set(range(begin, begin + size))]
-    if not begins:  # no block is free: the layers that change least, wherever they are
+    if not begins:  # no block is free: drop the layers that change least, wherever they are
         return keep_by_influence(space, np.diag(angular, 1), keep)
     begin = min(begins, key=lambda b: (angular[b, b + size], b))
     return np.array([i for i in range(space.num_layers) if not begin <= i < begin + size])
@@ -122,7 +121,7 @@ def _paper(space: SearchSpace, keep: int, rng: np.random.Generator) -> Recipe:
     weights = tuple((name, round(1 / len(variants), 6)) for name in variants)
     values = (("lambda", 1.0), ("normalize", 0.0))
     kept = np.setdiff1d(np.arange(num_layers), gone)
-    # there, embeddings follow the lowest kept layer, final norm and head the highest
+    # in the paper, embeddings follow the lowest kept layer, final norm and head the highest
     return _merged(space, Merge(TASK_ARITHMETIC.name, NO_LAYER, weights, values), kept)
 
 
@@ -139,7 +138,7 @@ def _averaged(space: SearchSpace, kept: Sequence[int] | npt.NDArray[np.int64]) -
 def _merged(
     space: SearchSpace, merge: Merge, kept: Sequence[int] | npt.NDArray[np.int64]
 ) -> Recipe:
-    """Every layer is that merge, and so is each end where candidates differ."""
+    """Merges every kept layer this way, and each end at which candidates differ."""
     layers = [replace(merge, src_layer=int(i)) for i in kept]
     ends = [_merged_end(space, merge, end) for end in (space.ends.embeddings, space.ends.head)]
     return space.recipe(layers, *ends)
@@ -152,5 +151,5 @@ def _merged_end(space: SearchSpace, merge: Merge, stand_ins: Mapping[str, str]) 
     for model, weight in merge.weights:
         weights[stand_ins[model]] += weight
     if merge.takes_base:
-        weights.pop(space.base, None)  # its difference from itself is nothing
+        weights.pop(space.base, None)  # its difference from itself is zero
     return replace(merge, weights=tuple(weights.items()))

@@ -1,4 +1,4 @@
-"""How many evaluations a search may still make; each recipe counts once, whoever evaluated it."""
+"""The number of evaluations left; each recipe counts once, no matter who evaluated it."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class Budget:
         self._counted: set[str] = set()
 
     def __contains__(self, recipe: Recipe) -> bool:
-        """True if the recipe has been counted."""
+        """Whether the recipe has been counted."""
         return recipe.hash in self._counted
 
     def count(
         self, evaluation: Evaluation, *, is_new: bool = False, is_elsewhere: bool = False
     ) -> None:
-        """Counts an evaluation, unless its recipe has been counted; see `Progress.update`."""
+        """Counts an evaluation unless its recipe was already counted; see `Progress.update`."""
         if evaluation.recipe.hash not in self._counted:
             self._counted.add(evaluation.recipe.hash)
             self._progress.update(evaluation, is_new=is_new, is_elsewhere=is_elsewhere)
 
     @property
     def left(self) -> int:
-        """Evaluations that are left; below 0 where islands evaluated the last ones together."""
+        """Evaluations left; below 0 if several islands evaluated the last ones at once."""
         return self.total - len(self._counted)

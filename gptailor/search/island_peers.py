@@ -1,11 +1,11 @@
 """Several jobs that work on one search, each with a population and an archive of its own.
 
-An island lives in `RUN/islands/I/` and tells the others through its journal what it evaluated and
-what it has begun. They come and go as their jobs do: one that is lost owes nothing to anybody, as
-what it had begun is free again after a while, and what it had evaluated stands in its journal.
+An island lives in `RUN/islands/I/` and tells the others through its journal what it has evaluated
+and what it has begun. Islands come and go with their jobs. When one is lost, what it had begun
+becomes free again after a while, and what it had evaluated is in its journal.
 
-Nothing is decided together, so two islands may evaluate the same recipe when they begin with it
-within the time that a file system needs to show what was written. It counts once.
+Islands do not coordinate, so two of them may evaluate the same recipe if both begin it before the
+file system shows the other's journal entry. It counts once.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 PATIENCE_S = 60.0
-"""An island that wrote nothing for so long, or for three evaluations if these are longer, is taken
-for lost: what it had begun is free again."""
+"""An island that has written nothing for this long, or for the time of three evaluations if that is
+longer, counts as lost: what it had begun is free again."""
 
 LOOK_SHARE = 0.05
-"""At most this part of the time is spent on looking for news where there are none, however slow
+"""At most this fraction of the time is spent on polling for news when there is none, however slow
 the file system is."""
 
 MAX_PAUSE_S = 5.0
-"""How long a look stays away at most."""
+"""Longest time between two polls."""
 
 WAIT_S = 0.5
 
@@ -51,10 +51,10 @@ class IslandPeers:
     Args:
         run: the run folder.
         island: this one's number, from 0.
-        count: how many there are meant to be; any number of others is listened to.
+        count: the planned number of islands; the journals of any further ones are read, too.
         archive: this island's, open for writing; it says what the island searches.
         note: takes a sentence for the log.
-        now: seconds since any moment; for tests.
+        now: a monotonic clock in seconds; for tests.
 
     Attributes:
         header: what this island searches.
@@ -88,7 +88,7 @@ class IslandPeers:
         self.header = _header(archive, island, count)
         self._num_layers = int(self.header.family["num_layers"])
         mine = archive.evaluations()
-        self._look(strict=True)  # before a journal is made, so that a wrong island leaves none
+        self._look(strict=True)  # before a journal is made, so that a mismatched island leaves none
         kept = json.loads(archive.get_meta("similarity") or "{}")
         measured = [Measured(model, Similarity.from_dict(data)) for model, data in kept.items()]
         self._journal = Journal(archive.folder, self.header, mine, measured)
@@ -109,7 +109,7 @@ class IslandPeers:
         """What others evaluated since the last call, each recipe and set of documents once.
 
         Args:
-            at_once: look even if the last look was just now.
+            at_once: read the journals even if they were read a moment ago.
         """
         if at_once or self._now() >= self._next_look:
             self._look()
@@ -139,11 +139,11 @@ class IslandPeers:
             self._journal.append(measured)
 
     def is_under_way(self, key: Key) -> bool:
-        """True while another island is at it, and is not lost."""
+        """Whether another island that is not lost is evaluating it."""
         return any(key in other.under_way for other in self._living())
 
     def num_under_way(self, documents: str) -> int:
-        """How many evaluations on these documents the others are at."""
+        """How many evaluations on these documents the others are running."""
         keys = {key for other in self._living() for key in other.under_way}
         return sum(key[1] == documents and key not in self._seen for key in keys)
 
@@ -152,7 +152,7 @@ class IslandPeers:
         time.sleep(WAIT_S)
 
     def rotated(self, items: Sequence[T]) -> list[T]:
-        """The items from this island's part on, the others' parts behind it."""
+        """The items, rotated to begin with this island's share."""
         start = len(items) * (self.island % self.count) // self.count
         return [*items[start:], *items[:start]]
 
@@ -163,7 +163,7 @@ class IslandPeers:
 
     @property
     def is_alone(self) -> bool:
-        """False, even where no other island came yet."""
+        """False, even if no other island has started yet."""
         return False
 
     def _living(self) -> list[_Other]:
@@ -185,23 +185,23 @@ class IslandPeers:
             except UsageError as error:
                 if strict:
                     raise
-                if str(error) not in self._said:  # this island goes on without it
+                if str(error) not in self._said:  # this island continues without it
                     self._said.add(str(error))
-                    self._note(f"Island {island} is not listened to: {error}")
+                    self._note(f"Island {island} is ignored: {error}")
         ended = self._now()
         pause = 0.0 if is_new else (ended - began) / LOOK_SHARE
         self._next_look = ended + min(pause, MAX_PAUSE_S)
 
     def _listen(self, island: int, other: _Other) -> bool:
-        """Reads on in a journal; False if there is nothing new."""
+        """Reads new entries of a journal; returns False if there are none."""
 
         def read() -> list[Entry]:
             try:
                 return other.reader.read()
             except UsageError as error:
                 raise UsageError(
-                    f"{error} It is mended when island {island} goes on (--island "
-                    f"{island}/{max(self.count, island + 1)}); or remove it."
+                    f"{error} Resuming island {island} (--island "
+                    f"{island}/{max(self.count, island + 1)}) repairs it; or remove it."
                 ) from error
 
         is_new = False
@@ -239,7 +239,7 @@ class IslandPeers:
                 self._new.append(evaluation)
 
     def _fits(self, evaluation: Evaluation) -> bool:
-        """Whether it is about this search; what doesn't fit can't come from an island of it."""
+        """Whether an evaluation belongs to this search."""
         recipe, outcome, config = evaluation.recipe, evaluation.outcome, self.header.config
         objectives = set(config["objectives"]) - {"accuracy", "parameters"}
         return (
@@ -255,7 +255,7 @@ class IslandPeers:
 
 
 class _Other:
-    """Another island, as far as its journal was read."""
+    """Another island, as far as its journal has been read."""
 
     def __init__(self, reader: JournalReader, now: float) -> None:
         self.reader = reader
@@ -270,12 +270,12 @@ def open_islands(
     archive: Archive,
     note: Callable[[str], None] = lambda text: None,
 ) -> Peers:
-    """The other islands of a run for number I of K; nobody without a number.
+    """The other islands of a run for number I of K; `NoPeers` without a number.
 
     Args:
         run: the run folder.
         island: (I, K), or None.
-        archive: this search's, after `check_resumable` or a comparison like it.
+        archive: this search's, after `check_resumable` or an equivalent check.
         note: takes a sentence for the log.
 
     Raises:
@@ -285,7 +285,7 @@ def open_islands(
 
 
 def _header(archive: Archive, island: int, count: int) -> Header:
-    """What `check_resumable` wrote into the archive."""
+    """The journal's header, from what `check_resumable` wrote into the archive."""
     meta = {
         key: archive.get_meta(key) or "" for key in ("config", "fingerprint", "documents", "family")
     }

@@ -1,8 +1,8 @@
-"""The two ways in which a search goes on: from batch to batch, or recipe by recipe.
+"""The two search loops: batch by batch, or recipe by recipe.
 
-Neither knows what algorithm chooses the recipes. A batch ends when its slowest evaluation does, and
-what a batch is made of follows from seed and scores alone. Recipe by recipe no worker ever waits
-for another, and the order in which they end has a part in what is chosen.
+Neither depends on the algorithm that chooses the recipes. A batch ends with its slowest evaluation,
+and its content depends on seed and scores alone. In the asynchronous loop no worker ever waits for
+another, and the order in which evaluations end influences what is chosen.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Loop:
 
     Args:
         queue: evaluates.
-        objectives: out of evaluations.
-        note: takes a sentence for whoever watches.
+        objectives: computes objectives from evaluations.
+        note: takes a sentence for the user.
     """
 
     def __init__(
@@ -38,28 +38,28 @@ class Loop:
         return Scored(recipe, self._objectives.of(self._queue.recorder.find(recipe)))
 
     def _migrants(self) -> list[Scored]:
-        """What arrived of other islands, with objectives where it may enter the population."""
+        """What arrived from other islands; with objectives if it may enter the population."""
         return self._migration.chosen([self._scored(e.recipe) for e in self._queue.take_arrived()])
 
     def _note_complete(self) -> None:
-        self._note("The space holds no further recipe: the search is complete.")
+        self._note("The space has no more recipes: the search is complete.")
 
 
 class GenerationalLoop(Loop):
-    """From batch to batch."""
+    """Evaluates batch by batch."""
 
     def run(self, arms: Sequence[Recipe], make: Callable[[Sequence[Recipe]], Searcher]) -> None:
         """Evaluates the control arms, then batches until the budget is used.
 
         Args:
             arms: the control arms.
-            make: the searcher, from those arms that have scores.
+            make: makes the searcher from the arms that have scores.
 
         Raises:
             GptailorError: see `Recorder.check_scored`.
         """
         queue, budget = self._queue, self._queue.budget
-        if not queue.peers.is_alone:  # what they sent can't be replayed, so neither can the search
+        if not queue.peers.is_alone:  # their timing can't be replayed, so the search can't either
             queue.arrived = queue.take_known()
         queue.evaluate(arms, "search")
         queue.recorder.check_scored(arms)
@@ -81,14 +81,14 @@ class GenerationalLoop(Loop):
 
 
 class AsynchronousLoop(Loop):
-    """Recipe by recipe."""
+    """Evaluates recipe by recipe."""
 
     def run(self, arms: Sequence[Recipe], make: Callable[[Sequence[Recipe]], Searcher]) -> None:
         """Evaluates the control arms and what the searcher asks for until the budget is used.
 
         Args:
             arms: the control arms.
-            make: the searcher, from the control arms, scored or not.
+            make: makes the searcher from the control arms, scored or not.
 
         Raises:
             GptailorError: see `Recorder.check_scored`.
@@ -106,7 +106,7 @@ class AsynchronousLoop(Loop):
             queue.ask_elsewhere()
             allowed = queue.num_allowed
             mine = sum(not queue.is_elsewhere(recipe, "search") for recipe in waiting)
-            is_end = allowed - mine <= queue.num_workers  # all: the longest goes first
+            is_end = allowed - mine <= queue.num_workers  # ask for all: the longest goes first
             wanted = allowed - mine if is_end else min(n, allowed) - mine
             waiting.extend(proposal.recipe for proposal in searcher.ask(wanted))
             return queue.take(waiting, "search", min(n, allowed))

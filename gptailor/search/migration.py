@@ -1,4 +1,4 @@
-"""Which recipes of other islands enter a population: those on the front of all that came so far."""
+"""Migration between islands: recipes on the front of all arrivals enter the population."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ Objectives = Sequence[float]
 
 
 class Migration:
-    """Looks at what other islands evaluated, as it comes in."""
+    """Keeps the front of what other islands evaluated."""
 
     def __init__(self) -> None:
         self._front: list[tuple[float, ...]] = []
 
     def chosen(self, arrived: Sequence[Scored]) -> list[Scored]:
-        """The same recipes; objectives only for those that may enter.
+        """Returns the same recipes, with objectives only for those that may enter.
 
-        The others are still worth knowing: nobody has to evaluate them again.
+        The others are still useful to know: they need not be evaluated again.
         """
         new = [one.objectives for one in arrived if one.objectives is not None]
         both = list(dict.fromkeys([*self._front, *new]))
@@ -31,5 +31,5 @@ class Migration:
 
 
 def _beats(a: Objectives, b: Objectives) -> bool:
-    """Whether a is at least as good in all, and better in one."""
+    """Whether a dominates b: at least as good in all objectives, better in one."""
     return a != b and all(x <= y for x, y in zip(a, b, strict=True))

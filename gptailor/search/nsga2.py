@@ -1,9 +1,9 @@
-"""NSGA-II over recipes, generation after generation: pymoo's algorithm, our genomes.
+"""Generational NSGA-II over recipes: pymoo's algorithm with our genomes.
 
-Deb et al. 2002, A Fast and Elitist Multiobjective Genetic Algorithm: NSGA-II. Everything follows
-from the seed and the scores that are told: any number of workers finds the same front, and a search
-that was killed is continued by running it again (what the archive holds is told at once, the rest
-is evaluated).
+Deb et al. 2002, A Fast and Elitist Multiobjective Genetic Algorithm: NSGA-II. Everything depends
+only on the seed and the scores that it is told: any number of workers finds the same front, and a
+killed search continues when it is run again (scores in the archive are told at once, the rest is
+evaluated).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class GenerationalNSGA2:
 
     Args:
         space: the genomes.
-        settings: recipes of `start` begin the first population; random ones fill it up.
+        settings: `start` seeds the first population; random recipes fill it up.
     """
 
     def __init__(self, space: SearchSpace, settings: Settings) -> None:
@@ -56,7 +56,7 @@ class GenerationalNSGA2:
         self._algorithm.setup(self._problem, termination=NoTermination(), seed=seed, verbose=False)
 
     def ask(self, n: int | None = None) -> list[Proposal]:
-        """The next generation; its size is that of the population, whatever `n` is."""
+        """The next generation; it has the population's size, whatever `n` is."""
         del n
         self._admit_guests()
         self._asked = self._algorithm.ask()
@@ -67,11 +67,11 @@ class GenerationalNSGA2:
         return [Proposal(recipe) for recipe in recipes]
 
     def tell(self, scored: Sequence[Scored]) -> None:
-        """Takes the results of what was asked last, all at once, or recipes from elsewhere.
+        """Takes the results of the last generation, all at once, or recipes from elsewhere.
 
-        A recipe without objectives (it failed, or the budget ended before it) takes no part in the
-        selection. What comes from elsewhere enters the population before the next generation is
-        made, but not before the first generation has scores.
+        A recipe without objectives (it failed, or the budget ran out) is left out of the selection.
+        Recipes from elsewhere enter the population before the next generation is made, but not
+        before the first generation has scores.
         """
         asked = [] if self._asked is None else list(self._asked.get("hash"))
         values = {one.recipe.hash: one.objectives for one in scored}
@@ -122,7 +122,7 @@ def _population_of(
 
 
 class _NoRecipeTwice(DuplicateElimination):  # type: ignore[misc]
-    """Drops children that build what was evaluated before, or what a sibling builds."""
+    """Drops children that build the same model as an evaluated recipe or a sibling."""
 
     def __init__(self, space: SearchSpace, told: Collection[str]) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class _NoRecipeTwice(DuplicateElimination):  # type: ignore[misc]
         return is_duplicate
 
     def _hash(self, one: Any) -> str:
-        """What an individual builds; it keeps that, as each generation is held against parents."""
+        """The hash of an individual's recipe; cached, as parents are compared repeatedly."""
         if "hash" not in one.data:
             one.data["hash"] = self._space.decode(one.X.reshape(self._space.shape)).hash
         digest: str = one.data["hash"]

@@ -1,4 +1,4 @@
-"""What a search minimises: the configuration's objectives, out of an evaluation."""
+"""The objectives of a configuration, computed from an evaluation; all are minimised."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Objectives:
 
     Args:
         names: "accuracy", "parameters", or a task's name, one objective each.
-        full_parameters: parameters of the uncut base; sizes are parts of it.
+        full_parameters: parameters of the uncut base; sizes are fractions of it.
     """
 
     def __init__(self, names: Sequence[str], full_parameters: int) -> None:
@@ -20,7 +20,7 @@ class Objectives:
         self._full_parameters = full_parameters
 
     def of(self, evaluation: Evaluation | None) -> tuple[float, ...] | None:
-        """The values, all to be minimised; None without an evaluation, or if it has no scores."""
+        """The values, all to be minimised; None without an evaluation or without scores."""
         if evaluation is None or evaluation.outcome.accuracy is None:
             return None
         scores = {score.task: score.value for score in evaluation.outcome.scores}

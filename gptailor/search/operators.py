@@ -1,8 +1,8 @@
-"""Variation made for layer stacks: crossover in depth, mutations that a stack of layers can bear.
+"""Variation operators for layer stacks: crossover in depth, and mutations.
 
 Each operator is a function of genome and generator; the pymoo classes at the end only apply them.
-Genomes have the shape (R, G), see `space`; pymoo hands them over flat. Rows of embeddings and head
-are varied like those of layers, and are always kept.
+Genomes have the shape (R, G), see `space`; pymoo passes them flat. Rows of embeddings and head are
+varied like those of layers, and are always kept.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from pymoo.core.repair import Repair
 from gptailor.search.space import KEEP, LEVELS, METHOD, SOURCE, Genome, SearchSpace
 
 MEAN_EXTRA_MUTATIONS = 1.0
-"""A child gets one mutation, and on average so many more (geometric)."""
+"""A child gets one mutation, and on average this many more (geometric)."""
 
 CROSSOVER_RATE = 0.7
-"""The part of the pairs that are crossed; the other children are mutated copies."""
+"""The fraction of pairs that are crossed; other children are mutated copies."""
 
 
 def cross_depth(first: Genome, second: Genome, rng: np.random.Generator) -> tuple[Genome, Genome]:
-    """One- or two-point crossover in depth: the children swap a run of rows."""
+    """One- or two-point crossover in depth: the children swap a contiguous run of rows."""
     num_rows = len(first)
     num_points = min(int(rng.integers(1, 3)), max(num_rows - 1, 0))
     points = np.sort(rng.choice(np.arange(1, num_rows), num_points, replace=False))
@@ -45,14 +45,14 @@ def drop(genome: Genome, space: SearchSpace, rng: np.random.Generator) -> None:
 
 
 def restore(genome: Genome, space: SearchSpace, rng: np.random.Generator) -> None:
-    """Brings one dropped layer back, with the source or merge that it had."""
+    """Restores one dropped layer, with the source or merge that it had."""
     gone = space.gone(genome)
     if len(gone) and len(space.kept(genome)) < space.max_layers:
         genome[space.layer_rows][rng.choice(gone), KEEP] = 1
 
 
 def swap(genome: Genome, space: SearchSpace, rng: np.random.Generator) -> None:
-    """Drops one layer and brings another back: the size stays."""
+    """Drops one layer and restores another; the size stays the same."""
     free = np.setdiff1d(space.kept(genome), space.protected)
     gone = space.gone(genome)
     layers = genome[space.layer_rows]
@@ -82,9 +82,9 @@ def toggle_merge(genome: Genome, space: SearchSpace, rng: np.random.Generator) -
 
 
 def reweight(genome: Genome, space: SearchSpace, rng: np.random.Generator) -> None:
-    """Moves the weight of one model in a merged layer, or in all merged layers.
+    """Moves the weight of one model up or down, in one merged layer or in all of them.
 
-    Where sources have no weights the model is put in or left out.
+    For methods without weights the model is added or removed.
     """
     merged = np.flatnonzero((genome[:, KEEP] == 1) & (genome[:, METHOD] > 0))
     if not len(merged):
@@ -121,7 +121,7 @@ def mutate(genome: Genome, space: SearchSpace, rng: np.random.Generator) -> Geno
 
 
 def _run_of_kept(genome: Genome, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """One kept row (half of the time), a run of up to half of the kept rows, or all of them."""
+    """One kept row (half the time), a run of up to half of the kept rows, or all of them."""
     kept = np.flatnonzero(genome[:, KEEP])
     kind = rng.random()
     if not len(kept) or kind > 0.85:

@@ -1,4 +1,4 @@
-"""What a search asks of the other islands of its run, and what it hears where there are none."""
+"""The interface to the other islands of a run, and its stand-in for a search without islands."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ T = TypeVar("T")
 
 
 class Peers(AbstractContextManager["Peers"], Protocol):
-    """The other islands; as a context, leaving it gives back what this island had begun."""
+    """The other islands; leaving the context releases what this island had begun."""
 
     def refresh(self, *, at_once: bool = False) -> list[Evaluation]:
         """What others evaluated since the last call, each recipe and set of documents once.
 
         Args:
-            at_once: look even if the last look was just now.
+            at_once: read the journals even if they were read a moment ago.
         """
         ...
 
@@ -45,11 +45,11 @@ class Peers(AbstractContextManager["Peers"], Protocol):
         ...
 
     def is_under_way(self, key: Key) -> bool:
-        """True while another island is at it, and is not lost."""
+        """Whether another island that is not lost is evaluating it."""
         ...
 
     def num_under_way(self, documents: str) -> int:
-        """How many evaluations on these documents the others are at."""
+        """How many evaluations on these documents the others are running."""
         ...
 
     def wait(self) -> None:
@@ -57,7 +57,7 @@ class Peers(AbstractContextManager["Peers"], Protocol):
         ...
 
     def rotated(self, items: Sequence[T]) -> list[T]:
-        """What everybody has to do, in an order in which islands don't get in each other's way."""
+        """Reorders work that all islands have, so that each begins at another place."""
         ...
 
     def seed(self, seed: int) -> int:
@@ -66,12 +66,12 @@ class Peers(AbstractContextManager["Peers"], Protocol):
 
     @property
     def is_alone(self) -> bool:
-        """True if there are no islands; False even where no other island came yet."""
+        """True if there are no islands; False even if no other island has started yet."""
         ...
 
 
 class NoPeers:
-    """A search alone: nothing comes from others, and nobody is told anything."""
+    """A search without islands: receives nothing and tells nobody."""
 
     def refresh(self, *, at_once: bool = False) -> list[Evaluation]:
         """Nothing."""
@@ -103,11 +103,11 @@ class NoPeers:
         """Returns at once."""
 
     def rotated(self, items: Sequence[T]) -> list[T]:
-        """The items as they are."""
+        """The items unchanged."""
         return list(items)
 
     def seed(self, seed: int) -> int:
-        """The seed as it is."""
+        """The seed unchanged."""
         return seed
 
     @property

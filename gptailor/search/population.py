@@ -1,4 +1,4 @@
-"""First populations, and the genomes of recipes that come from elsewhere."""
+"""First populations, and genomes for recipes from elsewhere."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from gptailor.search.space import METHOD, Genome, SearchSpace
 def first_population(
     space: SearchSpace, population: int, rng: np.random.Generator, start: Sequence[Recipe]
 ) -> npt.NDArray[np.int64]:
-    """Flat genomes: those of `start` without repeats, and new ones that vary them.
+    """Flat genomes: those of `start` without duplicates, and new ones that vary them.
 
-    At least half a population is new. A new genome keeps the layers of a genome of `start`; in half
-    of them one random merge is made of all these layers, so that the search begins with merges that
-    no control arm has, and then it is mutated.
+    At least half a population is new. A new genome starts as a copy of one from `start`; half of
+    the attempts give all its layers the same random merge, so that the search begins with merges
+    that no control arm has, the others mutate it. Half of all are then mutated (once more).
     """
     genomes: list[Genome] = []
     seen: set[str] = set()
@@ -47,6 +47,6 @@ def first_population(
 
 
 def genome_of(space: SearchSpace, recipe: Recipe) -> npt.NDArray[np.int64] | None:
-    """The flat genome that stands for a recipe; None if none of this space does."""
+    """The flat genome of a recipe; None if this space has none for it."""
     genome = space.encode(recipe)
     return genome.ravel() if space.decode(genome).hash == recipe.hash else None

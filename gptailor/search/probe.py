@@ -1,4 +1,4 @@
-"""Three evaluations that tell what one takes in a search: dense, half merged, smallest."""
+"""Three evaluations that measure the cost of one in a search: dense, half merged, smallest."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from gptailor.search.space import KEEP, LEVELS, METHOD, SearchSpace
 
 @dataclass(frozen=True)
 class Probe:
-    """One evaluation that was measured.
+    """One measured evaluation.
 
     Attributes:
         name: dense, half merged or smallest.
-        layers: that the recipe keeps.
+        layers: number of layers that the recipe keeps.
         seconds: from the recipe to its scores.
         assemble_s: of these, until the model was ready.
         forward_s: of these, inside the model.
-        tokens: that went through it, padding included.
+        tokens: number of tokens in forward passes, padding included.
     """
 
     name: str
@@ -37,7 +37,7 @@ def probe_recipes(space: SearchSpace) -> dict[str, Recipe]:
     """The recipes that are measured."""
     dense = space.blank()
     half = dense.copy()
-    if space.methods:  # ends that differ, too: nothing that is merged is larger
+    if space.methods:  # ends that differ, too: they are the largest merges
         is_merged = np.ones(len(half), dtype=bool)
         is_merged[space.layer_rows] = np.arange(space.num_layers) % 2 == 1
         half[is_merged, METHOD] = 1
@@ -52,14 +52,14 @@ def probe_recipes(space: SearchSpace) -> dict[str, Recipe]:
 
 
 def measure_probes(evaluator: Evaluator, space: SearchSpace) -> list[Probe]:
-    """Evaluates them on the documents of the search; nothing of it is recorded.
+    """Evaluates the probes on the documents of the search; records nothing.
 
     Raises:
         UsageError: one of them has no scores.
         ResourceError: memory is exhausted.
     """
     requests = evaluator.workloads["search"].requests()
-    evaluator.lm.encoded(requests.get("loglikelihood", []))  # a worker does it once
+    evaluator.lm.encoded(requests.get("loglikelihood", []))  # a worker does this only once
     probes = []
     for name, recipe in probe_recipes(space).items():
         outcome = evaluator.evaluate(recipe)

@@ -1,4 +1,4 @@
-"""Progress while a search runs: evaluations done, the best so far, the time that is left."""
+"""Progress of a running search: evaluations done, the best so far, time left."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from gptailor.patience import Patience, duration
 from gptailor.run.pareto import SMALL, most_small_layers
 
 PLAIN_INTERVAL_S = 5.0
-"""Without a terminal there is a line at most so often."""
+"""Without a terminal, the shortest time between two lines."""
 
 PLAIN_LINES = 100
-"""Without a terminal there are at most about so many lines: a log of a night stays readable."""
+"""Without a terminal, about the largest number of lines, so that overnight logs stay readable."""
 
 
 class Progress:
     """Prints how far a search is: one line that is rewritten, or plain lines without a terminal.
 
-    As a context it also tells what a step is at that says nothing for a while (`Patience`).
+    As a context it also reports on steps that print nothing for a while (`Patience`).
 
     Args:
-        total: evaluations that there will be.
+        total: number of evaluations that the search will make.
         num_layers: source layers of the family.
-        stream: where to; default: standard error.
+        stream: where to print; default: standard error.
         log: takes whole lines, for a file.
 
     Attributes:
-        total: evaluations that there will be.
-        done: evaluations so far, those that were not made here included.
-        reused: those that were there when the search began.
+        total: number of evaluations that the search will make.
+        done: evaluations so far, wherever they were made.
+        reused: those that existed when the search began.
         elsewhere: those that other islands have made since.
         step, watch: as of `Patience`.
     """
@@ -75,11 +75,11 @@ class Progress:
 
         Args:
             evaluation: how it ended.
-            is_new: it was made here and now; False if it came out of an archive.
+            is_new: it was made just now; False if it came from an archive.
             is_elsewhere: another island has made it since this search began.
         """
         now = time.monotonic()
-        if self._began is None:  # what comes before the first evaluation is no guide to the rest
+        if self._began is None:  # time before the first evaluation says nothing about the rest
             self._began = now - evaluation.outcome.cost.seconds
         self.done += 1
         self.reused += not is_new and not is_elsewhere
@@ -98,7 +98,7 @@ class Progress:
             self._print(self.line(now), is_last=last or not self._is_terminal)
 
     def line(self, now: float) -> str:
-        """The text of the moment."""
+        """The current progress line."""
         best = "–" if self._best is None else f"{self._best:.3f}"
         parts = [
             f"{self.done}/{self.total} evaluations",
@@ -115,19 +115,18 @@ class Progress:
         return " · ".join(parts)
 
     def note(self, text: str) -> None:
-        """A line of its own, for what happens beside evaluations."""
+        """Prints a separate line, for anything but evaluations."""
         self._print(text, is_last=True)
         self._log(text)
 
     def _still(self, text: str) -> None:
-        """Takes the place of the line that tells how far it is."""
+        """Replaces the progress line."""
         self._print(text, is_last=not self._is_terminal)
         self._log(text)
 
     def _print(self, text: str, *, is_last: bool) -> None:
-        """A line in the place of the one that waits for that; the next one begins below if it
-        `is_last`."""
-        with self._lock, contextlib.suppress(OSError):  # a reader that left must not end a search
+        """Prints a line over a rewritable one; with `is_last` the next line begins below it."""
+        with self._lock, contextlib.suppress(OSError):  # a closed pipe must not end a search
             before = "\r\x1b[K" if self._is_terminal and (text or self._is_dirty) else ""
             self._stream.write(before + text + ("\n" if is_last else ""))
             self._stream.flush()

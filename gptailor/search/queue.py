@@ -1,4 +1,4 @@
-"""Recipes that wait for a worker: who is next, what other islands are at, how many may begin."""
+"""The queue of recipes: which is next, what other islands are evaluating, how many may begin."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 
 class EvaluationQueue:
-    """Evaluates recipes: here, or by waiting for an island that is at them already.
+    """Evaluates recipes here, or waits for an island that is already evaluating them.
 
     Args:
         executor: evaluates.
         scheduler: gives jobs to its workers.
-        recorder: what is known.
-        budget: what may be evaluated on the search's documents.
+        recorder: holds all known evaluations.
+        budget: limits evaluations on the search's documents.
         peers: the other islands.
 
     Attributes:
-        num_elsewhere: evaluations that others are at and that are waited for here, as of the last
-            time that jobs were asked for.
-        arrived: what other islands evaluated on the search's documents and nobody took yet.
+        num_elsewhere: evaluations that other islands are running and this one waits for, as of the
+            last time that jobs were asked for.
+        arrived: other islands' evaluations on the search's documents that nobody has taken yet.
     """
 
     def __init__(
@@ -50,10 +50,11 @@ class EvaluationQueue:
         self._has_begun = False
 
     def look(self, *, at_once: bool = False) -> None:
-        """Takes over what other islands evaluated.
+        """Takes in what other islands have evaluated.
 
         Args:
-            at_once: look even if the last look was just now: where all go for the same recipes.
+            at_once: read the journals even if they were read a moment ago: when all islands go for
+                the same recipes.
         """
         is_end = self.budget.left <= 2 * (self.num_workers + self.num_elsewhere)
         for evaluation in self.recorder.refresh(at_once=at_once or is_end):
@@ -62,7 +63,7 @@ class EvaluationQueue:
                 self.arrived.append(evaluation)
 
     def begin(self) -> None:
-        """Takes what others evaluated so far for old; what comes later was made meanwhile."""
+        """Counts other islands' evaluations so far as old; later ones count as made meanwhile."""
         self.look()
         self._has_begun = True
 
@@ -72,7 +73,7 @@ class EvaluationQueue:
         return arrived
 
     def take_known(self) -> list[Evaluation]:
-        """Counts what was evaluated before this search began, or went on; returns it."""
+        """Counts and returns what was evaluated before this search began or was resumed."""
         self.arrived = []
         known = self.recorder.evaluations("search")
         for evaluation in known:
@@ -80,24 +81,24 @@ class EvaluationQueue:
         return known
 
     def ask_elsewhere(self) -> None:
-        """Finds out how many evaluations on the search's documents others are at."""
+        """Finds out how many evaluations on the search's documents the others are running."""
         self.num_elsewhere = self.peers.num_under_way("search")
 
     @property
     def num_allowed(self) -> int:
-        """How many evaluations may begin now, so that all islands together keep to the budget."""
+        """How many evaluations may begin now for all islands together to keep to the budget."""
         running = len(self._scheduler.running)
         return max(self.budget.left - running - self.num_elsewhere, 0)
 
     def is_elsewhere(self, recipe: Recipe, documents: Documents) -> bool:
-        """True while another island evaluates the recipe."""
+        """Whether another island is evaluating the recipe."""
         return self.peers.is_under_way((recipe.hash, documents))
 
     def take(self, waiting: list[Recipe], documents: Documents, n: int) -> list[Job]:
-        """Takes at most n recipes out of a list, those first that will take longest.
+        """Takes at most n recipes out of a list, those expected to take longest first.
 
-        With one worker the order makes no difference to the end, and stays as it is. What another
-        island is at stays in the list.
+        With one worker the order doesn't affect the finishing time, and stays. Recipes that another
+        island is evaluating stay in the list.
         """
         if self.num_workers > 1:
             most_first = self._scheduler.more_is_longer(documents)
@@ -113,11 +114,11 @@ class EvaluationQueue:
         return [EvaluationJob(recipe, documents) for recipe in chosen.values()]
 
     def run(self, ask: Ask, tell: Tell, is_done: Callable[[], bool]) -> None:
-        """The scheduler's work, until what other islands have begun is there, too, or is lost.
+        """Runs the scheduler until what other islands have begun has arrived, too, or is lost.
 
         Args:
             ask, tell: as for `Scheduler.run`.
-            is_done: True when nothing is worth waiting for any more.
+            is_done: True when there is nothing left to wait for.
         """
         self._scheduler.run(ask, tell)
         while self.num_elsewhere and not is_done():
@@ -125,9 +126,9 @@ class EvaluationQueue:
             self._scheduler.run(ask, tell)
 
     def evaluate(self, recipes: Sequence[Recipe], documents: Documents) -> None:
-        """Makes sure that the scores of these recipes are known, as far as the budget goes.
+        """Makes sure that these recipes have scores, as far as the budget goes.
 
-        The budget is that of the search's documents; on others everything is evaluated.
+        The budget applies to the search's documents only; on others everything is evaluated.
         """
         is_search = documents == "search"
         waiting, is_begun = list(recipes), False
@@ -139,7 +140,7 @@ class EvaluationQueue:
         def ask(n: int) -> list[Job]:
             nonlocal is_begun
             self.look(at_once=True)
-            if not (is_begun and self.peers.is_alone):  # else nothing becomes known but by `tell`
+            if not (is_begun and self.peers.is_alone):  # else only `tell` brings evaluations
                 known = [self.recorder.find(recipe, documents) for recipe in waiting]
                 waiting[:] = [r for r, found in zip(waiting, known, strict=True) if found is None]
                 for found in known:

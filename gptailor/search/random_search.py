@@ -1,7 +1,7 @@
 """Random search: recipes drawn from the whole space, whatever the scores are.
 
-The baseline that any other algorithm must beat. It needs no scores, so it serves batches and single
-recipes alike.
+The baseline that any other algorithm must beat. It needs no scores, so it works for batches and for
+single recipes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from gptailor.search.searcher import Proposal, Scored, Settings
 from gptailor.search.space import KEEP, METHOD, SOURCE, Genome, SearchSpace
 
 MAX_DRAWS = 50
-"""A small space is exhausted when so many draws for each recipe give nothing new."""
+"""A small space counts as exhausted when this many draws per recipe give nothing new."""
 
 
 class RandomSearch:
@@ -22,7 +22,7 @@ class RandomSearch:
 
     Args:
         space: the genomes.
-        settings: `start` takes no part.
+        settings: `start` is ignored.
     """
 
     def __init__(self, space: SearchSpace, settings: Settings) -> None:
@@ -32,7 +32,7 @@ class RandomSearch:
         self._known: set[str] = set()
 
     def ask(self, n: int | None = None) -> list[Proposal]:
-        """At most `n` recipes; without a number as many as a population has."""
+        """At most `n` recipes; by default as many as a population has."""
         n = self._batch if n is None else n
         asked: list[Proposal] = []
         for _ in range(MAX_DRAWS * n):
@@ -45,12 +45,12 @@ class RandomSearch:
         return asked
 
     def tell(self, scored: Sequence[Scored]) -> None:
-        """Remembers the recipes, not to ask for them."""
+        """Remembers the recipes, so that it does not ask for them."""
         self._known.update(one.recipe.hash for one in scored)
 
     def _draw(self) -> Genome:
-        """Every number of layers is equally likely, and so is every source; half of the layers are
-        merged, where the space has methods."""
+        """Draws a genome: all numbers of layers and all sources are equally likely; half of the
+        layers are merged if the space has methods."""
         space, rng = self.space, self._rng
         genome = space.blank()
         least = max(space.min_layers, len(space.protected))

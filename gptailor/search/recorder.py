@@ -1,4 +1,4 @@
-"""What a search knows, and how it becomes durable: nothing counts before the archive has it."""
+"""All known evaluations, made durable: nothing counts before it is in the archive."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 
 class Recorder:
-    """All evaluations that a search knows: the archive's, and what came from other islands.
+    """All known evaluations of a search: the archive's, and those from other islands.
 
     Args:
         archive: of the run folder, open for writing.
-        family: counts parameters.
+        family: used to count parameters.
         peers: are told what was evaluated here, and asked what was evaluated there.
         progress: is told of evaluations that failed.
 
     Attributes:
         failures: (worker, recipe's point, reason) of each evaluation that failed.
-        num_gained: what this program put into the archive: evaluations, on any documents, and
+        num_gained: what this process added to the archive: evaluations, on any documents, and
             measured candidates.
     """
 
@@ -43,16 +43,16 @@ class Recorder:
         self._known = {(e.recipe.hash, e.documents): e for e in archive.evaluations()}
 
     def find(self, recipe: Recipe, documents: Documents = "search") -> Evaluation | None:
-        """The evaluation of a recipe on these documents, whoever made it; None if there is none."""
+        """The evaluation of a recipe on these documents, from any island; None if there is none."""
         return self._known.get((recipe.hash, documents))
 
     def evaluations(self, documents: Documents) -> list[Evaluation]:
-        """All that are known, in the order in which they ended."""
+        """All known evaluations on these documents, in the order in which they ended."""
         found = [e for e in self._known.values() if e.documents == documents]
         return sorted(found, key=lambda e: e.finished_at)
 
     def refresh(self, *, at_once: bool) -> list[Evaluation]:
-        """What other islands evaluated and was not known here; see `Peers.refresh`."""
+        """Other islands' evaluations that were not known here; see `Peers.refresh`."""
         new = []
         for evaluation in self._peers.refresh(at_once=at_once):
             key = evaluation.recipe.hash, evaluation.documents
@@ -62,7 +62,7 @@ class Recorder:
         return new
 
     def record(self, finished: Sequence[Finished]) -> list[Evaluation]:
-        """Makes evaluations that ended durable, all at once, and tells the other islands."""
+        """Makes finished evaluations durable, all at once, and tells the other islands."""
         rows, workers = [], []
         for f in finished:
             if isinstance(f.job, EvaluationJob) and isinstance(f.result, Outcome):
@@ -81,14 +81,14 @@ class Recorder:
         return evaluations
 
     def note_gain(self, count: int) -> None:
-        """Counts what is durable now, also for whoever would start this program again."""
+        """Counts what has become durable, also for the supervisor that may restart this process."""
         self.num_gained += count
         note_gain(count)
 
     def check_scored(self, recipes: Sequence[Recipe]) -> None:
-        """Raises what ended the first of these recipes if all of them ended without a score.
+        """Raises the first recipe's error if all of these recipes ended without a score.
 
-        The others would end like them: to go on, or to begin again, would only cost time.
+        Further ones would end the same way: to continue or restart would only cost time.
         """
         ended = [self.find(recipe) for recipe in recipes]
         outcomes = [None if e is None else e.outcome for e in ended]

@@ -1,8 +1,8 @@
-"""A run: control arms, the search, the holdout; each evaluation in the archive before it counts.
+"""A run: control arms, the search, the holdout; each evaluation is archived before it counts.
 
-A run that was killed is continued by running it again: scores that the archive has are not computed
-a second time. This is where the parts meet: the queue evaluates (`queue.py`), the recorder makes it
-durable (`recorder.py`), a searcher chooses (`algorithms.py`), and one of the loops asks it and
+A killed run continues when it is run again: scores in the archive are not computed again. This
+module connects the parts: the queue evaluates (`queue.py`), the recorder makes results durable
+(`recorder.py`), a searcher chooses recipes (`algorithms.py`), and one of the loops asks it and
 tells it (`loops.py`).
 """
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from gptailor.search.progress import Progress
 
 MIN_ROUNDS = 4
-"""Where a generation gives each worker fewer evaluations than these, generations are given up."""
+"""If a generation has fewer evaluations per worker than this, `auto` is asynchronous."""
 
 
 class Run:
@@ -56,9 +56,9 @@ class Run:
         peers: the other islands, if there are any.
 
     Attributes:
-        space: what recipes may look like.
+        space: the recipes that may be proposed.
         scheduler: gives jobs to the executor's workers.
-        recorder: what is known, and what failed.
+        recorder: holds all known evaluations and failures.
         budget: how many evaluations are left.
     """
 
@@ -94,12 +94,12 @@ class Run:
 
         Raises:
             TaskError, ModelError, RuntimeError: every evaluation ended like the first one.
-            StoppedEarly: a worker died, or it was asked to stop.
+            StoppedEarly: a worker died, or the search was asked to stop.
             ResourceError: memory or disk is exhausted; what was evaluated is kept.
         """
         search = self.config.search
         if not self.space.ends.are_equal:
-            self.progress.note("Models differ in embeddings or head: recipes choose these, too.")
+            self.progress.note("Models differ in embeddings or head: recipes choose those, too.")
         self._queue.begin()
         arms = control_arms(
             self.space, search.arms, search.arm_sizes, self._similarities(), search.seed
@@ -114,10 +114,10 @@ class Run:
 
     @property
     def is_asynchronous(self) -> bool:
-        """Whether recipes are chosen one by one: asked for, or worth it with so many workers.
+        """Whether recipes are chosen one by one: if configured, or if there are many workers.
 
-        A generation ends when its slowest evaluation does; while each worker has several in a
-        generation that costs little, and the search does not depend on who was quicker.
+        A generation ends with its slowest evaluation. While each worker has several evaluations per
+        generation that costs little, and the search does not depend on which worker is faster.
         """
         search = self.config.search
         if search.schedule == "auto":
@@ -138,18 +138,18 @@ class Run:
                 self._queue.evaluate(_unique(recipes), "holdout")
 
     def evaluations(self, documents: Documents) -> list[Evaluation]:
-        """All that is known, of other islands, too, in the order in which they ended."""
+        """All known evaluations, also of other islands, in the order in which they ended."""
         return self.recorder.evaluations(documents)
 
     def _make_searcher(self, start: Sequence[Recipe]) -> Searcher:
-        """The searcher that the configuration names, from control arms."""
+        """Makes the searcher that the configuration names, starting from control arms."""
         search = self.config.search
         algorithm = ALGORITHMS[search.algorithm]
         kind = algorithm.generational
         seed: tuple[int, ...] = (self.peers.seed(search.seed),)
         if self.is_asynchronous:
             kind = algorithm.asynchronous
-            # a run that goes on does not repeat its first children
+            # so that a resumed run does not repeat its first children
             seed = (*seed, 3, len(self.recorder.evaluations("search")))
         num_objectives = len(self.config.objectives)
         return kind(self.space, Settings(num_objectives, search.population, seed, tuple(start)))
@@ -160,7 +160,7 @@ class Run:
         return measure_similarities(self.space.names, self._queue, self.progress, self._doing)
 
     def _doing(self) -> str:
-        """What workers are at now, those first that are at it longest."""
+        """What workers are doing now, longest-running first."""
         words = self.executor.words()
         running = sorted(dict(self.scheduler.running).items(), key=lambda item: item[1].began)
         texts = [

@@ -1,7 +1,7 @@
-"""The scheduler: gives jobs to free workers until there are none, and waits without blocking.
+"""The scheduler: gives jobs to free workers until there are none left.
 
-It decides which worker gets which job, and nothing else: what is worth doing is asked for, what
-came of it is told, and time passes only inside the executor, which may be a simulation.
+It decides which worker gets which job, and nothing else: it asks for jobs, tells their results, and
+waits only inside the executor, which may be a simulation.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from gptailor.execution.stop import Stop
 from gptailor.recipe import Layer, Merge, Recipe
 
 POLL_S = 1.0
-"""How long the scheduler waits before it looks up: for signals, other islands, the job's record."""
+"""How often the scheduler wakes up for signals, other islands and the job's record, in seconds."""
 
 NUM_COMPARED = 32
-"""Of more free workers than these the first are compared; a thousand times a thousand is long."""
+"""Only the first this many free workers are compared: 1000 workers × 1000 jobs would take long."""
 
 Ask = Callable[[int], Sequence[Job]]
 Tell = Callable[[Sequence[Finished]], None]
@@ -26,11 +26,11 @@ Tell = Callable[[Sequence[Finished]], None]
 
 @dataclass(frozen=True)
 class Running:
-    """A job that a worker has.
+    """A job on a worker.
 
     Attributes:
-        job: what it does.
-        began: when it began, in seconds of the executor's clock.
+        job: the job.
+        began: when it began, in seconds on the executor's clock.
     """
 
     job: Job
@@ -42,11 +42,11 @@ class Scheduler:
 
     Args:
         executor: the workers.
-        stop: once it is set nothing is started, and what runs is waited for as long as it says.
+        stop: once set, nothing new starts, and running jobs are waited for as long as it allows.
         tick: called at least every `POLL_S` seconds.
 
     Attributes:
-        running: worker → what it does now.
+        running: worker → its current job.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class Scheduler:
         self._expected: dict[str, _Line] = {}
 
     def run(self, ask: Ask, tell: Tell) -> None:
-        """Works until nothing is left to ask for and nothing runs.
+        """Works until there are no more jobs and nothing runs.
 
         Args:
-            ask: gives at most so many jobs to start now; fewer, or none, when there are no more, or
-                when more depends on what runs.
-            tell: takes what has ended, at once after it ended.
+            ask: gives at most this many jobs to start now; fewer, or none, if there are no more or
+                if further ones depend on what is running.
+            tell: takes finished jobs as soon as they end.
 
         Raises:
             StoppedEarly: the search was asked to stop; `Requeue` and `Interrupted` say how.
@@ -76,7 +76,7 @@ class Scheduler:
                 free = list(self.executor.free())
                 is_late = not free
                 self._fill(ask, free)
-            self._tick()  # now, when whoever was free has its next job already
+            self._tick()  # now that every free worker has its next job
             if not self.running and not is_late:
                 break
             if self._stop.is_set() and self._stop.seconds_left <= 0:
@@ -86,7 +86,7 @@ class Scheduler:
             raise self._stop.error()
 
     def more_is_longer(self, documents: str) -> bool:
-        """Whether recipes with more layers take longer on these documents, as far as is known."""
+        """Whether recipes with more layers take longer on these documents, as far as known."""
         line = self._expected.get(documents)
         return line is None or line.slope >= 0
 
@@ -101,7 +101,7 @@ class Scheduler:
                 self._held.setdefault(worker, _Held()).add(job.recipe)
 
     def _nearest(self, job: Job, free: Sequence[int]) -> int:
-        """The free worker that already holds most of a recipe."""
+        """The free worker that already holds the most of a recipe."""
         if not isinstance(job, EvaluationJob):
             return free[0]
         near, most = free[0], 0
@@ -124,7 +124,7 @@ class Scheduler:
 
 @dataclass
 class _Held:
-    """What a worker has in memory, as far as its last recipes tell."""
+    """What a worker has in memory, judging by its last recipes."""
 
     last: tuple[Layer, ...] = ()
     merged: dict[Layer, None] = field(default_factory=dict)
@@ -139,7 +139,7 @@ class _Held:
             del self.merged[layer]
 
     def shared(self, recipe: Recipe) -> int:
-        """Leading layers that are those of the last recipe, and merges that were made before."""
+        """Number of leading layers shared with the last recipe, plus merges already made."""
         prefix = 0
         for mine, other in zip(self.last, recipe.layers, strict=False):
             if mine != other:

@@ -1,7 +1,7 @@
-"""A search algorithm, as the rest of a search sees it: asked for recipes, told their scores.
+"""The interface of search algorithms: they are asked for recipes and told their scores.
 
-A searcher knows the space and nothing of archives, workers or islands. The loops (`loops.py`) ask
-it and tell it; `algorithms.py` makes the one that `search.algorithm` names.
+A searcher knows the space, but no archives, workers or islands. The loops (`loops.py`) ask it and
+tell it; `algorithms.py` lists the classes by the names in `search.algorithm`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Protocol
 from gptailor.recipe import Recipe
 
 TOP_RUNG = 0
-"""The only rung that there is today: all documents of the search."""
+"""The only rung so far: all documents of the search."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Proposal:
 
     Attributes:
         recipe: what to build.
-        rung: on which of the nested document sets, from 0.
+        rung: the nested document set to evaluate it on, from 0.
     """
 
     recipe: Recipe
@@ -31,13 +31,13 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Scored:
-    """What is known of a recipe.
+    """A recipe with its objectives.
 
     Attributes:
         recipe: what was built.
         objectives: values to be minimised, in the configuration's order; None if it has no scores:
-            it failed, or it is not evaluated yet.
-        rung: of the document set that they were measured on.
+            it failed, or it has not been evaluated yet.
+        rung: the document set that they were measured on.
     """
 
     recipe: Recipe
@@ -47,13 +47,13 @@ class Scored:
 
 @dataclass(frozen=True)
 class Settings:
-    """What every searcher is made with.
+    """The settings of every searcher.
 
     Attributes:
         num_objectives: how many values each `Scored` has.
-        population: recipes that a population, or a batch, has.
+        population: number of recipes in a population or a batch.
         seed: of every random choice; a searcher uses no other source of randomness.
-        start: control arms, to begin from.
+        start: control arms to begin from.
     """
 
     num_objectives: int
@@ -65,27 +65,29 @@ class Settings:
 class Searcher(Protocol):
     """Chooses the recipes that are evaluated next.
 
-    A searcher keeps nothing on disk. A search that goes on makes it anew: the generational loop
-    with the same seed, and it replays, as what it asks for follows from seed and scores alone; the
-    asynchronous loop with another seed, and tells it first what the archive holds.
+    A searcher keeps nothing on disk. A resumed search makes a new one: the generational loop uses
+    the same seed and replays the search, since what a searcher asks for depends on seed and scores
+    alone; the asynchronous loop uses another seed and first tells it what the archive holds.
     """
 
     def ask(self, n: int | None = None) -> list[Proposal]:
         """Recipes to evaluate, none of which was asked for or told before.
 
         Args:
-            n: at most so many; there are workers for them now. None: a batch of the searcher's own
-                size, which is told as a whole before it is asked again; recipes of `start` may be
-                part of the first one.
+            n: at most this many; there are workers for them now. None: a batch of the searcher's
+                own size, whose results are told as a whole before the next `ask`; recipes of
+                `start` may be part of the first batch.
 
         Returns:
-            Fewer than n, or none, when the space holds no recipe that is new.
+            Fewer than n recipes, or none, if the space has no new ones.
         """
         ...
 
     def tell(self, scored: Sequence[Scored]) -> None:
-        """Takes results in any order: of what was asked for, of what the archive holds already, and
-        of what other islands evaluated. A recipe may be told without scores first and with them
-        later; once told it is not asked for.
+        """Takes results in any order.
+
+        They are of recipes that were asked for, that were already in the archive, or that other
+        islands evaluated. A recipe may be told without scores first and with them later; once told
+        it is not asked for.
         """
         ...

@@ -1,4 +1,4 @@
-"""Measures what the layers of every candidate do, for the control arms that need it."""
+"""Measures layer similarities of every candidate, for the control arms that need them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def measure_similarities(
     progress: Progress,
     doing: Callable[[], str],
 ) -> dict[str, Similarity]:
-    """What the layers of each candidate do, measured once for a run and kept in the archive.
+    """Returns each candidate's layer similarities, measured once per run and kept in the archive.
 
     Args:
         models: the candidates' names.
-        queue: whose workers measure; other islands measure, too.
-        progress: is told what is done.
-        doing: what workers are at now.
+        queue: its workers measure; other islands measure, too.
+        progress: is told what is being measured.
+        doing: returns what workers are doing now.
     """
     archive, peers = queue.recorder.archive, queue.peers
     kept = json.loads(archive.get_meta(_KEY) or "{}")

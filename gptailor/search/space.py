@@ -1,19 +1,19 @@
-"""The search space: genomes of integers, and the recipes that they stand for.
+"""The search space: integer genomes, and the recipes that they encode.
 
 A genome has a row for each source layer (L) and a column for each gene (G = 3 + K with K models):
 
     keep | source | method | level of model 0 | … | level of model K−1
 
-Where the models differ in their embeddings, a row for these comes first, and where they differ in
-final norm or head, one for both comes last, so that rows are in the order of depth; else recipes
-have those of the base. R is the number of rows.
+If the models differ in their embeddings, a row for these comes first; if they differ in final norm
+or head, one row for both comes last. So rows are in the order of depth. Otherwise recipes take the
+base's. R is the number of rows.
 
 `keep` is 0 or 1, and always 1 for embeddings and head. `source` is the model whose layer is taken
-when nothing is merged. `method` 0 takes, m > 0 merges with the m-th method of the space. A level is
-0 for a model that is not part of the merge, or 1 + the index of its weight; slerp's t is made of
-the two weights, and to a method that has no weights a level only says that the model is part of
-it. Genes that have no effect (the source of a dropped layer) are kept, so that a layer comes back
-as it was.
+if nothing is merged. `method` 0 takes, m > 0 merges with the m-th method of the space. A level is 0
+for a model that is not part of the merge, or 1 + the index of its weight; slerp's t is computed
+from the two weights, and for methods without weights a level only says that the model is part of
+the merge. Genes without effect (the source of a dropped layer) are kept, so that a restored layer
+is what it was.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ Genome = npt.NDArray[np.int64]
 KEEP, SOURCE, METHOD, LEVELS = 0, 1, 2, 3
 
 MAX_PARTS = 50_000
-"""Of so many layers that genomes stood for the canonical form is kept; some 100 MB."""
+"""How many decoded entries are cached with their canonical form; some 100 MB."""
 
 
 class SearchSpace:
-    """What recipes of one family may look like.
+    """The recipes that a search over one family may propose.
 
     Args:
         space: bounds and methods, from the configuration.
         models: name → reference, in the configuration's order.
         base: the base's name.
         num_layers: source layers of the family.
-        calibration: what recipes with methods that need statistics are made with.
+        calibration: statistics for the methods that need them.
         ends: which models have the same embeddings and head; default: all have the base's.
 
     Attributes:
         protected: source layers that are always kept, ascending.
-        layer_rows: the rows of a genome that stand for source layers.
+        layer_rows: the rows of a genome that encode source layers.
 
     Raises:
         UsageError: the bounds do not fit the number of layers.
@@ -86,8 +86,8 @@ class SearchSpace:
             )
         if not self.min_layers <= self.max_layers <= num_layers:
             raise UsageError(
-                f"space.layers: min {self.min_layers} and max {self.max_layers} must lie in this "
-                f"order within the models' {num_layers} layers."
+                f"space.layers: min {self.min_layers} must not exceed max {self.max_layers}, nor "
+                f"max the models' {num_layers} layers."
             )
         if len(self.protected) > self.max_layers:
             raise UsageError("space.layers.protect names more layers than max allows.")
@@ -111,8 +111,8 @@ class SearchSpace:
         return self.num_layers + len(self._end_rows), LEVELS + len(self.names)
 
     def log10_size(self) -> float:
-        """Logarithm of how many recipes there are, at most: some merges with other weights build
-        the same."""
+        """Logarithm of the number of recipes, at most: some merges with different weights build the
+        same model."""
         free, num_protected = self.num_layers - len(self.protected), len(self.protected)
         entries = self._num_entries(len(self.names))
         smallest = max(self.min_layers, num_protected)
@@ -124,11 +124,11 @@ class SearchSpace:
         return math.log10(stacks * math.prod(map(self._num_entries, ends)))
 
     def _num_entries(self, num_models: int) -> int:
-        """How many entries of a recipe take or merge so many models."""
+        """How many different entries take or merge this many models."""
         return num_models + sum(self._num_merges(method, num_models) for method in self.methods)
 
     def _num_merges(self, method: Method, num_models: int) -> int:
-        """How many merges of one layer a method makes."""
+        """How many different merges of one layer a method has."""
         sources = num_models - method.uses_base
         if method.share is not None:
             parts = {round(b / (a + b), 6) for a in self.weights for b in self.weights}
@@ -146,7 +146,7 @@ class SearchSpace:
         return np.flatnonzero(genome[self.layer_rows, KEEP] == 0)
 
     def decode(self, genome: Genome) -> Recipe:
-        """The recipe that a genome stands for."""
+        """The recipe that a genome encodes."""
         rows = genome[self.layer_rows]
         parts: list[Any] = [self._part(i, rows[i]) for i in self.kept(genome).tolist()]
         ends: Any = [
@@ -175,7 +175,7 @@ class SearchSpace:
         )
 
     def encode(self, recipe: Recipe) -> Genome:
-        """The nearest genome: exact for whatever `decode` can give, weights go to the grid."""
+        """The nearest genome: exact for any result of `decode`; weights are rounded to the grid."""
         genome = self.blank()
         rows = genome[self.layer_rows]
         rows[:, KEEP] = 0
@@ -189,7 +189,7 @@ class SearchSpace:
         return genome
 
     def blank(self) -> Genome:
-        """Every layer kept and taken from the base; merges would be even."""
+        """A genome with every layer kept and taken from the base."""
         genome = np.zeros(self.shape, dtype=np.int64)
         genome[:, KEEP] = 1
         genome[:, SOURCE] = self.names.index(self.base)
@@ -223,13 +223,13 @@ class SearchSpace:
         return np.concatenate([[method], levels])
 
     def has_weights(self, row: npt.NDArray[np.int64]) -> bool:
-        """True if the levels of a merged layer are more than in or out."""
+        """Whether a merged layer's levels are weights, not just in or out."""
         method = self.methods[int(row[METHOD]) - 1]
         return method.has_amounts
 
     def _part(self, place: str | int, row: npt.NDArray[np.int64]) -> tuple[End, End]:
-        """What a source layer, or an end, is made of, and its canonical form; recipes of a search
-        have most of them in common."""
+        """The entry of a source layer or an end, and its canonical form; cached, since a search's
+        recipes share most of them."""
         genes = row[METHOD:] if row[METHOD] else row[SOURCE:METHOD]
         key = place, genes.tobytes(), int(row[SOURCE])
         found = self._parts.get(key)
@@ -248,13 +248,13 @@ class SearchSpace:
         return end, canonical_end(end, self.base, self.models)
 
     def _stand_ins(self, end: str) -> Mapping[str, str]:
-        """Model → the one that stands for it at an end."""
+        """Model → the model that represents it at an end."""
         return self.ends.embeddings if end == "embeddings" else self.ends.head
 
     def _entry(
         self, src_layer: int, row: npt.NDArray[np.int64], stand_ins: Mapping[str, str]
     ) -> Layer:
-        """What a row stands for. Models for which another one stands have no part in merges."""
+        """The entry that a row encodes; merges leave out models that another one represents."""
         take = Take(stand_ins[self.names[row[SOURCE]]], src_layer)
         if row[METHOD] == 0:
             return take
@@ -307,5 +307,5 @@ class SearchSpace:
 
 
 def is_gene(stand_ins: Mapping[str, str]) -> bool:
-    """True if models differ at an end."""
+    """Whether models differ at an end."""
     return len(set(stand_ins.values())) > 1

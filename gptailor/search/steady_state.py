@@ -1,9 +1,9 @@
-"""NSGA-II without generations: a child is made whenever a worker is free for it.
+"""Steady-state NSGA-II: a child is made whenever a worker is free.
 
-Steady state, after Nebro and Durillo 2009, On the Effect of Applying a Steady-State Selection
-Scheme in the Multi-Objective Genetic Algorithm NSGA-II. A child is made of what is known at that
-moment, so no worker waits for the slowest of a generation. Selection is `survival.py`'s: pymoo's
-takes too long to be called for each of a thousand workers.
+After Nebro and Durillo 2009, On the Effect of Applying a Steady-State Selection Scheme in the
+Multi-Objective Genetic Algorithm NSGA-II. A child is made from what is known at that moment, so no
+worker waits for the slowest of a generation. Selection is `survival.py`'s: pymoo's takes too long
+to be called for each of a thousand workers.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ class SteadyStateNSGA2:
 
     Args:
         space: the genomes.
-        settings: recipes of `start` vary into the first population; what is asked depends on the
-            order of tellings, too.
+        settings: the first population is `start` and variations of it.
+
+    What it asks for also depends on the order of the calls of `tell`.
 
     Attributes:
         num_population: recipes that survive.
@@ -46,12 +47,12 @@ class SteadyStateNSGA2:
         self._standing: Standing | None = None
 
     def ask(self, n: int | None = None) -> list[Proposal]:
-        """At most `n` recipes; without a number as many as the population has."""
+        """At most `n` recipes; by default as many as the population has."""
         n = self.num_population if n is None else n
         asked: list[Recipe] = []
         while self._first and len(asked) < n:
             self._add(self._first.pop(0), asked)
-        if len(self._parents) < 2:  # more workers than a first population has recipes
+        if len(self._parents) < 2:  # there are more workers than recipes in the first population
             for _ in range(20 * (n - len(asked))):
                 if len(asked) >= n:
                     break
@@ -70,7 +71,7 @@ class SteadyStateNSGA2:
         """Takes results in any order.
 
         Recipes without objectives are only remembered, and so are recipes that no genome of this
-        space stands for.
+        space encodes.
         """
         self._known.update(one.recipe.hash for one in scored)
         good = []
@@ -93,7 +94,7 @@ class SteadyStateNSGA2:
         self._objectives, self._standing = self._objectives[best], found.of(best)
 
     def _promising(self, scored: Sequence[Scored]) -> list[tuple[Recipe, tuple[float, ...]]]:
-        """Those with objectives; where an archive is told, those that have a chance to survive."""
+        """Those with objectives; of a whole archive, only those with a chance to survive."""
         found = [(one.recipe, one.objectives) for one in scored if one.objectives is not None]
         most = 2 * self.num_population
         if len(found) <= most:
@@ -107,7 +108,7 @@ class SteadyStateNSGA2:
         return [self._decode(x) for x in self._parents]
 
     def _children(self, n: int) -> list[npt.NDArray[np.int64]]:
-        """Flat genomes of n children, two and two of the same pair of parents."""
+        """Flat genomes of n children, two from each pair of parents."""
         assert self._standing is not None
         shape, rng = self.space.shape, self._rng
         pairs = self._standing.parents(n + n % 2, rng).reshape(-1, 2)

@@ -1,8 +1,8 @@
-"""Who survives and who becomes a parent: NSGA-II's selection, fast enough for one recipe at a time.
+"""NSGA-II's selection of survivors and parents, fast enough for one recipe at a time.
 
 After Deb et al. 2002, A Fast and Elitist Multiobjective Genetic Algorithm: NSGA-II. A search on a
-thousand workers selects a dozen times a second among as many recipes, so nothing here is a loop
-over recipes. N is the number of recipes, M of objectives, all to be minimised.
+thousand workers selects a dozen times a second among as many recipes, so nothing here loops over
+recipes. N is the number of recipes, M that of objectives, all to be minimised.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 
 @dataclass(frozen=True)
 class Standing:
-    """How good recipes are among each other.
+    """How recipes rank against each other.
 
     Attributes:
         rank: (N,) 0 for the front, 1 for the front of the others, and so on.
-        crowding: (N,) how far its neighbours in its front are; infinite at the ends, 0 for all but
-            one of those with equal objectives.
+        crowding: (N,) distance to the neighbours on the same front; infinite at the ends, 0 for all
+            but one of those with equal objectives.
     """
 
     rank: npt.NDArray[np.int64]
     crowding: npt.NDArray[np.float64]
 
     def best(self, count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-        """The indices of the best, best first; chance decides between equals."""
+        """The indices of the best, best first; ties are broken at random."""
         chance = rng.random(len(self.rank))
         return np.lexsort((chance, -self.crowding, self.rank))[:count]
 
     def of(self, chosen: npt.NDArray[np.int64]) -> Standing:
-        """The standing of some of the recipes as it was among all."""
+        """The standing of a subset of the recipes, as it was among all."""
         return Standing(self.rank[chosen], self.crowding[chosen])
 
     def parents(self, count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-        """Indices of winners of tournaments between two, in which all take part equally often."""
+        """Indices of winners of binary tournaments, which all recipes enter equally often."""
         num = len(self.rank)
         rounds = [rng.permutation(num) for _ in range(-(-2 * count // num))]
         first, second = np.concatenate(rounds)[: 2 * count].reshape(count, 2).T

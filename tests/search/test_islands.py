@@ -294,9 +294,9 @@ def test_a_bad_journal_among_good_ones(tmp_path: Path) -> None:
     assert pair.look(0) == []
     pair.look(0)
     assert len(pair.notes) == 1
-    assert "Island 1 is not listened to: " in pair.notes[0]
+    assert "Island 1 is ignored: " in pair.notes[0]
     assert "journal.jsonl is corrupt" in pair.notes[0]
-    assert "mended when island 1 goes on (--island 1/2); or remove it." in pair.notes[0]
+    assert "Resuming island 1 (--island 1/2) repairs it; or remove it." in pair.notes[0]
     with (
         open_archive(tmp_path, 2, CONFIG) as archive,
         pytest.raises(UsageError, match="is corrupt"),
