@@ -1,1 +1,1 @@
-"""A run's folder: archive, journals of islands, job records; how a run goes on."""
+"""A run's folder: archive, journals of islands, job records; how a run is resumed."""

@@ -1,8 +1,8 @@
-"""The archive: the journal of every evaluation of a run, and the only truth about it.
+"""The archive: the record of every evaluation of a run, and its single source of truth.
 
-One SQLite file with one writer. An evaluation is on disk before anybody counts on it
-(`synchronous=FULL`, rollback journal: both hold on network file systems too, where WAL does not).
-Front, report and a search that is resumed are all made from it again.
+One SQLite file with one writer. An evaluation is on disk before anything relies on it
+(`synchronous=FULL`, rollback journal: both work on network file systems, where WAL does not).
+Front, report and a resumed search are all rebuilt from it.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class Archive:
     """The evaluations of one run folder.
 
     Args:
-        folder: the run folder; made if it is missing (not when `readonly`).
+        folder: the run folder; made if it is missing (unless `readonly`).
         readonly: for reports and status: takes no lock and never writes.
 
     Raises:
-        UsageError: another search has the folder open, there is no archive to read, or it is of
+        UsageError: another search has the folder open, there is no archive to read, or it has
             another schema.
         ResourceError: the disk is full.
     """
@@ -69,7 +69,7 @@ class Archive:
             raise UsageError(f"{self.folder} holds no run: {self.path} does not exist.")
         try:
             if readonly:
-                # after kill -9, SQLite must be allowed to roll the journal back before it reads
+                # after kill -9, SQLite must be able to roll the journal back before it reads
                 mode = "rw" if os.access(self.folder, os.W_OK) else "ro"
                 uri = f"{self.path.resolve().as_uri()}?mode={mode}"
                 self._db = sqlite3.connect(uri, uri=True, timeout=30)
@@ -104,8 +104,8 @@ class Archive:
         Args:
             folder: the run folder.
             wait_s: how long to wait for the other one: a network file system may keep the lock of
-                a machine that died for a while.
-            note: is told that we wait.
+                a dead machine for a while.
+            note: takes a line about the wait.
         """
         deadline, is_noted = time.monotonic() + wait_s, False
         while (Path(folder) / ".lock").exists():
@@ -121,7 +121,7 @@ class Archive:
                 time.sleep(min(2.0, wait_s))
 
     def close(self) -> None:
-        """Gives up the lock; the archive can't be used afterwards."""
+        """Releases the lock; the archive can't be used afterwards."""
         if hasattr(self, "_db"):
             self._db.close()
         if self._lock_fd >= 0:
@@ -160,9 +160,9 @@ class Archive:
         return self.record_all([(recipe, documents, parameters, outcome)])[0]
 
     def record_all(self, rows: Sequence[tuple[Recipe, str, int, Outcome]]) -> list[Evaluation]:
-        """Writes evaluations that ended together, (recipe, documents, parameters, outcome) each.
+        """Writes evaluations that ended together, each as (recipe, documents, parameters, outcome).
 
-        One transaction, so one wait for the disk: what a thousand workers send keeps up with it.
+        One transaction, so one wait for the disk: this keeps up with a thousand workers.
 
         Raises:
             ResourceError: the disk is full; nothing was written.
@@ -198,7 +198,7 @@ class Archive:
         ]
 
     def add_arm(self, arm: str, recipe: Recipe) -> None:
-        """Notes that a control arm led to this recipe; a second time is without effect."""
+        """Records that a control arm led to this recipe; repeating it has no effect."""
         with self._writing():
             self._db.execute("INSERT OR IGNORE INTO arms VALUES (?, ?)", (arm, recipe.hash))
 
@@ -208,7 +208,7 @@ class Archive:
         return next(rows, None)
 
     def evaluations(self, documents: str | None = None) -> list[Evaluation]:
-        """All evaluations in the order in which they ended; of some documents only if named."""
+        """All evaluations in the order in which they ended, or only those on some documents."""
         if documents is None:
             return list(self._select("", ()))
         return list(self._select("WHERE documents = ?", (documents,)))
@@ -241,7 +241,7 @@ class Archive:
                 )
             except (ValueError, TypeError) as error:
                 raise UsageError(
-                    f"{source}, can't be read: it is damaged, or of another version of gptailor "
+                    f"{source}, can't be read: it is damaged, or from another version of gptailor "
                     f"({error})."
                 ) from error
             recipe = Recipe.from_dict(json.loads(text), source, known)
@@ -255,14 +255,14 @@ class Archive:
 
 @dataclass(frozen=True)
 class Counts:
-    """How much an archive holds.
+    """Number of evaluations in an archive.
 
     Attributes:
         search: recipes on the documents of the search, with and without scores.
-        infeasible: of these.
-        failed: of these.
+        infeasible: how many of these were infeasible.
+        failed: how many of these failed.
         holdout: recipes on the other documents.
-        total: evaluations that the run's configuration asks for; 0 if it does not say.
+        total: evaluations that the run's configuration asks for; 0 if unknown.
         best_small: the best accuracy with at most 75 % of the layers; None if there is none.
     """
 
@@ -275,10 +275,10 @@ class Counts:
 
 
 def count_undisturbed(folder: str | Path) -> Counts | None:
-    """Counts what a run's archive holds; None if it can't be read without writing to it.
+    """Counts the evaluations in a run's archive; None if it can't be read without writing to it.
 
     `Archive(readonly=True)` lets SQLite roll back what a killed writer left. Between nodes that is
-    not safe, as the writer may be alive and its lock not to be seen from here.
+    not safe: the writer may be alive, with a lock that is not visible here.
     """
     path = Path(folder) / "archive.db"
     try:
@@ -314,7 +314,7 @@ def count_undisturbed(folder: str | Path) -> Counts | None:
 
 
 def _locked(folder: Path) -> int:
-    """An open file descriptor that holds the lock of a run folder until it is closed."""
+    """Locks a run folder; returns a file descriptor that holds the lock until it is closed."""
     fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Which keys of a configuration may change while a run goes on, and which one did."""
+"""Compares configurations of one run; some keys may change between its parts."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ MAY_CHANGE = (
 
 
 def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """The first key of two configurations that differs and may not; empty if there is none.
+    """The first key that differs between two configurations and may not; empty if there is none.
 
-    `evaluation.dtype: auto` in a new one is what the run has. Either may have keys of an earlier
-    version.
+    `evaluation.dtype: auto` in the new one matches whatever the run has. Either may use the key
+    names of an earlier version.
     """
     (old, _), (new, _) = renamed_keys(old), renamed_keys(new)
     evaluation = new.get("evaluation")
@@ -29,9 +29,9 @@ def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 
 def dtype_of(config: Mapping[str, Any]) -> str:
-    """The type in which the evaluations of a run were computed, by the configuration it kept.
+    """The dtype in which a run's evaluations were computed, from its stored configuration.
 
-    Runs of earlier versions kept "auto", and computed in the recipes' type.
+    Runs of earlier versions stored "auto", and computed in the recipes' dtype.
     """
     found = config.get("evaluation", {}).get("dtype", "auto")
     return str(config.get("space", {}).get("dtype", "bfloat16") if found == "auto" else found)

@@ -1,8 +1,8 @@
-"""The type in which a run's evaluations are computed: chosen when it begins, kept until it ends.
+"""The dtype in which a run's evaluations are computed: chosen when it begins, kept until it ends.
 
-The choice is the run's, whatever machine it goes on at and whichever of its islands came first,
-since scores of two types are not to be compared. It stands as `evaluation.dtype` in the
-configuration of the archive; before an island has one, in the run folder that all islands see.
+Scores in different dtypes can't be compared, so a run keeps its choice when it is resumed on
+another machine, and all islands share the first one's. It is stored as `evaluation.dtype` in the
+archive's configuration; before an island has an archive, in the run folder that all islands see.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ NAME = "dtype.json"
 def choose_dtype(
     config: Config, family: Family, place: Path, abilities: Sequence[Ability], *, is_island: bool
 ) -> Choice:
-    """The type in which this run is computed.
+    """Chooses the dtype in which this run is computed.
 
     Args:
         config: of the search; `evaluation.dtype` may be "auto".
         family: the candidates.
-        place: the folder of the archive, which need not be there yet.
+        place: the folder of the archive, which need not exist yet.
         abilities: of the workers.
-        is_island: other searches of the run may choose at the same time.
+        is_island: whether other searches of the run may choose at the same time.
 
     Raises:
         UsageError: the archive, or the configuration in the run folder, can't be read.
@@ -55,7 +55,7 @@ def choose_dtype(
 
 
 def _of_archive(place: Path) -> str | None:
-    """The type of a run that has begun."""
+    """The dtype of a run that has begun."""
     if not (place / "archive.db").is_file():
         return None
     with Archive(place, readonly=True) as archive:
@@ -64,7 +64,7 @@ def _of_archive(place: Path) -> str | None:
 
 
 def _of_run(run: Path) -> str | None:
-    """The type of a run of islands of which one has begun."""
+    """The dtype of a run with islands, at least one of which has begun."""
     path = run / "config.yaml"
     return dtype_of(read_config(path).model_dump()) if path.is_file() else None
 
@@ -79,9 +79,9 @@ def _read(path: Path, config: Config) -> str | None:
 
 
 def _publish(path: Path, config: Config, dtype: str) -> str:
-    """Tells the other islands, unless one of them was first; returns what counts.
+    """Publishes the choice unless another island was first; returns the choice that counts.
 
-    A choice that can't be written binds nobody; the islands' journals are compared anyway.
+    A choice that can't be written is not binding; the islands' journals are compared anyway.
     """
     temporary = path.with_name(f".{NAME}.{secrets.token_hex(4)}.tmp")
     try:
@@ -89,11 +89,11 @@ def _publish(path: Path, config: Config, dtype: str) -> str:
         temporary.write_text(json.dumps({**_key(config), "dtype": dtype}) + "\n")
         for _ in range(3):
             with contextlib.suppress(FileExistsError):
-                path.hardlink_to(temporary)  # unlike a rename it never replaces another's file
+                path.hardlink_to(temporary)  # unlike a rename, it never replaces another's file
             found = _read(path, config)
             if found is not None:
                 return found
-            path.unlink(missing_ok=True)  # of a run that never began: another device, or torn
+            path.unlink(missing_ok=True)  # left by a run that never began: other device, or torn
         return dtype
     except OSError:
         return dtype

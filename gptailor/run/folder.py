@@ -1,4 +1,4 @@
-"""What a run folder holds, whether one search works on it or several islands do."""
+"""Reads a run folder, with or without islands."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from gptailor.run.journal_entry import Header
 
 @dataclass(frozen=True)
 class RunData:
-    """A run, read.
+    """The contents of a run folder.
 
     Attributes:
         evaluations: each recipe on each set of documents once, numbered from 1 in the order in
-            which they ended; of several the one that ended first.
-        paid: all that was evaluated: what two islands did by accident is there twice.
-        config: the resolved configuration; empty where the run has none.
-        family: depth, folders and parameter counts of the models; empty where the run has none.
+            which they ended; of duplicates the one that ended first.
+        paid: all evaluations, including those that two islands made by accident.
+        config: the resolved configuration; empty if the run has none.
+        family: depth, folders and parameter counts of the models; empty if the run has none.
     """
 
     evaluations: list[Evaluation]
@@ -34,12 +34,12 @@ class RunData:
 
 
 def read_run(run: str | Path) -> RunData:
-    """Reads a run folder, while searches may still write to it.
+    """Reads a run folder; searches may still be writing to it.
 
-    Of islands the journals are read: SQLite files that other nodes write to are not opened.
+    For islands it reads the journals, since SQLite files that other nodes write to are not opened.
 
     Raises:
-        UsageError: the folder holds no run, or what is there is corrupt.
+        UsageError: the folder holds no run, or a corrupt one.
     """
     run = Path(run)
     journals = journals_of(run)
@@ -54,7 +54,7 @@ def read_run(run: str | Path) -> RunData:
         paid += evaluations_in(entries)
     if not headers:
         return RunData(union(paid), paid, {}, {})
-    last = max(headers, key=_budget)  # it may have been raised when one of them went on
+    last = max(headers, key=_budget)  # it may have been raised when an island was resumed
     return RunData(union(paid), paid, dict(last.config), dict(last.family))
 
 
@@ -63,13 +63,13 @@ def _budget(header: Header) -> int:
 
 
 def data_of(archive: Archive) -> RunData:
-    """What an open archive holds."""
+    """The contents of an open archive."""
     rows = archive.evaluations()
     return RunData(rows, rows, _meta(archive, "config"), _meta(archive, "family"))
 
 
 def union(paid: Sequence[Evaluation]) -> list[Evaluation]:
-    """Each recipe on each set of documents once: what ended first, with all that led to it."""
+    """Each recipe on each set of documents once: the first to end, with all arms that led to it."""
     found: dict[tuple[str, str], Evaluation] = {}
     arms: dict[str, set[str]] = {}
     for evaluation in sorted(paid, key=lambda e: e.finished_at):
@@ -83,13 +83,13 @@ def union(paid: Sequence[Evaluation]) -> list[Evaluation]:
 
 
 def journals_of(run: Path) -> list[Path]:
-    """The journals of a run's islands, those that are there."""
+    """The existing journals of a run's islands."""
     paths = [island_folder(run, i) / NAME for i in island_numbers(run / FOLDER)]
     return [path for path in paths if path.is_file()]
 
 
 def _meta(archive: Archive, key: str) -> dict[str, Any]:
-    """A JSON object of the archive's meta; empty where it is absent or something else."""
+    """A JSON object from the archive's meta; empty if it is absent or something else."""
     try:
         value = json.loads(archive.get_meta(key) or "{}")
     except json.JSONDecodeError:

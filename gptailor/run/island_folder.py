@@ -1,4 +1,4 @@
-"""Where the islands of a run have their folders: `RUN/islands/I`, numbered from 0."""
+"""The folders of a run's islands: `RUN/islands/I`, numbered from 0."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ FOLDER = "islands"
 
 
 def island_folder(run: Path, island: int) -> Path:
-    """Where an island has its archive and its journal."""
+    """The folder with an island's archive and journal."""
     return run / FOLDER / str(island)
 
 
 def island_numbers(root: Path) -> list[int]:
-    """The islands that have a folder in `RUN/islands`, ascending; none if there is no such."""
+    """The islands that have a folder in `RUN/islands`, ascending; none if it does not exist."""
     names: list[str] = []
     with suppress(OSError):
         names = [path.name for path in root.iterdir()]
@@ -25,7 +25,7 @@ def island_numbers(root: Path) -> list[int]:
 
 
 def parse_island(text: str) -> tuple[int, int]:
-    """`I/K` as two numbers.
+    """Parses `I/K` into two numbers.
 
     Raises:
         UsageError: it is something else.

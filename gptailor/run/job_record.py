@@ -1,12 +1,12 @@
-"""What a job says of itself: one small file for each job of a run, for `status` and `cancel`.
+"""Job records: one small status file for each job of a run, for `status` and `cancel`.
 
-`RUN/jobs/JOBID.json` is rewritten by the job's first rank, whole or not at all, and read by others
-without any lock. It is a courtesy, not the truth: that is the archive for evaluations, and Slurm
-for whether a job lives. So a record that can't be written never ends a search, and whatever lies in
-the folder and is no record is passed over.
+`RUN/jobs/JOBID.json` is rewritten atomically by the job's first rank, and read by others without
+any lock. It is only informative: the archive is the truth about evaluations, and Slurm about
+whether a job is alive. So a record that can't be written never ends a search, and files in the
+folder that are not records are skipped.
 
-Records are checked here and not by pydantic, whose import takes as long as all else that `status`
-imports (0.12 s).
+Records are checked here and not by pydantic, whose import takes as long as everything else that
+`status` imports (0.12 s).
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ SCHEMA = "gptailor/job/1"
 FOLDER = "jobs"
 
 JobState = Literal["submitted", "starting", "running", "draining", "ended"]
-"""In this order; "draining": asked to stop, nothing new is started."""
+"""In this order; "draining": asked to stop, starts nothing new."""
 
 INTERVAL_S = 2.0
-"""A record is rewritten at most so often, unless the job's state changes."""
+"""Shortest time between two writes of a record, unless the job's state changes."""
 
 MAX_FAILURES = 20
-"""The last failures that a record names; their number is in `evaluations_failed`."""
+"""How many of the last failures a record lists; their total is in `evaluations_failed`."""
 
 _MAX_BYTES = 16 * 2**20
-"""A larger file is no record (4,096 workers take about 1 MB)."""
+"""A larger file is not a record (4,096 workers take about 1 MB)."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class WorkerRecord:
     """A worker of a job.
 
     Attributes:
-        rank: in MPI's sense, or the worker's number where there is no MPI.
+        rank: its MPI rank, or the worker's number without MPI.
         host: where it runs.
         pid: its process there.
         device: "cpu", "cuda:0", …
-        job: what it does, for example a recipe's point; None while it has nothing to do.
-        since: Unix time in seconds at which it began with that, or became free.
+        job: its current job, for example a recipe's point; None while it is idle.
+        since: Unix time in seconds at which it began that job, or became free.
     """
 
     rank: int
@@ -76,26 +76,26 @@ class JobRecord:
 
     Attributes:
         job_id: Slurm's number, "NUMBER_ELEMENT" in an array, or "local-HOST-PID".
-        state: how far it is, as it says itself.
-        island: which of the islands it works on, from 0; None without islands.
+        state: how far it is, as reported by the job.
+        island: the island it works on, from 0; None without islands.
         exit_code: of a job that ended.
         started_at: Unix time in seconds; None until it runs.
         updated_at: Unix time in seconds of the last rewrite, by the clock of the job's host.
-        ends_at: Unix time in seconds at which Slurm kills it; None if nobody knows.
+        ends_at: Unix time in seconds at which Slurm kills it; None if unknown.
         host: of the process that writes this record.
         pid: of that process.
         hosts: on which its ranks run.
-        workers: what each of them does.
+        workers: what each of them is doing.
         evaluations_done: recipes that count, those found in the archive included.
         evaluations_new: recipes that this job evaluated.
-        evaluations_failed: those of the new ones that have no score.
-        results: what it put into the archive in this turn, however often its step was started:
+        evaluations_failed: how many of the new ones have no score.
+        results: what it added to the archive in this turn, however often its step was started:
             evaluations, those on the holdout included, and measured candidates.
         idle_turns: turns right before this one that asked for a requeue without any result.
         evaluations_total: what the run was asked for.
-        evaluations_per_hour: of this job, lately; None until it is known.
+        evaluations_per_hour: recent rate of this job; None until known.
         failures: the last few.
-        log: what a person reads first; seen from the run folder, or absolute.
+        log: the log to read first; relative to the run folder, or absolute.
         restarts: how often Slurm has requeued it.
     """
 
@@ -122,15 +122,15 @@ class JobRecord:
     restarts: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """What is written, `schema` included."""
+        """The record as written to the file, `schema` included."""
         return {"schema": SCHEMA, **dataclasses.asdict(self)}
 
     @classmethod
     def from_dict(cls, data: object) -> JobRecord:
-        """Reads what `to_dict` gave; keys of a later version are passed over.
+        """Reads what `to_dict` returned; ignores keys of later versions.
 
         Raises:
-            ValueError: this is no record.
+            ValueError: this is not a record.
         """
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             raise ValueError(f"not of schema {SCHEMA}")
@@ -144,14 +144,14 @@ class JobRecord:
         return record
 
     def write(self, run_folder: str | Path) -> bool:
-        """Puts the record into its place, whole or not at all; False if that is not possible.
+        """Writes the record atomically; returns False if that is not possible.
 
         Side effect: makes `jobs/` in the run folder if it is missing.
         """
         path = path_of(run_folder, self.job_id)
         try:
             write_whole(path, json.dumps(self.to_dict()).encode() + b"\n")
-        except OSError:  # a full disk, a quota: the archive will tell, if it has to
+        except OSError:  # a full disk or quota: the archive raises the error if necessary
             return False
         return True
 
@@ -160,9 +160,9 @@ class JobRecorder:
     """Keeps a job's record and rewrites its file, but not too often.
 
     Args:
-        run_folder: whose `jobs/` it is.
+        run_folder: the record goes into its `jobs/`.
         record: the first one; its times, host and process are filled in.
-        now: seconds since any moment, as `Executor.now`; paces the writing.
+        now: a monotonic clock in seconds, like `Executor.now`; paces the writing.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class JobRecorder:
         self.flush()
 
     def update(self, **changes: Any) -> None:
-        """Notes what changed; the file follows at once if the state changed, else when it is due.
+        """Updates the record; writes it at once if the state changed, else when it is due.
 
         Args:
             changes: attributes of `JobRecord`.
@@ -194,7 +194,7 @@ class JobRecorder:
             self.flush()
 
     def failed(self, point: str, reason: str, log: str = "") -> None:
-        """Counts an evaluation that failed; of `reason` the last line is kept."""
+        """Counts an evaluation that failed; keeps the last line of `reason`."""
         lines = reason.strip().splitlines() or [""]
         failure = FailureRecord(point, lines[-1][:300], log)
         self.update(
@@ -203,19 +203,19 @@ class JobRecorder:
         )
 
     def end(self, exit_code: int) -> None:
-        """The last word of the job."""
+        """Records the end of the job."""
         idle = tuple(dataclasses.replace(w, job=None) for w in self.record.workers)
         self.update(state="ended", exit_code=exit_code, workers=idle)
 
     def flush(self) -> bool:
-        """Writes now; False if that is not possible."""
+        """Writes the record now; returns False if that is not possible."""
         self._written_at = self._now()
         self.record = dataclasses.replace(self.record, updated_at=time.time())
         return self.record.write(self._folder)
 
 
 def read_all(run_folder: str | Path) -> list[JobRecord]:
-    """The records of a run, earliest job first; what is no whole record is passed over."""
+    """The records of a run, earliest job first; skips files that are not whole records."""
     records = []
     with contextlib.suppress(OSError):
         for path in (Path(run_folder) / FOLDER).glob("*.json"):
@@ -226,12 +226,12 @@ def read_all(run_folder: str | Path) -> list[JobRecord]:
 
 
 def read(run_folder: str | Path, job_id: str) -> JobRecord | None:
-    """The record of a job; None if there is none, or no whole one."""
+    """The record of a job; None if there is no whole one."""
     return _read(path_of(run_folder, job_id))
 
 
 def path_of(run_folder: str | Path, job_id: str) -> Path:
-    """Where the record of a job is."""
+    """The path of a job's record."""
     return Path(run_folder) / FOLDER / f"{job_id}.json"
 
 
@@ -256,7 +256,7 @@ def _read(path: Path) -> JobRecord | None:
 def _listed(data: Mapping[str, object], key: str) -> list[Any]:
     value = data.get(key, [])
     if not isinstance(value, list):
-        raise ValueError(f"{key} is no list")
+        raise ValueError(f"{key} is not a list")
     return value
 
 
@@ -270,7 +270,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 
 def _record(kind: type[Any], data: object) -> Any:
-    """An object of one of the classes above, each value of the type that is written there."""
+    """Makes an object of one of the classes above; checks each value against its annotation."""
     if not isinstance(data, dict):
         raise ValueError(f"no {kind.__name__}")
     values = {}

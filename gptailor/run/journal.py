@@ -1,12 +1,12 @@
 """The file in which an island tells the others what it evaluated: `RUN/islands/I/journal.jsonl`.
 
-One process appends whole lines; any number of others read on from where they were. It needs nothing
-of the file system but that appended bytes arrive some time: no locks, no memory maps, no
-notifications, so it works on NFS and Lustre, where SQLite between nodes would not.
+One process appends whole lines; any number of others read on from where they stopped. All it needs
+of the file system is that appended bytes eventually become visible: no locks, no memory maps, no
+notifications. So it works on NFS and Lustre, where SQLite between nodes would not.
 
-The island's archive stays the truth. A journal that a kill or a full disk left torn is mended when
-the island opens it again: what is no whole line is cut off, what the archive has and the journal
-lacks is appended. Nothing before the cut changes, so readers need not notice.
+The island's archive remains the source of truth. A journal that a kill or a full disk left torn is
+repaired when the island opens it again: an incomplete last line is cut off, and evaluations that
+are only in the archive are appended. Nothing before the cut changes, so readers don't notice.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ class Journal:
 
     Args:
         folder: the island's folder, locked by this process.
-        header: what the island searches; written unless it is what the last header says.
-        evaluations: all that the archive has.
-        measured: all that the archive has.
+        header: what the island searches; it must match an existing journal's last header.
+        evaluations: all evaluations in the archive.
+        measured: all measured similarities in the archive.
 
     Attributes:
-        unknown: evaluations in the file that the archive lacks: somebody lost the archive.
+        unknown: evaluations in the file that the archive lacks, because the archive was lost.
 
     Raises:
-        UsageError: the file is another's journal, or can't be used.
+        UsageError: the file is the journal of another search, or can't be used.
         ResourceError: the disk is full.
     """
 
@@ -74,10 +74,10 @@ class Journal:
             raise _explained(error, self.path) from error
         missing: list[Entry] = [e for e in evaluations if _key(e) not in in_journal]
         missing += [m for m in measured if m.model not in models]
-        self.append([header, *missing])  # a header also says that nothing is under way any more
+        self.append([header, *missing])  # a header also says that nothing is under way
 
     def append(self, entries: Sequence[Entry], *, sync: bool = True) -> None:
-        """Writes whole lines; with `sync` they are durable on return, all in one wait.
+        """Writes whole lines; with `sync` they are durable on return, with one wait for all.
 
         Raises:
             ResourceError: the disk is full; nothing was written.
@@ -92,13 +92,13 @@ class Journal:
             if sync:
                 os.fsync(self._fd)
         except OSError as error:
-            with contextlib.suppress(OSError):  # if it fails, the next opening mends it
+            with contextlib.suppress(OSError):  # if this fails, the next opening repairs it
                 os.ftruncate(self._fd, self._end)
             raise _explained(error, self.path) from error
         self._end += len(data)
 
     def close(self) -> None:
-        """Tells the others that nothing is under way any more; nothing can be appended then."""
+        """Tells the others that nothing is under way; nothing can be appended afterwards."""
         if self._fd >= 0:
             with contextlib.suppress(ResourceError, UsageError):
                 self.append([Closed()], sync=False)
@@ -107,12 +107,12 @@ class Journal:
 
 
 class JournalReader:
-    """Reads a journal on from where it was; the file may not be there yet.
+    """Reads a journal incrementally; the file need not exist yet.
 
     Attributes:
-        header: the last one that was read; None before the first.
+        header: the last header read; None before the first.
         offset: bytes that were read as whole lines.
-        num_lines: how many lines these are.
+        num_lines: number of these lines.
     """
 
     def __init__(self, path: Path) -> None:
@@ -124,16 +124,16 @@ class JournalReader:
         self._layers = KnownLayers()
 
     def read(self, *, torn: bool = False) -> list[Entry]:
-        """What was added since the last call, at most some megabytes; call again until nothing.
+        """What was added since the last call, at most a few megabytes; call it until it is empty.
 
-        A file that was replaced, or cut off before what was read, is read from its beginning.
+        A file that was replaced, or truncated before the current offset, is read from the start.
 
         Args:
-            torn: reads everything, and stops without an error at the first line that is none; for
-                the owner, who mends it. The header must be right even then.
+            torn: read everything, and stop without an error at the first bad line; for the owner,
+                who repairs it. The header must be right even then.
 
         Raises:
-            UsageError: it can't be read, or is no journal.
+            UsageError: it can't be read, or is not a journal.
         """
         entries: list[Entry] = []
         try:
@@ -151,7 +151,7 @@ class JournalReader:
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
-            if error.errno == errno.ESTALE:  # NFS: replaced in this moment
+            if error.errno == errno.ESTALE:  # NFS: just replaced
                 return []
             raise UsageError(f"{self.path} can't be read: {error.strerror}.") from error
         except ModelError as error:
@@ -159,7 +159,7 @@ class JournalReader:
         return entries
 
     def _take(self, data: bytes, entries: list[Entry], torn: bool) -> None:
-        from gptailor.run.journal_line import from_line  # pydantic: 0.1 s, where it is used only
+        from gptailor.run.journal_line import from_line  # imports pydantic, which takes 0.1 s
 
         begin = 0
         while (end := data.find(b"\n", begin)) >= 0:
@@ -177,7 +177,7 @@ class JournalReader:
             begin = end + 1
         if len(data) - begin >= MAX_LINE_BYTES and not torn:
             raise UsageError(
-                f"{self.path} is no journal of an island: line {self.num_lines + 1} has more than "
+                f"{self.path} is not an island's journal: line {self.num_lines + 1} has more than "
                 f"{MAX_LINE_BYTES:,} bytes."
             )
 
@@ -196,7 +196,7 @@ def _key(evaluation: Evaluation) -> tuple[str, str]:
 
 
 def evaluations_in(entries: Iterable[Entry]) -> list[Evaluation]:
-    """The evaluations among the entries, in their order."""
+    """The evaluations among the entries, in order."""
     return [entry for entry in entries if isinstance(entry, Evaluation)]
 
 

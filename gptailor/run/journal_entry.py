@@ -1,10 +1,10 @@
-"""What an island tells the others in its journal, as values.
+"""The entries of an island's journal.
 
-- `Header`: what the island searches; first of all, and again whenever its search was started again.
-- `Evaluation`: one that ended, whole.
-- `Measured`: what the layers of one candidate do.
-- `Begun`: what is under way now.
-- `Closed`: the search ended in good order; what was under way is given back.
+- `Header`: what the island searches; comes first, and again each time its search is restarted.
+- `Evaluation`: a finished evaluation.
+- `Measured`: the layer similarities of one candidate.
+- `Begun`: what is under way from now on.
+- `Closed`: the search ended cleanly; what was under way is released.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Header:
 
     Attributes:
         island: its number, from 0.
-        count: how many islands it was told that there are.
+        count: the number of islands it was started with.
         config: the resolved configuration.
-        fingerprint: changes when the model files do.
-        documents: changes when tasks or documents do.
+        fingerprint: changes with the model files.
+        documents: changes with the tasks or documents.
         family: depth, folders and parameter counts of the models, for the report.
     """
 
@@ -44,16 +44,16 @@ class Header:
     family: Mapping[str, Any]
 
     def check_same(self, theirs: Header, path: Path) -> None:
-        """Compares what this island searches with the header in another's journal.
+        """Compares what this island searches with the header of another island's journal.
 
         Raises:
-            UsageError: they search something else; it tells the difference.
+            UsageError: the other searches something else; the message names the difference.
         """
         different = config_difference(self.config, theirs.config)
         if different:
             raise UsageError(
                 f"{path} is the journal of an island with another configuration: {different} "
-                "there. Islands of one run search the same: name another output."
+                "there. Islands of one run share a configuration: name another output."
             )
         pairs = (
             (self.fingerprint, theirs.fingerprint, "other model files"),
@@ -62,14 +62,14 @@ class Header:
         for mine, other, what in pairs:
             if mine != other:
                 raise UsageError(
-                    f"{path} is the journal of an island with {what} than this one has: islands of "
-                    "one run search the same, so name another output."
+                    f"{path} is the journal of an island with {what} than this one: islands of "
+                    "one run share them, so name another output."
                 )
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The similarity of the layers of one model."""
+    """The layer similarities of one model."""
 
     model: str
     similarity: Similarity
@@ -77,14 +77,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Begun:
-    """What an island has given to its workers."""
+    """Jobs that an island has given to its workers."""
 
     keys: tuple[Key, ...]
 
 
 @dataclass(frozen=True)
 class Closed:
-    """An island's search ended in good order."""
+    """An island's search ended cleanly."""
 
 
 Entry = Header | Evaluation | Measured | Begun | Closed

@@ -1,7 +1,7 @@
 """A line of a journal: a JSON object with one key, the kind of the entry, and its value.
 
-Whoever reads a journal reads what somebody else wrote, so `journal_schema` checks every value of a
-line before an entry is made of it.
+A journal's reader did not write it, so `journal_schema` checks every value of a line before an
+entry is made from it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SCHEMA = "gptailor/journal/1"
 
 
 def to_line(entry: Entry) -> bytes:
-    """One line, its end included."""
+    """Encodes an entry as one line, with its line end."""
     match entry:
         case Header():
             kind, value = "header", {"schema": SCHEMA, **asdict(entry)}
@@ -74,10 +74,10 @@ def from_line(line: bytes, path: Path, number: int, known: KnownLayers | None = 
         line: without its end.
         path: the journal, for errors.
         number: of the line, for errors; the first one must be a header.
-        known: layers of the lines before.
+        known: layers of earlier lines.
 
     Raises:
-        UsageError: it is no line of a journal.
+        UsageError: it is not a line of a journal.
     """
     where = f"{path}, line {number},"
     try:
@@ -87,9 +87,9 @@ def from_line(line: bytes, path: Path, number: int, known: KnownLayers | None = 
         raise UsageError(str(error)) from error
     kind = next(iter(data), "")
     if number == 1 and kind != "header":
-        raise UsageError(f"{path} is no journal of an island: its first line is no header.")
+        raise UsageError(f"{path} is not an island's journal: its first line is not a header.")
     if len(data) != 1 or kind not in LINES:
-        raise UsageError(f"{where} is no line of a journal.")
+        raise UsageError(f"{where} is not a line of a journal.")
     value = data[kind]
     if kind == "header" and isinstance(value, dict):
         schema = value.pop("schema", None)

@@ -1,8 +1,8 @@
-"""What a line of a journal may hold: pydantic models of its kinds, with every bound.
+"""The schema of journal lines: pydantic models of each kind, with bounds on everything.
 
-Others write to the file system that has the journals, so a line may be eight megabytes of anything.
-Pydantic collects all errors, each larger than the value that is wrong, so the models bound their
-number, too.
+Others can write to the file system with the journals, so a line may be eight megabytes of anything.
+Pydantic collects all errors, each larger than the wrong value itself, so the models also bound
+their number.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from pydantic import (
 from gptailor.evaluation.outcome import Documents, Status
 
 MAX_REASON_CHARS = 20_000
-"""Of a longer traceback the end is what says most."""
+"""Only the end of a longer traceback is kept: it says the most."""
 
 MAX_VALUES_CHARS = 1 << 20
-"""An evaluation with more is told without the values of its documents. It is enough for six million
-that are right or wrong, or 98,000 others, and what it takes in memory is bearable."""
+"""An evaluation with more is written without its documents' values. This is enough for six million
+binary values or 98,000 others, and takes an acceptable amount of memory."""
 
 MAX_NAME_CHARS = 1000
 MAX_LAYERS = 100_000
@@ -54,8 +54,8 @@ def _few(models: object) -> object:
     return models
 
 
-# Only scalars are strict: a strict tuple refuses the lists that JSON has. Of what JSON has, nothing
-# but a list becomes a tuple.
+# Only scalars are strict: a strict tuple would refuse JSON's lists. Of JSON's types only a list
+# becomes a tuple.
 T = TypeVar("T")
 _List = Annotated[tuple[T, ...], FailFast()]
 _Text = Annotated[str, Field(strict=True, max_length=MAX_NAME_CHARS), AfterValidator(_printable)]
@@ -66,14 +66,14 @@ _OfModels = Annotated[dict[_Text, T], BeforeValidator(_few)]
 
 
 class Line(BaseModel):
-    """A JSON object with just these keys."""
+    """A JSON object with exactly these keys."""
 
     model_config = ConfigDict(extra="forbid")
 
     @model_validator(mode="before")
     @classmethod
     def _has_one_unknown_key(cls, data: object) -> object:
-        """Passes on one of the unknown keys, for pydantic to refuse it."""
+        """Passes on only one of the unknown keys, for pydantic to refuse."""
         fields = cls.model_fields
         if not isinstance(data, dict) or len(data) <= len(fields):
             return data
@@ -86,7 +86,7 @@ class _Search(BaseModel):
 
 
 class _Config(BaseModel):
-    """What is read of another island's configuration; it may have more keys."""
+    """The part of another island's configuration that is read; it may have more keys."""
 
     search: _Search = _Search()
 
@@ -98,7 +98,7 @@ class _Family(Line):
 
 
 class HeaderLine(Line):
-    """Of a `Header`, beside `schema`."""
+    """A `Header`, without `schema`."""
 
     island: _Count
     count: _Count
@@ -115,7 +115,7 @@ class _Score(Line):
     stderr: _Real | None
     num_documents: _Count
     weight: _Finite
-    # what earlier versions did not write has a default
+    # keys that earlier versions did not write have defaults
     values: Annotated[
         str, Field(strict=True, max_length=MAX_VALUES_CHARS), AfterValidator(_printable)
     ] = ""
@@ -132,7 +132,7 @@ class _Cost(Line):
 
 
 class EvaluationLine(Line):
-    """Of an `Evaluation`; `Recipe.from_dict` checks `recipe`."""
+    """An `Evaluation`; `Recipe.from_dict` checks `recipe`."""
 
     recipe: Any
     documents: Documents
@@ -161,7 +161,7 @@ class EvaluationLine(Line):
 
 
 class SimilarityLine(Line):
-    """Of a `Measured`."""
+    """A `Measured`."""
 
     model: _Text
     block_influence: _List[_Finite]
@@ -179,13 +179,13 @@ class SimilarityLine(Line):
 
 
 class BegunLine(Line):
-    """Of a `Begun`."""
+    """A `Begun`."""
 
     keys: _List[tuple[_Text, _Text]]
 
 
 class ClosedLine(Line):
-    """Of a `Closed`."""
+    """A `Closed`."""
 
 
 LINES: dict[str, type[Line]] = {

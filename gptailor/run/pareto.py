@@ -1,4 +1,4 @@
-"""The front: what no other beats in both accuracy and size; and the size that is spoken of."""
+"""The Pareto front of accuracy and size, and the size at which results are quoted."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 SMALL = 0.75
-"""The size for which the best accuracy is told, as part of the layers."""
+"""The size at which the best accuracy is quoted, as a fraction of the layers."""
 
 T = TypeVar("T")
 
 
 def most_small_layers(num_layers: int) -> int:
-    """The most layers that a model may have to count as one of 75 % of the family's layers.
+    """The most layers that a model with "at most 75 % of the layers" may have.
 
-    It is the size of the control arms of 0.75: progress, status, demo and report mean the same.
+    It is the size of the 0.75 control arms; progress, status, demo and report all use it.
     """
     return round(SMALL * num_layers)
 
@@ -25,12 +25,12 @@ def pareto_front(
     """The items that no other beats in accuracy (higher) and parameters (lower), smallest first.
 
     An item is beaten by one that is at least as good in both and better in one. Of items that are
-    equal in both one stays, by name and not by age, so that a front does not depend on which of two
-    workers was quicker.
+    equal in both, one stays, by name and not by age, so that a front does not depend on which of
+    two workers was faster.
 
     Args:
         items: in any order.
-        measures: of an item, its parameters, its accuracy, and a name that no other item has.
+        measures: returns an item's parameters, accuracy, and unique name.
     """
     front: list[T] = []
     best = float("-inf")

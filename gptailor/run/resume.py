@@ -1,6 +1,6 @@
-"""Whether a search may go on in a run folder: models, documents, configuration, islands or not.
+"""Checks whether a run may be resumed: models, documents, configuration, islands or not.
 
-All of it is written down when a run begins, and compared whenever the run goes on.
+All of this is written down when a run begins, and compared each time it is resumed.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from gptailor.run.island_folder import FOLDER, island_numbers
 
 
 def check_resumable(archive: Archive, config: Config, family: Family, documents: str) -> None:
-    """Writes down what a new run is made of, or compares it with what the run was made of.
+    """Records what a new run uses, or compares that with the record of an existing run.
 
-    Only the number of evaluations and the batch size may change between the parts of a run; another
-    batch size can change the last bits of a score.
+    Only the number of evaluations, the batch size and `candidates_gib` may change between the parts
+    of a run; another batch size can change the last bits of a score.
 
     Raises:
-        UsageError: configuration, weights or documents are others than those of the run, or its
+        UsageError: configuration, weights or documents differ from those of the run, or its
             control arms are not the models that they name.
     """
     fingerprint = family.fingerprint()
@@ -48,20 +48,20 @@ def check_resumable(archive: Archive, config: Config, family: Family, documents:
     for key, what in (("fingerprint", "the model files"), ("documents", "the tasks' documents")):
         if before[key] != now[key]:
             raise UsageError(
-                f"The run in {archive.folder} can't be resumed, as {what} changed since it began: "
-                "name another output."
+                f"The run in {archive.folder} can't be resumed, because {what} have changed since "
+                "it began: name another output."
             )
     if archive.get_meta("ends") is None and not family.ends.are_equal:
         raise UsageError(
-            f"The run in {archive.folder} was begun by a version that gave all recipes, control "
-            "arms too, the base's embeddings and head, but those of the candidates differ: name "
-            "another output."
+            f"The run in {archive.folder} was begun by a version that gave all recipes, including "
+            "control arms, the base's embeddings and head, but those of the candidates differ: "
+            "name another output."
         )
     archive.set_meta("config", now["config"])
 
 
 def _begin(archive: Archive, family: Family, made_of: dict[str, str]) -> None:
-    """Writes down what a new run is made of."""
+    """Records what a new run uses."""
     rows = {
         name: next((c.tensors[tensor].shape[0] for tensor in family.uneven), None)
         for name, c in family.candidates.items()
@@ -78,10 +78,10 @@ def _begin(archive: Archive, family: Family, made_of: dict[str, str]) -> None:
 
 
 def check_config_file(run: Path, config: Config) -> None:
-    """Compares a configuration with the one that stands in the run folder, if there is one.
+    """Compares a configuration with the one in the run folder, if there is one.
 
     Raises:
-        UsageError: the run searches something else; it tells the difference.
+        UsageError: the run searches something else; the message names the difference.
     """
     path = run / "config.yaml"
     if not path.is_file():
@@ -94,7 +94,7 @@ def check_config_file(run: Path, config: Config) -> None:
 
 
 def check_kind(run: Path, *, has_islands: bool) -> None:
-    """Refuses to go on with islands in a run without them, and the other way round.
+    """Refuses to resume a run without islands as an island, and the other way round.
 
     Raises:
         UsageError: the run is of the other kind.
