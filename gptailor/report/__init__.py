@@ -18,7 +18,7 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
 
     Args:
         run: a run folder; a search may still be writing to it.
-        out: where the files go; the run folder itself if it is None.
+        out: where the files go; None for the run folder itself.
 
     Returns:
         The path of index.html, one file that opens offline.

@@ -1,7 +1,7 @@
-"""The report as files that other programs read: front.csv, front.json and a recipe for each point.
+"""The report as files for other programs: front.csv, front.json and a recipe for each point.
 
-Every file is written beside its place and renamed when it is whole, so that a reader never sees
-half of one, and a report can be made again while somebody looks at the old one.
+Every file is written under a temporary name and renamed, so a reader never sees half of one, and a
+report can be rewritten while somebody looks at the old one.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _RECIPE_FILE = re.compile(r"[0-9a-f]{8}\.yaml")
 def write_front(report: Report, out: Path) -> None:
     """Writes `front.csv`, `front.json` and `recipes/POINT.yaml` under `out`.
 
-    Side effect: a recipe that an earlier report wrote there, and that is no longer on the front,
-    is removed; files that were changed by hand are left alone.
+    Side effect: removes recipes that an earlier report wrote there and that are no longer on the
+    front; files that were changed by hand are left alone.
 
     Raises:
         ResourceError: the disk is full.
@@ -51,7 +51,7 @@ def write_front(report: Report, out: Path) -> None:
 
 
 def front_csv(report: Report) -> str:
-    """The front as CSV, one row for each point, smallest first; scores in columns by task."""
+    """The front as CSV, one row per point, smallest first; one column per task's score."""
     rows = [_csv_row(report, point) for point in report.front]
     columns = dict.fromkeys(_CSV_COLUMNS)
     for prefix in ("search", "holdout"):
@@ -110,7 +110,7 @@ def _csv_measured(yardstick: Yardstick, measured: Measured | None) -> list[float
 
 
 def front_dict(report: Report) -> dict[str, Any]:
-    """What `front.json` holds: all numbers of the report, in full precision."""
+    """The contents of `front.json`: all numbers of the report, in full precision."""
     first = headline(report)
     return {
         "schema": SCHEMA,
@@ -141,7 +141,7 @@ def front_dict(report: Report) -> dict[str, Any]:
 
 
 def point_dict(report: Report, point: Point) -> dict[str, Any]:
-    """All that is known of a point."""
+    """Everything known about a point."""
     return {
         "point": point.id,
         "evaluation": point.number,
@@ -159,11 +159,11 @@ def point_dict(report: Report, point: Point) -> dict[str, Any]:
 
 
 def layer_map(recipe: Recipe) -> list[dict[str, Any]]:
-    """What each output layer is made of, bottom to top.
+    """The sources of each output layer, bottom to top.
 
     A merge in which only one source has an effect is shown as that source, because that is what
-    is built; any other merge is shown as the recipe has it. `parts` adds up to 1: each source's
-    share of the weights, by magnitude.
+    is built; any other merge is shown as in the recipe. Each `part` is a source's share of the
+    weights, by magnitude; they add up to 1.
     """
     result = []
     for out_layer, layer in enumerate(recipe.layers):
@@ -173,7 +173,7 @@ def layer_map(recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def ends(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """What embeddings and head are made of, as in `layer_map`."""
+    """The sources of embeddings and head, as in `layer_map`."""
     pairs = (("embeddings", recipe.embeddings), ("head", recipe.head))
     entries = {key: Take(end, NO_LAYER) if isinstance(end, str) else end for key, end in pairs}
     return {key: _shown(entry, recipe) | {"scale": 1.0} for key, entry in entries.items()}
@@ -207,12 +207,12 @@ def _shown(written: Layer, recipe: Recipe) -> dict[str, Any]:
 
 
 def to_json(value: object, indent: int | None = None) -> str:
-    """JSON that every reader takes: numbers that are not finite become null."""
+    """JSON that every reader accepts: numbers that are not finite become null."""
     return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all, and its folder where it is missing.
+    """Writes a file atomically, and makes its folder if it is missing.
 
     Raises:
         ResourceError: the disk is full.

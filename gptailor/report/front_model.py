@@ -1,7 +1,7 @@
-"""What a run found, as plain data: the points, the front, the control arms and what they cost.
+"""The results of a run as plain data: the points, the front, the control arms and their cost.
 
-Everything is read from the evaluations of the run and nothing is decided here about how it looks.
-Accuracies are parts of 1, retention is in percent, sizes are parameter counts.
+Everything is read from the run's evaluations; presentation is decided elsewhere. Accuracies are
+fractions of 1, retention is in percent, sizes are parameter counts.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Point:
         parameters: parameter count of the stitched model.
         arms: the control arms that led to it, for example "angular:0.75"; empty for a child of
             the search.
-        search: on the documents that the search saw.
-        holdout: on those it never saw; None where it was not scored on them.
+        search: its scores on the documents that the search saw.
+        holdout: its scores on those it never saw; None if it was not scored on them.
     """
 
     number: int
@@ -67,29 +67,29 @@ class Point:
 
     @property
     def dense_names(self) -> str:
-        """The candidate that it is; several where they are one model."""
+        """The name of the candidate; several names if they are the same model."""
         pairs = [arm.partition(":") for arm in self.arms]
         return ", ".join(name for kind, _, name in pairs if kind == DENSE)
 
 
 @dataclass(frozen=True)
 class Report:
-    """A run, read and summed up.
+    """A summary of a run.
 
     Attributes:
         run: the run folder, as the caller named it.
         num_layers: source layers of the family.
         largest_parameters: parameter count of the largest candidate, which is 100 %.
         models: name → reference, the base included.
-        base: name of the base; empty where nothing was evaluated.
-        config: the resolved search configuration; empty where the run has none.
+        base: name of the base; empty if nothing was evaluated.
+        config: the resolved search configuration; empty if the run has none.
         points: every recipe that was scored on all search documents, oldest first.
         front: those of them that no other beats, smallest first.
-        search, holdout: what scores are held against: the best dense candidate on the documents
-            that the search saw, and the best on those it never saw, which may be another.
+        search, holdout: what scores are compared with: the best dense candidate on the documents
+            that the search saw, and the best on those it never saw, which may be another one.
         problems: evaluations without a score, grouped by reason, the most frequent first.
         hypervolume: (number of the evaluation, hypervolume after it), as `volume` defines it.
-        control_hypervolume: what the control arms alone reach.
+        control_hypervolume: hypervolume of the control arms alone.
         spent: cost by set of documents, in the order in which they were first used.
         finished_at: Unix time in seconds of the last evaluation; None in an empty run.
     """
@@ -112,13 +112,13 @@ class Report:
 
     @property
     def has_other_holdout_tasks(self) -> bool:
-        """Whether the holdout's tasks are others than the search's."""
+        """Whether the holdout's tasks differ from the search's."""
         searched = _tasks(p.search for p in self.points)
         return bool(self.holdout_tasks) and set(self.holdout_tasks) != set(searched)
 
     @property
     def holdout_tasks(self) -> tuple[str, ...]:
-        """Names of the holdout's tasks, in order; empty where nothing was scored on them."""
+        """Names of the holdout's tasks, in order; empty if nothing was scored on them."""
         return tuple(_tasks(p.holdout for p in self.points if p.holdout))
 
     @property
@@ -139,7 +139,7 @@ class Report:
 
     @property
     def cost(self) -> Spent:
-        """Everything that the run spent."""
+        """The total cost of the run."""
         return total(self.spent)
 
     def size_percent(self, point: Point) -> float:
@@ -151,7 +151,7 @@ def load_report(run: str | Path | Archive) -> Report:
     """Reads a run.
 
     Args:
-        run: a run folder, with islands or without, read while searches may still write to it, or an
+        run: a run folder, with or without islands, to which searches may still be writing, or an
             open archive.
 
     Raises:
@@ -222,7 +222,7 @@ def _points(rows: Sequence[Evaluation]) -> tuple[Point, ...]:
 def _yardsticks(
     points: Sequence[Point], rows: Iterable[Evaluation], num_layers: int
 ) -> tuple[Yardstick, Yardstick]:
-    """Of the search's documents and of the holdout's."""
+    """The yardsticks of the search's documents and of the holdout's."""
     dense = [p for p in points if p.is_dense and p.layers == num_layers]
     tried = {row.recipe.hash for row in rows if row.documents == "holdout"}
     missing = [p for p in dense if p.recipe.hash not in tried]
@@ -237,7 +237,7 @@ def _tasks(parts: Iterable[Measured]) -> dict[str, None]:
 
 
 def _num_layers(family: Mapping[str, Any], recipes: Iterable[Recipe]) -> int:
-    """The family's depth, never less than what a recipe names."""
+    """The family's depth, at least what the recipes use."""
     seen = max((layer + 1 for recipe in recipes for layer in recipe.src_layers), default=0)
     named = family.get("num_layers")
     return max(seen, named) if isinstance(named, int) else seen

@@ -1,7 +1,7 @@
-"""What the search was worth, in one sentence that is computed and never flatters.
+"""One sentence that says what the search was worth, without flattery.
 
-The best stitched model is compared with the best simple pruning at the size nearest to 75 % of
-the layers (or below) that both have; at a size, a model with fewer layers counts too, for both.
+It compares the best stitched model with the best simple pruning at the largest size up to 75 % of
+the layers that both have; models with fewer layers count at that size, too, for both.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from gptailor.report.yardstick import Yardstick
 from gptailor.run.pareto import most_small_layers
 
 MAX_NAMES = 4
-"""So many of the holdout's tasks are named."""
+"""At most this many of the holdout's tasks are named."""
 
 MAX_NAME_CHARS = 60
 
 
 @dataclass(frozen=True)
 class Headline:
-    """The sentence and what it speaks of.
+    """The headline and the points that it is about.
 
     Attributes:
-        text: one sentence, or two where something is missing.
-        note: what limits it: the holdout, the noise; may be empty.
+        text: one sentence, or two if something is missing.
+        note: its caveats: the holdout, the noise; may be empty.
         point: the best stitched model at that size.
         control: the best simple pruning at that size.
     """
@@ -38,7 +38,7 @@ class Headline:
 
 
 def headline(report: Report) -> Headline:
-    """The headline of a report; says honestly what is not known."""
+    """The headline of a report; it says what is not known."""
     if not report.points:
         count = report.cost.evaluations
         return Headline(
@@ -75,7 +75,7 @@ def headline(report: Report) -> Headline:
 
 
 def _without_stitched(report: Report, controls: list[Point]) -> Headline:
-    """Nothing stitched has fewer layers yet, but it may have all of them."""
+    """The headline if no stitched model has fewer layers yet; one may have all of them."""
     whole = _best([p for p in report.points if not p.arms])
     tail = ""
     if whole is not None:
@@ -99,7 +99,7 @@ def _without_stitched(report: Report, controls: list[Point]) -> Headline:
 
 
 def _nearest(sizes: set[int], control_sizes: set[int], num_layers: int) -> int:
-    """The size to speak of: near 75 %, from below, and one that the control arms have too."""
+    """The size to report: the largest up to 75 %, preferably one that control arms have, too."""
     limit = most_small_layers(num_layers)
     for candidates in (sizes & control_sizes, sizes):
         below = [size for size in candidates if size <= limit]
@@ -109,7 +109,7 @@ def _nearest(sizes: set[int], control_sizes: set[int], num_layers: int) -> int:
 
 
 def _best(points: list[Point]) -> Point | None:
-    """The most accurate; of equals the smallest, and then one that the holdout tells more of."""
+    """The most accurate; of equals the smallest, then one that was scored on the holdout."""
 
     def order(point: Point) -> tuple[float, int, bool, int]:
         has_holdout = point.holdout is not None
@@ -163,7 +163,7 @@ def _on_holdout(report: Report) -> str:
 
 
 def _doubts(difference: Figure) -> list[str]:
-    """What a reader must know of a difference."""
+    """The caveats of a difference."""
     notes = []
     if difference.is_noise:
         notes.append("That difference is within the noise (two standard errors).")
@@ -188,7 +188,7 @@ def _told(yardstick: Yardstick, measured: Measured) -> str:
 
 
 def _of_dense(yardstick: Yardstick, *, is_other: bool = False) -> str:
-    """What a percentage is of."""
+    """What a percentage refers to."""
     if not yardstick.has_percentages:
         return ""
     return " of the best dense candidate" + (
@@ -212,7 +212,7 @@ def _points(found: Figure) -> str:
 
 
 def _number(found: Figure) -> str:
-    """With as many decimals as its error bears, one at most."""
+    """A figure with as many decimals as its error justifies, at most one."""
     if found.stderr is None:
         return f"{found.value:.0f}"
     digits = 1 if 0.05 <= found.stderr < 0.95 else 0

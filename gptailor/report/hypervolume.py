@@ -1,7 +1,7 @@
 """The hypervolume of a run: one number for how good its front is, after each evaluation.
 
-Both objectives are normalised: accuracy a as it is, size s as parameters / those of the largest
-candidate. The reference point is accuracy 0 at size 1, so the hypervolume is the area
+Accuracy a is used as it is, size s is parameters / those of the largest candidate. The reference
+point is accuracy 0 at size 1, so the hypervolume is the area
 
     ∪ over the front of [s, 1] × [0, a]
 
@@ -24,7 +24,7 @@ def hypervolume_history(
         largest_parameters: the parameter count that is size 1.
 
     Returns:
-        (number, hypervolume) for each point; the second never falls.
+        (number, hypervolume) for each point; the hypervolume never falls.
     """
     import numpy as np
     from pymoo.indicators.hv import HV

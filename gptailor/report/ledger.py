@@ -1,4 +1,4 @@
-"""What a run spent, and which of its evaluations gave no score."""
+"""The cost of a run, and its evaluations without a score."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Spent:
         documents: the set of documents they were done on.
         evaluations: how many, failed ones included.
         num_documents, num_tokens: answered documents and the tokens in them.
-        seconds: wall-clock time of each evaluation, summed; workers side by side all count.
-        assemble_s: the part of it from recipe to a model that is ready.
+        seconds: wall-clock time summed over evaluations; parallel workers all count.
+        assemble_s: the part of it for assembling models.
         forward_s: the part of it inside the model's forward pass.
     """
 
@@ -39,20 +39,20 @@ class Spent:
 
     @property
     def forward_share(self) -> float | None:
-        """The part of the time in the model's forward pass; None where no time was measured."""
+        """The fraction of time in the model's forward pass; None if no time was measured."""
         return self.forward_s / self.seconds if self.seconds > 0.0 else None
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Evaluations that gave no score for one reason.
+    """Evaluations that gave no score for the same reason.
 
     Attributes:
         status: "failed" or "infeasible".
         reason: one line.
         count: how many there are.
         number: of the first one.
-        text: the first one's reason as the archive has it, for a crash its traceback.
+        text: the first one's full reason in the archive; for a crash, its traceback.
     """
 
     status: str
@@ -89,7 +89,7 @@ def total(parts: Iterable[Spent]) -> Spent:
 
 
 def problems(rows: Iterable[Evaluation]) -> tuple[Problem, ...]:
-    """Evaluations without a score, grouped by status and the line that says most."""
+    """Evaluations without a score, grouped by status and the reason's most telling line."""
     found: dict[tuple[str, str], Problem] = {}
     for row in rows:
         status, text = row.outcome.status, row.outcome.reason
@@ -105,7 +105,7 @@ def problems(rows: Iterable[Evaluation]) -> tuple[Problem, ...]:
 
 
 def _one_line(text: str) -> str:
-    """The exception of the last traceback in a text; its last line where there is no traceback."""
+    """The exception of the last traceback in a text, or its last line without a traceback."""
     lines = [line for line in text.splitlines() if line.strip()] or ["no reason given"]
     starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent")]
     after = lines[starts[-1] + 1 :] if starts else []

@@ -1,8 +1,8 @@
-"""What one recipe scored on one set of documents, and how sure that is.
+"""The scores of one recipe on one set of documents, and their standard errors.
 
 Models that were scored on the same documents are compared document by document: what is hard for
-one is mostly hard for the other, so a difference is surer than the two scores are. Where a run has
-no values of documents, its models are taken as independent, which overstates the noise.
+one is mostly hard for the other, so a difference is more certain than the two scores. If a run has
+no values by document, its models are treated as independent, which overstates the noise.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from gptailor.evaluation.outcome import Outcome, Score
 
 NOISE = 2.0
-"""What is within so many standard errors is noise."""
+"""Anything within this many standard errors is noise."""
 
 Terms = Sequence[tuple[float, "Measured"]]
-"""Factors and the accuracies that they belong to; of all the same documents."""
+"""Factors and the accuracies that they multiply, all on the same documents."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Figure:
 
     Attributes:
         value: the number.
-        stderr: None where it is not known.
-        is_paired: the error is that of differences by document.
+        stderr: None if it is not known.
+        is_paired: the error was computed from differences by document.
     """
 
     value: float
@@ -36,20 +36,20 @@ class Figure:
 
     @property
     def is_noise(self) -> bool:
-        """Whether it can't be told from 0."""
+        """Whether it is indistinguishable from 0."""
         return self.stderr is not None and abs(self.value) <= NOISE * self.stderr
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one recipe scored on one set of documents.
+    """The scores of one recipe on one set of documents.
 
     Attributes:
         accuracy: weighted mean of the scores.
-        stderr: its standard error, the tasks taken as independent; None where a score has none.
+        stderr: its standard error, with the tasks treated as independent; None if a score has none.
         scores: one for each task.
         retention: accuracy in percent of the best dense candidate's on the same documents; None
-            where there is none, or it is not clearly above chance.
+            if there is none, or if that is not clearly above chance.
     """
 
     accuracy: float
@@ -59,7 +59,7 @@ class Measured:
 
     @property
     def chance(self) -> float | None:
-        """What guessing gives; None where one of the tasks does not tell."""
+        """The accuracy of guessing; None if it is unknown for one of the tasks."""
         chances = [s.weight * s.chance for s in self.scores if s.chance is not None]
         if len(chances) < len(self.scores) or not _is_mean(self):
             return None
@@ -67,12 +67,12 @@ class Measured:
 
     @property
     def above_chance(self) -> float | None:
-        """Points of accuracy above chance (1 point is 0.01); None where chance is not known."""
+        """Points of accuracy above chance (1 point is 0.01); None if chance is not known."""
         return None if self.chance is None else 100.0 * (self.accuracy - self.chance)
 
 
 def measured_of(outcome: Outcome) -> Measured | None:
-    """What an evaluation gave; None where it gave no accuracy."""
+    """The scores of an evaluation; None if it has no accuracy."""
     accuracy = outcome.accuracy
     if outcome.status != "ok" or accuracy is None or not math.isfinite(accuracy):
         return None
@@ -83,7 +83,7 @@ def measured_of(outcome: Outcome) -> Measured | None:
 def figure(value: float, terms: Terms) -> Figure:
     """A number with the standard error of Σ factor · accuracy over the terms."""
     merged: dict[tuple[int, float], tuple[float, Measured]] = {}
-    for factor, measured in terms:  # a model against itself leaves no error
+    for factor, measured in terms:  # a model compared with itself has no error
         key = id(measured.scores), measured.accuracy
         before, _ = merged.get(key, (0.0, measured))
         merged[key] = (before + factor, measured)
@@ -93,9 +93,9 @@ def figure(value: float, terms: Terms) -> Figure:
 
 
 def _paired(terms: Terms) -> float | None:
-    """By document; None where they don't have the same documents with a value each.
+    """The standard error by document; None unless all have values for the same documents.
 
-    Neither where their numbers are out of all bounds: a journal may be anybody's.
+    Also None if the numbers overflow: a journal is not trusted.
     """
     kinds = {
         tuple((s.task, s.metric, s.weight, len(s.values), s.leaves) for s in measured.scores)
@@ -123,9 +123,9 @@ def _paired(terms: Terms) -> float | None:
 
 
 def _variance_of_mean(values: Sequence[float], leaves: Sequence[tuple[int, float]]) -> float:
-    """Of the weighted mean of the leaves' means: Σ w² s² / n.
+    """Variance of the weighted mean of the leaves' means: Σ w² s² / n.
 
-    Where a leaf has one document only, its s² can't be known, and all are taken as one.
+    If a leaf has only one document, its s² is unknown, and all leaves are treated as one.
     """
     leaves = leaves or [(len(values), 1.0)]
     if min(count for count, _ in leaves) < 2:
@@ -142,7 +142,7 @@ def _variance_of_mean(values: Sequence[float], leaves: Sequence[tuple[int, float
 
 
 def _independent(terms: Terms) -> float | None:
-    """From the scores' own errors: √(Σ factor² Σ wᵢ² sᵢ²) / Σ wᵢ."""
+    """The standard error from the scores' own errors: √(Σ factor² Σ wᵢ² sᵢ²) / Σ wᵢ."""
     errors = []
     for factor, measured in terms:
         for score in measured.scores:
@@ -157,7 +157,7 @@ def _independent(terms: Terms) -> float | None:
 
 
 def _is_mean(measured: Measured) -> bool:
-    """Whether the accuracy is the weighted mean of the scores, so that errors say something."""
+    """Whether the accuracy is the weighted mean of the scores, so that errors are meaningful."""
     weight = sum(s.weight for s in measured.scores)
     if weight <= 0.0:
         return False

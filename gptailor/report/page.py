@@ -1,7 +1,7 @@
-"""The report as one HTML file that opens offline and asks nobody for anything.
+"""The report as one HTML file that opens offline and fetches nothing.
 
-Data travels as JSON in a script element that no browser runs; the page's own scripts build
-everything from it with `textContent`. What a user named (models, tasks, folders, errors) is never
+The data is JSON in a script element that browsers don't run; the page's own scripts build
+everything from it with `textContent`. Text from users (models, tasks, folders, errors) is never
 markup. A content security policy with the hashes of the page's own script and style makes sure
 that nothing else runs and nothing is fetched.
 """
@@ -47,7 +47,7 @@ def page_html(report: Report) -> str:
 
 
 def page_data(report: Report) -> dict[str, Any]:
-    """What the scripts draw from: `front.json` and what only the page shows."""
+    """The data for the page's scripts: `front.json`, and what only the page shows."""
     shown = {point.id for point in (*report.front, *report.controls)}
     return {
         **front_dict(report),
@@ -75,15 +75,15 @@ def page_data(report: Report) -> dict[str, Any]:
 
 
 def _unbroken(text: str) -> str:
-    """With narrow spaces, where no line ends, within a number with its error and unit."""
+    """Uses narrow no-break spaces between a number, its error and its unit."""
     return text.replace(" ± ", "\u202f±\u202f").replace(" %", "\u202f%")
 
 
 def json_for_script(value: object) -> str:
     r"""JSON for the inside of a script element: `<`, `>` and `&` as \u escapes.
 
-    So neither `</script>` nor `<!--` can occur, whatever a model is called. U+2028 and U+2029 go
-    the same way, and lone surrogates, which UTF-8 does not have, become U+FFFD.
+    So neither `</script>` nor `<!--` can occur, whatever a model is called. U+2028 and U+2029 are
+    escaped, too, and lone surrogates, which UTF-8 can't encode, become U+FFFD.
     """
     text = to_json(value)
     for char in "<>&\u2028\u2029":

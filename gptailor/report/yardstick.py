@@ -1,7 +1,7 @@
-"""What scores are held against: on each set of documents its own best dense candidate, and chance.
+"""What scores are compared with: the best dense candidate on each set of documents, and chance.
 
-Another candidate may be the best on other documents. Where the best is not clearly above chance, a
-percentage of it says nothing, and points above chance take its place.
+The best candidate may differ between sets of documents. If it is not clearly above chance, a
+percentage of it means nothing, and points above chance replace it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ class Yardstick:
     """The best dense candidate on one set of documents.
 
     Attributes:
-        point: its id; None where no dense candidate was scored, or not all of them.
-        name: of the model; several where they are one.
-        best: what it scored.
+        point: its id; None if no dense candidate was scored, or if `is_partial`.
+        name: of the model; several if they are the same model.
+        best: its scores.
         is_near_chance: it is not clearly above chance, so there are no percentages.
-        tasks: (task, metric) → the best dense candidate's score there, whichever it is.
-        is_partial: some dense candidates were not scored on these documents yet.
+        tasks: (task, metric) → the best score of any dense candidate.
+        is_partial: some dense candidates have not been scored on these documents yet.
     """
 
     point: str | None = None
@@ -35,7 +35,7 @@ class Yardstick:
 
     @property
     def has_percentages(self) -> bool:
-        """Whether retention says something."""
+        """Whether retention is meaningful."""
         return self.best is not None and not self.is_near_chance
 
     def kept(self, measured: Measured) -> Figure | None:
@@ -47,13 +47,13 @@ class Yardstick:
         return figure(value, [(100.0 / whole, measured), (-value / whole, self.best)])
 
     def with_retention(self, measured: Measured) -> Measured:
-        """The same with its retention."""
+        """Returns a copy with its retention."""
         if self.best is None or self.is_near_chance:
             return measured
         return replace(measured, retention=100.0 * measured.accuracy / self.best.accuracy)
 
     def kept_of_task(self, score: Score) -> float | None:
-        """A task's score in percent of the best dense candidate's at that task."""
+        """A task's score in percent of the best dense candidate's on that task."""
         best = self.tasks.get((score.task, score.metric))
         if best is None or _is_near_chance(Measured(best.value, best.stderr, (best,))):
             return None
@@ -79,8 +79,8 @@ def yardstick_of(
     """The yardstick of a set of documents.
 
     Args:
-        dense: id, name and what it scored there, of each dense candidate; of equals the first wins.
-        is_partial: some are missing, so that nobody knows which is the best.
+        dense: id, name and scores of each dense candidate; of equals the first wins.
+        is_partial: whether some are missing, so that the best one is unknown.
     """
     if is_partial or not dense:
         return Yardstick(is_partial=is_partial)
@@ -99,7 +99,7 @@ def _best_by_task(scores: Iterable[Score]) -> dict[tuple[str, str], Score]:
 
 
 def _is_near_chance(measured: Measured) -> bool:
-    """Not more than two standard errors above chance; above 0 where nobody knows chance."""
+    """Whether it is at most two standard errors above chance, or above 0 if chance is unknown."""
     above = measured.accuracy - (measured.chance or 0.0)
     noise = figure(above, [(1.0, measured)]).stderr or 0.0
     return above <= NOISE * noise or measured.accuracy <= 0.0
