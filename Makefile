@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-# processes that run tests; each needs a GB of memory, and for `test-long` three, and a Slurm of its own
+# test processes; each needs 1 GB of memory, for `test-long` 3 GB, and there each starts its own Slurm
 TEST_PROCESSES ?= 3
 SOURCES := $(wildcard csrc/* gptailor/merging/*.py) setup.py pyproject.toml constraints.txt
 
@@ -16,7 +16,7 @@ test: lint typecheck
 	$(BIN)/python -m pytest -m "not long and not slow and not gpu" -n $(TEST_PROCESSES) \
 		--dist loadfile --no-loadscope-reorder
 
-# whole programs: the demo, islands, and searches on a cluster through time limits, dead nodes, preemption
+# whole programs: the demo, islands, searches on a cluster through time limits, dead nodes, preemption
 test-long: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "long and not gpu" -n $(TEST_PROCESSES) --dist worksteal
 
@@ -39,13 +39,13 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/stitch.py
 	$(BIN)/python benchmarks/evaluate.py
 
-# torch comes first: a package that needs any torch then finds the one of constraints.txt
+# torch comes first, so that packages that need any torch find the one from constraints.txt
 $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt torch
 	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt setuptools pybind11 ninja cmake
 	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt --no-build-isolation -e '.[dev]'
-# MPICH beside the MPI of the system, for the tests that need two kinds
+# MPICH next to the system's MPI, for tests that need two implementations
 	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt --no-deps --prefix $(VENV)/mpich mpich
 	touch $@
 

@@ -1,9 +1,9 @@
 """Builds gptailor._C from csrc/ with CMake and Ninja; the rest of the package is in pyproject.toml.
 
-Environment: GPTAILOR_CUDA=0 leaves CUDA out, =1 fails where there is no nvcc, unset takes what is
-there; GPTAILOR_CUDA_ARCHS="80;90" names the compute capabilities. CXX, CXXFLAGS, CUDACXX and
-CUDA_HOME count as usual. GPTAILOR_SANITIZE=address,undefined builds for those sanitizers, without
-CUDA and in a build folder of its own; tools/sanitize.sh runs the tests under it.
+Environment: GPTAILOR_CUDA=0 leaves CUDA out, =1 fails without nvcc, unset builds CUDA if nvcc is
+found; GPTAILOR_CUDA_ARCHS="80;90" names the compute capabilities. CXX, CXXFLAGS, CUDACXX and
+CUDA_HOME work as usual. GPTAILOR_SANITIZE=address,undefined builds with those sanitizers, without
+CUDA and in a separate build folder; tools/sanitize.sh runs the tests with them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def find_nvcc() -> str | None:
 
 
 def decide_sanitizers() -> str:
-    """What -fsanitize gets, or the empty string."""
+    """The argument of -fsanitize, or the empty string."""
     names = [name for name in re.split(r"[,\s]+", os.environ.get("GPTAILOR_SANITIZE", "")) if name]
     for name in names:
         if name not in SANITIZERS:
@@ -59,7 +59,7 @@ def decide_sanitizers() -> str:
 
 
 def decide_cuda() -> tuple[str | None, str, str]:
-    """(path of nvcc or None, architectures, one line for the user)."""
+    """Returns (path of nvcc or None, architectures, one line for the user)."""
     wish = os.environ.get("GPTAILOR_CUDA", "").strip().lower()
     if wish in ("0", "off", "no", "false"):
         return None, "", "CPU only: GPTAILOR_CUDA=0"
@@ -83,7 +83,7 @@ def decide_cuda() -> tuple[str | None, str, str]:
 
 
 def install(built: Path, target: Path) -> None:
-    """Copies beside the target and swaps names: a running process may have the old one mapped."""
+    """Copies to a temporary name and renames: a running process may have the old file mapped."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     shutil.copyfile(built, temporary)
@@ -125,7 +125,7 @@ class CMakeBuild(build_ext):  # type: ignore[misc]
         install(built, Path(self.get_ext_fullpath(ext.name)).resolve())
 
     def copy_extensions_to_source(self) -> None:
-        """The last step of `--inplace` and of editable installs, without writing over a file."""
+        """The last step of `--inplace` and editable installs; replaces files by renaming."""
         for ext in self.extensions:
             built = Path(self.build_lib) / self.get_ext_filename(ext.name)
             install(built, Path(self.get_ext_fullpath(ext.name)))

@@ -1,7 +1,7 @@
-"""Reads the documents of a demo task from the JSON lines file beside this module.
+"""Reads the documents of a demo task from the JSON lines file next to this module.
 
-lm-eval resolves `data_files` against the working directory; this does not, and it leaves nothing
-in the Hugging Face cache.
+lm-eval resolves `data_files` against the working directory; this module does not, and it leaves
+nothing in the Hugging Face cache.
 """
 
 from __future__ import annotations
@@ -13,6 +13,6 @@ import datasets
 
 
 def load(file: str, **_metadata: object) -> dict[str, datasets.Dataset]:
-    """The rows of `file` (a name in this folder) as the only split, `test`."""
+    """Returns the rows of `file` (a name in this folder) as the only split, `test`."""
     lines = (Path(__file__).resolve().parent / file).read_text(encoding="utf-8").splitlines()
     return {"test": datasets.Dataset.from_list([json.loads(line) for line in lines])}
