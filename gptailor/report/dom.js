@@ -4,7 +4,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 const THIN = "\u202f";
 
-// Characters that would reorder or hide the text around a name are shown as what they are: odd.
+// Characters that would reorder or hide the text around a name are shown as U+FFFD.
 const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200e\u200f\u202a-\u202e\u2066-\u2069]/g;
 const visible = (value) => String(value).replace(HIDDEN, "\ufffd");
 
@@ -49,7 +49,7 @@ const plusMinus = (stderr) =>
   stderr === null || stderr === undefined ? "" : "±" + THIN + stderr.toFixed(3);
 
 // The base is grey and the variants have the colours of Okabe and Ito, which the colour-blind can
-// tell apart; a short code stands in every cell too, so that no meaning hangs on colour alone.
+// tell apart; every cell also has a short code, so that nothing depends on colour alone.
 const PALETTE = [
   "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#8c6bb1",
 ];
@@ -120,8 +120,8 @@ const points = [...data.front, ...data.control_arms.filter((p) => !frontIds.has(
 const pointById = new Map(points.map((point) => [point.point, point]));
 const bestDense = pointById.get(data.best_dense) || null;
 
-// On each set of documents, what is kept of the best dense candidate there; points above chance
-// where that candidate is not clearly above it. `set` is "search" or "holdout".
+// On each set of documents, the percentage kept of the best dense candidate's accuracy; points above
+// chance if that candidate is not clearly above it. `set` is "search" or "holdout".
 const isNearChance = (set) => data.yardsticks[set].is_near_chance;
 const keptTitle = (set) => (isNearChance(set) ? "Above chance" : "Kept");
 const keptValue = (set, measured) =>

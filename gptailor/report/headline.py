@@ -169,7 +169,7 @@ def _doubts(difference: Figure) -> list[str]:
         notes.append("That difference is within the noise (two standard errors).")
     if difference.stderr is not None and not difference.is_paired:
         notes.append(
-            "Its error takes the two models as independent, since there are no values by document."
+            "Its error treats the two models as independent, as there are no values by document."
         )
     return notes
 

@@ -1,4 +1,4 @@
-// Layer maps: which source layer comes from where, for one model and along the whole front.
+// Layer maps: where each source layer comes from, for one model and along the whole front.
 
 function bySource(point) {
   const rows = Array.from({ length: data.num_layers }, () => []);
@@ -66,7 +66,7 @@ function isOfBase(entry) {
   return !entry.method && entry.sources[0].model === data.base && !entry.modules.length;
 }
 
-// Embeddings and head are columns where any point has others than the base's.
+// Embeddings and head get columns if any point has other ones than the base's.
 function matrix(host, select) {
   const front = [...data.front].reverse();
   if (!front.length) {

@@ -1,4 +1,4 @@
-// Puts the page together. `#point=ID` in the address chooses a point, so that one can be linked to.
+// Puts the page together. `#point=ID` in the address chooses a point, so points can be linked to.
 
 function bestDenseNames() {
   const { search, holdout } = data.yardsticks;

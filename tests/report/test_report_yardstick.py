@@ -243,7 +243,7 @@ def test_without_values_models_are_independent_and_that_is_said(tmp_path: Path) 
     """As in archives from before documents had values."""
     old = load_report(make_small(tmp_path / "old", OTHER_IS_BEST, keep=False))
     new = load_report(make_small(tmp_path / "new", OTHER_IS_BEST))
-    said = "Its error takes the two models as independent"
+    said = "Its error treats the two models as independent"
     assert said in headline(old).note and said not in headline(new).note
     assert old.points[0].search.chance is None
     points = {p.id: p.search for p in old.points}
