@@ -1,9 +1,9 @@
-"""Whether the candidates of a family mean the same by what they share, as transformers reads them.
+"""Checks whether two configs make the same model of the same weights, as transformers reads them.
 
-Equal names and shapes are not enough: another rope, epsilon or activation makes another model out
-of the same weights. Two configs may also say the same in other words, since each version of
-transformers writes them in its own way. So what transformers makes of both is compared, field by
-field; where the files themselves agree, transformers is not asked and not imported.
+Equal names and shapes are not enough: a different rope, epsilon or activation turns the same
+weights into a different model. Conversely, two configs can say the same thing differently, since
+each version of transformers writes them in its own way. So the configs are compared field by field
+after transformers has parsed them; where the files already agree, transformers is not imported.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from gptailor.models.untrusted import shown
 _SHARED_SOURCES = ("cache_utils.py", "masking_utils.py", "modeling_rope_utils.py")
 _WINDOWS = ("sliding_window", "attention_chunk_size")
 _BY_POSITIONS = {"default": False, "linear": False, "llama3": False, "proportional": False}
-"""Types of rope → whether the number of positions changes it; see also `_rope_needs_positions`."""
+"""Rope type → whether the number of positions changes it; see also `_rope_needs_positions`."""
 _UNTOLD = (*NAMES, "tie_word_embeddings", "type")
-"""Fields that differ without effect and without interest; `type` is rope's older spelling."""
+"""Fields whose differences have no effect and are not reported; `type` is rope's older spelling."""
 _MOST_SHOWN = 3
 
 
 def compare_configs(candidate: Candidate, base: Candidate) -> list[Difference]:
-    """What differs without effect between two configs as transformers reads them.
+    """The differences without effect between two configs, as transformers reads them.
 
     Raises:
-        ModelError: something differs that changes what the layers compute, or transformers can't
-            load one of the configs.
+        ModelError: a difference changes what the layers compute, or transformers can't load one of
+            the configs.
     """
     found = list(_differences(candidate, base))
     harmful = [difference for difference, is_note in found if not is_note]
@@ -53,14 +53,14 @@ def compare_configs(candidate: Candidate, base: Candidate) -> list[Difference]:
 
 
 def differs(candidate: Candidate, base: Candidate, harmful: list[Difference]) -> ModelError:
-    """The error for fields that change what the same tensors compute."""
+    """The error for differences that change what the same tensors compute."""
     texts = [str(difference) for difference in harmful[:_MOST_SHOWN]]
     more = len(harmful) - _MOST_SHOWN
     texts += [f"{more} more"] if more > 0 else []
     named = texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"
     return ModelError(
         f"{candidate.folder}: config.json has {named}, so the same tensors would compute something "
-        f"else than with {base.folder}: leave it out."
+        f"different than with {base.folder}: leave it out."
     )
 
 
@@ -74,14 +74,14 @@ def _differences(candidate: Candidate, base: Candidate) -> Iterator[tuple[Differ
             configs.append(load_config(one.folder))
         except ModelError as error:
             raise ModelError(
-                f"{candidate.folder}: config.json differs from the one of {base.folder}, and "
-                f"whether that matters can't be told: {error}"
+                f"{candidate.folder}: config.json differs from that of {base.folder}, and gptailor "
+                f"can't tell whether that matters: {error}"
             ) from error
     yield from _compared("", *configs)
 
 
 def _compared(path: str, config: Any, base: Any) -> Iterator[tuple[Difference, bool]]:
-    """The same for two configs of transformers, and for those in them."""
+    """`_differences` for two transformers configs and the configs nested in them."""
     kinds = [getattr(one, "model_type", "") for one in (config, base)]
     if type(config) is not type(base) or kinds[0] != kinds[1]:
         yield Difference(f"{path}model_type", *kinds), False
@@ -112,31 +112,28 @@ def _is_config(value: object) -> bool:
 
 
 def _is_spelled_out(difference: Difference, parts: list[dict[str, Any]]) -> bool:
-    """True for a rule that has made the same list of kinds of layers in both configs."""
+    """Whether a difference only spells out a rule that both configs resolve alike."""
     key = re.split(r"[.\[]", difference.key)[0]
     if key in SPELLED_OUT:
         lists = [part.get(SPELLED_OUT[key]) for part in parts]
         return isinstance(lists[0], list) and lists[0] == lists[1]
     kinds = [part.get("layer_types") or [] for part in parts]
     are_full = all(kind == "full_attention" for some in kinds for kind in some)
-    if key in _WINDOWS:  # of no layer
+    if key in _WINDOWS:  # no layer uses the window
         return are_full and all(kinds)
-    if key == "layer_types":  # a list that says what holds without it
+    if key == "layer_types":  # the list states the default
         return are_full and not any(part.get(window) for part in parts for window in _WINDOWS)
-    # the older spelling, which stays beside rope_type
+    # the older spelling, kept next to rope_type
     return key == "rope_parameters" and difference.key.endswith(".type")
 
 
 def _rope_needs_positions(part: Mapping[str, Any]) -> bool:
-    """Whether a config's rope depends on how many positions the model was made for."""
+    """Whether a config's rope depends on the number of positions the model was made for."""
     rope = part.get("rope_parameters") or {}
     nested = [one for one in rope.values() if isinstance(one, dict)]
     for one in nested or [rope]:
         kind = one.get("rope_type") or "default"
-        if kind in (
-            "yarn",
-            "longrope",
-        ):  # the factor is the ratio of two lengths where it is not named
+        if kind in ("yarn", "longrope"):  # an absent factor means the ratio of two lengths
             if one.get("factor") is None:
                 return True
         elif _BY_POSITIONS.get(kind, True):
@@ -145,7 +142,7 @@ def _rope_needs_positions(part: Mapping[str, Any]) -> bool:
 
 
 def _is_known(config: Any, key: str) -> bool:
-    """True if the config's class declares the field, or code that runs the model asks for it."""
+    """Whether the config's class declares the field, or code that runs the model reads it."""
     if dataclasses.is_dataclass(config):
         declared = {field.name for field in dataclasses.fields(config)}
     else:  # older versions of transformers
@@ -158,14 +155,14 @@ def _is_known(config: Any, key: str) -> bool:
 
 
 def _moves_positions(config: Any) -> bool:
-    """True for architectures whose positions begin at the padding's id (RoBERTa's)."""
+    """Whether the architecture's positions start after the padding id (as RoBERTa's do)."""
     sources = _sources(Path(inspect.getfile(type(config))).parent)
     return re.search(r"create_position_ids|[+*] self\.padding_idx", sources) is not None
 
 
 @lru_cache(maxsize=8)
 def _sources(package: Path) -> str:
-    """The modules of one architecture, and what all architectures read their config in."""
+    """Source code of one architecture's modules and of the shared modules that read configs."""
     import transformers
 
     root = Path(transformers.__file__).parent
@@ -174,15 +171,15 @@ def _sources(package: Path) -> str:
 
 
 def note(candidate: Candidate, harmless: list[Difference]) -> str:
-    """One sentence on what differs without effect; empty where that is nothing to know about."""
+    """One sentence on the differences without effect; empty if none is worth reporting."""
     told = [d for d in harmless if d.key.rpartition(".")[2] not in _UNTOLD]
     positions = [d for d in told if d.key.rpartition(".")[2] in POSITIONS]
     others = sorted({re.split(r"\[", d.key)[0] for d in told if d not in positions})
     said = ""
     for key, value, base_value in positions[:1]:
         said = (
-            f"its {key} is {shown(value)}, but the base's {shown(base_value)} counts, in the "
-            "result and as the context of every score"
+            f"its {key} is {shown(value)}, but the base's {shown(base_value)} applies, in the "
+            "result and as the context length of every score"
         )
     if others:
         what = ", ".join(others[:8]) + (", …" if len(others) > 8 else "")

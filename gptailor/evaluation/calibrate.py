@@ -1,4 +1,4 @@
-"""One model of a family on a text: its statistics, in a file beside those of the others."""
+"""Runs one model of a family on a text and writes its statistics to a file."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from gptailor.patience import Say, slowly
 def read_sequences(
     path: str | Path, base: Candidate, *, num_tokens: int, seq_len: int
 ) -> Sequences:
-    """The sequences of a text, in the tokens of the base; none is longer than the model takes.
+    """The sequences of a text in the base's tokens; none is longer than the model's context.
 
     Raises:
         UsageError: the text is missing or empty.
-        ModelError: the base has no tokenizer that can be loaded.
+        ModelError: the base's tokenizer can't be loaded.
     """
     documents = read_documents(path)
     tokenizer = load_tokenizer(base.folder)
@@ -41,7 +41,7 @@ def read_sequences(
         seq_len = min(seq_len, longest)
 
     def encode(document: str) -> list[int]:
-        tokens: list[int] = tokenizer(document, verbose=False).input_ids  # long ones are cut here
+        tokens: list[int] = tokenizer(document, verbose=False).input_ids  # we cut long ones later
         return tokens
 
     return make_sequences(documents, encode, num_tokens, seq_len)
@@ -60,24 +60,25 @@ def calibrate_model(
 ) -> Path:
     """Runs a model on sequences and writes its statistics; returns the file.
 
-    Fisher information is written relative to its mean over all elements, so that models count alike
-    and `floor` means the same for all of them; in bfloat16, which has the range of float32, and
-    more precision than such a weight needs. Gram matrices are float32, as they are solved with.
+    Fisher information is written relative to its mean over all elements, so that all models count
+    equally and `floor` means the same for each. It is bfloat16, which has the range of float32 and
+    more precision than such a weight needs. Gram matrices are float32, because linear systems are
+    solved with them.
 
     Args:
         candidate: the model.
         method: one of `merging.registry.CALIBRATED`.
-        sequences: what it reads.
+        sequences: what the model reads.
         folder: where the file goes.
         device: "auto", "cpu", "cuda", "cuda:1".
-        dtype: of the model while it reads: a key of `DTYPES`.
-        seed: of the words that are drawn for fisher.
-        note: is told how far it is, if it takes long.
+        dtype: of the model during the forward passes: a key of `DTYPES`.
+        seed: for the tokens that are drawn for fisher.
+        note: called with the progress if it takes long.
 
     Raises:
-        ModelError: transformers can't load it, stores its tensors under other names, or it computes
-            no finite numbers; or a weight is too large for `dtype`.
-        ResourceError: it does not fit into memory, or the disk is full.
+        ModelError: transformers can't load the model or stores its tensors under other names, the
+            model computes numbers that are not finite, or a weight is too large for `dtype`.
+        ResourceError: the model does not fit into memory, or the disk is full.
         UsageError: the device does not exist.
     """
     path = statistics_path(folder, method, candidate.name)
@@ -96,7 +97,7 @@ def calibrate_model(
         nonlocal num_read
         num_read += 1
 
-    def how_far() -> str:  # more than all where matrices don't fit together: read again
+    def how_far() -> str:  # exceeds the total where matrices don't fit together: several passes
         return f"{num_read} of {len(sequences.tokens)} sequences"
 
     try:
@@ -118,7 +119,7 @@ def calibrate_model(
         if not is_out_of_memory(error) or isinstance(error, GptailorError):
             raise
         raise ResourceError(
-            f"{candidate.folder} does not fit into memory to be calibrated: use --dtype bfloat16, "
+            f"{candidate.folder} does not fit into memory for calibration: use --dtype bfloat16, "
             "a smaller --seq-len, or another --device."
         ) from error
     return path
@@ -130,7 +131,7 @@ def _load(candidate: Candidate, dtype: str) -> Any:
 
 
 def _known(model: Any, candidate: Candidate) -> dict[str, torch.Tensor]:
-    """Name in the files → parameter or buffer, for all that can be merged."""
+    """Name in the files → parameter or buffer, for all tensors that can be merged."""
     state: Mapping[str, torch.Tensor] = model.state_dict(keep_vars=True)
     names, _ = module_names(model, candidate.tensors)
     known = {}
@@ -148,7 +149,7 @@ def _known(model: Any, candidate: Candidate) -> dict[str, torch.Tensor]:
 
 
 def _check_numbers(known: Mapping[str, torch.Tensor], candidate: Candidate) -> None:
-    """Raises a `ModelError` for a number that was finite in the file and is not in float16."""
+    """Raises a `ModelError` if a number is finite in the file but infinite in float16."""
     for name, loaded in known.items():
         info = candidate.tensors[name]
         if loaded.dtype is torch.float16 and info.dtype != "F16" and loaded.isinf().any():
@@ -164,7 +165,7 @@ def _write_fisher(
     sequences: Sequences,
     seed: int,
 ) -> None:
-    # tied parameters stand under one name here, and under each of theirs in the file
+    # tied parameters have one name here, and all of their names in the file
     names = {id(t): name for name, t in known.items() if isinstance(t, nn.Parameter)}
     parameters = {name: known[name] for name in names.values()}
     fisher = fisher_information(model, sequences.tokens, parameters, seed)  # type: ignore[arg-type]
@@ -198,7 +199,9 @@ def _write_regmean(
     embedded = model.get_input_embeddings().weight  # type: ignore[operator]
     linears = {n: m for n, m in linears.items() if m.weight is not embedded}
     if not linears:
-        raise ModelError(f"{path.name}: the model has no linear layers, so regmean is an average.")
+        raise ModelError(
+            f"{path.name}: the model has no linear layers, so regmean would be a plain average."
+        )
     shapes = {name: ("F32", (m.in_features,) * 2) for name, m in linears.items()}
     budget = available_bytes() // 2
     device = next(model.parameters()).device

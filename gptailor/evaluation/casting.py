@@ -1,4 +1,4 @@
-"""Tensors cast to the type of a forward pass: float16 must be able to hold them."""
+"""Casts tensors to the dtype of a forward pass and checks that float16 can hold them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from gptailor.errors import ModelError
 def cast(
     tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype], names: Sequence[str]
 ) -> list[torch.Tensor]:
-    """Tensors in other types, if they are of floating point; the others as they are.
+    """Casts floating point tensors; returns other tensors unchanged.
 
-    What is infinite stays so. Looks at the numbers where float16 takes the place of a wider type,
-    which waits for a GPU once.
+    Infinities stay infinite. Where float16 replaces a wider type, the numbers are checked, which
+    synchronizes with a GPU once.
 
     Args:
-        tensors: on one device.
-        dtypes: a type for each.
-        names: of the tensors, for the error.
+        tensors: all on one device.
+        dtypes: a dtype for each tensor.
+        names: a name for each tensor, for the error.
 
     Raises:
         ModelError: a finite number is too large for float16.

@@ -1,4 +1,4 @@
-"""Merging on a GPU: the tensors of one layer that are merged alike go into one kernel launch."""
+"""Merging on a GPU: tensors of one layer that are merged the same way share one kernel launch."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def merge_on_gpu(
     handle: Callable[[Source], _C.DeviceTensor],
     device: torch.device,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Computes tensors of a plan, in the order of the current stream.
+    """Computes tensors of a plan on the current stream.
 
     Args:
-        tensors: each one with `can_merge`.
-        handle: the tensor of a source on the GPU.
-        device: that GPU; it is the current one.
+        tensors: `can_merge` is true for each.
+        handle: returns the GPU tensor of a source.
+        device: the GPU; it is the current device.
 
     Returns:
-        The results, in one block of memory; and [tensor, 2] int32: the first is 1 if the result
-        holds a NaN, the second if a finite number in it is too large for float16.
+        The results, in one block of memory; and flags, [tensor, 2] int32: the first is 1 if the
+        result holds a NaN, the second if it holds a finite number too large for float16.
     """
     offsets, size = [], 0
     for tensor in tensors:

@@ -1,6 +1,6 @@
-"""What one device of a worker holds: the candidates' weights, and merged layers beside them.
+"""The memory of one device of a worker: the candidates' weights and the merged layers.
 
-Nearly always there is one pool. A model that does not fit on one GPU has several; then every source
+There is nearly always one pool. A model that does not fit on one GPU has several, and each source
 layer belongs to one of them (`memory_policy`).
 """
 
@@ -28,9 +28,9 @@ class DevicePool:
     """The weights on one device.
 
     Args:
-        weights: the candidates'.
-        merged: layers and ends that were merged there.
-        streams: the candidates do not all fit as they are in their files.
+        weights: the candidates' weights.
+        merged: layers, embeddings and heads that were merged on this device.
+        streams: the candidates, in the dtypes of their files, do not all fit.
     """
 
     def __init__(self, weights: DeviceWeights, merged: MergeCache, *, streams: bool) -> None:
@@ -40,7 +40,7 @@ class DevicePool:
         self.device = weights.backend.device
 
     def current(self) -> AbstractContextManager[Any]:
-        """Makes its device the current one."""
+        """A context in which the pool's device is the current one."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
 
@@ -53,13 +53,13 @@ def open_pools(
     on_evict: Callable[[Group], None],
     kept: Callable[[torch.dtype], Collection[str]],
 ) -> list[DevicePool]:
-    """A pool for each device of a plan.
+    """Opens a pool for each device of a plan.
 
     Args:
         family: the candidates.
         devices: at least as many as the plan uses.
-        plan: what each of them holds.
-        backend: how candidates get to the first device, if it is the only one; None: what suits.
+        plan: what each device holds.
+        backend: loads candidates onto the device if there is only one; None: chosen by the plan.
         on_evict, kept: see `DeviceWeights`.
 
     Raises:

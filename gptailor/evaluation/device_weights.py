@@ -1,9 +1,9 @@
-"""The candidates' tensors on the device: mapped, or loaded once and kept within a budget.
+"""The candidates' tensors on a device: mapped, or loaded and kept within a budget.
 
 The unit is a group: the tensors of one source layer of one candidate, its embeddings, or its head.
-When the candidates do not all fit, the groups that are used most stay (`lfu_cache`), and the others
-are read again each time they are needed. Groups of mapped files take no memory; their copies in
-another type do, and are cast again where not all of them fit.
+When the candidates do not all fit, the most used groups stay (`lfu_cache`), and the others are read
+again each time they are needed. Groups of mapped files take no memory; their copies in another
+dtype do, and are cast again when they do not all fit.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 Place = int | Role
-"""A source layer, or what lies outside the layers: "embeddings" or "head"."""
+"""A source layer, or a part outside the layers: "embeddings" or "head"."""
 
 
 class GroupKey(NamedTuple):
-    """One group.
+    """Identifies one group.
 
     Attributes:
         model: the candidate.
-        place: where in the model.
-        casts: types that its floating point tensors go through, one after the other; empty: as
-            they are in the file.
+        place: the part of the model.
+        casts: dtypes to which its floating point tensors are cast, one after the other; empty: as
+            in the file.
     """
 
     model: str
@@ -53,28 +53,28 @@ class GroupKey(NamedTuple):
 
 
 class Group:
-    """The tensors of a group, by name; identity tells whether it was loaded anew."""
+    """The tensors of a group, by name; a group that is loaded again is a new object."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         self.tensors = tensors
         self._handles: dict[str, _C.DeviceTensor] = {}
 
     def handle(self, name: str) -> _C.DeviceTensor:
-        """What `_C.merge_cuda` takes, made once."""
+        """A tensor's handle for `_C.merge_cuda`, made once."""
         if name not in self._handles:
             self._handles[name] = _C.DeviceTensor.from_dlpack(self.tensors[name])
         return self._handles[name]
 
 
 class Backend(Protocol):
-    """How tensors of files get onto a device."""
+    """Loads tensors from files onto a device."""
 
     device: torch.device
     is_mapped: bool
-    """Tensors are views on files and cost no memory."""
+    """Tensors are views on mapped files and cost no memory."""
 
     def load(self, family: Family, model: str, infos: Sequence[TensorInfo]) -> list[torch.Tensor]:
-        """The tensors, in that order.
+        """The tensors, in the order of `infos`.
 
         Raises:
             ModelError: a file can't be read.
@@ -82,7 +82,7 @@ class Backend(Protocol):
 
 
 class MappedBackend:
-    """CPU memory: the page cache is the cache."""
+    """Maps files into CPU memory; the page cache is the only cache."""
 
     is_mapped = True
 
@@ -96,14 +96,15 @@ class MappedBackend:
 
 
 class LoadingBackend:
-    """A GPU, or CPU memory where mapped files are slow: `_C.DeviceLoader` reads into one block.
+    """Reads into one block of memory with `_C.DeviceLoader`: on a GPU, or on the CPU where mapped
+    files are slow.
 
     Args:
         device: a CUDA device or the CPU.
-        options: of the loader.
+        options: passed to the loader.
 
     Raises:
-        ResourceError: no memory for its buffers.
+        ResourceError: there is no memory for the loader's buffers.
     """
 
     is_mapped = False
@@ -119,8 +120,8 @@ class LoadingBackend:
             raise ResourceError(f"The weights can't be loaded to {device}: {error}.") from error
 
     def load(self, family: Family, model: str, infos: Sequence[TensorInfo]) -> list[torch.Tensor]:
-        """Copies in one block, whole tensors side by side as in the file; on a GPU they are there
-        in the order of the current stream."""
+        """Copies in one block, whole tensors side by side as in the file; on a GPU they are ready
+        on the current stream."""
         offsets, size = [], 0
         for info in infos:
             offsets.append(size)
@@ -134,7 +135,7 @@ class LoadingBackend:
         checkpoint = family.candidates[model].checkpoint
         try:
             for path in {info.path for info in infos}:
-                checkpoint.file(path)  # is it the one whose header was read?
+                checkpoint.file(path)  # checks that it is still the file whose header was read
             self.loader.load(requests, stream=stream)
         except OSError as error:
             raise read_error(error) from error
@@ -152,13 +153,13 @@ class DeviceWeights:
 
     Args:
         family: the candidates.
-        backend: how their tensors get there.
-        budget_bytes: what all groups on the device may have together, those that are only read for
-            a merge included, views on mapped files excluded; None: no limit.
-        merge_bytes: part of it that no group keeps, for those that are only read for a merge.
-        on_evict: called with a group that goes, before its memory is needed; what still points
-            into it must let go.
-        kept: type of the forward pass → names of tensors that stay float32 in it.
+        backend: loads their tensors.
+        budget_bytes: what all groups on the device may take together, including those that are only
+            read for a merge, excluding views on mapped files; None: no limit.
+        merge_bytes: part of the budget that is reserved for groups that are only read for a merge.
+        on_evict: called with each group that is evicted, before its memory is reused; it must drop
+            all references to the group's tensors.
+        kept: dtype of the forward pass → names of tensors that stay float32 in it.
     """
 
     def __init__(
@@ -187,7 +188,7 @@ class DeviceWeights:
         self._keys: dict[tuple[str, Place, tuple[torch.dtype, ...]], GroupKey] = {}
 
     def _cost(self, key: GroupKey) -> int:
-        """What a group takes of the budget: a view on a mapped file takes nothing."""
+        """The bytes of the budget that a group takes; a view on a mapped file takes none."""
         if not self.backend.is_mapped:
             return self.n_bytes(key)
         copies = [info for info in self._infos(key) if not self._is_view(key, info)]
@@ -202,7 +203,7 @@ class DeviceWeights:
         return padded(info.n_elements * types[-1].itemsize if types else info.n_bytes)
 
     def _types(self, key: GroupKey, info: TensorInfo) -> list[torch.dtype]:
-        """The types that a tensor goes through, one for each of the group's casts."""
+        """The dtypes to which a tensor is cast in turn, one for each of the group's casts."""
         if info.dtype not in FLOAT_DTYPES:
             return [TORCH_DTYPES[info.dtype]] * len(key.casts)
         types = list(key.casts)
@@ -216,7 +217,7 @@ class DeviceWeights:
         return all(dtype == TORCH_DTYPES[info.dtype] for dtype in self._types(key, info))
 
     def key(self, model: str, place: Place, casts: Sequence[torch.dtype]) -> GroupKey:
-        """The group with its tensors cast; one that needs no cast is the file's own."""
+        """The key of a group whose tensors are cast; `casts` is empty if no tensor changes."""
         wanted = (model, place, tuple(casts))
         if wanted not in self._keys:
             key = GroupKey(model, place, tuple(casts))
@@ -225,16 +226,16 @@ class DeviceWeights:
         return self._keys[wanted]
 
     def hold(self, keys: Iterable[GroupKey]) -> None:
-        """Begins the next recipe: these groups stay until the one after it."""
+        """Starts the next recipe: these groups stay until the recipe after it."""
         self._held = frozenset(keys)
         self.cache.tick()
 
     def get(self, keys: Collection[GroupKey]) -> dict[GroupKey, Group]:
-        """Groups on the device. Those that are neither held nor kept go when the caller lets go.
+        """Groups on the device; those neither held nor cached are freed when the caller drops them.
 
         Raises:
             ModelError: a file can't be read.
-            ResourceError: the budget, or the device's memory, is too small.
+            ResourceError: the budget or the device's memory is too small.
         """
         for key in keys:
             self.cache.use(key)
@@ -290,8 +291,8 @@ class DeviceWeights:
                 tensors = cast(tensors, [some[step] for some in types], names)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ResourceError(
-                f"Layers of {key.model} found no place on {self.backend.device}: use fewer workers "
-                "for each device."
+                f"There is no memory for layers of {key.model} on {self.backend.device}: use fewer "
+                "workers per device."
             ) from error
         return Group({info.name: t for info, t in zip(infos, tensors, strict=True)})
 

@@ -1,4 +1,4 @@
-"""The devices of this machine as torch knows them."""
+"""The devices of this machine, as torch sees them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from gptailor.errors import UsageError
 
 
 def pick_device(device: str) -> torch.device:
-    """The torch device of a configuration's `device`.
+    """The torch device for a configuration's `device`.
 
     Raises:
-        UsageError: it is no device, or not one of this machine.
+        UsageError: it is not a device, or this machine doesn't have it.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -30,7 +30,7 @@ def all_gpus() -> list[torch.device]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for whatever torch and Python raise when memory is exhausted."""
+    """Whether an error is one that torch or Python raises when memory is exhausted."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)

@@ -1,6 +1,6 @@
-"""What each document gave, as a short text: a bit where it is right or wrong, else eight bytes.
+"""Compact text encoding of per-document values: one bit each if all are 0 or 1, else eight bytes.
 
-Thousands of documents for each of hundreds of evaluations would otherwise be most of an archive.
+Otherwise the values of thousands of documents per evaluation would make up most of an archive.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ _NUMBERS = (0.0, 1.0)
 
 
 def encode(values: Sequence[float]) -> str:
-    """ "bits:COUNT:BASE64" where all are 0 or 1, "float64:BASE64" (little-endian) elsewhere.
+    """ "bits:COUNT:BASE64" if all values are 0 or 1, else "float64:BASE64" (little-endian).
 
-    No values give the empty text.
+    No values give the empty string.
     """
     if not values:
         return ""
@@ -29,10 +29,10 @@ def encode(values: Sequence[float]) -> str:
 
 
 def decode(text: str) -> tuple[float, ...]:
-    """Reads what `encode` wrote.
+    """Decodes what `encode` wrote.
 
     Raises:
-        ValueError: it is none of its texts, or has a number that is not finite.
+        ValueError: it is not such a text, or a number in it is not finite.
     """
     if not text:
         return ()
@@ -41,7 +41,7 @@ def decode(text: str) -> tuple[float, ...]:
         digits, _, rest = rest.partition(":")
         data = _bytes(rest)
         if not digits.isascii() or not digits.isdigit() or len(digits) > 18:
-            raise ValueError("a count that is none")
+            raise ValueError("the count is not a number")
         count = int(digits)
         number = int.from_bytes(data, "big")
         if count == 0 or (count + 7) // 8 != len(data) or number >> count:
@@ -50,10 +50,10 @@ def decode(text: str) -> tuple[float, ...]:
     if kind == "float64":
         data = _bytes(rest)
         if not data or len(data) % 8:
-            raise ValueError("bytes that are no numbers")
+            raise ValueError("the bytes are not float64 numbers")
         values = struct.unpack(f"<{len(data) // 8}d", data)
         if not all(map(math.isfinite, values)):
-            raise ValueError("a number that is not finite")
+            raise ValueError("a number is not finite")
         return values
     raise ValueError("values of an unknown kind")
 
@@ -62,4 +62,4 @@ def _bytes(text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except binascii.Error as error:
-        raise ValueError("no base64") from error
+        raise ValueError("not base64") from error

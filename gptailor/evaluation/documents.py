@@ -1,4 +1,4 @@
-"""Which documents of a task are answered: lm-eval's limit, a seeded choice, a few to look at."""
+"""Chooses the documents of a task: lm-eval's limit, a seeded choice, or a few to check."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 _LOOKED_AT = 2000
-"""Of more documents the lengths of these many are compared."""
+"""The lengths of at most about this many documents are compared."""
 
 
 def limited(size: int, limit: float | None) -> int:
-    """How many documents lm-eval's `limit` leaves: the first ones, or a part if it is below 1."""
+    """How many documents lm-eval's `limit` leaves; below 1 it is a fraction of them."""
     if limit is None:
         return size
     return min(size, math.ceil(size * limit) if limit < 1.0 else int(limit))
@@ -23,12 +23,12 @@ def limited(size: int, limit: float | None) -> int:
 def choose_documents(
     sizes: Mapping[str, int], num_documents: int | None, seed: int
 ) -> dict[str, set[int] | None]:
-    """A nested, seeded choice: every task has its share, and more documents include fewer.
+    """A nested, seeded choice: every task has its share, and larger choices contain smaller ones.
 
     Args:
         sizes: task → number of its documents.
-        num_documents: how many in all; None for all that there are.
-        seed: of the choice; a task's choice does not depend on the other tasks.
+        num_documents: how many in all; None for all of them.
+        seed: for the choice; which documents a task gets does not depend on the other tasks.
 
     Returns:
         task → indices of its documents; None for all of them.
@@ -52,12 +52,12 @@ def choose_documents(
 
 
 def telling(documents: Sequence[Any], indices: Collection[int], count: int) -> set[int]:
-    """A few of the documents that are most likely to be too long, or empty: by their text's length.
+    """The shortest and longest documents, as they are the most likely to be empty or too long.
 
     Args:
-        documents: of a task.
-        indices: those that may be chosen.
-        count: how many, at most.
+        documents: the documents of a task.
+        indices: the documents that may be chosen.
+        count: how many at most.
     """
     order = sorted(indices)
     order = order[:: max(len(order) // _LOOKED_AT, 1)]

@@ -1,8 +1,8 @@
-"""What evaluations need beside the weights, loaded as a worker will: the tokenizer and the tasks.
+"""Loads what evaluations need besides the weights, as a worker will: the tokenizer and the tasks.
 
-The model has its shape but no memory (torch's meta device), so that a login node can do it. Run as
-a program it reads a resolved configuration as JSON and says as JSON what it found:
-`prefetch` does that where the network is taken away.
+The model is on torch's meta device, with shapes but no memory, so a login node can do this. Run as
+a program, it reads a resolved configuration as JSON and prints its findings as JSON; `prefetch`
+runs it with the network cut off.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from gptailor.models.family import Family
 
 @dataclass(frozen=True)
 class WorkloadSize:
-    """What one evaluation has to do.
+    """The size of one evaluation.
 
     Attributes:
-        documents: that are scored.
-        requests: that lm-eval makes of them.
-        tokens: that go through the model, padding included; for generated text at most.
-        batch_tokens: of the largest batch.
-        logits: rows of the vocabulary's width that the largest batch gives.
+        documents: how many are scored.
+        requests: how many lm-eval makes of them.
+        tokens: how many go through the model, padding included; an upper bound for generated text.
+        batch_tokens: tokens of the largest batch.
+        logits: the most positions whose logits one batch computes.
         digest: changes when tasks or documents do.
     """
 
@@ -50,12 +50,12 @@ class DryRun:
     Args:
         config: the search.
         family: its candidates, of which only the base's headers and tokenizer are read.
-        few: of each task only so many documents, those that are most likely to be refused.
+        few: use only this many documents of each task, those most likely to be refused.
 
     Raises:
-        UsageError: a task or its data can't be had, or the model can't answer a request.
-        ModelError: transformers can't make the base's model, keeps it in a way that a search can't
-            use, or can't load its tokenizer.
+        UsageError: a task or its data can't be loaded, or the model can't answer a request.
+        ModelError: transformers can't build the base, stores it in a way that a search can't use,
+            or can't load its tokenizer.
     """
 
     def __init__(self, config: Config, family: Family, *, few: int | None = None) -> None:
@@ -69,7 +69,7 @@ class DryRun:
         )
 
     def sizes(self) -> dict[str, WorkloadSize]:
-        """Of the documents of the search and, if there is one, of the holdout."""
+        """The sizes of the search's workload and, if there is one, the holdout's."""
         return {name: self._size(workload) for name, workload in self.workloads.items()}
 
     def _size(self, workload: Workload) -> WorkloadSize:
@@ -96,7 +96,7 @@ class DryRun:
         )
 
     def _text_batches(self, kind: str, instances: list[Any]) -> list[tuple[int, int]]:
-        """Of rolling perplexity, where every position counts, and of generated text."""
+        """Batches of rolling perplexity, which needs every position, or of generated text."""
         from lm_eval.models.utils import normalize_gen_kwargs
 
         lengths = [len(self.lm.tok_encode(instance.args[0])) for instance in instances]
@@ -118,7 +118,7 @@ class DryRun:
 
 
 def main() -> int:
-    """Reads a configuration from the standard input, writes sizes or an error to the output."""
+    """Reads a configuration from standard input; writes sizes or an error to standard output."""
     try:
         config = parse_config(json.load(sys.stdin), "the configuration")
         dry_run = DryRun(config, open_family(config.models, config.base))

@@ -1,4 +1,4 @@
-"""The evaluator: recipe in, outcome out. One for each worker; it lives as long as the worker."""
+"""The evaluator turns a recipe into an outcome. Each worker has one for its whole life."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Evaluator:
     Args:
         family: the candidates.
         config: tasks, dtype, device.
-        seed: of the choice of documents.
+        seed: for the choice of documents.
         comparable: refuse metrics that can't be part of an accuracy.
         workers: how many evaluators share the device.
-        says: is told what is loaded.
+        says: called with what is being loaded.
 
     Raises:
         UsageError, ModelError, ResourceError: the family or the tasks can't be used.
@@ -65,12 +65,12 @@ class Evaluator:
         """Assembles and scores one recipe; never raises for what the recipe itself causes.
 
         Returns:
-            `ok`, `infeasible` with the reason (it can't be built, or gives no numbers), or
-            `failed` with the traceback.
+            `ok`, `infeasible` with the reason (it can't be built, or its results are not finite),
+            or `failed` with the traceback.
 
         Raises:
             ResourceError: memory or disk is exhausted, which is not the recipe's fault.
-            ModelError: a candidate's file changed: nothing that was read since counts.
+            ModelError: a candidate's file changed, so nothing read since then is valid.
         """
         began, forward_s, num_tokens = time.perf_counter(), self.lm.forward_s, self.lm.num_tokens
         workload = self.workloads[documents]
@@ -89,7 +89,7 @@ class Evaluator:
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise ResourceError(
-                    f"Out of memory while {recipe.point} was scored: nothing is recorded for it; "
+                    f"Out of memory while scoring {recipe.point}: nothing is recorded for it; "
                     "resume with a smaller evaluation.batch_size or fewer workers."
                 ) from error
             status, reason = "failed", traceback.format_exc()
@@ -99,7 +99,7 @@ class Evaluator:
             status, reason = "infeasible", str(error)
         except Exception:
             status, reason = "failed", traceback.format_exc()
-        self.resident.family.check_intact()  # a file that changed is not what the recipe builds
+        self.resident.family.check_intact()  # a changed file is not what the recipe names
         cost = Cost(
             seconds=time.perf_counter() - began,
             assemble_s=assembled - began,
@@ -111,7 +111,7 @@ class Evaluator:
         return Outcome(status, accuracy, scores, reason, cost)
 
     def all_scores(self, documents: Documents = "search") -> tuple[Score, ...]:
-        """Every metric of what was evaluated last, see `Workload.all_scores`."""
+        """Every metric of the last evaluation; see `Workload.all_scores`."""
         return self.workloads[documents].all_scores(self._results)
 
     def similarity(
@@ -119,29 +119,29 @@ class Evaluator:
     ) -> Similarity:
         """Measures the layers of one dense candidate on contexts of the search documents.
 
-        `far` is told how many of how many contexts are done.
+        `far` is called with the number of contexts done and the total.
 
         Raises:
             ResourceError: memory is exhausted.
-            ModelError: its layers give no finite numbers.
+            ModelError: its layers give numbers that are not finite.
         """
         try:
             found = measure(self.resident, self.lm, self.workloads["search"], model, dtype, far)
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise ResourceError(
-                    "Out of memory while the control arms were measured: use a smaller "
+                    "Out of memory while measuring the control arms: use a smaller "
                     "evaluation.batch_size."
                 ) from error
             raise
         if not found.is_finite:
             raise ModelError(
-                f"{self.family.candidates[model].folder}: the layers of {model} give no finite "
-                "numbers: leave it out, or name another evaluation.dtype."
+                f"{self.family.candidates[model].folder}: the layers of {model} give numbers that "
+                "are not finite: leave it out, or set another evaluation.dtype."
             )
         return found
 
 
 def weighted_mean(scores: tuple[Score, ...]) -> float:
-    """The accuracy objective: the mean of the tasks' scores, each with its weight."""
+    """The accuracy objective: the weighted mean of the tasks' scores."""
     return sum(s.value * s.weight for s in scores) / sum(s.weight for s in scores)

@@ -1,4 +1,4 @@
-"""How everything that computes with a family opens it: files first, transformers where they leave
+"""Opens a family for computing: reads files first, and asks transformers only where they leave
 something open.
 """
 
@@ -23,9 +23,9 @@ def open_family(
     *,
     folders: Mapping[str, Path] = {},
 ) -> Family:
-    """The opened candidates, judged: any layer of one can stand in for that layer of another.
+    """Opens the candidates and checks that a layer of one can replace that layer of another.
 
-    Arguments as for `Family`; its `notes` say what differs without effect.
+    The arguments are those of `Family`; its `notes` report differences without effect.
 
     Raises:
         ModelError: a candidate is unusable, or does not fit the base.
@@ -47,11 +47,11 @@ def open_family(
 
 
 def find_calibration(config: Config, family: Family) -> Calibration | None:
-    """The statistics that a search needs, of every model; None if its methods need none.
+    """The statistics of every model that a search needs; None if its methods need none.
 
     Raises:
         UsageError: a model's statistics are missing.
-        ModelError: they are corrupt, or belong to other weights.
+        ModelError: statistics are corrupt, or belong to other weights.
     """
     methods = config.space.merge.calibrated
     if config.calibration is None or not methods:

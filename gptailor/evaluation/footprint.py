@@ -1,8 +1,8 @@
-"""How much memory a worker needs: what is known from headers and configuration, without a model.
+"""How much memory a worker needs, computed from headers and configuration without a model.
 
 Weights are exact. Activations and logits are estimates for one forward pass: a layer's inputs and
-the inside of its widest part, and the logits with their log-softmax. What a worker does with the
-memory that it has is decided in `memory_policy`.
+the inside of its widest part, and the logits with their log-softmax. How a worker uses the memory
+that it has is decided in `memory_policy`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from gptailor.models.family import Family
 from gptailor.recipe import DTYPES
 
 ALIGNMENT = 256
-"""Where tensors begin within a block of a device's memory, in bytes."""
+"""Alignment of tensors within a block of a device's memory, in bytes."""
 
 
 def padded(n_bytes: int) -> int:
-    """What a tensor of this size takes of its block."""
+    """The bytes that a tensor of this size takes in its block."""
     return -(-n_bytes // ALIGNMENT) * ALIGNMENT
 
 
@@ -32,14 +32,14 @@ class Blocks:
 
     Attributes:
         num_candidates: how many models the family has.
-        base: the base as it lies on disk.
-        layers: each source layer of one model, in the type of the forward pass.
-        outside: embeddings, final norm and head of one model, in that type.
-        read_layers: each source layer of all candidates together, in the types of the files: what
+        base: the base as stored on disk.
+        layers: each source layer of one model, in the dtype of the forward pass.
+        outside: embeddings, final norm and head of one model, in that dtype.
+        read_layers: each source layer of all candidates together, in the dtypes of the files: what
             one merge reads.
-        read_outside: embeddings, final norms and heads of all candidates, in those types.
-        copies: all tensors of all candidates that a worker casts, or rounds to the recipe's type
-            first, in the type of the forward pass. Such copies are kept; other tensors are used
+        read_outside: embeddings, final norms and heads of all candidates, in those dtypes.
+        copies: all tensors of all candidates that a worker casts, or first rounds to the recipe's
+            dtype, in the dtype of the forward pass. Such copies are kept; other tensors are used
             as they are in the file.
     """
 
@@ -53,23 +53,23 @@ class Blocks:
 
     @property
     def model(self) -> int:
-        """One model in the type of the forward pass."""
+        """One model in the dtype of the forward pass."""
         return sum(self.layers) + self.outside
 
     @property
     def held(self) -> int:
-        """The most that copies of one recipe take: a model, whose final norm may be another
-        candidate's than its head, and comes with that one's head."""
+        """The most that copies of one recipe take: one model with `outside` twice, because the
+        final norm may be another candidate's than the head, and brings that candidate's head."""
         return sum(self.layers) + self.outside * min(2, self.num_candidates)
 
     @property
     def largest_merge(self) -> int:
-        """The most that is read for one merged layer."""
+        """The most bytes that are read for one merged layer."""
         return max(self.read_layers)
 
     @property
     def files(self) -> int:
-        """All candidates in the types of their files."""
+        """All candidates in the dtypes of their files."""
         return sum(self.read_layers) + self.read_outside
 
 
@@ -78,14 +78,14 @@ class Footprint:
     """Bytes that a worker of a family needs.
 
     Attributes:
-        candidates: name → weights as they lie on disk; the base first.
-        layers: each source layer of one candidate, in the type of the forward pass.
-        outside: embeddings, final norm and head of one candidate, in that type.
+        candidates: name → weights as stored on disk; the base first.
+        layers: each source layer of one candidate, in the dtype of the forward pass.
+        outside: embeddings, final norm and head of one candidate, in that dtype.
         activations: inside a layer, for the largest batch.
         logits: of the largest batch.
-        is_cast: a worker needs copies of candidates, as their files have another type than the
-            forward pass, or than the recipes.
-        blocks: the weights once more, as they lie on a device.
+        is_cast: a worker needs copies of candidates, because their files have a different dtype
+            from the forward pass or the recipes.
+        blocks: the weights as laid out on a device.
     """
 
     candidates: dict[str, int]
@@ -98,12 +98,12 @@ class Footprint:
 
     @property
     def model(self) -> int:
-        """The dense model in the type of the forward pass."""
+        """The dense model in the dtype of the forward pass."""
         return sum(self.layers) + self.outside
 
     @property
     def resident(self) -> int:
-        """All candidates in the type of the forward pass."""
+        """All candidates in the dtype of the forward pass."""
         return self.model * len(self.candidates)
 
 
@@ -115,9 +115,9 @@ def find_footprint(
     Args:
         family: the opened candidates.
         dtype: of the forward pass.
-        recipes: the type of the recipes.
-        batch_tokens: of the largest batch, padding included.
-        logits: rows of the vocabulary's width that a batch gives at most.
+        recipes: the dtype of the recipes.
+        batch_tokens: tokens of the largest batch, padding included.
+        logits: the most positions whose logits one batch computes.
     """
     item = DTYPE_BITS[DTYPES[dtype]] // 8
     text = text_config(family.base.config)
@@ -138,12 +138,12 @@ def find_footprint(
 
 
 def find_blocks(family: Family, dtype: str | None, recipes: str | None = None) -> Blocks:
-    """The weights of a family on a device.
+    """The bytes that a family's weights take on a device.
 
     Args:
         family: the opened candidates.
         dtype: of the forward pass; None: that of the files.
-        recipes: the type of the recipes; None: that of the forward pass.
+        recipes: the dtype of the recipes; None: that of the forward pass.
     """
     architecture = family.architecture
     layers, outside = _one_model(family, dtype, padded)
@@ -175,7 +175,7 @@ def find_blocks(family: Family, dtype: str | None, recipes: str | None = None) -
 
 
 def held_bytes(family: Family) -> Callable[[str], int]:
-    """Type of the forward pass → `Blocks.held`."""
+    """A function from the dtype of the forward pass to `Blocks.held`."""
     return lambda dtype: find_blocks(family, dtype).held
 
 
@@ -187,7 +187,7 @@ def _one_model(
     Args:
         family: the candidates.
         dtype: see `find_blocks`.
-        taken: what a tensor of so many bytes takes.
+        taken: tensor size in bytes → the bytes that it takes.
     """
 
     def n_bytes(names: Iterable[str], candidate: Candidate = family.base) -> int:
@@ -208,7 +208,7 @@ def _file_bytes(candidate: Candidate) -> int:
 
 
 def _type(info: TensorInfo, candidate: Candidate, dtype: str | None) -> str:
-    """The type of a tensor in a model of the type `dtype`, as safetensors names it."""
+    """A tensor's dtype in a model of the type `dtype`, as safetensors names it."""
     if dtype is None or info.dtype not in FLOAT_DTYPES:
         return info.dtype
     return "F32" if candidate.stays_precise(info, DTYPES[dtype]) else DTYPES[dtype]
@@ -221,14 +221,14 @@ def _size(info: TensorInfo, dtype: str) -> int:
 
 
 def _is_cast(info: TensorInfo, candidate: Candidate, recipes: str, dtype: str) -> bool:
-    """Whether a tensor of a taken layer is not used as it is in its file."""
+    """Whether a tensor of a taken layer needs a copy instead of being used from its file."""
     if info.dtype not in FLOAT_DTYPES:
         return False
     return not info.dtype == _type(info, candidate, recipes) == DTYPES[dtype]
 
 
 def _widths(text: Mapping[str, Any]) -> tuple[int, int]:
-    """Hidden size, and that of the widest part of a layer."""
+    """The hidden size, and the width of a layer's widest part."""
     hidden = next((text[k] for k in ("hidden_size", "n_embd", "d_model") if text.get(k)), 0)
     inner = next((text[k] for k in ("intermediate_size", "n_inner", "ffn_dim") if text.get(k)), 0)
     return int(hidden), int(inner or 4 * hidden)

@@ -1,10 +1,10 @@
-"""The type in which evaluations are computed: chosen once for a run, by what its machines do well.
+"""The dtype of evaluations: chosen once per run, by what its machines compute fast.
 
-Recipes have a type of their own, to which their weights are rounded; this is the type in which the
-model computes with them. Where a processor has no instructions for bfloat16, torch multiplies its
-matrices several times slower than those of float32 (benchmarks/README.md), and float16 is slow on
-every processor. So without the user's word (`evaluation.dtype: auto`) such machines compute in
-float32, which takes more memory and is the more exact.
+A recipe has a dtype of its own, to which its weights are rounded; this is the dtype in which the
+model computes with them. On a CPU without bfloat16 instructions, torch multiplies bfloat16 matrices
+several times slower than float32 ones (benchmarks/README.md), and float16 is slow on every CPU. So
+with `evaluation.dtype: auto` such machines compute in float32, which takes more memory and is more
+exact.
 
 Nothing here needs torch, except to find out whether there is a GPU.
 """
@@ -25,21 +25,21 @@ from gptailor.evaluation.memory_policy import ROOM
 PRECISE = "float32"
 
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
-"""As Linux calls them: of x86 (Cooper Lake, Sapphire Rapids, Zen 4), and of Arm (Neoverse V1)."""
+"""Linux's names, on x86 (Cooper Lake, Sapphire Rapids, Zen 4) and on Arm (Neoverse V1)."""
 
 _ISA_WITH_BFLOAT16 = ("BF16", "AMX", "FP16", "AVX10", "ALL", "DEFAULT")
-"""Parts of the names by which oneDNN may be told to use bfloat16's instructions."""
+"""Parts of the oneDNN ISA names that allow bfloat16 instructions."""
 
 
 @dataclass(frozen=True)
 class Ability:
-    """What a machine is for evaluations, as one worker on it finds.
+    """What a machine offers for evaluations, as seen by one worker on it.
 
     Attributes:
-        node: its name.
+        node: the machine's name.
         device: "cpu" or "cuda".
         slow: keys of `DTYPES` that take much longer there than float32.
-        free_bytes: memory that its programs can still take, all of them together.
+        free_bytes: memory that all programs on it together can still take.
     """
 
     node: str
@@ -50,12 +50,12 @@ class Ability:
 
 @dataclass(frozen=True)
 class Choice:
-    """The type of a run.
+    """The dtype of a run.
 
     Attributes:
         dtype: a key of `DTYPES`.
-        sentence: which it is, and why.
-        is_slow: a machine takes much longer with it than with float32.
+        sentence: tells the user which it is, and why.
+        is_slow: some machine takes much longer with it than with float32.
     """
 
     dtype: str
@@ -64,7 +64,7 @@ class Choice:
 
 
 def find_ability(device: str) -> Ability:
-    """What this machine is for a configuration's `device`; imports torch for "auto" only."""
+    """What this machine offers on a configuration's `device`; imports torch for "auto" only."""
     on_cpu = is_cpu(device)
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     return Ability(
@@ -92,7 +92,7 @@ def slow_dtypes() -> tuple[str, ...]:
 
 @cache
 def cpu_flags() -> frozenset[str]:
-    """What the processor can do, in Linux's words; empty if that is not told."""
+    """The CPU's feature flags as Linux names them; empty if they are unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -110,24 +110,24 @@ def choose(
     kept: str | None = None,
     whose: str = "the recipes'",
 ) -> Choice:
-    """The type of all evaluations of a run.
+    """Chooses the dtype of all evaluations of a run.
 
     Args:
         wanted: `evaluation.dtype`: a key of `DTYPES`, or "auto".
-        recipes: the recipes' own type.
-        abilities: of each worker.
-        held_bytes: of a type: what a worker on the CPU must hold of the candidates at least.
-        kept: the type in which the run was begun; None for a new one.
-        whose: the recipes, in words.
+        recipes: the recipes' own dtype.
+        abilities: one for each worker.
+        held_bytes: dtype → the least memory for candidates that a worker on the CPU needs.
+        kept: the dtype that the run started with; None for a new run.
+        whose: how the sentence names the owner of the recipes' dtype.
     """
     dtype = wanted if wanted != "auto" else kept or recipes
     slow = _names(abilities, dtype)
     if wanted != "auto":
         better = choose("auto", recipes, abilities, held_bytes).dtype if slow else wanted
         hint = ", which evaluation.dtype: auto chooses" if better == PRECISE else ""
-        return _choice(dtype, "as evaluation.dtype says", slow, hint)
+        return _choice(dtype, "as set by evaluation.dtype", slow, hint)
     if kept is not None:
-        return _choice(dtype, "as the run began", slow)
+        return _choice(dtype, "as when the run started", slow)
     if not slow:
         return _choice(dtype, f"{whose} type")
     crowded = _too_small(abilities, held_bytes(PRECISE))
@@ -152,14 +152,14 @@ def _lacks(nodes: str, dtype: str) -> str:
 
 
 def _names(abilities: Sequence[Ability], dtype: str) -> str:
-    """The machines that are slow at a type; empty if none is."""
+    """The machines that are slow in a dtype, for a sentence; empty if there are none."""
     names = list(dict.fromkeys(a.node for a in abilities if dtype in a.slow))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(plain(name, 60) for name in names[:3]) + more
 
 
 def _too_small(abilities: Sequence[Ability], held_bytes: int) -> str | None:
-    """A machine whose memory does not hold so much for each of its workers; None if all do."""
+    """A machine without memory for that many bytes per worker; None if all have enough."""
     for node in dict.fromkeys(a.node for a in abilities if a.device == "cpu"):
         here = [a for a in abilities if a.node == node]
         if len(here) * held_bytes > ROOM * max(a.free_bytes for a in here):

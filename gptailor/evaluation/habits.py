@@ -1,7 +1,7 @@
-"""What comes with a model beside its weights, and what recipes have from the base.
+"""Reports candidates whose tokenizer or generation settings differ from the base's.
 
-A candidate alone, as lm-eval loads it, reads text with its own tokenizer and generates with its own
-settings. Recipes, control arms too, have the base's: where the two differ, so may scores.
+A candidate on its own, as lm-eval loads it, uses its own tokenizer and generation settings.
+Recipes, including control arms, use the base's. Where the two differ, scores may differ too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _WITHOUT_EFFECT = frozenset(
         "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff",
         "eta_cutoff", "max_length", "max_new_tokens", "max_time", "use_cache", "pad_token_id",
         "bos_token_id",
-        # how it is run, what is returned, where it comes from
+        # how the model runs, what it returns, where the file comes from
         "cache_implementation", "cache_config", "output_attentions", "output_hidden_states",
         "output_scores", "output_logits", "return_dict_in_generate", "transformers_version",
         "_from_model_config",
@@ -38,7 +38,7 @@ _WITHOUT_EFFECT = frozenset(
 
 
 def habits(family: Family) -> list[str]:
-    """A sentence on each candidate that comes with other habits than the base.
+    """One sentence for each candidate whose tokenizer or generation settings differ.
 
     Raises:
         ModelError: a file can't be read, or a tokenizer can't be loaded.
@@ -48,8 +48,8 @@ def habits(family: Family) -> list[str]:
         found = [*_of_tokenizer(candidate, family.base), *_of_generation(candidate, family.base)]
         if found:
             notes.append(
-                f"{candidate.name}: its {' and '.join(found)} differ from the base's, which count "
-                "in every score, so that lm-eval may score it otherwise when it is alone."
+                f"{candidate.name}: its {' and '.join(found)} differ from the base's, which are "
+                "used for every score, so lm-eval may score it differently on its own."
             )
     return notes
 
@@ -68,7 +68,7 @@ def _of_tokenizer(candidate: Candidate, base: Candidate) -> Iterator[str]:
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    """The files that a tokenizer may be made of."""
+    """The files that may belong to a tokenizer."""
     names = (name for name in side_files(folder) if name != _GENERATION)
     return {name: read_bytes(folder / name, MAX_TOKENIZER_BYTES) for name in names}
 
@@ -81,7 +81,8 @@ def _of_generation(candidate: Candidate, base: Candidate) -> Iterator[str]:
 
 
 def _settings(candidate: Candidate) -> dict[str, Any]:
-    """As transformers finds them: in a file of their own, or the end of a text in the config."""
+    """Generation settings as transformers finds them: in their own file, else only the EOS token
+    of the config."""
     path = candidate.folder / _GENERATION
     if is_file(path):
         return read_json(path, MAX_CONFIG_BYTES)

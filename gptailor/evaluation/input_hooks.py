@@ -1,9 +1,9 @@
-"""Inputs follow the layers of a model that is spread over several devices.
+"""Moves inputs to the layers of a model that is spread over several devices.
 
-Every source layer is on one device, and its module moves what it is given there before it computes.
+Every source layer is on one device, and its module moves its inputs there before it computes.
 
-Never run on a GPU yet: that layers end up on their devices and that no operation meets tensors of
-two devices is tested with labelled tensors, the results with devices that are all the CPU.
+Not yet run on GPUs. Tests with labelled tensors check that layers end up on their devices and that
+no operation mixes tensors of two devices; the results are tested with the CPU as every device.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 
 
 class MovesInputs:
-    """A forward pre-hook: whatever a module is given comes to its device first."""
+    """A forward pre-hook that moves a module's inputs to its device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -24,7 +24,7 @@ class MovesInputs:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The same arguments, tensors in tuples, lists and dictionaries moved."""
+        """The same arguments, with tensors moved, also those in tuples, lists and dictionaries."""
         return _moved(args, self.device), _moved(kwargs, self.device)
 
 
@@ -37,7 +37,7 @@ def _moved(value: Any, device: torch.device) -> Any:
         return [_moved(item, device) for item in value]
     if type(value) is dict:
         return {key: _moved(item, device) for key, item in value.items()}
-    return value  # caches of keys and values live where each layer's are
+    return value  # a KV cache keeps each layer's keys and values on that layer's device
 
 
 def spread_modules(
@@ -46,7 +46,7 @@ def spread_modules(
     outside: Iterable[str],
     devices: Sequence[torch.device],
 ) -> None:
-    """Puts the layers of a skeleton on their devices, and lets inputs follow.
+    """Puts the layers of a skeleton on their devices, and hooks them so that inputs follow.
 
     Args:
         model: the skeleton, on `devices[0]`.
@@ -55,7 +55,7 @@ def spread_modules(
         devices: first that of what is outside, then one for each layer.
     """
     for layer, device in zip(stack, devices[1:], strict=True):
-        layer.to(device)  # what no file has
+        layer.to(device)  # buffers that are in no file
     move_inputs(model, stack, outside, devices)
 
 
@@ -65,8 +65,8 @@ def move_inputs(
     outside: Iterable[str],
     devices: Sequence[torch.device],
 ) -> None:
-    """Gives modules that are on several devices the hooks that move their inputs there; arguments
-    as for `spread_modules`."""
+    """Hooks modules that are on several devices so that their inputs are moved there; the arguments
+    are those of `spread_modules`."""
     for layer, device in zip(stack, devices[1:], strict=True):
         layer.register_forward_pre_hook(MovesInputs(device), with_kwargs=True)
     owners = {name.rpartition(".")[0] for name in outside} - {""}

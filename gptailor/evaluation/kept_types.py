@@ -1,7 +1,7 @@
-"""What transformers keeps in float32 though the model computes in a narrower type.
+"""Finds the parameters that transformers keeps in float32 in a model of a narrower dtype.
 
-Architectures name a few of their parameters so: biases that choose experts, for example, or norms
-where the type is float16. Which they are is found by loading the model once more, without memory.
+Architectures declare a few such parameters: for example biases that choose experts, or norms where
+the dtype is float16. They are found by loading the model again without memory.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from gptailor.models.checkpoint import TensorInfo
 
 
 class KeptTypes:
-    """Answers for one architecture, each found once.
+    """The kept parameters of one architecture, found once per dtype.
 
     Args:
         shell: the model on the meta device.
         folder: for errors.
-        tensors: of the files that count.
-        module_names: tensor of the files → parameter or buffer of the model.
+        tensors: the tensors of the files.
+        module_names: tensor in the files → parameter or buffer of the model.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class KeptTypes:
         self._tensors = [t for t in tensors if module_names.get(t.name)]
         self._module_names = module_names
         self.names = cache(self._names)
-        """Type of the forward pass → names of the files' tensors that stay float32 in it."""
+        """Dtype of the forward pass → names of the files' tensors that stay float32 in it."""
 
     def _names(self, dtype: torch.dtype) -> frozenset[str]:
         flags = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")

@@ -1,4 +1,4 @@
-"""A reader for families that imports transformers only for models that can't be read without."""
+"""A reader for families that imports transformers only for models that can't be read without it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 class LazyReader:
-    """A `Reader` that imports transformers when it is first asked."""
+    """A `Reader` that imports transformers on first use."""
 
     def __init__(self) -> None:
         self._reader: TransformersReader | None = None
 
     @property
     def now(self) -> TransformersReader:
-        """The reader itself."""
+        """The actual reader, made on first use."""
         if self._reader is None:
             from gptailor.evaluation.reader import TransformersReader
 

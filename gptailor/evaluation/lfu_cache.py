@@ -1,7 +1,7 @@
-"""A least-frequently-used cache whose counts decay: which groups of bytes stay within a budget.
+"""A least-frequently-used cache with decaying counts, which decides what stays within a budget.
 
-A search asks for nearly the same layers in every recipe. If the least recently used one had to go,
-a set that is a little too large would lose every layer just before it is asked for again.
+A search uses nearly the same layers in every recipe. If the least recently used one were evicted, a
+working set slightly over the budget would lose every layer just before its next use.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Generic, TypeVar
 K = TypeVar("K", bound=Hashable)
 
 HALF_LIFE = 32.0
-"""After so many ticks a use counts half."""
+"""Number of ticks after which a use counts half."""
 
 
 class LFUCache(Generic[K]):
-    """The keys that are kept, and how much each was used; it holds no values.
+    """Tracks which keys are kept and how much each was used; holds no values.
 
     Args:
-        budget_bytes: that the kept keys may have together.
+        budget_bytes: total size that the kept keys may have.
 
     Attributes:
-        n_bytes: that they have.
+        n_bytes: total size of the kept keys.
     """
 
     def __init__(self, budget_bytes: int) -> None:
@@ -40,7 +40,7 @@ class LFUCache(Generic[K]):
         return iter(self._sizes)
 
     def tick(self) -> None:
-        """One recipe has gone by."""
+        """Advances the clock by one recipe."""
         self._now += 1
 
     def use(self, key: K) -> None:
@@ -52,17 +52,17 @@ class LFUCache(Generic[K]):
     def admit(
         self, key: K, n_bytes: int, *, held: Collection[K] = (), must: bool = False
     ) -> list[K] | None:
-        """Keeps a key if there is room, or if keys that are used less can make room.
+        """Keeps a key if there is room, or if evicting less used keys makes room.
 
         Args:
             key: not kept yet, used at least once.
             n_bytes: its size.
-            held: keys that may not go.
-            must: keys that are used more may go, too.
+            held: keys that must not be evicted.
+            must: more used keys may be evicted, too.
 
         Returns:
-            The keys that had to go, the least used first; None if `key` does not get in, and then
-            nothing has changed.
+            The evicted keys, the least used first; None if `key` is not kept, and then nothing has
+            changed.
         """
         assert key not in self._sizes
         count = math.inf if must else self._counts[key]
@@ -76,10 +76,10 @@ class LFUCache(Generic[K]):
         return going
 
     def shrink(self, n_bytes: int, held: Collection[K] = ()) -> list[K] | None:
-        """Lets the least used keys go until at most `n_bytes` are kept.
+        """Evicts the least used keys until at most `n_bytes` are kept.
 
         Returns:
-            The keys that went; None if that is impossible, and then nothing has changed.
+            The evicted keys; None if that is impossible, and then nothing has changed.
         """
         going = self._least_used(self.n_bytes - n_bytes, held, math.inf)
         for old in going or ():
@@ -87,11 +87,12 @@ class LFUCache(Generic[K]):
         return going
 
     def remove(self, key: K) -> None:
-        """Forgets that a key is kept; its uses still count."""
+        """Stops keeping a key; its use count stays."""
         self.n_bytes -= self._sizes.pop(key)
 
     def _least_used(self, n_bytes: int, held: Collection[K], below: float) -> list[K] | None:
-        """The least used keys that have `n_bytes` together, all with a count below `below`."""
+        """The least used keys that free `n_bytes` together, all with counts below `below`; None if
+        there are not enough."""
         going: list[K] = []
         if n_bytes <= 0:
             return going

@@ -1,12 +1,12 @@
-"""The judge: lm-eval's own Hugging Face model, with the work that evaluations share done once.
+"""lm-eval's own Hugging Face model, which does work that evaluations share only once.
 
 `ResidentLM` is `lm_eval`'s HFLM, so tokenization, windows of rolling perplexity, generation and
-stop sequences are lm-eval's. What it changes is how log-likelihood requests reach the model:
+stop sequences are lm-eval's. Only the path of log-likelihood requests to the model is different:
 requests are encoded once for all recipes, equal inputs are run once, batches are composed the same
-way for every recipe, and the output head is only computed where a continuation needs it.
+way for every recipe, and the output head is computed only where a continuation needs it.
 
-Shapes: B sequences, T tokens of the longest one, P positions that any sequence of the batch needs,
-V vocabulary, R requests of the batch, C tokens of their longest continuation.
+Shapes: B sequences, T tokens of the longest sequence, P positions that any sequence of the batch
+needs, V vocabulary size, R requests of the batch, C tokens of their longest continuation.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from torch import nn
 from gptailor.errors import ModelError, UsageError
 
 Request = tuple[Any, list[int], list[int]]
-"""lm-eval's form: (cache key, tokens of the context, tokens of the continuation)."""
+"""A request in lm-eval's form: (cache key, context tokens, continuation tokens)."""
 
 
 _NAN = (
     "The model's {} are not numbers: its weights hold NaN or infinity, or they overflow in the "
-    "evaluation's dtype (float32 would tell)."
+    "evaluation's dtype (try float32 to find out)."
 )
 
 
@@ -42,11 +42,11 @@ class Batch:
 
     Attributes:
         input_BT: token ids, padded on the right.
-        positions_P: the positions of which logits are needed, ascending.
+        positions_P: the positions whose logits are needed, ascending.
         rows_RC, columns_RC, tokens_RC: for each token of a continuation, its sequence, its index
             in `positions_P`, and the token itself.
         mask_RC: False where a continuation is shorter than the longest one.
-        requests: the requests that the rows belong to, by index.
+        requests: the index of each row's request.
     """
 
     input_BT: torch.Tensor
@@ -71,28 +71,26 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         num_tokens: tokens that went through it so far, padding included.
 
     Raises:
-        ModelError: the model does not say how many tokens it reads.
+        ModelError: the model declares no maximum length.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int) -> None:
         logger = logging.getLogger("lm_eval")
         level = logger.level
-        logger.setLevel(
-            logging.ERROR
-        )  # it warns that some arguments are ignored: they are not used
+        logger.setLevel(logging.ERROR)  # HFLM warns about ignored arguments, which we don't use
         try:
             super().__init__(
                 pretrained=model,
-                backend="causal",  # it would take a BART that only decodes for one that translates
+                backend="causal",  # HFLM takes a decoder-only BART for a seq2seq model
                 tokenizer=tokenizer,
                 batch_size=batch_size,
             )
         finally:
             logger.setLevel(level)
-        if self.max_length < 1:  # XLNet's has no limit
+        if self.max_length < 1:  # XLNet has no limit
             raise ModelError(
                 f"A model of this type ({self.config.model_type}) does not say how many tokens it "
-                "reads, so that lm-eval can't score it; stitching can be done."
+                "reads, so lm-eval can't score it; it can still be stitched."
             )
         self._max_length = self.max_length - _first_position(model, self.max_length)
         self.forward_s = 0.0
@@ -109,11 +107,11 @@ class ResidentLM(HFLM):  # type: ignore[misc]
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood and greediness of each request, as HFLM's, but encoded only once."""
+        """Log-likelihood of each request and whether it is greedy, like HFLM; encodes only once."""
         return self._loglikelihood_tokens(self.encoded(requests))
 
     def encoded(self, requests: Sequence[Any]) -> list[Request]:
-        """Requests for log-likelihoods as tokens, as HFLM makes them; nothing is run."""
+        """Log-likelihood requests as tokens, encoded by HFLM; nothing is run."""
         missing = [r for r in requests if tuple(r.args) not in self._encoded]
         if missing:
             self._captured = []
@@ -129,12 +127,12 @@ class ResidentLM(HFLM):  # type: ignore[misc]
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = True
     ) -> list[float]:
-        """As HFLM's, without a progress bar."""
+        """Like HFLM, without a progress bar."""
         result: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
         return result
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
-        """As HFLM's, without a progress bar; logits that are not numbers raise."""
+        """Like HFLM, without a progress bar; raises if logits are not numbers."""
         self._generating = True
         try:
             result: list[str] = super().generate_until(requests, disable_tqdm=True)
@@ -143,17 +141,17 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         return result
 
     def check_tokenizer(self, *, has_chat: bool) -> None:
-        """Raises unless the tokenizer has what lm-eval needs of it.
+        """Raises unless the tokenizer has what lm-eval needs.
 
         Raises:
-            ModelError: there is no token to begin with.
-            UsageError: there is no chat template, or there are several.
+            ModelError: there is no token to begin a text with.
+            UsageError: there is no chat template, or there are several without a default.
         """
         if self.prefix_token_id is None:
             raise ModelError(
                 f"The tokenizer in {self.tokenizer.name_or_path} has neither a BOS nor an EOS "
-                "token, and lm-eval lets a text without a context begin with one: name the right "
-                "one in its tokenizer_config.json."
+                "token, and lm-eval starts a text without a context with one: set the right one "
+                "in its tokenizer_config.json."
             )
         if not has_chat:
             return
@@ -169,7 +167,7 @@ class ResidentLM(HFLM):  # type: ignore[misc]
             ) from error
 
     def hidden_states_only(self, input_BT: torch.Tensor) -> None:
-        """Runs the model for what hooks see on the way; computes logits of one position at most."""
+        """Runs the model only for its hooks; computes logits of one position where possible."""
         kwargs = {"logits_to_keep": 1} if self._keeps_logits else {}
         self.model(input_ids=input_BT, use_cache=False, **kwargs)
 
@@ -201,8 +199,8 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         logprobs_RC = logprobs_BPV[batch.rows_RC, batch.columns_RC, batch.tokens_RC]
         sums_R = torch.where(batch.mask_RC, logprobs_RC, 0).sum(-1)
         hits_RC = logprobs_RC >= logprobs_BPV.amax(-1)[batch.rows_RC, batch.columns_RC]
-        # Several tokens may share the maximum; lm-eval's is the first one. Few get here: a search
-        # for it everywhere would take longer than the softmax.
+        # Several tokens may share the maximum; lm-eval takes the first one. Only tokens at the
+        # maximum are checked: an argmax everywhere would take longer than the softmax.
         top = logprobs_BPV[batch.rows_RC[hits_RC], batch.columns_RC[hits_RC]].float().argmax(-1)
         hits_RC[hits_RC.clone()] = top == batch.tokens_RC[hits_RC]
         greedy_R = (hits_RC | ~batch.mask_RC).all(-1)
@@ -228,13 +226,13 @@ class ResidentLM(HFLM):  # type: ignore[misc]
 
 
 def _first_position(model: nn.Module, rows: int) -> int:
-    """The position of the first token: 0, but behind the padding's in models like RoBERTa.
+    """The position of the first token: 0, or after the padding position in models like RoBERTa.
 
-    lm-eval does not know of it, and ends in an error at a text that is too long by so much.
+    lm-eval ignores this and fails on a text that exceeds the remaining positions.
 
     Args:
         model: the model.
-        rows: of its table of positions.
+        rows: number of rows of its position table.
     """
     for name, module in model.named_modules():
         is_table = type(module) is nn.Embedding and "position" in name.rpartition(".")[2]
@@ -246,10 +244,10 @@ def _first_position(model: nn.Module, rows: int) -> int:
 def read_inputs(
     requests: Sequence[Request], max_length: int
 ) -> tuple[tuple[tuple[int, ...], int], ...]:
-    """Of each request: the tokens of context and continuation, cut at the left to what the model
-    reads and the token after it, and how many of them are the continuation.
+    """For each request, its context and continuation tokens and the number of continuation tokens.
 
-    `requests.check_requests` has seen to it that there are both, and that the continuation fits.
+    The tokens are cut on the left to the model's maximum length plus one. `requests.check_requests`
+    has made sure that neither part is empty and that the continuation fits.
     """
     assert all(context and 0 < len(rest) <= max_length for _, context, rest in requests)
     return tuple(
@@ -261,13 +259,12 @@ def read_inputs(
 def plan_batches(
     inputs: Sequence[tuple[tuple[int, ...], int]], batch_size: int, device: torch.device
 ) -> list[Batch]:
-    """Composes batches out of requests, in a way that depends on the requests alone.
+    """Composes batches from requests in a way that depends only on the requests.
 
     Args:
-        inputs: for each request, the tokens of context and continuation, and how many of them are
-            the continuation.
+        inputs: as `read_inputs` returns them.
         batch_size: sequences in a batch.
-        device: of the tensors.
+        device: for the tensors.
 
     Returns:
         Batches, longest sequences first; requests with the same input share a sequence.

@@ -1,8 +1,8 @@
-"""The one place where transformers reads a model folder: no code of the folder runs, no pickle.
+"""The only place where transformers reads a model folder: runs none of its code, loads no pickle.
 
 A folder can name Python files of its own (`auto_map`), kernels to download (`attn_implementation`)
-or an adapter that stands for another model. None of it is followed. Sizes that the weights don't
-have are found on torch's meta device, before any memory is taken for them.
+or an adapter for another model. None of these is followed. Sizes that don't match the weights are
+found on torch's meta device, before any memory is allocated for them.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ TORCH_DTYPES = {
     "I32": torch.int32, "F32": torch.float32, "U64": torch.uint64, "I64": torch.int64,
     "F64": torch.float64,
 }  # fmt: skip
-"""As safetensors names them."""
+"""safetensors' dtype names → torch dtypes."""
 
 _FREE_ELEMENTS = 100_000_000
-"""What a model may have beside its weights: buffers, parameters that are tied elsewhere."""
+"""Elements that a model may have besides its weights: buffers and tied parameters."""
 
 
 class UnknownModel(ModelError):
@@ -41,7 +41,7 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder.
 
     Raises:
-        ModelError: transformers can't load it, or only by running code of the folder.
+        ModelError: transformers can't load it without running code of the folder.
     """
     from transformers import AutoTokenizer
 
@@ -56,17 +56,17 @@ def load_model(
     *,
     strict: bool = False,
 ) -> Any:
-    """A causal language model on the CPU, of which every weight comes from its files.
+    """Loads a causal language model onto the CPU, with every weight taken from its files.
 
     Args:
         folder: the model folder.
-        tensors: its checkpoint's, already checked.
+        tensors: the tensors of its checkpoint, already checked.
         dtype: of its parameters, or "auto".
-        strict: every tensor of the files must have a place in the model, too.
+        strict: the model must also use every tensor of the files.
 
     Raises:
-        ModelError: transformers can't load it, only by running code of the folder, or would make
-            up weights that the files lack.
+        ModelError: transformers can't load it without running code of the folder, or would
+            randomly initialize weights that the files lack.
         ResourceError: memory is exhausted.
     """
     from transformers import AutoModelForCausalLM
@@ -80,7 +80,7 @@ def load_model(
             trust_remote_code=False,
             use_safetensors=True,
             weights_only=True,
-            ignore_mismatched_sizes=True,  # they are reported all the same
+            ignore_mismatched_sizes=True,  # they are still reported
             output_loading_info=True,
         )
     check_loaded(as_names(info), folder, strict=strict)
@@ -91,38 +91,38 @@ def check_loaded(found: Mapping[str, Sequence[str]], where: object, *, strict: b
     """Raises a `ModelError` unless all parameters found their tensors, and the reverse if `strict`.
 
     Args:
-        found: as `rehearse` gives it.
-        where: the model, for the sentence.
+        found: as `rehearse` returns it.
+        where: the model, for the message.
         strict: no tensor may be left over.
     """
     if missing := found["missing_keys"]:
         raise ModelError(
-            f"{where} lacks {some(missing)}, which transformers would make up at random: download "
-            "the model again, or mend its config.json."
+            f"{where} lacks {some(missing)}, which transformers would initialize at random: "
+            "download the model again, or fix its config.json."
         )
     if wrong := found["mismatched_keys"]:
         raise ModelError(
-            f"{where}: config.json needs another shape of {some(wrong)} than the weights have."
+            f"{where}: config.json needs a different shape for {some(wrong)} than the weights have."
         )
     if strict and (left := found["unexpected_keys"]):
         raise ModelError(f"{where} has {some(left)}, which transformers would not use.")
 
 
 def some(names: Sequence[str]) -> str:
-    """The first of some names, and how many more there are."""
+    """The first name, and how many more there are."""
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def build(config: Any, folder: Path, dtype: torch.dtype | None = None) -> Any:
-    """The model of a config, parameters on the meta device, buffers with their values.
+    """Builds the model of a config with parameters on the meta device and buffers with values.
 
     Args:
-        config: what transformers made of a config.json whose sizes were checked (`load_shell`).
+        config: transformers' config, of a config.json whose sizes were checked (`load_shell`).
         folder: for errors.
-        dtype: of its parameters, and of what it computes in that type; None for the config's.
+        dtype: of the parameters and the constants computed in that dtype; None for the config's.
 
     Raises:
-        ModelError: transformers can't make it.
+        ModelError: transformers can't build it.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -142,16 +142,16 @@ def build(config: Any, folder: Path, dtype: torch.dtype | None = None) -> Any:
 def rehearse(
     shell: Any, folder: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]]
 ) -> dict[str, list[str]]:
-    """What transformers would say of loading these tensors, found by loading them without memory.
+    """What transformers would report about loading these tensors, found without using memory.
 
     Args:
-        shell: the model on the meta device; it stays as it is.
+        shell: the model on the meta device; it is not changed.
         folder: for errors.
         tensors: name, dtype as safetensors names it, and shape of each.
 
     Returns:
-        "missing_keys", which it would make up; "unexpected_keys", which it would leave out with a
-        warning; "mismatched_keys", of another shape: names, sorted.
+        Sorted names: "missing_keys", which it would initialize at random; "unexpected_keys", which
+        it would leave out with a warning; "mismatched_keys", whose shapes differ.
 
     Raises:
         ModelError: transformers can't put them together.
@@ -165,7 +165,7 @@ def load_without_memory(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]],
     dtype: torch.dtype | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """The model on the meta device as transformers loads it in a type, and its loading info;
+    """The model on the meta device as transformers loads it in a dtype, and the loading info;
     arguments and errors as for `rehearse`."""
     weights = {
         name: torch.empty(shape, dtype=TORCH_DTYPES[kind], device="meta")
@@ -186,7 +186,7 @@ def load_without_memory(
 
 
 def as_names(info: Mapping[str, Iterable[Any]]) -> dict[str, list[str]]:
-    """transformers' loading info with names only."""
+    """transformers' loading info, reduced to names."""
     return {
         key: sorted(item if isinstance(item, str) else str(item[0]) for item in info[key])
         for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -198,34 +198,34 @@ def load_config(folder: Path) -> Any:
 
     Raises:
         UnknownModel: transformers has no model of this type.
-        ModelError: it can't make anything of it.
+        ModelError: transformers can't parse it.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
     model_type = _check_folder(folder).get("model_type")
     if isinstance(model_type, str) and model_type not in CONFIG_MAPPING:
         raise UnknownModel(
-            f"transformers can't load {folder}: this version of it does not know its architecture "
-            f"({shown(model_type)}): install a newer one; if it needs Python code that comes with "
-            "it, gptailor never runs such code."
+            f"transformers can't load {folder}: this version does not know its architecture "
+            f"({shown(model_type)}): install a newer version of transformers; if the model needs "
+            "Python code that comes with it, gptailor never runs such code."
         )
     with explained(f"transformers can't load {folder}", folder), quiet():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     for part in (config, *vars(config).values()):
-        if hasattr(part, "quantization_config"):  # left over: quantized weights were refused
+        if hasattr(part, "quantization_config"):  # a leftover: quantized weights were refused
             del part.quantization_config
     return config
 
 
 def load_shell(folder: Path, tensors: Mapping[str, TensorInfo] | None) -> Any:
-    """The same model on torch's meta device: shapes without memory.
+    """Loads the model of a folder on torch's meta device: shapes without memory.
 
     Args:
         folder: the model folder.
-        tensors: its checkpoint's; None where the config is our own.
+        tensors: the tensors of its checkpoint; None if the config is gptailor's own.
 
     Raises:
-        ModelError: transformers can't make it, or its sizes are not those of the weights.
+        ModelError: transformers can't build it, or its sizes don't match the weights.
     """
     from transformers import AutoModelForCausalLM
 
@@ -239,11 +239,11 @@ def load_shell(folder: Path, tensors: Mapping[str, TensorInfo] | None) -> Any:
 
 
 def _check_folder(folder: Path) -> dict[str, Any]:
-    """The folder's config, which names no code."""
+    """The folder's config, checked to name no code."""
     if is_file(folder / "adapter_config.json"):
         raise ModelError(
-            f"{folder} holds an adapter (adapter_config.json) beside the model, which transformers "
-            "would apply: merge it with peft's merge_and_unload, or move the file away."
+            f"{folder} holds an adapter (adapter_config.json) in addition to the model, which "
+            "transformers would apply: merge it with peft's merge_and_unload, or remove the file."
         )
     config = read_json(folder / "config.json", MAX_CONFIG_BYTES)
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
@@ -257,7 +257,7 @@ def _check_folder(folder: Path) -> dict[str, Any]:
 
 
 def _check_sizes(folder: Path, shell: torch.nn.Module, tensors: Mapping[str, TensorInfo]) -> None:
-    """Compares what the config describes with what the weights are."""
+    """Compares the sizes in the config with those of the weights."""
     needed = sum(p.numel() for p in (*shell.parameters(), *shell.buffers()))
     there = sum(t.n_elements for t in tensors.values())
     for name, parameter in shell.named_parameters():
@@ -275,7 +275,7 @@ def _check_sizes(folder: Path, shell: torch.nn.Module, tensors: Mapping[str, Ten
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """Without transformers' progress bars."""
+    """Hides transformers' progress bars."""
     from transformers.utils import logging as their_logging
 
     had_bars = their_logging.is_progress_bar_enabled()
@@ -289,7 +289,7 @@ def no_bars() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what transformers says about a config, which it would say twice."""
+    """Silences transformers' messages about a config, which would otherwise appear twice."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -301,7 +301,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def explained(what: str, folder: Path) -> Iterator[None]:
-    """Whatever transformers and tokenizers raise because of a folder's files is a `ModelError`."""
+    """Turns what transformers and tokenizers raise because of a folder into a `ModelError`."""
     try:
         yield
     except (ModelError, KeyboardInterrupt, SystemExit):
@@ -309,14 +309,14 @@ def explained(what: str, folder: Path) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ResourceError(f"{folder} does not fit into memory.") from error
     except BaseException as error:
-        # a panic of the tokenizers' Rust code is no Exception
+        # a panic of the tokenizers' Rust code is not an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         text = str(error)
         if "trust_remote_code" in text:
             raise ModelError(
                 f"{what}: it needs Python code that comes with it, and gptailor never runs such "
-                "code: use a version of the model that transformers knows by itself."
+                "code: use a version of the model that transformers supports without it."
             ) from error
         reason = (text.strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{what}: {plain(reason)}") from error

@@ -1,6 +1,6 @@
-"""How much memory a device has, and what of it can still be taken: a GPU's, or a node's.
+"""The total and free memory of a device: a GPU, or this node.
 
-On a node the smallest limit of this process's control groups counts, too.
+On a node, the smallest limit of this process's control groups applies, too.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class DeviceMemory:
     """Memory of one device, in bytes.
 
     Attributes:
-        free_bytes: what nobody has taken.
-        total_bytes: all of it.
+        free_bytes: memory that is not in use.
+        total_bytes: all memory.
     """
 
     free_bytes: int
@@ -33,7 +33,7 @@ class DeviceMemory:
 def device_memory(device: torch.device) -> DeviceMemory:
     """Memory of a GPU, or of this node.
 
-    Side effect: a process that asks a GPU for the first time takes some hundred MB of it.
+    Side effect: a process's first call for a GPU takes a few hundred MB of its memory.
     """
     if device.type != "cuda":
         return host_memory()
@@ -49,12 +49,12 @@ def host_memory() -> DeviceMemory:
 
 
 def available_bytes() -> int:
-    """What can be taken without swapping; clean page cache counts as available."""
+    """Memory that can be allocated without swapping; clean page cache counts as available."""
     return min(_machine("MemAvailable"), _group_limit())
 
 
 def total_bytes() -> int:
-    """What the programs of this control group may have together: all of the machine, or less."""
+    """Memory that this control group's programs may use together: the machine's, or less."""
     return min(_machine("MemTotal"), _group_limit())
 
 
@@ -66,7 +66,7 @@ def _machine(what: str) -> int:
 
 
 def _group_limit() -> int:
-    """The smallest limit of this process's control groups, of which page cache is a part, too."""
+    """The smallest limit of this process's control groups; page cache counts towards it, too."""
     limit = _UNLIMITED
     try:
         lines = _OWN_CGROUPS.read_text().splitlines()

@@ -1,11 +1,11 @@
 """What a worker holds on each of its devices: candidates, copies of them, merged layers.
 
-Pure functions from sizes to a plan. `gptailor plan` prints it, `ResidentModel` and `DevicePool`
-obey it. On the CPU candidates are views on mapped files, which cost nothing; only their copies in
-another type have a budget. On a GPU, or where `evaluation.candidates_gib` says how much memory they
-may have, candidates are read into memory. Where they do not all fit there, the layers that are used
-most stay, and the others are read again when they are needed. Where one model does not fit, its
-layers are spread over all GPUs of the worker.
+Pure functions from sizes to a plan. `gptailor plan` prints the plan; `ResidentModel` and
+`DevicePool` follow it. On the CPU, candidates are views on mapped files, which cost nothing; only
+their copies in another dtype have a budget. On a GPU, or where `evaluation.candidates_gib` limits
+their memory, candidates are read into memory. Where they do not all fit, the most used layers stay,
+and the others are read again when they are needed. Where one model does not fit, its layers are
+spread over all GPUs of the worker.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from gptailor.evaluation.memory import DeviceMemory
 from gptailor.evaluation.spread import gib, layer_ranges, place_layers
 
 CACHED_MODELS = 8
-"""Merged layers are kept up to this many times the base, where there is memory for it."""
+"""Merged layers are kept up to this many times the size of the base, if there is memory."""
 
 ROOM = 0.6
-"""Part of a machine's free memory that copies of candidates in another type may take: beside them
-are merged layers, activations, and the candidates' own files in the page cache."""
+"""Fraction of a machine's free memory that copies of candidates in another dtype may take; the rest
+is for merged layers, activations, and the candidates' files in the page cache."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,13 @@ class DevicePlan:
     """What one device of a worker holds. All sizes are in bytes.
 
     Attributes:
-        first_layer, end_layer: half-open range of source layers; the first device has embeddings,
-            final norm and head, too.
-        model_bytes: one model's part, in the type of the forward pass.
+        first_layer, end_layer: half-open range of source layers; the first device also has
+            embeddings, final norm and head.
+        model_bytes: one model's part, in the dtype of the forward pass.
         candidate_bytes: what candidates may take, or their copies where files are mapped.
-        merge_bytes: part of it that is kept free for what is read for one merge and goes again.
-        streams: the candidates' parts do not all fit as they are in their files.
+        merge_bytes: part of `candidate_bytes` that is reserved for what is read for one merge and
+            then freed.
+        streams: the candidates' parts, in the dtypes of their files, do not all fit.
     """
 
     first_layer: int
@@ -52,13 +53,13 @@ class MemoryPlan:
     """How a worker uses the memory of its devices. All sizes are in bytes.
 
     Attributes:
-        devices: those that are used. More than one: the model is spread over them.
+        devices: the devices that are used; if more than one, the model is spread over them.
         is_mapped: candidates are views on mapped files.
         cache_bytes: what merged layers may take on each device.
         copy_bytes: the most that copies of mapped candidates take.
-        pin_bytes: what may be page-locked of the files for each device.
-        fits: one dense model fits, and what one merge reads.
-        all_stay: all candidates stay on their devices once they are there, with their copies.
+        pin_bytes: how much of the files may be page-locked for each device.
+        fits: one dense model fits together with what one merge reads.
+        all_stay: once loaded, all candidates and their copies stay on their devices.
     """
 
     devices: tuple[DevicePlan, ...]
@@ -71,7 +72,7 @@ class MemoryPlan:
 
     @property
     def device_of(self) -> tuple[int, ...]:
-        """For each source layer the index of its device."""
+        """For each source layer, the index of its device."""
         return tuple(
             number
             for number, device in enumerate(self.devices)
@@ -84,16 +85,16 @@ def is_mapped(device_type: str, candidate_bytes: int | None) -> bool:
 
     Args:
         device_type: "cpu" or "cuda".
-        candidate_bytes: what they may take by the user's word; None without one.
+        candidate_bytes: what they may take if the user sets a limit; None otherwise.
     """
     return device_type == "cpu" and candidate_bytes is None
 
 
 def may_spread(device: str, workers: int) -> bool:
-    """Whether a worker takes further GPUs when a model does not fit on one.
+    """Whether a worker uses further GPUs when a model does not fit on one.
 
     Args:
-        device: as `evaluation.device` says.
+        device: the value of `evaluation.device`.
         workers: how many share the device.
     """
     return device in ("auto", "cuda") and workers == 1
@@ -109,13 +110,13 @@ def plan_memory(
     candidate_bytes: int | None = None,
     cache_bytes: int | None = None,
 ) -> MemoryPlan:
-    """Plans one device as long as a model fits there, else all that may be used.
+    """Plans one device if a model fits there, else all devices that may be used.
 
     Args:
         blocks: the family's weights.
         device_type: "cpu" or "cuda".
-        memories: of the devices that may be used, at least one. Those after the first are only
-            asked for if the model has to be spread.
+        memories: memory of the devices that may be used, at least one. Those after the first are
+            only queried if the model has to be spread.
         host: memory of the node.
         workers: how many share the first device.
         candidate_bytes: what candidates may take on each device; None: see `is_mapped`; on a GPU
@@ -123,12 +124,12 @@ def plan_memory(
         cache_bytes: what merged layers may take on each device; None: see `CACHED_MODELS`.
 
     Raises:
-        ResourceError: a model does not fit on several devices together. One device alone is taken
-            all the same, as cut models may fit there: see `check_dense`.
+        ResourceError: a model does not fit on several devices together. A single device is planned
+            even so, as cut models may fit there: see `check_dense`.
     """
     rest = iter(memories)
     first = next(rest)
-    if cache_bytes is None:  # this worker's part of an eighth
+    if cache_bytes is None:  # at most this worker's share of an eighth
         cache_bytes = min(CACHED_MODELS * blocks.base, first.total_bytes // (8 * workers))
     if is_mapped(device_type, candidate_bytes):
         return _plan_mapped(blocks, host, workers, cache_bytes)
@@ -151,7 +152,7 @@ def plan_memory(
         _device_plan(blocks, ranges.get(number, range(0)), number == 0, n_bytes)
         for number, n_bytes in enumerate(budgets)
     ]
-    # To page-lock a file pays when it is read again and again.
+    # Page-locking a file pays off only if it is read again and again.
     streams = blocks.files > sum(budgets)
     return MemoryPlan(
         devices=tuple(devices),
@@ -178,44 +179,44 @@ def _plan_mapped(blocks: Blocks, host: DeviceMemory, workers: int, cache_bytes: 
 
 
 def check_dense(blocks: Blocks, plan: MemoryPlan, device_type: str) -> None:
-    """Checks that a dense model fits, which a search evaluates first.
+    """Checks that a dense model fits, as a search evaluates dense models first.
 
     Raises:
-        ResourceError: it does not.
+        ResourceError: it does not fit.
     """
     if plan.fits:
         return
     budget = plan.devices[0].candidate_bytes
     if device_type == "cuda":
-        _place(blocks, [budget])  # says what is missing
+        _place(blocks, [budget])  # raises an error that says what is missing
     raise too_small(budget, device_type)
 
 
 def too_small(candidate_bytes: int, device: object) -> ResourceError:
     """The error for a recipe that needs more than candidates may take on a device."""
     return ResourceError(
-        f"One recipe's layers need more than the {gib(candidate_bytes)} GiB that the "
-        f"candidates may have on {device}: raise evaluation.candidates_gib or "
-        "use fewer workers for each device."
+        f"One recipe's layers need more than the {gib(candidate_bytes)} GiB that "
+        f"candidates may take on {device}: raise evaluation.candidates_gib or "
+        "use fewer workers per device."
     )
 
 
 def _weights_budget(memory: DeviceMemory, cache_bytes: int, workers: int) -> int:
-    """What candidates may take on a GPU: a worker's share of what is free, less headroom and what
-    merged layers may take."""
+    """What candidates may take on a GPU: a worker's share of the free memory, minus headroom and
+    what merged layers may take."""
     share = min(memory.free_bytes, memory.total_bytes // workers)
     headroom = max(share // 8, min(2 << 30, share // 4))  # activations, logits, the allocator
     return max(0, share - headroom - cache_bytes)
 
 
 def _dense_bytes(blocks: Blocks, budget: int) -> int:
-    """What a dense model needs of a device's budget: where not all candidates fit, what is read
-    for one merge comes on top."""
+    """What a dense model needs of a device's budget, plus what is read for one merge where not all
+    candidates fit."""
     return blocks.model + (blocks.largest_merge if blocks.files > budget else 0)
 
 
 def _place(blocks: Blocks, budgets: Sequence[int]) -> tuple[int, ...]:
-    """For each source layer its device, so that each has room for what is read for one merge.
+    """Each source layer's device, chosen so each device has room for what one merge reads.
 
     Raises:
         ResourceError: the model does not fit.
@@ -223,7 +224,7 @@ def _place(blocks: Blocks, budgets: Sequence[int]) -> tuple[int, ...]:
     free = [max(budget - blocks.largest_merge, 0) for budget in budgets]
     if max(free) == 0:
         raise ResourceError(
-            f"One merge reads {gib(blocks.largest_merge)} GiB, but weights may have "
+            f"One merge reads {gib(blocks.largest_merge)} GiB, but weights may take only "
             f"{gib(max(budgets))} GiB on a GPU: use larger GPUs."
         )
     return place_layers(blocks.layers, blocks.outside, free)
@@ -244,8 +245,8 @@ def _device_plan(blocks: Blocks, layers: range, has_ends: bool, candidate_bytes:
 
 
 def _all_stay(blocks: Blocks, device: DevicePlan, has_ends: bool) -> bool:
-    """Whether a device has room for all candidates in the types of their files, which merges read,
-    and for their copies beside them."""
+    """Whether a device has room for all candidates in the dtypes of their files, which merges read,
+    together with their copies."""
     layers = slice(device.first_layer, device.end_layer)
     needed = sum(blocks.read_layers[layers]) + (blocks.read_outside if has_ends else 0)
     if blocks.copies:

@@ -1,4 +1,4 @@
-"""Merged tensors that are kept for recipes to come: the least recently used ones go first."""
+"""An LRU cache of merged tensors for later recipes."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 from gptailor.evaluation.slots import Parameters
 
 Key = tuple[Any, ...]
-"""What merged tensors follow from."""
+"""Everything that determines merged tensors."""
 
 
 class MergeCache:
-    """Merged layers and ends on one device.
+    """Merged layers, embeddings and heads on one device.
 
     Args:
-        budget_bytes: what they may take together; the last one stays, however large it is.
+        budget_bytes: what they may take together; the newest entry stays, however large it is.
 
     Attributes:
-        n_bytes: that they take.
+        n_bytes: what they take.
     """
 
     def __init__(self, budget_bytes: int) -> None:
@@ -34,18 +34,18 @@ class MergeCache:
         return iter(self._kept)
 
     def values(self) -> Iterator[Parameters]:
-        """All that is kept."""
+        """All kept parameters."""
         return iter(self._kept.values())
 
     def get(self, key: Key) -> Parameters | None:
-        """What is kept of a key, which now is the one used last."""
+        """The parameters kept under a key, which becomes the most recently used; else None."""
         if key not in self._kept:
             return None
         self._kept.move_to_end(key)
         return self._kept[key]
 
     def keep(self, key: Key, parameters: Parameters) -> None:
-        """Keeps tensors under a key that is not there yet; others may go."""
+        """Keeps tensors under a new key; may evict others."""
         self._kept[key] = parameters
         self.n_bytes += _n_bytes(parameters)
         while self.n_bytes > self.budget_bytes and len(self._kept) > 1:
@@ -53,7 +53,7 @@ class MergeCache:
             self.n_bytes -= _n_bytes(old)
 
     def forget(self, key: Key) -> None:
-        """Lets go of a key's tensors, if they are kept."""
+        """Drops a key's tensors, if they are kept."""
         self.n_bytes -= _n_bytes(self._kept.pop(key, {}))
 
 

@@ -1,4 +1,4 @@
-"""Merged tensors of a recipe, computed where the weights are and kept for recipes to come."""
+"""Computes a recipe's merged tensors where the weights are, and keeps them for later recipes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gptailor.stitching.compute import ComputedTensor, origin
 from gptailor.stitching.plan import OutTensor, Source
 
 Groups = Mapping[str, Group]
-"""Candidate → its tensors of the place that is merged, as they are in the file."""
+"""Candidate → its tensors of the place being merged, as they are in the file."""
 
 
 class Merger:
@@ -42,8 +42,8 @@ class Merger:
 
     @contextmanager
     def checked(self) -> Iterator[None]:
-        """Around the merges of one recipe: at the end looks at what the GPU has found in them,
-        once, as that waits for it. What is not checked is not kept.
+        """A context for the merges of one recipe. On exit it checks the GPU's flags of all of them
+        at once, as that synchronizes. Merges that are not checked are not kept.
 
         Raises:
             ModelError: a merged tensor holds NaN, or a number is too large for float16.
@@ -68,9 +68,9 @@ class Merger:
 
         Args:
             pool: where they are kept.
-            key: all that they follow from.
-            place: where in the model.
-            plan: gives the tensors, as their module names them; asked if they are not kept.
+            key: everything that determines them.
+            place: the part of the model.
+            plan: returns the tensors by their names in the module; called if they are not kept.
             dtype: of the forward pass.
 
         Raises:
@@ -91,10 +91,10 @@ class Merger:
         tensors: Mapping[str, OutTensor],
         dtype: torch.dtype,
     ) -> Parameters:
-        """Computes tensors that have one place.
+        """Computes the tensors of one place.
 
         Embeddings and heads are larger than layers: where candidates don't all fit on the device,
-        they are merged from the files by the CPU.
+        the CPU merges them from the files.
         """
         on_gpu = pool.device.type == "cuda"
         read = [t for t in tensors.values() if not on_gpu or t.is_copy or can_merge(t)]
@@ -109,7 +109,7 @@ class Merger:
         except torch.OutOfMemoryError as error:
             first = next(iter(tensors.values()))
             raise ResourceError(
-                f"Merged layers do not fit on {pool.device}: {first.name} found no place."
+                f"Merged layers do not fit on {pool.device}: there is no memory for {first.name}."
             ) from error
         precise = self._kept_types(dtype)
         types = [
@@ -124,7 +124,7 @@ class Merger:
     def _compute_all(
         self, pool: DevicePool, key: Key, tensors: Sequence[OutTensor], groups: Groups
     ) -> list[torch.Tensor]:
-        """On the device, in the types of the plan."""
+        """The tensors on the device, in the dtypes of the plan."""
         backend = pool.weights.backend
         loaded = groups if pool.device.type == "cpu" and not backend.is_mapped else {}
         result: dict[int, torch.Tensor] = {}
@@ -154,12 +154,12 @@ class Merger:
         tensors = [tensor for _, _, some, _ in self._unchecked for tensor in some]
         for tensor, (nan, overflow) in zip(tensors, found, strict=True):
             if overflow or (nan and tensor.merge is not None):
-                self._compute(tensor, {})  # says in which file, and where
+                self._compute(tensor, {})  # raises an error with the file and the position
                 raise ModelError(f"{tensor.name}: the merged tensor is not a number.")
         self._unchecked.clear()
 
     def _compute(self, tensor: OutTensor, loaded: Groups) -> torch.Tensor:
-        """In CPU memory, from what is loaded there, or from the files if that is nothing."""
+        """Computes a tensor in CPU memory, from loaded tensors, or from the files without any."""
 
         def opened(source: Source) -> _C.Tensor:
             data = loaded[source.model].tensors[source.info.name]
@@ -174,7 +174,7 @@ class Merger:
 
 
 def first_rows(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """A view on as many rows as the shape has; the tensor itself where that is all of them."""
+    """A view on as many rows as the shape has; the tensor itself if these are all."""
     return tensor if tensor.shape == shape else tensor[: shape[0]]
 
 

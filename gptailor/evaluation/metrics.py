@@ -1,4 +1,4 @@
-"""Metrics of tasks and groups: which there are, which one is meant, what answers make of them.
+"""Metrics of tasks and groups: lists them, resolves their names, and computes them from answers.
 
 A key is lm-eval's name of a metric with its filter: "acc,none", "exact_match,strict-match".
 """
@@ -16,14 +16,14 @@ from gptailor.errors import UsageError, unknown
 from gptailor.evaluation.per_document import document_values
 
 Documents = Sequence[tuple[int, Any]]
-"""lm-eval's form: (number among the documents that are answered, document)."""
+"""Documents in lm-eval's form: (index among the documents that are answered, document)."""
 
 _TRIED = 10
-"""A metric that none of so many documents has is one that the task does not give."""
+"""A metric that is missing from this many documents counts as not given by the task."""
 
 
 def judged(task: Any, documents: Documents) -> dict[tuple[str, str], list[Any]]:
-    """(metric, filter) → what each document gave, from the filtered answers in the instances."""
+    """(metric, filter) → each document's value, from the filtered answers in the instances."""
     by_document: dict[int, list[Any]] = defaultdict(list)
     for instance in task.instances:
         by_document[instance.doc_id].append(instance)
@@ -56,7 +56,7 @@ def task_metrics(name: str, task: Any, documents: Documents) -> dict[str, Any]:
 
 
 def declared_keys(task: Any) -> list[str]:
-    """The keys that a task's configuration promises, in its order."""
+    """The keys that a task's configuration declares, in its order."""
     filters = [f["name"] for f in task.dump_config().get("filter_list") or []] or ["none"]
     return [f"{metric},{name}" for metric in task.aggregation() for name in filters]
 
@@ -64,8 +64,8 @@ def declared_keys(task: Any) -> list[str]:
 def given_keys(task: Any, documents: Documents) -> list[str]:
     """The keys that a task gives: those of its configuration first, then what its code adds.
 
-    Answers that nobody gave are judged for it, of a few documents, so that what a task's own code
-    can't do is known before a model was asked. The instances keep these answers until the next.
+    Dummy answers to a few documents are scored to find them, so errors in a task's own code show
+    up before a model is run. The instances keep the dummy answers until they get others.
     """
     for instance in task.instances:
         instance.resps = [_any_answer(instance)] * instance.repeats
@@ -86,14 +86,14 @@ def group_keys(group: Any, keys: Mapping[str, Sequence[str]]) -> list[str]:
     """The keys that a group aggregates and that any of its tasks gives, in the group's order.
 
     Args:
-        group: lm-eval's.
+        group: lm-eval's group.
         keys: task → the keys that it gives.
     """
     there = [key for task in group.get_all_tasks() for key in keys[task.task_name]]
     found = []
     for rule in group.aggregate_metric_list or ():
         filters = rule.filter_list
-        if filters is None:  # lm-eval takes all that there are
+        if filters is None:  # lm-eval takes all filters
             filters = sorted(
                 {k.partition(",")[2] for k in there if k.startswith(f"{rule.metric},")}
             )
@@ -102,12 +102,12 @@ def group_keys(group: Any, keys: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def common_keys(keys: Sequence[Sequence[str]]) -> list[str]:
-    """The keys that all of several tasks give, in the first one's order."""
+    """The keys that several tasks have in common, in the first task's order."""
     return [key for key in keys[0] if all(key in others for others in keys)]
 
 
 def choose_key(name: str, wanted: str | None, known: Sequence[str]) -> str:
-    """The key that is meant by a metric with or without its filter; the first one without either.
+    """Resolves a metric, with or without its filter, to a key; None means the first key.
 
     Raises:
         UsageError: there is no such metric.
@@ -115,7 +115,7 @@ def choose_key(name: str, wanted: str | None, known: Sequence[str]) -> str:
     if not known:
         raise UsageError(
             f"The task {name} has no metric that is a number in all of its tasks: correct its "
-            "metric_list, or name the tasks of a group one by one."
+            "metric_list, or list the tasks of a group one by one."
         )
     matches = [k for k in known if wanted is None or wanted in (k, k.partition(",")[0])]
     if not matches:
@@ -125,7 +125,7 @@ def choose_key(name: str, wanted: str | None, known: Sequence[str]) -> str:
 
 
 def bottom_up(groups: Mapping[str, Any]) -> Iterator[Any]:
-    """Groups that aggregate, children before their parents."""
+    """The groups that aggregate, children before their parents."""
     done: set[str] = set()
 
     def visit(group: Any) -> Iterator[Any]:
@@ -141,7 +141,7 @@ def bottom_up(groups: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def aggregation(task: Any, metric: str) -> Callable[[list[Any]], Any]:
-    """The function that makes one number of what the documents gave."""
+    """The function that aggregates a metric's per-document values."""
     from lm_eval.api.metrics import mean
 
     found: Callable[[list[Any]], Any] = task.aggregation().get(metric, mean)
@@ -149,7 +149,7 @@ def aggregation(task: Any, metric: str) -> Callable[[list[Any]], Any]:
 
 
 def _stderr(aggregate: Callable[[list[Any]], Any], items: list[Any]) -> float | str:
-    """The standard error, as lm-eval's; "N/A" for what it would have to bootstrap."""
+    """The standard error as lm-eval computes it; "N/A" where lm-eval would have to bootstrap."""
     from lm_eval.api.metrics import acc_all, acc_all_stderr, mean, mean_stderr
 
     closed = {mean: mean_stderr, acc_all: acc_all_stderr}.get(aggregate)
@@ -163,7 +163,7 @@ def _any_answer(instance: Any) -> Any:
 
 
 def _gives_number(task: Any, key: str, items: list[Any]) -> bool:
-    """Whether a metric is one number; so few documents may be too few to tell."""
+    """Whether a metric is a single number; true if these few documents can't tell."""
     try:
         value = aggregation(task, key.partition(",")[0])(items)
     except TypeError:

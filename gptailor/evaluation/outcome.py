@@ -1,4 +1,4 @@
-"""How an evaluation ended: scores, cost and outcome as values, and the archive's row of them."""
+"""Scores, cost and outcome of an evaluation as values, and a row of the archive."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ Documents = Literal["search", "holdout"]
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What one task (or group) gave for one recipe.
+    """The score of one recipe on one task (or group).
 
     Attributes:
         task: lm-eval's name.
         metric: lm-eval's key, for example "acc,none".
-        value: in the metric's own unit; a part of 1 for accuracies.
+        value: in the metric's own unit; a fraction of 1 for accuracies.
         stderr: standard error of `value`; None where lm-eval has none.
-        num_documents: how many documents it is the mean of.
+        num_documents: the number of documents that it is the mean of.
         weight: the task's weight in the accuracy objective.
-        values: of each document, always in the same order, so that two models can be compared
-            document by document; empty where `value` is no mean of them.
-        leaves: of a group or tag, (number of documents, weight) of each task whose values stand
-            one after the other; the weights add up to 1, and `value` is the mean of the tasks'
-            means with these weights. Empty for one task: `value` is the mean of `values`.
-        chance: what guessing gives on these documents; None where that is not known.
+        values: one for each document, always in the same order, so two models can be compared
+            document by document; empty where `value` is not their mean.
+        leaves: for a group or tag, (number of documents, weight) of each task, in the order of
+            `values`; the weights add up to 1, and `value` is the mean of the tasks' means with
+            these weights. Empty for a single task: `value` is the mean of `values`.
+        chance: what guessing gives on these documents; None if unknown.
     """
 
     task: str
@@ -44,21 +44,21 @@ class Score:
     chance: float | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled with short values: workers send them, and a search keeps all that it gets."""
+        """Pickles with compact values: workers send scores, and a search keeps all of them."""
         return Score.from_dict, (self.to_dict(),)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, the values as one short text."""
+        """For JSON, with the values encoded as one short text."""
         data = {name: getattr(self, name) for name in _SCORE_KEYS}
         return {**data, "values": document_values.encode(self.values)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Score:
-        """Reads what `to_dict` gave, maybe before there were values, leaves and chance.
+        """Reads what `to_dict` returned, also without values, leaves and chance (older versions).
 
         Raises:
-            ValueError: the values are none.
-            TypeError: a key is missing, or unknown.
+            ValueError: the values can't be decoded.
+            TypeError: a key is missing or unknown.
         """
         values = document_values.decode(data.get("values") or "")
         leaves = tuple((count, weight) for count, weight in data.get("leaves", ()))
@@ -74,8 +74,8 @@ class Cost:
 
     Attributes:
         seconds: wall-clock time in all.
-        assemble_s: from recipe to a model that is ready.
-        forward_s: inside the model's forward pass.
+        assemble_s: time from the recipe to a model that is ready.
+        forward_s: time inside the model's forward pass.
         num_documents: documents that were answered.
         num_tokens: tokens that went through the model, padding included.
     """
@@ -95,8 +95,9 @@ class Outcome:
         status: "ok", "infeasible" or "failed"; a crash is "failed" and has no score.
         accuracy: weighted mean of the scores; None unless "ok".
         scores: one for each task that was asked for.
-        reason: why it is infeasible, or the traceback of the crash; its last line names the error.
-        cost: what it took.
+        reason: why it is infeasible, or the traceback of the crash, whose last line names the
+            error.
+        cost: time, documents and tokens.
     """
 
     status: Status
@@ -117,7 +118,7 @@ class Outcome:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Outcome:
-        """Reads what `to_dict` gave; raises like `Score.from_dict`."""
+        """Reads what `to_dict` returned; raises like `Score.from_dict`."""
         return cls(
             data["status"],
             data["accuracy"],
@@ -127,7 +128,7 @@ class Outcome:
         )
 
     def as_error(self) -> Exception:
-        """What to raise where nothing can go on without the scores that this has not."""
+        """The error to raise where the caller can't go on without scores."""
         if self.status == "infeasible":
             return ModelError(self.reason)
         last = (self.reason.strip().splitlines() or ["no reason given"])[-1]
@@ -144,7 +145,7 @@ class Evaluation:
         number: 1 for the first evaluation of the run, and so on.
         recipe: what was evaluated.
         documents: which documents: "search", "holdout", or a name with a digest of them.
-        outcome: how it ended.
+        outcome: the result.
         parameters: parameter count of the stitched model.
         arms: the control arms that led to this recipe; empty for a child of the search.
         finished_at: Unix time in seconds.

@@ -1,6 +1,6 @@
-"""What a score is made of: each document's value, the tasks' shares in it, and what guessing gives.
+"""The parts of a score: each document's value, the tasks' weights in it, and what guessing gives.
 
-So two models can be compared on the same documents, and a score near chance can be told as such.
+With these, two models can be compared on the same documents, and scores near chance are recognized.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 MIN_ANSWERS = 10
-"""With fewer different answers, free text may be guessed, and nobody knows how often."""
+"""With fewer distinct answers, free text may be guessed at an unknown rate."""
 
 _BY_CHOICE = {"acc", "acc_norm", "acc_bytes", "acc_mutual_info"}
 _TOLERANCE = 1e-9
 
 
 def document_values(aggregate: Callable[..., Any], items: Sequence[Any]) -> tuple[float, ...]:
-    """The values whose mean a metric is; none where it is another function of its items."""
+    """The values whose mean a metric is; empty if it is any other function of its items."""
     from lm_eval.api.metrics import mean
 
     if aggregate is not mean:
@@ -32,14 +32,14 @@ def document_values(aggregate: Callable[..., Any], items: Sequence[Any]) -> tupl
 def leaf_shares(
     group: Any | None, leaves: Sequence[str], key: str, results: Mapping[str, Mapping[str, Any]]
 ) -> list[tuple[str, float]]:
-    """The tasks that a score is the mean of, and their weights in it, which add up to 1.
+    """The tasks that a score is the mean of, with their weights, which add up to 1.
 
     Args:
-        group: lm-eval's, which aggregates its tasks itself; None where the number of documents
-            decides.
-        leaves: the tasks, in order; those without the metric take no part.
+        group: lm-eval's group, which aggregates its tasks itself; None to weight tasks by their
+            number of documents.
+        leaves: the tasks, in order; those without the metric are left out.
         key: lm-eval's key of the metric.
-        results: of the tasks, as `Workload.run` gives them.
+        results: the tasks' results, as `Workload.run` returns them.
     """
     sizes = {name: results[name]["sample_len"] for name in leaves if key in results[name]}
     weights = sizes
@@ -57,7 +57,7 @@ def joined(
     value: float,
     results: Mapping[str, Mapping[str, Any]],
 ) -> tuple[tuple[float, ...], tuple[tuple[int, float], ...]]:
-    """`Score.values` and `Score.leaves`; none unless they give `value`."""
+    """`Score.values` and `Score.leaves`; empty unless they reproduce `value`."""
     parts = [(results[name]["values"].get(key, ()), weight) for name, weight in shares]
     if not parts or not all(values for values, _ in parts):
         return (), ()
@@ -70,12 +70,12 @@ def joined(
 
 
 def chance(task: Any, metric: str, documents: Iterable[Any]) -> float | None:
-    """What guessing gives on average: 1 of n for n choices, 0 for free text, None if unknown.
+    """What guessing gives on average: 1/n for n choices, 0 for free text, None if unknown.
 
     Args:
-        task: lm-eval's.
-        metric: its name, without the filter.
-        documents: of the task.
+        task: lm-eval's task.
+        metric: the metric's name, without the filter.
+        documents: the task's documents.
     """
     kind = getattr(task, "OUTPUT_TYPE", None)
     is_own = callable(task.get_config("process_results"))
@@ -91,12 +91,12 @@ def chance(task: Any, metric: str, documents: Iterable[Any]) -> float | None:
             return None
         answers = {repr(task.doc_to_target(document)) for document in documents}
         return 0.0 if len(answers) >= MIN_ANSWERS else None
-    except Exception:  # whatever a task's own functions raise where only the score needs them
+    except Exception:  # a task's own functions may raise anything; the score doesn't need chance
         return None
 
 
 def _right_choices(task: Any, document: Any) -> float:
-    """The part of a document's choices that is right."""
+    """The fraction of a document's choices that is right."""
     choices = len(task.doc_to_choice(document))
     if not task.multiple_target:
         return 1.0 / choices

@@ -1,7 +1,8 @@
-"""Which parameter of the model is which tensor of the files: what a resident model points at.
+"""Maps parameters of the model to tensors of the files, so that a resident model can point at them.
 
-It takes layers as they lie in the files. Where transformers fuses or reshapes tensors on load,
-where layers share weights, or where a model writes to them, a search is refused; stitching is not.
+Layers are used exactly as stored in the files. Where transformers fuses or reshapes tensors on
+load, where layers share weights, or where a model writes to them, a search is refused; stitching is
+not.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from gptailor.models.family import Family
 
 @dataclass(frozen=True)
 class Pointers:
-    """Where tensors of the files go.
+    """Which parameters the tensors of the files become.
 
     Attributes:
         layers: for each source layer, parameter as its module names it → tensor of the files.
-        outside: tensor of the files that is outside the layers → parameter.
-        ties: parameters that no file has, each with the one that it is.
+        outside: tensor of the files outside the layers → parameter.
+        ties: parameters that are in no file, each with the parameter that it is tied to.
     """
 
     layers: tuple[dict[str, str], ...]
@@ -33,7 +34,7 @@ class Pointers:
 
 
 def find_pointers(structure: Structure, family: Family) -> Pointers:
-    """Finds them without weights.
+    """Finds the pointers without reading weights.
 
     Raises:
         ModelError: a search can't be done with models of this kind.
@@ -59,7 +60,7 @@ def find_pointers(structure: Structure, family: Family) -> Pointers:
     ties = []
     for tied, source in structure.shell.all_tied_weights_keys.items():
         if tied in held and source in held:
-            continue  # two different ones, see `Reading.unties`
+            continue  # two different tensors, see `Reading.unties`
         name, of = (tied, source) if source in held else (source, tied)
         if of in outside.values() and not name.startswith(f"{structure.stack}."):
             ties.append((name, of))
@@ -67,23 +68,23 @@ def find_pointers(structure: Structure, family: Family) -> Pointers:
     left = parameters - held - {name for name, _ in ties}
     if left:
         raise ModelError(
-            f"{base.folder}: {min(left)} is in no file as it is in the model ({kind}), which a "
-            "search can't do yet; stitching can."
+            f"{base.folder}: no file has {min(left)} as it is in the model ({kind}), which a "
+            "search can't handle yet; stitching can."
         )
     return Pointers(tuple(layers), outside, tuple(ties))
 
 
 def check_padding_rows(model: nn.Module, family: Family, pointers: Pointers) -> None:
-    """Compares what some models write to while they are loaded with the files.
+    """Checks that loading has not changed the embedding of the padding token, as some models do.
 
     Args:
         model: the base, just loaded.
-        family: has the base.
+        family: the candidates, with the base.
         pointers: see `find_pointers`.
 
     Raises:
-        ModelError: the embedding of the padding token is another one, so that the stitched model's
-            would be, too, when it is loaded.
+        ModelError: the embedding differs from the file's, so loading the stitched model would
+            change it, too.
     """
     base = family.base
     files = {target: name for name, target in pointers.outside.items()}
@@ -96,8 +97,9 @@ def check_padding_rows(model: nn.Module, family: Family, pointers: Pointers) -> 
         if not torch.equal(row.to(loaded.dtype), loaded):
             raise ModelError(
                 f"{base.folder}: transformers changes row {module.padding_idx} of {name} when it "
-                f"loads the model ({family.base.config.get('model_type')}), so that a search would "
-                "score another one: save it with transformers once more, which writes what it uses."
+                f"loads the model ({family.base.config.get('model_type')}), so a search would "
+                "score a different model: save it again with transformers, which writes what it "
+                "uses."
             )
 
 

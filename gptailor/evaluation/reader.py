@@ -1,4 +1,4 @@
-"""The reader that asks transformers: what it leaves out, what it ties, how a model is cut."""
+"""The reader that asks transformers which tensors it ignores or ties, and how to cut a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gptailor.models.reading import Reading, named_reading, tied_reading
 
 
 class TransformersReader:
-    """A `models.reading.Reader`; each folder is looked at once."""
+    """A `models.reading.Reader` that builds each folder's structure once."""
 
     def __init__(self) -> None:
         self._structures: dict[tuple[Path, torch.dtype | None], Structure] = {}
@@ -39,8 +39,8 @@ class TransformersReader:
         """What transformers makes of a folder.
 
         Raises:
-            ModelError: it can't load it, would make up tensors that no file has, or keeps its
-                layers in another way.
+            ModelError: transformers can't load the folder, would initialize missing tensors at
+                random, or doesn't keep the layers in one stack.
         """
         folder = checkpoint.folder
         try:
@@ -49,9 +49,9 @@ class TransformersReader:
             stacks = stacks_of(checkpoint.tensors, layer_count(text_config(dict(config))) or 0)
             if len(stacks) > 1:
                 raise ModelError(
-                    f"{error} Which of {' and '.join(stacks)} are its layers can't be told."
+                    f"{error} It can't be told which of {' and '.join(stacks)} are its layers."
                 ) from error
-            note = f"{error} So its layers were found by their names, and nothing can be compared."
+            note = f"{error} So its layers were found by name, and nothing can be compared."
             return replace(named_reading(checkpoint), notes=(note,))
         reading = Reading(prefix=structure.prefix)
         ignored = {name for name, target in structure.module_names.items() if target is None}
@@ -82,18 +82,18 @@ class TransformersReader:
             return cut.config, ()
         names = some(sorted(cut.moved))
         note = (
-            f"{checkpoint.folder}: this architecture computes {names} of a layer from its place or "
-            "from the number of layers, so that kept layers have other values than in their source."
+            f"{checkpoint.folder}: this architecture computes {names} of a layer from its index or "
+            "the number of layers, so kept layers have different values than in their source."
         )
         return cut.config, (note,)
 
     def check_result(
         self, config: Mapping[str, Any], tensors: Iterable[tuple[str, str, tuple[int, ...]]]
     ) -> None:
-        """Compares a result with the model of its config.
+        """Checks a result against the model of its config.
 
         Raises:
-            ModelError: a tensor would be made up, left out, or is of another shape.
+            ModelError: a tensor would be initialized at random or left out, or has another shape.
         """
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
@@ -109,10 +109,10 @@ class TransformersReader:
 
 
 def _check_depth(structure: Structure, ignored: set[str]) -> None:
-    """Layers behind the stack are ignored if they are of another kind, for predicting more tokens.
+    """Checks that layers beyond the stack are of another kind, such as multi-token prediction.
 
     Raises:
-        ModelError: they are ordinary layers, of which config.json does not know.
+        ModelError: they are ordinary layers that config.json doesn't count.
     """
     numbered = re.compile(rf"{re.escape(structure.prefix)}([0-9]+)\.(.*)")
     inside: dict[int, set[str]] = {}
@@ -129,7 +129,7 @@ def _check_depth(structure: Structure, ignored: set[str]) -> None:
 
 
 def _tied(structure: Structure, checkpoint: Checkpoint, reading: Reading) -> Reading:
-    """Whether the output head is the embedding matrix, see `tied_reading`."""
+    """Adds whether the output head is tied to the embeddings, see `tied_reading`."""
     shell = structure.shell
     head, embeddings = (
         _weight_name(shell, module)
@@ -146,7 +146,7 @@ def _tied(structure: Structure, checkpoint: Checkpoint, reading: Reading) -> Rea
 
 
 def _shared(structure: Structure) -> str:
-    """A parameter of one layer that is also one of another layer, or empty."""
+    """A parameter that two layers share; empty if there is none."""
     inside = re.compile(rf"{re.escape(structure.stack)}\.([0-9]+)\.")
     for name, other in structure.shell.all_tied_weights_keys.items():
         places = inside.match(name), inside.match(other)

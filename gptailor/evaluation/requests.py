@@ -1,8 +1,8 @@
-"""Requests that a model can't answer, found before the first evaluation.
+"""Finds requests that a model can't answer, before the first evaluation.
 
-What lm-eval's own Hugging Face model would stop at, in the middle of a run: a continuation that is
-longer than the model's context, an answer or a prompt without a token, a prompt that leaves no room
-for what is to be generated. A context that is too long is cut at its left, as lm-eval does it.
+These would stop lm-eval's own Hugging Face model in the middle of a run: a continuation longer than
+the model's context, an answer or prompt without tokens, a prompt that leaves no room for generated
+text. A context that is too long is truncated on the left, as lm-eval does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gptailor.evaluation.lm import ResidentLM
 
 _SHOWN = 40
-"""Longer texts are cut in messages."""
+"""Longer texts are shortened in messages."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Asked:
 
     Attributes:
         task: lm-eval's name of the task.
-        document: its number among the task's documents, from 0.
-        instance: lm-eval's.
+        document: index among the task's documents, from 0.
+        instance: lm-eval's instance.
     """
 
     task: str
@@ -38,10 +38,11 @@ class Asked:
 
 
 def check_requests(requests: Iterable[Asked], lm: ResidentLM) -> None:
-    """Asks of every request whether the model could answer it; nothing is run.
+    """Checks that the model could answer every request; nothing is run.
 
     Raises:
-        UsageError: it can't answer one of them; it names the first one's task and document.
+        UsageError: it can't answer one of them; the message names the first one's task and
+            document.
     """
     reader = _Reader(lm)
     wrong: dict[tuple[str, int], str] = {}
@@ -59,7 +60,7 @@ def check_requests(requests: Iterable[Asked], lm: ResidentLM) -> None:
 
 
 class _Reader:
-    """Reads requests as lm-eval will."""
+    """Checks requests the way lm-eval will process them."""
 
     def __init__(self, lm: ResidentLM) -> None:
         self._lm = lm
@@ -79,14 +80,14 @@ class _Reader:
 
     def _why_not_scored(self, instance: Any) -> str:
         before, after = instance.args[:2]
-        no_token = f"the answer {_shown(after)} has no token. Give it some text, or leave it out."
+        no_token = f"the answer {_shown(after)} has no tokens. Give it some text, or leave it out."
         if before == "" and not self._lm.tok_encode(after, add_special_tokens=False):
             return no_token
         [(_, context, continuation)] = self._lm.encoded([instance])
         if not continuation:
             return no_token
         if not context:
-            return f"the context {_shown(before)} of the answer {_shown(after)} has no token."
+            return f"the context {_shown(before)} of the answer {_shown(after)} has no tokens."
         if len(continuation) > self._max_length:
             return (
                 f"the answer {_shown(after)} has {len(continuation)} tokens, but the model reads "
@@ -113,12 +114,12 @@ class _Reader:
         room = self._max_length - new
         if new < 1 or room < 1:
             return (
-                f"{new} new tokens are asked for, but the model reads {self._max_length} in all. "
+                f"{new} new tokens are requested, but the model reads {self._max_length} in all. "
                 "Set another max_gen_toks in the task's generation_kwargs."
             )
         tokens = self._lm.tok_batch_encode([prompt], left_truncate_len=room)[0][0].tolist()
         if not tokens:
-            return f"the prompt {_shown(prompt)} has no token."
+            return f"the prompt {_shown(prompt)} has no tokens."
         if kwargs.get("max_length", room + new) <= len(tokens):
             return (
                 f"the prompt has {len(tokens)} tokens, but max_length of the task's "
@@ -128,7 +129,7 @@ class _Reader:
 
     @cached_property
     def _known_settings(self) -> set[str]:
-        """What transformers' generate takes, and what lm-eval keeps for itself."""
+        """The options that transformers' generate takes, and those that lm-eval handles itself."""
         from transformers import GenerationConfig
 
         model = self._lm.model
@@ -142,7 +143,7 @@ class _Reader:
             return ""
         token = _shown(self._lm.tok_decode([largest], skip_special_tokens=False))
         return (
-            f"it has the token {token} with the number {largest}, but the model has {self._rows} "
+            f"it has the token {token} with the id {largest}, but the model has {self._rows} "
             "embeddings. Its tokenizer belongs to another model."
         )
 

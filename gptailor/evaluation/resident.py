@@ -1,8 +1,8 @@
-"""The resident model: all candidates opened once, a recipe assembled by pointing at layers.
+"""The resident model: opens all candidates once and assembles a recipe by pointing at layers.
 
 A recipe's layers are modules of the skeleton whose parameters point into the candidates' weights:
-their mapped files, or their copy on the GPU. Dropping a layer moves no byte, and only merged layers
-are computed (where the weights are), and kept for the next recipe that has them.
+their mapped files, or their copies on the GPU. Dropping a layer moves no bytes. Only merged layers
+are computed (where the weights are), and they are kept for later recipes.
 """
 
 from __future__ import annotations
@@ -46,31 +46,31 @@ class ResidentModel:
         family: the candidates.
         dtype: of the forward pass: a key of `DTYPES`, or "auto" for that of the recipe.
         device: "auto", "cpu", "cuda", "cuda:1".
-        cache_bytes: how much memory merged layers may keep; default: eight times the base, or this
-            worker's part of an eighth of the device's memory if that is less. Children share most
-            merged layers with their parents: with room for a few hundred layers nine of ten are
-            found again.
-        candidate_bytes: how much memory the candidates may have on the device. On a GPU the default
-            is what is free there, less headroom. On the CPU they are mapped and cost none, but for
-            copies in the type of the forward pass, which have a share of what is free; unless this
-            is given: then they are read into memory, which is for file systems where mapped files
-            are slow. If not all of them fit, the layers that are used most stay.
-        workers: how many of these share the device.
-        backend: how the candidates get to the device; default: what suits the device.
+        cache_bytes: how much memory cached merged layers may take; default: eight times the base,
+            or this worker's share of an eighth of the device's memory if that is less. Children
+            share most merged layers with their parents: with room for a few hundred layers, nine
+            out of ten are found in the cache.
+        candidate_bytes: how much memory the candidates may take on the device. On a GPU the default
+            is the free memory minus headroom. On the CPU the default is to map them, which costs
+            nothing except for copies in the dtype of the forward pass, which get a share of the
+            free memory; with a value they are read into memory, for file systems where mapped files
+            are slow. If they do not all fit, the most used layers stay.
+        workers: how many resident models share the device.
+        backend: loads the candidates onto the device; default: chosen for the device.
         spread_over: devices to spread the layers over if a model does not fit on the first of them;
             default: all GPUs that this process sees, if it has them to itself and `device` names
             none of them.
 
     Attributes:
         model: the transformers model.
-        device: where inputs go to and logits come from.
+        device: the device of inputs and logits.
         plan: what each device may hold.
-        pools: what each device holds; the first one has what is outside the layers.
+        pools: what each device holds; the first one has everything outside the layers.
 
     Raises:
         GptailorError: the compiled engine was built for other merge methods.
         ModelError: transformers can't load the base, or stores its layers in another way.
-        ResourceError: the device has no memory for it.
+        ResourceError: the device does not have enough memory.
         UsageError: the device does not exist.
     """
 
@@ -86,7 +86,7 @@ class ResidentModel:
         backend: Backend | None = None,
         spread_over: Sequence[torch.device] | None = None,
     ) -> None:
-        check_engine()  # one that was built for other methods would make every candidate fail
+        check_engine()  # an engine built for other methods would make every candidate fail
         self.family = family
         self.device = pick_device(device)
         if spread_over is None:
@@ -127,10 +127,10 @@ class ResidentModel:
     def assemble(self, recipe: Recipe) -> nn.Module:
         """Makes `model` the stitched model of a recipe; returns it.
 
-        On a GPU it is ready in the order of the current stream.
+        On a GPU it is ready on the current stream.
 
         Raises:
-            ModelError: a tensor that is merged holds NaN, or a number is too large for float16.
+            ModelError: a merged tensor holds NaN, or a number is too large for float16.
             ResourceError: the device's memory, or the candidates' part of it, is too small.
             UsageError: the recipe does not fit the family.
         """
@@ -175,7 +175,7 @@ class ResidentModel:
         return self._skeleton.layers()
 
     def check_pointers(self, recipe: Recipe) -> None:
-        """Asserts that every taken layer of the assembled model is the candidate's own memory."""
+        """Asserts that every taken layer of the assembled model uses the candidate's own memory."""
         recipe = recipe.canonical()
         modules, factors = self.layers(), scale_factors(recipe)
         for module, layer, factor in zip(modules, recipe.layers, factors, strict=True):
@@ -185,7 +185,7 @@ class ResidentModel:
                     assert module.get_parameter(suffix).data_ptr() == expected[name].data_ptr()
 
     def _evicted(self, group: Group) -> None:
-        """Lets go of a group whose memory is needed."""
+        """Drops references to a group whose memory is needed."""
         self._skeleton.forget(self._wrapped.pop(group, {}))
 
     def _pool(self, place: Place) -> DevicePool:
@@ -200,12 +200,12 @@ class ResidentModel:
         return dtype
 
     def _key(self, model: str, place: Place, recipe: Recipe) -> GroupKey:
-        """A group as a recipe takes it: in the recipe's type, then that of the forward pass."""
+        """The key of a group cast to the recipe's dtype, then to that of the forward pass."""
         casts = getattr(torch, recipe.dtype), self._forward_dtype(recipe)
         return self._pool(place).weights.key(model, place, casts)
 
     def _taken_key(self, layer: Layer, factor: float, recipe: Recipe) -> GroupKey | None:
-        """The group that a layer is; None if it is computed."""
+        """The key of the group that a layer is taken from; None if the layer is computed."""
         if not isinstance(layer, Take) or layer.modules or factor != 1.0:
             return None
         return self._key(layer.model, layer.src_layer, recipe)
@@ -222,7 +222,7 @@ class ResidentModel:
         return self._outside_plans[key]
 
     def _take(self, keys: list[GroupKey], recipe: Recipe) -> dict[GroupKey, Parameters]:
-        """The candidates' own tensors, which stay where they are until the next recipe."""
+        """The candidates' own tensors, which are held until the next recipe."""
         taken = {}
         groups: dict[GroupKey, Group] = {}
         for pool in self.pools:
@@ -255,7 +255,7 @@ class ResidentModel:
             tensors = plan_layer(layer, 0, recipe, self.family, factor)
             return {suffix_of[t.name[end:]]: t for t in tensors}
 
-        # all that the tensors follow from: a layer's own scale is folded into those after it
+        # everything that determines the tensors; a layer's scale is folded into later layers
         statistics = recipe.statistics_of(layer)
         key = (replace(layer, scale=1.0), factor, recipe.base, recipe.dtype, statistics)
         dtype = self._forward_dtype(recipe)
@@ -270,7 +270,7 @@ class ResidentModel:
 
 
 def _with_rows(parameter: nn.Parameter, shape: tuple[int, ...]) -> nn.Parameter:
-    """A candidate's own parameter, or one with its first rows."""
+    """A candidate's own parameter, or a view on its first rows."""
     if parameter.shape == shape:
         return parameter
     return nn.Parameter(first_rows(parameter, shape), requires_grad=False)

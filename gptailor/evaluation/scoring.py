@@ -1,4 +1,4 @@
-"""Scores of what was asked for: of a task, of a group as it aggregates, of a tag as a mean."""
+"""Computes the requested scores: a task's, a group's by its own aggregation, a tag's as a mean."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gptailor.evaluation.outcome import Score
 from gptailor.evaluation.tasks import TaskSet
 
 Results = Mapping[str, Mapping[str, Any]]
-"""As `results` of lm-eval: task or group → key of a metric → value."""
+"""In the form of lm-eval's `results`: task or group → key of a metric → value."""
 
 
 class Scoring:
@@ -37,18 +37,18 @@ class Scoring:
         self._chances: dict[tuple[str, str], float | None] = {}  # (task, metric) → known so far
 
     def known(self, name: str) -> list[str]:
-        """The keys of a task, group or tag, the one that is meant without further words first."""
+        """The keys of a task, group or tag, the default one first."""
         parts = self._parts(name)
         if name in self._set.tasks or parts != (name,):
             return metrics.common_keys([self._keys[part] for part in parts])
         return metrics.group_keys(self._set.groups[name], self._keys)
 
     def choose(self, spec: TaskSpec, *, comparable: bool) -> str:
-        """The key of the metric that is asked for.
+        """The key of the requested metric.
 
         Args:
-            spec: what is asked for.
-            comparable: refuse a metric of which less is better.
+            spec: the requested task and metric.
+            comparable: refuse a metric that is better when it is lower.
 
         Raises:
             UsageError: there is no such metric, or it is not comparable.
@@ -65,13 +65,13 @@ class Scoring:
         return key
 
     def inside(self, name: str) -> list[str]:
-        """A task, group or tag itself, then the groups and tasks inside of it."""
+        """A task, group or tag itself, then the groups and tasks in it."""
         group = self._set.groups.get(name)
         groups = [g.name for g in group.get_all_groups()] if group is not None else []
         return list(dict.fromkeys([name, *groups, *self._set.members[name]]))
 
     def score(self, name: str, key: str, results: Results, weight: float = 1.0) -> Score:
-        """The score of a task, group or tag; its value may be no finite number."""
+        """The score of a task, group or tag; its value may not be finite."""
         metric, _, filter_name = key.partition(",")
         parts = [results[part] for part in self._parts(name)]
         weights = [part["sample_len"] for part in parts]
@@ -89,9 +89,9 @@ class Scoring:
         return Score(name, key, value, stderr, total, weight, *by_document, chance)
 
     def _parts(self, name: str) -> tuple[str, ...]:
-        """What a score is the mean of: a task or a group itself, or the tasks of a tag.
+        """The parts whose mean a score is: a task or group itself, or the tasks of a tag.
 
-        A group whose rule fits none of its tasks, so that lm-eval has no score for it, is a tag.
+        A group whose rules fit none of its tasks has no score in lm-eval and counts as a tag.
         """
         group = self._set.groups.get(name)
         if name in self._set.tasks or (group and metrics.group_keys(group, self._keys)):
@@ -110,7 +110,7 @@ class Scoring:
         return per_document.leaf_shares(None, parts, key, results)
 
     def _chance(self, shares: Sequence[tuple[str, float]], metric: str) -> float | None:
-        """What guessing gives, in the same mean; None where one of the tasks does not tell."""
+        """What guessing gives, averaged with the same weights; None if unknown for any task."""
         total = 0.0
         for name, weight in shares:
             if (name, metric) not in self._chances:

@@ -78,7 +78,7 @@ class Skeleton:
         """Puts what no file has on several devices, and lets inputs follow.
 
         Args:
-            devices: first that of what is outside the layers, then one for each source layer.
+            devices: first the device of everything outside the layers, then one per source layer.
         """
         spread_modules(self.model, self._source_layers, self._outside.values(), devices)
 

@@ -256,7 +256,7 @@ def test_the_same_computation(
     assert note.startswith("other: its ")
     assert key in note
     if key == "max_position_embeddings":
-        assert "is 4096, but the base's 64 counts, in the result and as the context" in note
+        assert "is 4096, but the base's 64 applies, in the result and as the context" in note
 
 
 SAME_WORDS: list[tuple[str, str, Change]] = [
@@ -396,7 +396,7 @@ def test_what_transformers_does_not_know(folder_of: Callable[[str], Path], tmp_p
     open_family(pair(base, same), "base")
     other = changed(base, tmp_path / "other", {"swish_beta": 2})
     text = str(_error(base, other))
-    assert f"{other}: config.json differs from the one of {base}, and whether that" in text
+    assert f"{other}: config.json differs from that of {base}, and gptailor can't tell" in text
     assert "does not know its architecture" in text
 
 

@@ -87,10 +87,17 @@ FAST = cpu("n2", fast=True)
         ("auto", "float16", [FAST], None, "float32", "slow at float16, as every CPU is"),
         ("auto", "float16", [GPU], None, "float16", "the recipes' type"),
         # what the run began with
-        ("auto", "bfloat16", [FAST], "float32", "float32", "float32, as the run began."),
-        ("auto", "bfloat16", [cpu()], "bfloat16", "bfloat16", "as the run began; the CPU of n1"),
+        ("auto", "bfloat16", [FAST], "float32", "float32", "float32, as when the run started."),
+        (
+            "auto",
+            "bfloat16",
+            [cpu()],
+            "bfloat16",
+            "bfloat16",
+            "as when the run started; the CPU of n1",
+        ),
         # what somebody asked for
-        ("bfloat16", "bfloat16", [FAST], None, "bfloat16", "as evaluation.dtype says."),
+        ("bfloat16", "bfloat16", [FAST], None, "bfloat16", "as set by evaluation.dtype."),
         (
             "bfloat16",
             "bfloat16",
@@ -102,7 +109,7 @@ FAST = cpu("n2", fast=True)
         ("bfloat16", "float32", [cpu()], None, "bfloat16", "float32, which evaluation.dtype: auto"),
         ("bfloat16", "bfloat16", [cpu(free=GB)], None, "bfloat16", "as long as in float32."),
         ("float16", "bfloat16", [FAST], None, "float16", "several times as long as in float32."),
-        ("float32", "bfloat16", [cpu()], "bfloat16", "float32", "as evaluation.dtype says."),
+        ("float32", "bfloat16", [cpu()], "bfloat16", "float32", "as set by evaluation.dtype."),
         # four workers of 20 GB are more than the room on a node with 100 GB
         ("auto", "bfloat16", [cpu()] * 3, None, "float32", "n1 has no instructions"),
         ("auto", "bfloat16", [cpu()] * 4, None, "bfloat16", "needs 20.0 GB for each worker, which"),
@@ -157,7 +164,7 @@ def test_eval_scores_a_recipe_as_its_folder_in_the_chosen_type(
     assert "computed in float32, as the CPU of" in said
     monkeypatch.setattr(forward_dtype, "cpu_flags", lambda: ZEN4)
     values, said = scored(tmp_path / "model", dtype="float32")
-    assert said == "Evaluations are computed in float32, as evaluation.dtype says."
+    assert said == "Evaluations are computed in float32, as set by evaluation.dtype."
     assert values == precise
     rounded, said = scored(tmp_path / "model")
     assert said == "Evaluations are computed in bfloat16, the model's type."

@@ -59,6 +59,6 @@ def test_what_differs_is_named(tmp_path: Path, name: str) -> None:
         return
     (note,) = found
     assert note == (
-        f"red: its {what} differ from the base's, which count in every score, so that lm-eval may "
-        "score it otherwise when it is alone."
+        f"red: its {what} differ from the base's, which are used for every score, so lm-eval may "
+        "score it differently on its own."
     )

@@ -64,10 +64,10 @@ ANSWERS: list[tuple[str, str, str]] = [
 ]
 PROMPTS: list[tuple[str, dict[str, Any], str]] = [
     ("", {}, r"the prompt '' has no token"),
-    ("w01", {"max_gen_toks": 64}, r"64 new tokens are asked for, but the model reads 64 in all"),
-    ("w01", {"max_gen_toks": None}, r"256 new tokens are asked for"),
-    ("w01", {"max_gen_toks": None, "max_new_tokens": 65}, r"65 new tokens are asked for"),
-    ("w01", {"max_gen_toks": 0}, r"0 new tokens are asked for"),
+    ("w01", {"max_gen_toks": 64}, r"64 new tokens are requested, but the model reads 64 in all"),
+    ("w01", {"max_gen_toks": None}, r"256 new tokens are requested"),
+    ("w01", {"max_gen_toks": None, "max_new_tokens": 65}, r"65 new tokens are requested"),
+    ("w01", {"max_gen_toks": 0}, r"0 new tokens are requested"),
     ("w01", {"max_gen_toks": "six"}, r"generation_kwargs .* are wrong: invalid literal"),
     (words(5), {"max_length": 5}, r"the prompt has 5 tokens, but max_length .* is 5"),
     ("w01", {"top_kk": 5}, r"unknown option 'top_kk' in its generation_kwargs: did you mean"),
@@ -212,7 +212,7 @@ def test_tokens_that_the_model_has_no_embedding_for(
     other = ResidentLM(lm.model, tokenizer, 4)
     write_task(tmp_path, "own", rows(4, q="w01 new8"), **CHOICE)
     text = refused(other, tmp_path, "own")
-    assert "document 3: it has the token 'new8' with the number 102, but the model has 96" in text
+    assert "document 3: it has the token 'new8' with the id 102, but the model has 96" in text
 
 
 def test_a_model_that_names_no_context(models: dict[str, str]) -> None:

@@ -317,7 +317,7 @@ def test_a_type_that_transformers_lacks_is_read_by_names_with_a_note(tmp_path: P
 
     change(folder, tower)
     with pytest.raises(
-        ModelError, match=r"model\.layers\. and vision\.blocks\. are its layers can't be told"
+        ModelError, match=r"which of model\.layers\. and vision\.blocks\. are its layers"
     ):
         opened(folder)
 

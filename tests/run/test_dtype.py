@@ -78,7 +78,9 @@ def test_it_is_chosen_once_and_kept(
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
     capsys.readouterr()
     verbs.search(config, resume=True, overrides=["search.evaluations=8"])
-    assert "Evaluations are computed in float32, as the run began." in capsys.readouterr().err
+    assert (
+        "Evaluations are computed in float32, as when the run started." in capsys.readouterr().err
+    )
     assert stored(run) == ("float32", "float32")
     with pytest.raises(UsageError, match=r"evaluation\.dtype was 'float32', but is 'bfloat16'"):
         verbs.search(config, resume=True, overrides=["evaluation.dtype=bfloat16"])
@@ -102,7 +104,7 @@ def test_a_run_of_an_earlier_version_goes_on_in_the_recipes_type(
     with Archive(run) as archive:
         check_resumable(archive, parsed, family, "documents")
     choice = choose_dtype(parsed, family, run, [SLOW], is_island=False)
-    assert "computed in bfloat16, as the run began; the CPU of n2" in choice.sentence
+    assert "computed in bfloat16, as when the run started; the CPU of n2" in choice.sentence
     with Archive(run) as archive:
         check_resumable(archive, parsed.computed_in(choice.dtype), family, "documents")
         with pytest.raises(UsageError, match="dtype was 'bfloat16', but is 'float32'"):
@@ -120,7 +122,7 @@ def test_islands_take_the_type_of_the_first(
         (run / name).rename(run / "aside")
         place = run / "islands" / "1"
         choice = choose_dtype(parsed, family, place, [FAST], is_island=True)
-        assert choice.sentence == "Evaluations are computed in float32, as the run began."
+        assert choice.sentence == "Evaluations are computed in float32, as when the run started."
         (run / "aside").rename(run / name)
     with pytest.raises(UsageError, match=r"dtype was 'float32', but is 'bfloat16'"):
         verbs.search(config, island=(1, 2), overrides=["evaluation.dtype=bfloat16"])

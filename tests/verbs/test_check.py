@@ -263,7 +263,7 @@ def an_answer_without_a_token(place: Path, config: dict[str, Any]) -> None:
     config["evaluation"]["tasks"] = ["own"]
 
 
-@breaks("The task own can't be scored: document 0.*: 64 new tokens are asked for")
+@breaks("The task own can't be scored: document 0.*: 64 new tokens are requested")
 def a_prompt_that_leaves_no_room(place: Path, config: dict[str, Any]) -> None:
     settings = {"until": ["w06"], "max_gen_toks": 64}
     write_task(place / "tasks", "own", rows(), **{**GENERATE, "generation_kwargs": settings})

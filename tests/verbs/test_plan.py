@@ -127,7 +127,7 @@ def test_the_words_for_a_person_and_for_a_script(
     gpu = ["--gpu-gib", "0.0005", "--gpus-per-worker", "2"]
     assert cli.main(["plan", path, "--no-probe"]) == 0
     words = capsys.readouterr().out
-    assert "computed in float32, as evaluation.dtype says." in words
+    assert "computed in float32, as set by evaluation.dtype." in words
     assert " dense in float32, " in words and "copies of the candidates in float32" in words
     assert "time        not measured" in words
     assert cli.main(["plan", path, "--no-probe", *gpu]) == 0
