@@ -1,8 +1,8 @@
-"""What a module is besides its weights: classes, shapes, and constants that it has computed itself.
+"""The signature of a module: its classes, shapes, and the constants that it computes itself.
 
 Two layers with equal signatures compute the same function of the same weights. A layer that moves
-in the stack can change: some modules compute constants from their index or from the depth, and for
-some the kind of a layer follows from its index. The first can be carried over, the second not.
+in the stack can change: some modules compute constants from their index or the depth, and in some
+models a layer's kind follows from its index. Constants can be carried over; a changed kind can't.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _ORDINAL = "layer_idx"
 
 @dataclass(frozen=True)
 class Signature:
-    """What there is to know of a module besides its weights.
+    """Everything about a module except its weights.
 
     Attributes:
         classes: path of each submodule → its class.
         shapes: name of each parameter and saved buffer → shape.
-        constants: place → plain value, or tensor that no file has.
+        constants: place → plain value, or tensor that is in no file.
     """
 
     classes: Mapping[str, str]
@@ -42,7 +42,7 @@ class Signature:
 
     @property
     def kind(self) -> Hashable:
-        """What layers of one kind have in common: classes, shapes, and words among constants."""
+        """What layers of one kind share: classes, shapes, and strings and flags among constants."""
         words = [(p, v) for p, v in self.constants.items() if isinstance(v, str | bool)]
         parts = (self.classes.items(), self.shapes.items(), words)
         return tuple(tuple(sorted(part)) for part in parts)
@@ -53,8 +53,8 @@ class Comparison:
     """How a layer of a cut model differs from its source layer.
 
     Attributes:
-        problems: what makes it another layer, each a clause for a sentence.
-        constants: what has to be set in the source layer to make it this one.
+        problems: differences that make it another layer, each a clause for a sentence.
+        constants: values to set in the source layer to turn it into this layer.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -66,7 +66,7 @@ def signature(module: nn.Module, *, without: str = "") -> Signature:
 
     Args:
         module: may have parameters on the meta device; buffers need values.
-        without: path of a submodule that is left out, with all below it.
+        without: path of a submodule to leave out, with everything below it.
     """
     classes: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -102,7 +102,7 @@ _SKIPPED = _Skipped()
 
 
 def _kept(value: Any) -> Any:
-    """The value of an attribute if it can be compared; functions by name, objects not at all."""
+    """An attribute's value if it can be compared: a function's name, `_SKIPPED` for objects."""
     if value is None or isinstance(value, bool | int | float | str | torch.Tensor):
         return value
     if isinstance(value, torch.dtype | torch.Size):
@@ -142,7 +142,7 @@ def same(first: Any, second: Any) -> bool:
 
 
 def is_alike(signatures: Sequence[Signature], other: Signature) -> bool:
-    """Whether all these layers are like another one, each numbered by its index and by no more."""
+    """Whether all these layers are like another one, apart from being numbered by index."""
     return all(
         s.classes == other.classes
         and s.shapes == other.shapes
@@ -186,7 +186,7 @@ def compare_layer(
         old, new = was.constants.get(place, missing), now.constants.get(place, missing)
         if old is missing or new is missing:
             if not found.problems:
-                found.problems.append(f"its {'.'.join(filter(None, place))} is there in one only")
+                found.problems.append(f"its {'.'.join(filter(None, place))} is in only one of them")
         elif same(old, new):
             continue
         elif (
@@ -203,7 +203,7 @@ def compare_layer(
 
 
 def compare_outside(was: Signature, now: Signature) -> Comparison:
-    """Compares what is outside the layers; what follows from the layers' kinds may change there."""
+    """Compares what is outside the layers; constants that follow from the layers may change."""
     found = Comparison()
     for name in sorted(set(was.shapes) | set(now.shapes)):
         old_shape, new_shape = was.shapes.get(name), now.shapes.get(name)
@@ -221,7 +221,7 @@ def compare_outside(was: Signature, now: Signature) -> Comparison:
 
 
 def _is_of_place(old: Any, new: Any, was: tuple[int, int], now: tuple[int, int]) -> bool:
-    """Whether integers only say where the layer stands: its index, or how many layers there are."""
+    """Whether integers only give the layer's position: its index or the number of layers."""
     if type(old) is not int or type(new) is not int:
         return False
     (src, depth), (out, cut_depth) = was, now
@@ -233,7 +233,7 @@ def _is_of_place(old: Any, new: Any, was: tuple[int, int], now: tuple[int, int])
 
 
 def _is_renumbered(old: Any, new: Any, src_layers: Sequence[int]) -> bool:
-    """Whether a table or list of layers says of the cut's what it said of their sources."""
+    """Whether a per-layer table or list says the same about cut layers as about their sources."""
     if type(old) is not type(new) or not isinstance(new, dict | list):
         return False
     if any(type(key) is not int or not 0 <= key < len(src_layers) for key in new):
@@ -244,10 +244,10 @@ def _is_renumbered(old: Any, new: Any, src_layers: Sequence[int]) -> bool:
 
 
 def _is_formula(old: Any, new: Any, of_all: Sequence[Any]) -> bool:
-    """Whether a number follows from index or depth by a formula, rather than telling a kind.
+    """Whether a number is computed from index or depth, instead of marking a kind of layer.
 
-    Kinds are few and come back: a value that several layers of the whole model share and others
-    don't, as a layer's own rotary base or sparsity, is one.
+    Kinds are few and repeat: a value that several layers of the whole model share and others don't,
+    such as a layer's own rotary base or sparsity, marks a kind.
     """
     if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
         if old.shape != new.shape or old.dtype != new.dtype:
@@ -275,14 +275,14 @@ def _said(value: Any) -> str:
 
 
 def carry_over(module: nn.Module, constants: Constants) -> Constants:
-    """Sets constants in a module; returns what was there before, to be set back later."""
+    """Sets constants in a module; returns the previous values, to be restored later."""
     before: Constants = {}
     for (path, name), value in constants.items():
         try:
             owner = module.get_submodule(path)
             old = owner._buffers[name] if name in owner._buffers else getattr(owner, name)
         except AttributeError:
-            continue  # a model that has put other modules in their place while it ran
+            continue  # the model replaced its modules while it ran
         before[path, name] = old
         new = value
         if isinstance(value, torch.Tensor) and isinstance(old, torch.Tensor):

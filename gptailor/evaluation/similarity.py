@@ -1,4 +1,4 @@
-"""What the layers of a dense candidate do to their input: the measurements behind control arms.
+"""Measures how much a dense candidate's layers change their input, for control arms.
 
 Shapes: B sequences, T tokens, H hidden size, L layers.
 """
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from gptailor.evaluation.workload import Workload
 
 NUM_SEQUENCES = 128
-"""How many contexts are looked at: Block Influence is stable from a few dozen on."""
+"""How many contexts are measured: Block Influence is stable from a few dozen on."""
 
 BATCH_SIZE = 16
 
 
 def _hidden_state(value: Any) -> torch.Tensor:
-    """The first tensor of what a layer is given or gives: itself, or in a tuple or list."""
+    """A layer's input or output tensor: the value itself, or the first item of a tuple or list."""
     while isinstance(value, tuple | list):
         value = value[0]
     found: torch.Tensor = value
@@ -40,7 +40,7 @@ def _input_state(args: Any, kwargs: Any) -> torch.Tensor:
 
 
 def _check_states(resident: ResidentModel, lm: ResidentLM) -> None:
-    """Raises a `ModelError` unless each layer is given one state for each token of a sequence."""
+    """Raises a `ModelError` unless each layer gets one state per token of a sequence."""
     import torch
 
     shapes: list[torch.Size] = []
@@ -52,7 +52,7 @@ def _check_states(resident: ResidentModel, lm: ResidentLM) -> None:
         for module in resident.layers()
     ]
     try:
-        with torch.inference_mode():  # other numbers of tokens and sequences: which come first?
+        with torch.inference_mode():  # 1 sequence, 2 tokens: shows which dimension is first
             lm.hidden_states_only(torch.zeros(1, 2, dtype=torch.long, device=lm.device))
     finally:
         for hook in hooks:
@@ -60,8 +60,8 @@ def _check_states(resident: ResidentModel, lm: ResidentLM) -> None:
     for shape in shapes:
         if len(shape) != 3 or shape[:2] != (1, 2):
             raise ModelError(
-                f"{resident.family.base.folder}: the layers of this architecture hand on states of "
-                f"shape {list(shape)} for one sequence of two tokens, so that what they do can't "
+                f"{resident.family.base.folder}: the layers of this architecture pass on states of "
+                f"shape {list(shape)} for one sequence of two tokens, so their effect can't "
                 "be measured: leave block_influence, angular and uniform out of search.arms."
             )
 
@@ -85,12 +85,12 @@ class Similarity:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Similarity:
-        """Reads what `to_dict` gave."""
+        """Reads what `to_dict` returned."""
         return cls(tuple(data["block_influence"]), tuple(map(tuple, data["angular"])))
 
     @property
     def is_finite(self) -> bool:
-        """Whether all of it are numbers."""
+        """Whether all values are finite."""
         rows = (self.block_influence, *self.angular)
         return all(math.isfinite(value) for row in rows for value in row)
 
@@ -106,12 +106,12 @@ def measure(
     """Runs contexts of the search documents through one dense candidate.
 
     Args:
-        resident: holds the candidates; it is left assembled as that candidate.
+        resident: holds the candidates; stays assembled as that candidate afterwards.
         lm: encodes the contexts.
-        workload: gives the contexts.
+        workload: provides the contexts.
         model: the candidate's name.
         dtype: of the recipe.
-        far: is told how many of how many contexts are done.
+        far: called with the number of contexts done and the total.
 
     Returns:
         Block Influence (ShortGPT, eq. 1) and angular distances (Gromov et al., eq. 5).
@@ -127,13 +127,13 @@ def measure(
     num_layers = family.num_layers
     influence = torch.zeros(num_layers, dtype=torch.float64)
     angular = torch.zeros(num_layers + 1, num_layers + 1, dtype=torch.float64)
-    before_BTH: torch.Tensor | None = None  # what went into the layer below
+    before_BTH: torch.Tensor | None = None  # input of the layer below
     last_LBH: list[torch.Tensor] = []
     real_BT = lengths_B = torch.empty(0)
 
     def look(state_BTH: torch.Tensor) -> None:
         nonlocal before_BTH
-        state_BTH = state_BTH.float().to(lm.device)  # the layers may have several devices
+        state_BTH = state_BTH.float().to(lm.device)  # layers may be on several devices
         if before_BTH is not None:
             cosine_BT = F.cosine_similarity(before_BTH, state_BTH, dim=-1)
             influence[len(last_LBH) - 1] += ((1.0 - cosine_BT) * real_BT).sum().double().cpu()

@@ -1,7 +1,7 @@
-"""The skeleton: a stock transformers model whose parameters are pointed at others' memory.
+"""The skeleton: a stock transformers model whose parameters point to memory owned by others.
 
-It has no weights of its own, only what no file has: rotary frequencies and the like. Its layers are
-modules of the base, in the order that a recipe says; configs and constants follow the cut.
+It has no weights of its own, only what is in no file, such as rotary frequencies. Its layers are
+modules of the base in the order given by a recipe; configs and constants follow the cut.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class Skeleton:
     """The base's model without weights.
 
     Args:
-        family: gives the base, and says whether files of all candidates can be pointed at.
+        family: has the base, and shows whether all candidates' files can be pointed at.
         dtype: of the forward pass; None for that of the base's files.
 
     Attributes:
         model: the transformers model.
         stack_name: the path of its layers.
         layer_names: for each source layer, parameter as its module names it → tensor of the files.
-        kept_types: type of the forward pass → names of tensors that stay float32 in it.
+        kept_types: dtype of the forward pass → names of tensors that stay float32 in it.
 
     Raises:
         ModelError: transformers can't load the base, or a search can't be done with it.
@@ -53,10 +53,10 @@ class Skeleton:
         self.layer_names = pointers.layers
         self._outside, self._ties = pointers.outside, pointers.ties
         self._outside_now: Parameters = {}
-        self._outside_before: Constants = {}  # what constants of a cut have replaced
+        self._outside_before: Constants = {}  # values that the constants of a cut replaced
         self._configs = configs_of(self.model)
         self._full_config = self.model.config.to_dict()
-        self._config_keys: set[str] = set()  # those that a cut has changed so far
+        self._config_keys: set[str] = set()  # keys that cuts have changed so far
         self._source_layers = self.layers()
         self._slots = Slots(self._source_layers, self.layer_names)
         for name in self._outside.values():
@@ -71,11 +71,11 @@ class Skeleton:
         return list(self.model.get_submodule(self.stack_name))
 
     def move(self, device: torch.device) -> None:
-        """Puts what no file has on a device."""
+        """Moves what is in no file to a device."""
         self.model.to(device)
 
     def spread(self, devices: Sequence[torch.device]) -> None:
-        """Puts what no file has on several devices, and lets inputs follow.
+        """Spreads what is in no file over several devices, and makes inputs follow.
 
         Args:
             devices: first the device of everything outside the layers, then one per source layer.
@@ -83,10 +83,10 @@ class Skeleton:
         spread_modules(self.model, self._source_layers, self._outside.values(), devices)
 
     def cut(self, src_layers: Sequence[int]) -> Cut | None:
-        """What a cut changes; None where that is only the number of layers.
+        """What a cut changes; None if it changes only the number of layers.
 
         Raises:
-            UsageError: no model is what is left of the layers.
+            UsageError: no config describes the remaining layers.
         """
         return None if self._structure.is_uniform else self._structure.cut(src_layers)
 
@@ -97,13 +97,13 @@ class Skeleton:
         cut: Cut | None,
         vocabulary_rows: int | None,
     ) -> None:
-        """Makes it the model of a recipe.
+        """Turns the skeleton into the model of a recipe.
 
         Args:
-            entries: of each output layer, see `Slots.arrange`.
+            entries: one for each output layer, see `Slots.arrange`.
             outside: tensor of the files outside the layers → parameter.
-            cut: what `cut` gives for the layers.
-            vocabulary_rows: of embeddings and head; None where all candidates have as many.
+            cut: what `cut` returned for the layers.
+            vocabulary_rows: rows of embeddings and head; None if all candidates have as many.
         """
         modules = self._slots.arrange(entries, None if cut is None else cut.layers)
         parent, _, name = self.stack_name.rpartition(".")
@@ -115,7 +115,7 @@ class Skeleton:
         self._set_config([src_layer for src_layer, _, _ in entries], cut, vocabulary_rows)
 
     def forget(self, parameters: Parameters) -> None:
-        """Lets go of parameters whose memory is needed."""
+        """Drops references to parameters whose memory is needed."""
         self._slots.forget(parameters)
         gone = [
             name
@@ -126,10 +126,10 @@ class Skeleton:
             let_go(self.model, self._outside[name])
             del self._outside_now[name]
         if gone:
-            self._tie()  # a tied head holds the embeddings, too
+            self._tie()  # a tied head also references the embeddings
 
     def forget_all_but(self, known: set[int]) -> None:
-        """Lets go of layers whose parameters are not among these, by `id` of their dictionary."""
+        """Drops layers' parameters that are not among these, given by `id` of their dictionary."""
         self._slots.forget_all_but(known)
 
     def _tie(self) -> None:
@@ -137,8 +137,8 @@ class Skeleton:
             point(self.model, name, self.model.get_parameter(source))
 
     def _set_config(self, src_layers: list[int], cut: Cut | None, rows: int | None) -> None:
-        """Makes everything outside the layers what it is in the cut model: configs with layer
-        count, per-layer lists and vocabulary, and constants that follow from them."""
+        """Sets everything outside the layers as in the cut model: layer count, per-layer lists and
+        vocabulary in the configs, and constants that follow from them."""
         if cut is None:
             full: Mapping[str, Any] = text_config(self._full_config)
             text: Mapping[str, Any] = text_config(cut_config(self._full_config, src_layers))
@@ -156,11 +156,11 @@ class Skeleton:
         for config in self._configs:
             if isinstance(config, kind):
                 for key in self._config_keys & text.keys():
-                    object.__setattr__(config, key, text[key])  # past checks of one by another
+                    object.__setattr__(config, key, text[key])  # bypasses checks between keys
 
 
 def configs_of(model: nn.Module) -> list[Any]:
-    """The config objects that a model's modules look at, each once."""
+    """The config objects that a model's modules refer to, each once."""
     found = {
         id(config): config
         for module in model.modules()
@@ -175,7 +175,7 @@ def _load(family: Family, dtype: str | None) -> Any:
     model = load_model(
         base.folder, base.checkpoint.tensors, getattr(torch, dtype) if dtype else "auto"
     )
-    if base.reading.unties:  # HFLM ties by the config once more
+    if base.reading.unties:  # HFLM would tie again according to the config
         for config in configs_of(model):
             if getattr(config, "tie_word_embeddings", False):
                 config.tie_word_embeddings = False

@@ -1,7 +1,7 @@
-"""The skeleton's layer modules: each one remembers what its parameters point to.
+"""The skeleton's layer modules; each remembers what its parameters point to.
 
-A taken layer keeps a module of its own, so that a recipe that only selects layers points at
-nothing anew; a merged layer gets whichever module of its source layer is free.
+A taken layer keeps a module of its own, so a recipe that only selects layers needs no new pointers;
+a merged layer gets any free module of its source layer.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ class Slot:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.parameters: Parameters | None = None
-        self.stays = False  # its parameters will be asked for again
+        self.stays = False  # its parameters will be needed again
         self.last_used = 0
-        self._before: Constants = {}  # what constants of a place in the stack have replaced
+        self._before: Constants = {}  # values that the constants of its position replaced
         self._numbered = [
             m for m in module.modules() if isinstance(getattr(m, "layer_idx", None), int)
         ]
 
     def number(self, out_layer: int) -> None:
-        """Tells attention modules their place in the cache of keys and values."""
+        """Tells attention modules their index in the KV cache."""
         for module in self._numbered:
             module.layer_idx = out_layer  # type: ignore[assignment]
 
     def place(self, constants: Constants | None, out_layer: int) -> None:
-        """Gives it the constants of its place in the stack; None where that is only its number."""
+        """Sets the constants of its position in the stack; None if only its number changes."""
         if constants is None:
             self.number(out_layer)
             return
@@ -52,13 +52,13 @@ class Slot:
         self.parameters = parameters
 
     def empty(self, suffixes: Mapping[str, object]) -> None:
-        """Lets go of the memory of its parameters."""
+        """Drops references to the memory of its parameters."""
         for suffix in suffixes:
             let_go(self.module, suffix)
         self.parameters = None
 
     def copied(self) -> Slot:
-        """Another module of the same kind, without parameters or configs of its own."""
+        """A copy of the module that shares its parameters and configs."""
         shared: dict[int, Any] = {id(p): p for p in self.module.parameters()}
         for module in self.module.modules():
             if (config := getattr(module, "config", None)) is not None:
@@ -72,8 +72,8 @@ class Slots:
     """The modules of all source layers.
 
     Args:
-        layers: the skeleton's; their parameters are let go.
-        suffixes: of each layer's tensors in the files.
+        layers: the skeleton's layers; their parameters are dropped.
+        suffixes: for each layer, the names of its parameters within the layer.
     """
 
     def __init__(self, layers: Sequence[nn.Module], suffixes: Sequence[Mapping[str, str]]) -> None:
@@ -91,10 +91,10 @@ class Slots:
         """A module for each output layer that points to its parameters.
 
         Args:
-            entries: of each output layer: its source layer, which may come twice; its parameters;
+            entries: for each output layer: its source layer, which may occur twice; its parameters;
                 and whether they are a candidate's own, so that a module may be kept for them.
-            constants: of each output layer, what its place in the stack makes of its source
-                layer's constants; None where that is only its number.
+            constants: for each output layer, the constants that differ from its source layer's
+                because of its position; None if that is only its number.
         """
         self._clock += 1
         chosen: list[Slot | None] = []
@@ -117,14 +117,14 @@ class Slots:
         return modules
 
     def forget(self, parameters: Parameters) -> None:
-        """Lets go of parameters, so that their memory can be used again."""
+        """Drops references to parameters, so that their memory can be reused."""
         for src_layer, pool in enumerate(self._pools):
             for slot in pool:
                 if slot.parameters is parameters:
                     slot.empty(self._suffixes[src_layer])
 
     def forget_all_but(self, known: set[int]) -> None:
-        """Lets go of all parameters whose dictionary is not among these, by `id`."""
+        """Drops all parameters whose dictionary, by `id`, is not among these."""
         for src_layer, pool in enumerate(self._pools):
             for slot in pool:
                 if slot.parameters is not None and id(slot.parameters) not in known:
@@ -142,7 +142,7 @@ class Slots:
 
 
 def point(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Makes the parameter (or buffer) `name` below `module` that tensor, without a copy."""
+    """Points the parameter (or buffer) `name` below `module` to a tensor, without a copy."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     if leaf in owner._buffers:
@@ -152,7 +152,7 @@ def point(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 
 def let_go(module: nn.Module, name: str) -> None:
-    """Puts an empty tensor of its type where the parameter (or buffer) `name` is."""
+    """Replaces the parameter (or buffer) `name` by an empty tensor of its dtype."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     old = owner._buffers[leaf] if leaf in owner._buffers else getattr(owner, leaf)

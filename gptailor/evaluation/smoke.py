@@ -15,13 +15,13 @@ def smoke_test(folder: str | Path, name: str | Path | None = None) -> str:
 
     Args:
         folder: the model folder.
-        name: what it will be called, for errors.
+        name: its final name, for errors.
 
     Returns:
         The generated text.
 
     Raises:
-        ModelError: it does not load, or its logits are not numbers.
+        ModelError: it does not load, or its logits are not finite.
         ResourceError: it does not fit into memory.
     """
     import torch
@@ -45,13 +45,13 @@ def smoke_test(folder: str | Path, name: str | Path | None = None) -> str:
                 max_new_tokens=NUM_TOKENS,
                 min_new_tokens=NUM_TOKENS,
                 do_sample=False,
-                num_beams=1,  # whatever generation_config.json says: it may say 10**9
+                num_beams=1,  # overrides generation_config.json, which may say 10**9
                 num_return_sequences=1,
                 pad_token_id=getattr(model.config.get_text_config(), "pad_token_id", None) or 0,
             )
     except (torch.OutOfMemoryError, MemoryError, ResourceError) as error:
         raise ResourceError(
-            f"{name} was not kept, as it does not fit into memory to be tested: use --no-verify."
+            f"{name} was not kept, as it does not fit into memory for the test: use --no-verify."
         ) from error
     except ModelError as error:
         text = str(error).replace(str(folder), str(name))

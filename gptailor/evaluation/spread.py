@@ -1,10 +1,10 @@
-"""Which GPU of a worker holds which source layers, where a model does not fit on one.
+"""Places source layers on a worker's GPUs when a model does not fit on one.
 
-A source layer of every candidate lives on the same GPU, so that a taken or merged layer never has
-to move: only hidden states do, once at each border. Embeddings, final norm and output head are all
-on the first GPU. The head could follow the last layer, but a search compares logits with tokens
-that are on the first GPU; what comes back there is the hidden states, which are a vocabulary's
-width smaller than logits, and tied embeddings need no second copy.
+A source layer is on the same GPU for all candidates, so a taken or merged layer never has to move:
+only hidden states do, once at each boundary. Embeddings, final norm and output head are all on the
+first GPU. The head could follow the last layer, but a search compares logits with tokens that are
+on the first GPU. This way only hidden states return there, which are much smaller than logits, and
+tied embeddings need no second copy.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from gptailor.errors import ResourceError
 def place_layers(
     layer_bytes: Sequence[int], outside_bytes: int, free_bytes: Sequence[int]
 ) -> tuple[int, ...]:
-    """Spreads source layers over GPUs so that the fullest one is as empty as it can be.
+    """Spreads source layers over GPUs so that the fullest GPU is as empty as possible.
 
     Args:
         layer_bytes: what each source layer needs, bottom to top.
         outside_bytes: what embeddings, final norm and head need; they are on the first GPU.
-        free_bytes: what each GPU has for them.
+        free_bytes: what each GPU can hold of them.
 
     Returns:
-        For each source layer the index of its GPU; never less than that of the layer below. Where
-        several GPUs could be left empty, it is the last ones.
+        The index of each source layer's GPU, never less than that of the layer below. If GPUs are
+        left empty, they are the last ones.
 
     Raises:
-        ResourceError: it does not fit.
+        ResourceError: the model does not fit.
     """
     num_layers = len(layer_bytes)
     ends = [0, *accumulate(layer_bytes)]
@@ -61,7 +61,7 @@ def place_layers(
         needed = ends[-1] + outside_bytes
         raise ResourceError(
             f"The model needs {gib(needed)} GiB, but the worker's {len(free_bytes)} GPUs have "
-            f"{' + '.join(map(gib, free_bytes))} GiB for it, and a layer is not cut: give each "
+            f"{' + '.join(map(gib, free_bytes))} GiB for it, and a layer can't be split: give each "
             "worker more GPUs."
         )
     return tuple(
@@ -72,7 +72,7 @@ def place_layers(
 
 
 def layer_ranges(placement: Sequence[int]) -> dict[int, range]:
-    """GPU → its source layers, of a placement."""
+    """GPU → its source layers, from a placement."""
     return {
         gpu: range(placement.index(gpu), placement.index(gpu) + placement.count(gpu))
         for gpu in dict.fromkeys(placement)

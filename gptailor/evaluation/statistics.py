@@ -17,19 +17,19 @@ Tokens = Sequence[Sequence[int]]
 def fisher_information(
     model: nn.Module, sequences: Tokens, parameters: Mapping[str, nn.Parameter], seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """The diagonal of the Fisher information, for each token.
+    """The diagonal of the Fisher information per token.
 
     F = E[(∂ log p(y | x) / ∂θ)²] with y drawn from the model itself (Matena and Raffel 2021, eq. 3,
-    arXiv 2111.09832), not the text's next token, which would give another quantity (Kunstner et
-    al. 2019, arXiv 1905.12558). For a sequence a word is drawn after each of its tokens; given the
-    sequence these draws are independent and their gradients have mean zero, so that the square of
-    the gradient of Σₜ log p(yₜ) is an unbiased estimate of Σₜ Fₜ, with one backward pass.
+    arXiv 2111.09832), not the text's next token, which would give a different quantity (Kunstner et
+    al. 2019, arXiv 1905.12558). For each sequence, one word is drawn after each of its tokens;
+    given the sequence, these draws are independent and their gradients have mean zero, so the
+    square of the gradient of Σₜ log p(yₜ) is an unbiased estimate of Σₜ Fₜ with one backward pass.
 
     Args:
-        model: gives logits; nothing in it is changed.
+        model: returns logits; it is not changed.
         sequences: token ids.
         parameters: name → a parameter of the model.
-        seed: of the draws, which do not depend on the device.
+        seed: for the draws, which do not depend on the device.
 
     Returns:
         Name → F, float32, on the parameter's device.
@@ -46,7 +46,7 @@ def fisher_information(
         assert parameter.grad is not None
         gradient = parameter.grad.float()
         by_id[id(parameter)].addcmul_(gradient, gradient)
-        parameter.grad = None  # so that no two gradients are in memory at a time
+        parameter.grad = None  # so that only one gradient is in memory at a time
 
     hooks = []
     needed = {p: p.requires_grad for p in model.parameters()}
@@ -91,15 +91,15 @@ def _drawn(log_p_TV: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def gram_matrices(
     model: nn.Module, sequences: Tokens, linears: Mapping[str, nn.Linear], budget_bytes: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """X Xᵀ / tokens of the inputs X of linear layers, one after the other.
+    """X Xᵀ / tokens of the inputs X of linear layers, one layer after another.
 
     The model runs over all sequences once for each group of layers whose matrices fit the budget.
 
     Args:
-        model: gives logits.
+        model: the model.
         sequences: token ids.
         linears: name → a layer of the model.
-        budget_bytes: for the matrices that are in memory at a time; one always is.
+        budget_bytes: for the matrices in memory at a time; there is always at least one.
 
     Yields:
         The name and the matrix (I, I), float32.

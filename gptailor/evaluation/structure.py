@@ -1,9 +1,9 @@
-"""What transformers makes of a model folder and of a cut of it, found without reading weights.
+"""How transformers builds a model folder and a cut of it, found without reading weights.
 
-No table of architectures can be complete, so none is asked. A model is built on torch's meta device
-from the config as it is and from the config of a cut, and the layers that stay are compared with
-their source layers. What a loader would do with a folder's tensors is found by having transformers
-load tensors without memory: which are missing, which it leaves out.
+No table of architectures can be complete, so there is none. A model is built on torch's meta device
+from the original config and from the config of a cut, and the kept layers are compared with their
+source layers. To find which tensors a loader would miss or leave out, transformers loads tensors
+without memory.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from gptailor.models.architecture import cut_config, implied_lists, text_config
 from gptailor.models.checkpoint import TensorInfo
 
 _LONG = 130
-"""Tokens that are more than two of the usual chunks: some attention is another one then."""
+"""Tokens in more than two of the usual chunks, where some models use a different attention."""
 
 _KEPT_CUTS = 1024
-"""Cuts that a structure remembers; the recipes of a search have most of them in common."""
+"""Cuts that a structure remembers; most of them recur in a search's recipes."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A cut that transformers builds as it is meant.
+    """A cut that transformers builds as intended.
 
     Attributes:
         config: for its config.json.
-        model_config: what transformers makes of that.
-        layers: for each output layer, constants that its source layer has other values of.
-        outside: the same for what is outside the layers.
+        model_config: the transformers config made from it.
+        layers: for each output layer, the constants whose values differ from its source layer's.
+        outside: the same for everything outside the layers.
     """
 
     config: dict[str, Any]
@@ -75,19 +75,19 @@ class Structure:
 
     Args:
         folder: the model folder.
-        config: what its config.json says.
-        tensors: its checkpoint's.
+        config: the contents of its config.json.
+        tensors: the tensors of its checkpoint.
         dtype: in which constants are computed; None for that of the config.
 
     Attributes:
         shell: the model on the meta device.
         stack: the path of its layers.
-        num_layers: how many they are.
-        module_names: tensor of the files → parameter or buffer of the model, None if it has none.
+        num_layers: the number of layers.
+        module_names: tensor of the files → parameter or buffer of the model, None if unused.
         converted: tensors that transformers fuses, splits or reshapes on load.
 
     Raises:
-        ModelError: transformers can't build it, or keeps its layers in another way.
+        ModelError: transformers can't build it, or does not keep its layers in one stack.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Structure:
 
     @cached_property
     def prefix(self) -> str:
-        """What stands before the layer's number in the files' names.
+        """The part before the layer's number in the files' tensor names.
 
         Raises:
             ModelError: the files name the layers in several ways.
@@ -124,8 +124,8 @@ class Structure:
                 common = found if common is None else common & found
         if not common:
             raise ModelError(
-                f"{self.folder}: its files number the layers otherwise than transformers does, so "
-                "that it can't be cut."
+                f"{self.folder}: its files number the layers differently from transformers, so it "
+                "can't be cut."
             )
         return min(common, key=len)
 
@@ -136,8 +136,8 @@ class Structure:
             src_layers: the source layer of each output layer.
 
         Raises:
-            UsageError: no config describes it: a layer would become one of another kind, or
-                transformers can't run it.
+            UsageError: no config describes it: a layer would change its kind, or transformers
+                can't run it.
         """
         key = tuple(src_layers)
         if key not in self._cuts:
@@ -151,8 +151,8 @@ class Structure:
 
     @cached_property
     def is_uniform(self) -> bool:
-        """Whether all layers are alike and depend neither on their index nor on the depth, so that
-        the layers of any cut are their source layers."""
+        """Whether all layers are alike and depend neither on their index nor on the depth, so the
+        layers of any cut equal their source layers."""
         probes = [(0,), (self.num_layers - 1,), tuple(range(0, self.num_layers, 2))]
         if not is_alike(self._layers, self._layers[0]):
             return False
@@ -187,7 +187,7 @@ class Structure:
         return implied_lists(text_config(self._raw), resolved, self.num_layers)
 
     def _configs(self, src_layers: Sequence[int]) -> list[dict[str, Any]]:
-        """Proposals for the config.json of a cut, the one nearest to the file first."""
+        """Proposals for the config.json of a cut, the one closest to the file first."""
         if list(src_layers) == list(range(self.num_layers)):
             return [dict(self._raw)]
         proposals = [cut_config(self._raw, src_layers, {}, self.num_layers)]
@@ -217,7 +217,7 @@ class Structure:
         layers, outside = self._signatures(model)
         if len(layers) != len(src_layers):
             return (
-                f"{self.folder} can't be cut: config.json says how many layers there are in a way "
+                f"{self.folder} can't be cut: config.json gives the number of layers in a way "
                 "that gptailor does not know."
             )
         constants = []
@@ -227,8 +227,8 @@ class Structure:
                 return (
                     f"{self.folder} can't be cut to the layers {kept}: layer {out_layer} of the "
                     f"result would not be what layer {src_layer} is ({compared.problems[0]}), as "
-                    "its kind follows from its place and config.json can't say otherwise; keep "
-                    "layers so that each stays of its kind."
+                    "its kind follows from its index and config.json can't change that; choose "
+                    "layers that each keep their kind."
                 )
             constants.append(compared.constants)
         around = compare_outside(self._outside, outside)
@@ -248,8 +248,8 @@ class Structure:
         """Raises a `ModelError` if a forward pass changes the model itself, or depends on chance.
 
         Args:
-            model: with weights, for the few that can't run without values; None: only those that
-                can are looked at.
+            model: with weights, for the few models that can't run without values; None: only the
+                others are checked.
         """
         reason, changed = self._whole_pass
         if reason and model is not None:
@@ -258,14 +258,13 @@ class Structure:
         if changed:
             kind = self.shell.config.model_type
             raise ModelError(
-                f"{self.folder}: a model of this type ({kind}) {changed} while it runs, so that a "
-                "search can't compare its recipes; stitching can."
+                f"{self.folder}: a model of this type ({kind}) {changed} while it runs, so a "
+                "search can't compare its recipes; it can still be stitched."
             )
 
     @property
     def _runs(self) -> bool:
-        """Whether a pass of a cut without values tells anything: it does if the whole model's
-        does not fail."""
+        """Whether a pass of a cut without values is meaningful: the whole model's must succeed."""
         return not self._whole_pass[0]
 
     @cached_property
@@ -273,7 +272,7 @@ class Structure:
         return _dry_pass(self.shell.config)
 
     def _resolved(self, proposal: Mapping[str, Any]) -> Any:
-        """What transformers makes of a config.json; by a file, as some values only live there."""
+        """transformers' config of a config.json; uses a file, as some values only survive there."""
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(proposal))
             try:
@@ -305,13 +304,13 @@ class Structure:
         if len(lists) != 1:
             where = f"in {len(lists)} lists ({', '.join(lists)})" if lists else "elsewhere"
             raise ModelError(
-                f"{self.folder}: transformers keeps its {declared} layers {where}, and gptailor "
-                "cuts models with one stack of layers only."
+                f"{self.folder}: transformers keeps its {declared} layers {where}, but gptailor "
+                "only cuts models with a single stack of layers."
             )
         return lists[0]
 
     def _raw_with(self, num_layers: int) -> Any:
-        """The model with fewer layers, the first ones; None if that can't be built."""
+        """The model with only the first `num_layers` layers; None if that can't be built."""
         try:
             config = cut_config(self._raw, range(num_layers), {}, num_layers + 1)
             return build(self._resolved(config), self.folder, None)
@@ -320,7 +319,7 @@ class Structure:
 
 
 def _lists_of(model: nn.Module, length: int) -> list[str]:
-    """Paths of the lists of that length that lie in no other one."""
+    """Paths of the module lists of that length that are not nested in another one."""
     found: list[str] = []
     for path, module in model.named_modules():
         is_inside = any(path.startswith(f"{outer}.") for outer in found)
@@ -332,15 +331,15 @@ def _lists_of(model: nn.Module, length: int) -> list[str]:
 def module_names(
     shell: Any, tensors: Mapping[str, TensorInfo]
 ) -> tuple[dict[str, str | None], set[str]]:
-    """By transformers' own renaming: tensor → parameter or buffer, and those that are converted.
+    """Maps tensors to parameters or buffers with transformers' own renaming.
 
     Args:
         shell: the model; its parameters may be on the meta device.
-        tensors: those of the files.
+        tensors: the tensors of the files.
 
     Returns:
-        For each tensor what it becomes, None if it is left out; the names of tensors that are
-        fused, split or reshaped on load, whose parameter is the first of what they become.
+        What each tensor becomes, None if it is left out; and the names of tensors that are fused,
+        split or reshaped on load, which are mapped to the first parameter that they become.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -357,7 +356,7 @@ def module_names(
     prefix = shell.base_model_prefix
     names: dict[str, str | None] = {}
     converted = set()
-    for name in sorted(tensors, key=dot_natural_key):  # some renamings wait for a first name
+    for name in sorted(tensors, key=dot_natural_key):  # some renamings depend on the order
         target, pattern = rename_source_key(name, renamings, converters, prefix, known)
         if target not in known and name in known:
             target, pattern = rename_source_key(name, [], [], prefix, known)
@@ -372,7 +371,7 @@ def _dry_pass(config: Any) -> tuple[str, str]:
     from transformers import AutoModelForCausalLM
 
     reason = ""
-    for kwargs in ({"experts_implementation": "batched_mm"}, {}):  # others look at values
+    for kwargs in ({"experts_implementation": "batched_mm"}, {}):  # other kinds need values
         try:
             with quiet(), torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **kwargs).eval()
@@ -387,14 +386,14 @@ def _dry_pass(config: Any) -> tuple[str, str]:
 
 
 def _pass(model: Any, num_tokens: int = 4) -> tuple[str, str]:
-    """A pass of a few tokens.
+    """Runs a forward pass of a few tokens.
 
     Args:
         model: on any device.
-        num_tokens: how many they are.
+        num_tokens: how many tokens.
 
     Returns:
-        Why it ends in an error, or empty; why no two are alike, as a clause, or empty.
+        Why it fails, or empty; why two passes can differ, as a clause, or empty.
     """
     versions = {name: p._version for name, p in model.named_parameters()}
     modules = {path: type(module) for path, module in model.named_modules()}
@@ -415,12 +414,12 @@ def _pass(model: Any, num_tokens: int = 4) -> tuple[str, str]:
 
 
 class _Chance(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees whether anything that runs draws random numbers; `drawn` names the operation."""
+    """Detects whether an operation draws random numbers; `drawn` names it."""
 
     drawn = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # fused attention could, but a model that is evaluated has no dropout
+        # fused attention has the tag because of dropout, which is off in evaluation
         if torch.Tag.nondeterministic_seeded in func.tags and "attention" not in func.name():
             self.drawn = func.name()
         return func(*args, **(kwargs or {}))

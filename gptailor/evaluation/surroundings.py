@@ -1,4 +1,4 @@
-"""What surrounds lm-eval's work: its seeds in the global generators, its noise kept out."""
+"""Contexts for running lm-eval: with its seeds in the global generators, and without its output."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
 
 @contextlib.contextmanager
 def seeded() -> Iterator[None]:
-    """Global generators as lm-eval seeds them, and afterwards as they were."""
+    """Seeds the global generators as lm-eval does, and restores their states afterwards."""
     import torch
 
     states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()  # noqa: NPY002
@@ -36,7 +36,7 @@ def seeded() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """lm-eval's and datasets' progress bars and notes stay out of a search's output."""
+    """Keeps the progress bars and messages of lm-eval and datasets out of a search's output."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

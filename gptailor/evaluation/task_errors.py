@@ -1,4 +1,4 @@
-"""Sentences for what tasks do wrong: data that can't be had, code of their own that fails."""
+"""Error messages for tasks whose data can't be loaded or whose own code fails."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _NETWORK = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "
 _OFFLINE = {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "URLError", "gaierror"}
 _VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 _SPEAKS = (OSError, ValueError, RuntimeError, ImportError, UsageError)
-"""Errors whose message says enough without their names."""
+"""Errors whose messages are clear without their names."""
 
 
 def not_loaded(task: str, error: BaseException) -> UsageError:
-    """Why a task or its data can't be had: a file that is missing, a name, the network, its code.
+    """The error for a task that can't be loaded: a missing file, a name, the network, or its code.
 
     Args:
         task: lm-eval's name.
-        error: whatever lm-eval or datasets raised.
+        error: the error that lm-eval or datasets raised.
     """
     for cause in _causes(error):
         names = {kind.__name__ for kind in type(cause).__mro__}
@@ -39,14 +39,14 @@ def not_loaded(task: str, error: BaseException) -> UsageError:
             missing = f"{path} does not exist" if path else text
             return _sentence(
                 task,
-                f"{missing}. Put the data there, or correct the task (a relative path is seen from "
+                f"{missing}. Put the data there, or correct the task (a relative path starts at "
                 f"{Path.cwd()}).",
             )
         if isinstance(cause, StopIteration) and not _where(cause):
-            return _sentence(task, "no file is where its data_files say. Correct the task.")
+            return _sentence(task, "no file matches its data_files. Correct the task.")
         if is_file or _is_network(cause, names):
             offline = [name for name in _VARIABLES if os.environ.get(name)]
-            why = f"{offline[0]} is set" if offline else "the network did not give it"
+            why = f"{offline[0]} is set" if offline else "it can't be downloaded"
             return _sentence(
                 task,
                 f"{text}. It is not in the cache, and {why}: fetch it with `gptailor prefetch` "
@@ -56,7 +56,7 @@ def not_loaded(task: str, error: BaseException) -> UsageError:
             return _sentence(task, f"its data can't be read: {_message(_causes(error)[-1])}.")
         if isinstance(cause, KeyError) and _last_file(cause).endswith("/dataset_dict.py"):
             return _sentence(task, f"its data have no split {text.partition(' ')[2]}.")
-        if isinstance(cause, KeyError) and cause.args == (None,):  # a default that there is not
+        if isinstance(cause, KeyError) and cause.args == (None,):  # a default that doesn't exist
             metric = _last_local(cause, "metric_name")
             return _sentence(
                 task,
@@ -68,11 +68,11 @@ def not_loaded(task: str, error: BaseException) -> UsageError:
 
 
 def code_failed(task: str, doing: str, error: Exception) -> TaskError:
-    """A task's own code, or a template of it, raised.
+    """The error for a task whose own code or template raised.
 
     Args:
         task: lm-eval's name.
-        doing: what it was asked to do, like "judge an answer".
+        doing: what the task had to do, like "judge an answer".
         error: what it raised.
     """
     return TaskError(f"The task {task} can't {doing}: {_message(error)}{_where(error)}.")
@@ -93,7 +93,7 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 
 def _message(error: BaseException) -> str:
-    """The first line of a message, with the error's name where that says more."""
+    """The first line of a message, with the error's name where that helps."""
     lines = str(error).strip().splitlines()
     name = type(error).__name__
     if not lines:
@@ -103,7 +103,7 @@ def _message(error: BaseException) -> str:
 
 
 def _path_in(text: str) -> str:
-    """A folder that datasets looked for on the hub, though its name is that of a local one."""
+    """A path of a local folder that datasets looked for on the hub; empty if there is none."""
     found = re.search(r"(?:Couldn't reach|maximum length is 96:) '((?:\.{0,2}/|~)[^']*)'", text)
     return found[1] if found else ""
 
@@ -116,7 +116,7 @@ def _is_network(error: BaseException, names: set[str]) -> bool:
 
 
 def _where(error: BaseException) -> str:
-    """The place in a user's own file that raised; empty if it was a library."""
+    """The place in the user's own file that raised; empty if a library raised."""
     libraries = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib")}
     file = _last_file(error)
     if not file or file.startswith(("<", *libraries)):
@@ -125,7 +125,7 @@ def _where(error: BaseException) -> str:
 
 
 def _last_local(error: BaseException, name: str) -> object:
-    """A local variable of the function that raised; None if it has none of that name."""
+    """A local variable of the function that raised; None if there is none of that name."""
     frames = list(traceback.walk_tb(error.__traceback__))
     return frames[-1][0].f_locals.get(name) if frames else None
 

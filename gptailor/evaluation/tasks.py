@@ -1,6 +1,6 @@
-"""lm-eval's tasks of a configuration: found by name, loaded with their data, set up.
+"""Finds the lm-eval tasks of a configuration by name, loads their data and sets them up.
 
-lm-eval sets tasks up inside `simple_evaluate`; here it is done the same way, once.
+lm-eval sets tasks up inside `simple_evaluate`; this module does the same, once.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class TaskSet:
     """Loaded tasks.
 
     Attributes:
-        tasks: name → lm-eval's task, those of groups and tags included.
-        groups: name → lm-eval's group, those inside of others included.
-        members: what was asked for → the tasks that it stands for.
+        tasks: name → lm-eval's task, including those of groups and tags.
+        groups: name → lm-eval's group, including nested groups.
+        members: requested name → the tasks that it stands for.
         limits: task → lm-eval's limit for its documents.
     """
 
@@ -38,7 +38,7 @@ def load_tasks(specs: Sequence[TaskSpec], include_path: str | None) -> TaskSet:
     """Loads tasks, groups and tags with their data.
 
     Raises:
-        UsageError: a name is unknown, a task is named twice, or its data can't be had.
+        UsageError: a name is unknown, a task is named twice, or its data can't be loaded.
     """
     manager = task_manager(include_path, [spec.task for spec in specs])
     found = TaskSet()
@@ -47,7 +47,7 @@ def load_tasks(specs: Sequence[TaskSpec], include_path: str | None) -> TaskSet:
             raise _unknown(spec.task, manager, include_path)
         try:
             loaded = manager.load([spec.task])
-        except Exception as error:  # whatever a dataset's loader raises
+        except Exception as error:  # a dataset's loader can raise anything
             raise not_loaded(spec.task, error) from error
         for name, task in loaded["tasks"].items():
             if name in found.tasks:
@@ -63,13 +63,13 @@ def load_tasks(specs: Sequence[TaskSpec], include_path: str | None) -> TaskSet:
 
 
 def unknown_tasks(names: Sequence[str], include_path: str | None) -> list[UsageError]:
-    """An error for each name that lm-eval does not know; no data are loaded."""
+    """An error for each name that lm-eval doesn't have; loads no data."""
     manager = task_manager(include_path, names)
     return [_unknown(n, manager, include_path) for n in names if n not in manager.all_tasks]
 
 
 def task_manager(include_path: str | None, names: Sequence[str]) -> Any:
-    """lm-eval's index of tasks: the own folder's only, if that has all (it is much quicker)."""
+    """lm-eval's index of tasks: only `include_path` if it has all names, which is much faster."""
     from lm_eval.tasks import TaskManager
 
     if include_path is not None:
@@ -82,14 +82,15 @@ def task_manager(include_path: str | None, names: Sequence[str]) -> Any:
 
 @cache
 def _whole_index(include_path: str | None, own_files: tuple[tuple[str, int], ...]) -> Any:
-    """With lm-eval's own tasks, whose 14,000 files take seconds; for the own files as they are."""
+    """The index with lm-eval's own tasks, whose 14,000 files take seconds; cached until
+    `own_files` change."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=include_path)
 
 
 def broken_file(folder: str | None) -> UsageError | None:
-    """An error for the first YAML in a folder of tasks that can't be read; lm-eval skips such."""
+    """An error for the first unreadable YAML in a folder of tasks, which lm-eval would skip."""
     import yaml
 
     for path in sorted(Path(folder).rglob("*.yaml")) if folder is not None else ():
@@ -102,25 +103,25 @@ def broken_file(folder: str | None) -> UsageError | None:
 
 
 def _unknown(name: str, manager: Any, include_path: str | None) -> UsageError:
-    """Why there is no such task: a file that lm-eval has skipped, or a wrong name."""
+    """The error for a missing task: a file that lm-eval skipped, or a wrong name."""
     broken = broken_file(include_path)
     return broken or unknown("task", name, manager.all_tasks, "evaluation.tasks")
 
 
 def _configure(task: Any, spec: TaskSpec) -> None:
-    """What `simple_evaluate` does to a task before it is used."""
+    """Sets up a task as `simple_evaluate` does."""
     if getattr(task, "UNSAFE_CODE", False):
         raise UsageError(
-            f"The task {spec.task} runs code that a model wrote, which gptailor does not do."
+            f"The task {spec.task} runs code that a model wrote, which gptailor never does."
         )
     if getattr(task, "MULTIMODAL", False):
         raise UsageError(
-            f"The task {spec.task} shows images or plays sounds, which gptailor's models don't "
+            f"The task {spec.task} uses images or audio, which gptailor's models don't "
             "take: leave it out."
         )
     if spec.num_fewshot and task.get_config("num_fewshot") == 0:
         raise UsageError(
-            f"The task {spec.task} sets num_fewshot to 0 itself, and lm-eval keeps to that: leave "
+            f"The task {spec.task} sets num_fewshot to 0 itself, which lm-eval always keeps: leave "
             "num_fewshot out."
         )
     if spec.num_fewshot is not None:

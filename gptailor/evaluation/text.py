@@ -1,4 +1,4 @@
-"""A text as sequences of tokens, for statistics of models: the same ones for every model."""
+"""Turns a text into token sequences for statistics, the same for every model."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from gptailor.errors import UsageError
 
 @dataclass(frozen=True)
 class Sequences:
-    """What models read.
+    """Token sequences for models to read.
 
     Attributes:
-        tokens: of each sequence.
+        tokens: the tokens of each sequence.
     """
 
     tokens: tuple[tuple[int, ...], ...]
 
     @property
     def num_tokens(self) -> int:
-        """Of all sequences."""
+        """The number of tokens in all sequences."""
         return sum(map(len, self.tokens))
 
     @property
@@ -33,10 +33,11 @@ class Sequences:
 
 
 def read_documents(path: str | Path) -> list[str]:
-    """The documents of a file: its lines, or the values of `text` in a `.jsonl`; empty ones gone.
+    """The non-empty documents of a file: its lines, or the values of `text` in a `.jsonl`.
 
     Raises:
-        UsageError: the file is missing, is not UTF-8, has no documents, or a line is no document.
+        UsageError: the file is missing, not UTF-8 or without documents, or a line is not a
+            document.
     """
     path = Path(path)
     try:
@@ -60,20 +61,20 @@ def _text_of(line: str, path: Path, number: int) -> str:
         document = None
     text = document.get("text") if isinstance(document, dict) else None
     if not isinstance(text, str):
-        raise UsageError(f"{path}, line {number}, is no JSON object with a text.")
+        raise UsageError(f"{path}, line {number}, is not a JSON object with a text.")
     return text
 
 
 def make_sequences(
     documents: Iterable[str], encode: Callable[[str], Sequence[int]], num_tokens: int, seq_len: int
 ) -> Sequences:
-    """Documents one after the other, long ones in pieces, until there are enough tokens.
+    """Takes documents in order, long ones in pieces, until there are enough tokens.
 
     Args:
         documents: texts.
-        encode: a tokenizer, with what it puts around a text.
-        num_tokens: at most that many in all; fewer if the documents have fewer.
-        seq_len: at most that many in one sequence.
+        encode: a tokenizer, including its special tokens.
+        num_tokens: the most tokens in all; fewer if the documents have fewer.
+        seq_len: the most tokens in one sequence.
 
     Raises:
         UsageError: there is not a single token.

@@ -1,7 +1,7 @@
-"""Whether two tokenizers are one, told by what they do: files of other formats may hold the same.
+"""Compares two tokenizers by what they do, as files of different formats may hold the same one.
 
-`tokenizer.model`, `vocab.json` with `merges.txt` and `tokenizer.json` are three ways to write one
-tokenizer. Where files do not show that they hold the same, transformers loads both.
+`tokenizer.model`, `vocab.json` with `merges.txt` and `tokenizer.json` are three ways to store a
+tokenizer. Where the files do not show that they are the same, transformers loads both.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ TEXTS = (
     '{"key": [1, 2.5, null], "x": "\\n"} <html></html> $E=mc^2$ C:\\path\\file',
     "<s></s><unk><pad> <|endoftext|> <|im_start|>user [INST] [/INST] <bos><eos>",
 )
-"""A little of everything that tokenizers treat in different ways."""
+"""Samples of text that tokenizers treat differently."""
 
 
 def compare_tokenizers(candidate: Candidate, base: Candidate) -> None:
-    """Raises a `ModelError` unless the candidate's tokenizer gives each text the base's tokens, and
-    its embeddings have a row for each of them."""
+    """Raises a `ModelError` unless the candidate's tokenizer splits each text as the base's does,
+    and its embeddings have a row for each token."""
     from gptailor.evaluation.loading import load_tokenizer
 
     loaded = []
@@ -37,8 +37,8 @@ def compare_tokenizers(candidate: Candidate, base: Candidate) -> None:
             loaded.append(load_tokenizer(one.folder))
         except ModelError as error:
             raise ModelError(
-                f"{candidate.folder}: its tokenizer has other files than the one of {base.folder}, "
-                f"and whether they are one can't be told: {error}"
+                f"{candidate.folder}: its tokenizer has other files than that of {base.folder}, "
+                f"and gptailor can't tell whether they are the same: {error}"
             ) from error
     what = _difference(*loaded)
     if what:
@@ -51,7 +51,7 @@ def compare_tokenizers(candidate: Candidate, base: Candidate) -> None:
 
 
 def _difference(mine: Any, bases: Any) -> str:
-    """What the first tokenizer does otherwise than the second; empty if nothing."""
+    """How the first tokenizer differs from the second; empty if it doesn't."""
     ids, base_ids = mine.get_vocab(), bases.get_vocab()
     for token in sorted({*ids, *base_ids}, key=lambda t: (base_ids.get(t, ids.get(t)), t)):
         if token not in base_ids:
@@ -68,7 +68,7 @@ def _difference(mine: Any, bases: Any) -> str:
         pieces = [one.encode(text, add_special_tokens=False) for one in (mine, bases)]
         if pieces[0] != pieces[1]:
             return (
-                f"which splits {shown(text)} in another way; if the base's is right for it, take "
-                "its own tokenizer files away"
+                f"which splits {shown(text)} differently; if the base's is right for it, remove "
+                "its own tokenizer files"
             )
     return ""

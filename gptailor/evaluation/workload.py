@@ -1,7 +1,7 @@
 """A workload: the requests of a set of lm-eval tasks, built once and answered by every recipe.
 
 lm-eval's own Task objects make the requests, read the answers and aggregate the metrics; this
-module keeps them from doing anything twice. It leaves the answers to a `ResidentLM`.
+module avoids doing anything twice. A `ResidentLM` gives the answers.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class Workload:
     Args:
         specs: the tasks, groups or tags.
         config: include path, chat template and the like.
-        lm: gives the chat template and its tokenizer's name; a `ResidentLM`.
-        num_documents: how many documents in all, None for all that there are.
-        seed: of the choice of documents.
-        comparable: refuse metrics of which less is better (they can't be part of an accuracy).
-        few: of each task only so many documents, those that are most likely to be refused.
+        lm: has the chat template and the tokenizer's name; a `ResidentLM`.
+        num_documents: how many documents in all; None for all of them.
+        seed: for the choice of documents.
+        comparable: refuse metrics that are better when lower (they can't be part of an accuracy).
+        few: use only this many documents of each task, those most likely to be refused.
 
     Raises:
-        UsageError: a task or metric is unknown, its data can't be had, or its code fails.
+        UsageError: a task or metric is unknown, its data can't be loaded, or its code fails.
     """
 
     def __init__(
@@ -71,12 +71,12 @@ class Workload:
 
     @property
     def num_documents(self) -> int:
-        """Documents that one evaluation answers."""
+        """The number of documents in one evaluation."""
         return sum(len(documents) for documents in self._documents.values())
 
     @property
     def task_names(self) -> set[str]:
-        """All tasks, those of groups and tags included."""
+        """All tasks, including those of groups and tags."""
         return set(self._tasks)
 
     @property
@@ -115,17 +115,17 @@ class Workload:
             lm: answers the requests; any `lm_eval.api.model.LM`.
 
         Returns:
-            As `results` of lm-eval: `{"task": {"acc,none": 0.5, "acc_stderr,none": 0.01, …}}`. A
-            task (no group) also has "values": key of a metric → `Score.values`.
+            Like lm-eval's `results`: `{"task": {"acc,none": 0.5, "acc_stderr,none": 0.01, …}}`. A
+            task (not a group) also has "values": key of a metric → `Score.values`.
 
         Raises:
             TaskError: a task's own code can't judge an answer.
         """
-        with seeded():  # tasks that sample do so from the same state for every recipe
+        with seeded():  # so that tasks that sample start in the same state for every recipe
             return self._answered(lm)
 
     def requests(self) -> dict[str, list[Any]]:
-        """Kind of request → lm-eval's instances, each as often as it is to be answered."""
+        """Kind of request → lm-eval's instances, each repeated as often as it must be answered."""
         found: dict[str, list[Any]] = defaultdict(list)
         for task in self._tasks.values():
             for instance in task.instances:
@@ -133,7 +133,7 @@ class Workload:
         return dict(found)
 
     def scores(self, results: Results) -> tuple[Score, ...]:
-        """The scores that were asked for, one for each spec, out of what `run` gave.
+        """The requested scores, one for each spec, from what `run` returned.
 
         Raises:
             FloatingPointError: one of them is not a finite number.
@@ -148,9 +148,9 @@ class Workload:
         return tuple(scores)
 
     def all_scores(self, results: Results) -> tuple[Score, ...]:
-        """Every metric of all that was asked for, and of the tasks and groups inside of it.
+        """Every metric of everything requested, and of the tasks and groups in it.
 
-        The metric that `scores` takes comes first. A value may be no finite number.
+        The metric that `scores` uses comes first. A value may not be finite.
         """
         found: dict[tuple[str, str], Score] = {}
         for spec in self.specs:
@@ -195,7 +195,7 @@ class Workload:
             raise code_failed(name, "make its requests", error) from error
 
     def _asked(self) -> Iterator[Asked]:
-        """The requests, with their places."""
+        """The requests with their tasks and document indices."""
         for name, task in self._tasks.items():
             chosen = self._samples[name]
             places = None if chosen is None else sorted(chosen)
@@ -243,14 +243,14 @@ def open_workloads(
     Args:
         config: of the evaluations.
         lm: as for `Workload`.
-        seed: of the choice of documents.
+        seed: for the choice of documents.
         comparable: refuse metrics that can't be part of an accuracy.
-        few: of each task only so many documents.
+        few: use only this many documents of each task.
 
     Raises:
         ModelError: the tokenizer lacks what lm-eval needs.
-        UsageError: as `Workload`, the holdout has a task of the search, or the model can't answer
-            a request.
+        UsageError: as for `Workload`, the holdout has a task of the search, or the model can't
+            answer a request.
     """
     lm.check_tokenizer(has_chat=config.apply_chat_template)
     rung = config.rungs[-1] if config.rungs else None

@@ -184,7 +184,7 @@ def test_documents_become_sequences(tmp_path: Path) -> None:
         ("t.txt", None, "No such file"),
         ("t.txt", b"\xff\xfe", "not UTF-8"),
         ("t.txt", b" \n\n", "is empty"),
-        ("t.jsonl", b'{"text": "a"}\n{"txet": "b"}\n', "line 2, is no JSON object with a text"),
+        ("t.jsonl", b'{"text": "a"}\n{"txet": "b"}\n', "line 2, is not a JSON object with a text"),
         ("t.jsonl", b"plain\n", "line 1"),
         ("t.jsonl", b"[" * 100_000, "line 1"),
     ],

@@ -21,7 +21,7 @@ JSON = "dataset_path: json\ndataset_kwargs: {data_files: {test: '%s'}}\n"
 FILES = [
     (JSON % "{here}/nothere.json" + SPLIT, "Unable to find '{here}/nothere.json'. Put the data"),
     (JSON % "nothere.json" + SPLIT, "Unable to find '{cwd}/nothere.json'. Put the data"),
-    (JSON % "{here}/no*.json" + SPLIT, "no file is where its data_files say"),
+    (JSON % "{here}/no*.json" + SPLIT, "no file matches its data_files"),
     ("dataset_path: {here}/nofolder\n" + SPLIT, "any data file at {here}/nofolder. Put the data"),
     ("dataset_path: ./nofolder\n" + SPLIT, "./nofolder does not exist. Put the data there, or"),
     (JSON % "{here}/broken.json" + SPLIT, "its data can't be read: "),
@@ -120,6 +120,6 @@ def test_a_file_that_is_no_task_is_named(tmp_path: Path) -> None:
 def test_tasks_that_ask_for_more_than_text(tmp_path: Path) -> None:
     write_task(tmp_path, "seen", rows(), **CHOICE, doc_to_image="{{q}}")
     write_task(tmp_path, "run", rows(), **CHOICE, unsafe_code=True)
-    for name, words in (("seen", "shows images"), ("run", "runs code that a model wrote")):
+    for name, words in (("seen", "uses images"), ("run", "runs code that a model wrote")):
         with quiet(), pytest.raises(UsageError, match=words):
             load_tasks([TaskSpec(task=name)], str(tmp_path))
