@@ -1,6 +1,6 @@
-"""What a search needs of whatever evaluates its recipes: workers that take one job at a time.
+"""The interface to whatever evaluates a search's recipes: workers that take one job at a time.
 
-An executor knows nothing of searches and archives, so the same search runs over any of them: this
+An executor knows nothing about searches and archives, so the same search runs on any of them: this
 process, processes of this machine, the ranks of an MPI program, or a simulation.
 """
 
@@ -35,7 +35,7 @@ Job = EvaluationJob | SimilarityJob
 
 
 def job_name(job: Job) -> str:
-    """What a job is about, for people."""
+    """A short name of a job, for people."""
     return job.recipe.point if isinstance(job, EvaluationJob) else f"layers of {job.model}"
 
 
@@ -44,9 +44,9 @@ class Finished:
     """A job that ended.
 
     Attributes:
-        worker: who did it.
-        job: what was asked for.
-        result: what came of it, by the kind of the job.
+        worker: the worker that did it.
+        job: the job.
+        result: its result, by the kind of the job.
     """
 
     worker: int
@@ -56,14 +56,14 @@ class Finished:
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """A worker that is a process of its own, perhaps elsewhere.
+    """A worker that is a process of its own, perhaps on another host.
 
     Attributes:
-        rank: in MPI's sense.
-        host: where it runs.
-        pid: its process there.
+        rank: its MPI rank.
+        host: the host that it runs on.
+        pid: its process id on that host.
         device: what it computes on; empty until it is ready.
-        since: seconds of the executor's clock at which it began its job, or became free; None until
+        since: when it began its job or became free, in seconds of the executor's clock; None until
             it is ready.
     """
 
@@ -76,7 +76,7 @@ class WorkerInfo:
 
 @dataclass(frozen=True)
 class WorkloadInfo:
-    """What a search must know of the documents.
+    """What a search needs to know about the documents.
 
     Attributes:
         num_documents: "search" and, if there is one, "holdout" → documents of one evaluation.
@@ -90,8 +90,8 @@ class WorkloadInfo:
 class Executor(Protocol):
     """Workers, numbered from 0, each with one job at a time.
 
-    Errors that end the whole search (`ResourceError`, `ModelError`, `StoppedEarly`, or whatever a
-    worker did not expect) are raised by the method that meets them.
+    Errors that end the whole search (`ResourceError`, `ModelError`, `StoppedEarly`, or unexpected
+    errors of a worker) are raised by the method that encounters them.
     """
 
     @property
@@ -100,7 +100,7 @@ class Executor(Protocol):
         ...
 
     def workload(self) -> WorkloadInfo:
-        """What will be evaluated; waits until a worker knows."""
+        """What will be evaluated; waits until a worker has loaded it."""
         ...
 
     def free(self) -> Sequence[int]:
@@ -114,29 +114,29 @@ class Executor(Protocol):
     def finished(self, timeout_s: float) -> list[Finished]:
         """The jobs that ended since the last call; waits up to `timeout_s` for the first.
 
-        Also returns early, with nothing, when a worker becomes free that was not there before.
+        Also returns early, with nothing, when a new worker becomes free.
         """
         ...
 
     def now(self) -> float:
-        """Seconds since any fixed moment, by the clock in which this executor waits."""
+        """Seconds since some fixed moment, by the clock with which this executor waits."""
         ...
 
     def abilities(self) -> Sequence[Ability]:
-        """What each worker's machine can do; known before anything is loaded."""
+        """What each worker's machine can do; available before anything is loaded."""
         ...
 
     def load(self, dtype: str) -> None:
-        """Has the workers load candidates and tasks, to compute in this type."""
+        """Has the workers load candidates and tasks, to compute in this dtype."""
         ...
 
     def words(self) -> Mapping[int, str]:
-        """What workers say of their work: "48 of 128 contexts", "loading the base".
+        """The workers' progress messages: "48 of 128 contexts", "loading the base".
 
-        Those that say nothing are absent. May be called from any thread.
+        Workers without a message are absent. May be called from any thread.
         """
         ...
 
     def close(self) -> None:
-        """Ends the workers; what they are doing is lost (what was done is recorded)."""
+        """Ends the workers; jobs in progress are lost (finished ones are recorded)."""
         ...

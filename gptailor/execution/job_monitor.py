@@ -1,6 +1,6 @@
-"""Fills a job's record while a search runs: what workers do, how fast it goes, what failed.
+"""Updates a job's record while a search runs: what workers do, how fast it goes, what failed.
 
-The monitor knows no search: whoever connects the two gives it a `Watched`.
+The monitor does not depend on the search: it gets a `Watched`.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from gptailor.run.job_record import (
 )
 
 WINDOW_S = 900.0
-"""Evaluations per hour are those of the last quarter of an hour."""
+"""Evaluations per hour are measured over the last quarter of an hour."""
 
 _SAMPLE_S = 10.0
 
 TICK_S = 1.0
-"""With thousands of workers a look at all of them takes a while."""
+"""The shortest time between two updates: with thousands of workers, each takes a while."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker does.
+    """What a worker is doing.
 
     Attributes:
-        name: of the job, for people, with how far it is if that is known.
+        name: of the job, for people, with its progress if known.
         began: in seconds of the executor's clock.
     """
 
@@ -54,14 +54,14 @@ class Work:
 
 @dataclass(frozen=True)
 class SearchState:
-    """How far a search is.
+    """The progress of a search.
 
     Attributes:
         num_workers: of the executor.
-        running: worker → what it does; those that do nothing are absent.
+        running: worker → what it is doing; idle workers are absent.
         num_done: evaluations that count.
-        num_new: of these, evaluated by this program.
-        num_gained: what this program put into the archive.
+        num_new: how many of these this program evaluated.
+        num_gained: how many results this program put into the archive.
         failures: (worker, recipe's point, reason) of each evaluation that failed.
     """
 
@@ -74,25 +74,25 @@ class SearchState:
 
 
 class Watched(Protocol):
-    """A search that runs; both methods may be called from any thread."""
+    """A running search; both methods may be called from any thread."""
 
     def now(self) -> float:
         """Seconds of the executor's clock."""
         ...
 
     def state(self) -> SearchState:
-        """How far it is; takes a while with thousands of workers."""
+        """The search's progress; takes a while with thousands of workers."""
         ...
 
 
 class JobMonitor:
-    """The record of this job; as a context it writes the last word.
+    """Keeps the record of this job; as a context manager, writes how the job ended.
 
     Args:
         stop: a request to stop.
-        total: evaluations that there will be.
-        run_folder: whose `jobs/` the record is in.
-        island: which of the islands this job works on; None without islands.
+        total: the number of evaluations that the search will make.
+        run_folder: the run whose `jobs/` has the record.
+        island: the island that this job works on; None without islands.
     """
 
     def __init__(
@@ -120,12 +120,12 @@ class JobMonitor:
     def begin(
         self, *, log: str = "", workers: Callable[[], Sequence[WorkerInfo]] | None = None
     ) -> None:
-        """Makes the file, if that is not done yet.
+        """Creates the record's file if it doesn't exist yet.
 
         Args:
-            log: what a person reads first, seen from the folder of the search (of the island).
-            workers: who the workers are now, in their order; None without MPI, and for those that
-                an earlier call named.
+            log: the log to read first, relative to the folder of the search (of the island).
+            workers: returns the current workers, in order; None without MPI, or to keep what an
+                earlier call set.
         """
         self._find_workers = workers or self._find_workers
         if self._recorder is None:
@@ -137,7 +137,7 @@ class JobMonitor:
         self._recorder.update(hosts=tuple(hosts), **changes)
 
     def loading(self, words: Mapping[int, str]) -> None:
-        """Notes what workers say that load candidates and tasks; may be called from a thread."""
+        """Records the messages of workers that are loading; may be called from a thread."""
         workers = self._find_workers()
         if self._recorder is None or not workers:
             return
@@ -149,8 +149,8 @@ class JobMonitor:
             self._recorder.update(workers=tuple(records))
 
     def tick(self, watched: Watched) -> None:
-        """Notes how far a search is; may be called from a thread, too."""
-        if self._lock.acquire(blocking=False):  # else somebody is at it
+        """Records the progress of a search; may also be called from a thread."""
+        if self._lock.acquire(blocking=False):  # else another thread is doing it
             try:
                 self._tick(watched)
             finally:
@@ -192,11 +192,11 @@ class JobMonitor:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Writes the last word.
+        """Writes how the job ended.
 
         Raises:
-            StoppedEarly: in place of a `Requeue` for the second time without any result: the next
-                turn would be as short as this one.
+            StoppedEarly: instead of the second `Requeue` in a row without any result: the next turn
+                would be as short as this one.
         """
         if self._recorder is None:
             return
@@ -207,19 +207,18 @@ class JobMonitor:
         if isinstance(value, Requeue) and record.results == 0 and record.idle_turns > 0:
             error = StoppedEarly(
                 f"Job {self._first.job_id} was stopped before its time limit twice in a row "
-                "before the archive gained anything: give it more time, or a signal nearer to its "
-                "end."
+                "without a new result: give it more time, or a signal closer to its end."
             )
             self._recorder.end(exit_code_of(error))
             raise error from value
         self._recorder.end(exit_code_of(value))
 
     def _num_idle(self, before: JobRecord | None) -> int:
-        """How many turns right before this one asked for a requeue and had no result.
+        """How many turns right before this one asked for a requeue without any result.
 
         Args:
-            before: what the program before this one left: of an earlier turn, or of an earlier step
-                of this turn, which was killed.
+            before: the record that the previous program left: from an earlier turn, or from an
+                earlier step of this turn that was killed.
         """
         if before is None:
             return 0
@@ -240,12 +239,12 @@ class JobMonitor:
 def _worker_records(
     state: SearchState, workers: Sequence[WorkerInfo], ago: float
 ) -> tuple[WorkerRecord, ...]:
-    """What each worker does.
+    """A record of what each worker is doing.
 
     Args:
-        state: of the search.
-        workers: who they are; empty without MPI.
-        ago: from the executor's clock to Unix time, in seconds.
+        state: the search's progress.
+        workers: the workers; empty without MPI.
+        ago: Unix time minus the executor's clock, in seconds.
     """
     records = []
     for worker in range(state.num_workers):

@@ -18,7 +18,7 @@ from gptailor.execution.worker import Worker
 
 
 class InProcess:
-    """One worker: this process.
+    """An executor with one worker, this process.
 
     Args:
         config: the search.
@@ -48,7 +48,7 @@ class InProcess:
         self._loads = text
 
     def words(self) -> Mapping[int, str]:
-        """What the worker says of its work."""
+        """The worker's progress message."""
         text = self._loads if self._opened is None else self._opened.words()
         return {0: text} if text else {}
 
@@ -62,17 +62,17 @@ class InProcess:
         return self._worker.workload()
 
     def free(self) -> Sequence[int]:
-        """The worker, unless it has a job."""
+        """The worker, if it has no job."""
         return [0] if self._job is None else []
 
     def start(self, worker: int, job: Job) -> None:
-        """Takes a job; it is done in `finished`."""
+        """Accepts a job, which `finished` does."""
         assert worker == 0
         assert self._job is None
         self._job = job
 
     def finished(self, timeout_s: float) -> list[Finished]:
-        """Does the job; the time limit is not kept, as there is nobody who could look at it."""
+        """Does the job; ignores the timeout, as nothing else runs in this process meanwhile."""
         del timeout_s
         if self._job is None:
             return []
@@ -84,7 +84,7 @@ class InProcess:
         return time.monotonic()
 
     def close(self) -> None:
-        """Nothing has to be ended."""
+        """Does nothing, as there is no process to end."""
 
 
 def open_executor(

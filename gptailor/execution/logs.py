@@ -1,8 +1,8 @@
-"""Log files: one for each rank of a run, text to read and, if wished, the same as JSON lines.
+"""Log files: one per rank of a run, as text and optionally also as JSON lines.
 
-`RUN/logs/rank-000.log` is the one that a person reads first: progress, who joined, what went wrong.
-The others hold what their rank did and what the libraries in it print. A log that can't be written
-(a full disk) is no reason to end anything.
+`RUN/logs/rank-000.log` is the one to read first: progress, who joined, what went wrong. The others
+hold what their rank did and what its libraries print. A log that can't be written (a full disk)
+does not end anything.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from pathlib import Path
 FOLDER = "logs"
 
 _MAX_KEPT = 1000
-"""Lines that wait for the file to be opened, at most."""
+"""The most lines that are kept until the file is opened."""
 
 
 def log_path(rank: int) -> str:
-    """Where a rank's log is, seen from the run folder."""
+    """The path of a rank's log, relative to the run folder."""
     return f"{FOLDER}/rank-{rank:03d}.log"
 
 
 class Log:
-    """The log of one rank; lines from before `open` are written then.
+    """The log of one rank; lines logged before `open` are written when it opens.
 
     Args:
         rank: of this process.
-        host: where it runs.
+        host: the host that it runs on.
     """
 
     def __init__(self, rank: int, host: str) -> None:
@@ -42,7 +42,7 @@ class Log:
         self._kept: list[tuple[str, str]] = []
 
     def open(self, run_folder: str | Path, *, as_json: bool = False) -> None:
-        """Appends to the files of this rank from now on; `as_json`: to a `.jsonl`, too."""
+        """Appends to this rank's files from now on; with `as_json`, also to a `.jsonl`."""
         path = Path(run_folder) / log_path(self.rank)
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,16 +55,16 @@ class Log:
         self._kept.clear()
 
     def say(self, text: str) -> None:
-        """A line for people."""
+        """Logs a line for people."""
         self.event("note", text)
 
     def event(self, event: str, text: str = "", **fields: object) -> None:
-        """Something that happened.
+        """Logs an event.
 
         Args:
             event: one word.
-            text: for people; without it the event is in the JSON lines only.
-            fields: what JSON can hold.
+            text: for people; without it, the event is only in the JSON lines.
+            fields: JSON-compatible values.
         """
         now = time.time()
         head = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
@@ -77,7 +77,7 @@ class Log:
             self._kept.append((shown, line))
 
     def take_output(self) -> None:
-        """Everything that this process prints goes to the file, that of compiled code included."""
+        """Redirects this process's output to the file, including that of compiled code."""
         if self._text_fd < 0:
             return
         for stream in (sys.stdout, sys.stderr):
@@ -89,7 +89,7 @@ class Log:
         sys.stderr = io.TextIOWrapper(io.BufferedWriter(_Careful(2)), line_buffering=True)
 
     def close(self) -> None:
-        """Nothing is written afterwards."""
+        """Closes the files; nothing is written afterwards."""
         for fd in (self._text_fd, self._json_fd):
             if fd >= 0:
                 os.close(fd)
@@ -103,7 +103,7 @@ class Log:
 
 
 class _Careful(io.RawIOBase):
-    """A file that loses what it can't write: a library's words are not worth an evaluation."""
+    """A file that drops what it can't write: a library's output must not cost an evaluation."""
 
     def __init__(self, fd: int) -> None:
         super().__init__()

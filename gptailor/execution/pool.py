@@ -23,7 +23,7 @@ from gptailor.execution.node.files import open_candidates
 from gptailor.execution.worker import Worker, without_process_locks
 
 WORDS_BYTES = 200
-"""What a worker says of its work has room for so much, in memory that it shares."""
+"""Size of the shared memory for a worker's progress message."""
 
 WORDS_S = 0.5
 
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 class LocalPool:
-    """Several worker processes on this machine, each with the cores that are its share.
+    """Several worker processes on this machine, each with its share of the cores.
 
     Args:
         config: the search.
@@ -42,7 +42,7 @@ class LocalPool:
         io, stage: as for `open_candidates`.
 
     Raises:
-        StoppedEarly: a worker died (killed, or out of memory); what was evaluated is kept.
+        StoppedEarly: a worker died (killed, or out of memory); everything evaluated is kept.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class LocalPool:
         others = multiprocessing.active_children()
         context = multiprocessing.get_context("spawn")
         self._words = [context.RawArray(ctypes.c_char, WORDS_BYTES) for _ in range(num_workers)]
-        self._pools = [  # a pool for each, so that a job can be given to the worker that it suits
+        self._pools = [  # a pool per worker, so that a job can be given to a certain worker
             ProcessPoolExecutor(
                 1,
                 mp_context=context,
@@ -76,7 +76,7 @@ class LocalPool:
         self._running: dict[Future[Outcome | Similarity], tuple[int, Job]] = {}
 
     def abilities(self) -> Sequence[Ability]:
-        """What this machine can do, as each worker finds it."""
+        """What this machine can do, as found by each worker."""
         return [self._result(future) for future in self._abilities]
 
     def load(self, dtype: str) -> None:
@@ -112,7 +112,7 @@ class LocalPool:
         return found
 
     def words(self) -> Mapping[int, str]:
-        """What the workers say of their work."""
+        """The workers' progress messages."""
         found = (bytes(words.value).decode(errors="replace") for words in self._words)
         return {worker: text for worker, text in enumerate(found) if text}
 
@@ -121,7 +121,7 @@ class LocalPool:
         return time.monotonic()
 
     def close(self) -> None:
-        """Ends the workers: those that have nothing to do leave in order, others at once."""
+        """Ends the workers: idle ones exit cleanly, busy ones are terminated."""
         for pool in self._pools:
             pool.shutdown(wait=False, cancel_futures=True)
         begun = [f.done() for f in self._abilities] + [f.done() for f in self._begun]
@@ -150,7 +150,7 @@ class LocalPool:
 
 def _worker_died() -> StoppedEarly:
     return StoppedEarly(
-        "A worker process died (killed, or out of memory): everything that was evaluated is kept, "
+        "A worker process died (killed, or out of memory): everything evaluated is kept, "
         "and the same command with --resume continues."
     )
 
@@ -159,7 +159,7 @@ _worker: Worker
 """The worker of this process."""
 
 _words: Any
-"""Where this process writes what it says of its work."""
+"""The shared memory for this process's progress message."""
 
 _said_at = float("-inf")
 
@@ -204,8 +204,8 @@ def _do(job: Job) -> Outcome | Similarity:
 
 @contextmanager
 def _portable_errors() -> Iterator[None]:
-    """Makes errors of libraries such that they arrive: many can't be unpickled, and a pool that
-    can't read what its worker raised says that the worker died."""
+    """Converts errors of libraries so that they arrive: many can't be unpickled, and a pool that
+    can't read what its worker raised reports that the worker died."""
     try:
         yield
     except Exception as error:

@@ -1,6 +1,7 @@
-"""The name by which batch scripts start the supervisor: `python3 -m gptailor.execution.supervisor`.
+"""The module with which batch scripts start the supervisor (`python3 -m …`).
 
-Scripts that people have copied say so; the program itself is `gptailor.execution.slurm.supervisor`.
+People's copies of scripts use this name; the program itself is
+`gptailor.execution.slurm.supervisor`.
 """
 
 from __future__ import annotations

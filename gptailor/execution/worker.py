@@ -1,4 +1,4 @@
-"""What one worker does with a job, wherever it runs: in this process, in a pool, or as a rank."""
+"""A worker that does jobs, wherever it runs: in this process, in a pool, or as a rank."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 
 class Worker:
-    """What one worker does, wherever it runs: it lives as long as its models stay in memory.
+    """A worker, which keeps its models in memory as long as it lives.
 
     Args:
         config: models, tasks, device.
         family: the opened candidates.
         num_workers: how many share the device.
-        says: is told what is loaded.
+        says: called with what is being loaded.
 
     Attributes:
-        beat: called in the midst of a job, between two forward passes.
+        beat: called during a job, after each forward pass.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Worker:
         self.beat: Callable[[], None] = lambda: None
         self.evaluator.lm.model.register_forward_hook(lambda *_: self.beat())
         self._how_far: Callable[[], str] = lambda: ""
-        self._usual: dict[str, int] = {}  # tokens of an evaluation on these documents
+        self._usual: dict[str, int] = {}  # documents → tokens of the last evaluation on them
 
     def workload(self) -> WorkloadInfo:
         """What will be evaluated."""
@@ -65,7 +65,7 @@ class Worker:
             self._how_far = lambda: ""
 
     def words(self) -> str:
-        """How far the job is; empty if nobody knows. May be called from another thread."""
+        """The job's progress; empty if unknown. May be called from another thread."""
         return self._how_far()
 
     def _evaluate(self, job: EvaluationJob) -> Outcome:
@@ -83,11 +83,11 @@ class Worker:
 
 
 def without_process_locks() -> None:
-    """Gives tqdm, which most libraries use, a lock within this process, which is one of ours.
+    """Gives tqdm, which most libraries use, a lock within this worker process.
 
-    By itself it makes a semaphore of the system for each process that shows a bar. A worker that is
-    ended while it works, or killed, leaves that behind, and Python warns of it on everybody's
-    standard error when the search ends.
+    By default tqdm makes a system semaphore in each process that shows a bar. A worker that is
+    terminated or killed leaves it behind, and Python warns about it on standard error when the
+    search ends.
     """
     import tqdm
 

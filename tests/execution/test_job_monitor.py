@@ -89,7 +89,7 @@ def test_a_killed_step_does_not_hide_the_idle_turn_before(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with pytest.raises(Interrupted):
         turn(tmp_path, 0, Interrupted(signal.SIGTERM))
-    with pytest.raises(StoppedEarly, match="twice in a row before the archive gained anything"):
+    with pytest.raises(StoppedEarly, match="twice in a row without a new result"):
         turn(tmp_path, 0)
 
 

@@ -1,8 +1,8 @@
-"""Messages between the ranks of an MPI program, without any call that blocks.
+"""Messages between the ranks of an MPI program, without any blocking call.
 
 A blocking receive spins on a core and keeps Python from running signal handlers, and an `isend`
-whose request is dropped loses its buffer. So requests are kept until they are complete, and whoever
-waits looks, and sleeps, and looks again.
+whose request is dropped loses its buffer. So requests are kept until they are complete, and waiting
+code polls and sleeps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gptailor.execution.mpi.messages import Message
 
 SHORTEST_S, LONGEST_S = 0.001, 0.005
-"""Between two looks at what came."""
+"""Pauses between two polls."""
 
 _TAG = 71
 _ABORT_LIMIT_S = 5
@@ -44,11 +44,11 @@ class Channel:
         self._arriving: list[tuple[int, Any]] = []
 
     def send(self, rank: int, message: Message) -> None:
-        """Begins to send; `receive` and `flush` go on with it."""
+        """Starts sending; `receive` and `flush` complete it."""
         self._sent.append(self._comm.isend(message, dest=rank, tag=_TAG))
 
     def receive(self) -> tuple[int, Message] | None:
-        """A message that has come, with the rank that sent it; None if there is none now."""
+        """A message that has arrived and the rank that sent it; None if there is none."""
         self._sent = [request for request in self._sent if not request.test()[0]]
         status = self._mpi.Status()
         while True:
@@ -64,7 +64,7 @@ class Channel:
         return None
 
     def flush(self, timeout_s: float) -> bool:
-        """Waits until everything is sent; False if it was not within the time."""
+        """Waits until everything is sent; False if that takes longer than the timeout."""
         deadline = time.monotonic() + timeout_s
         while True:
             self._sent = [request for request in self._sent if not request.test()[0]]
@@ -73,19 +73,19 @@ class Channel:
             time.sleep(SHORTEST_S)
 
     def finalize(self) -> None:
-        """Leaves MPI; every rank must do it, and waits for the others."""
+        """Finalizes MPI; every rank must do so and waits for the others."""
         self._mpi.Finalize()
 
     def leave_behind(self) -> None:
-        """From now on the end of this process ends the others, too: some can't be waited for."""
-        global _left_behind  # noqa: PLW0603  (the end of a process has no other place to look)
+        """Makes the end of this process end the others, too, as some can't be waited for."""
+        global _left_behind  # noqa: PLW0603  (an exit handler has no other place for state)
         _left_behind = self
         atexit.register(leave, 1)
 
     def abort(self, code: int) -> None:
         """Ends all ranks at once, this one with the exit code."""
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(_ABORT_LIMIT_S)  # a launcher that does not answer must not keep us
+        signal.alarm(_ABORT_LIMIT_S)  # in case the launcher does not respond
         self._comm.Abort(code)
 
 
@@ -93,7 +93,7 @@ _left_behind: Channel | None = None
 
 
 def leave(code: int) -> None:
-    """Ends all ranks with an exit code if some were left behind; else does nothing.
+    """Ends all ranks with an exit code if some were left behind; otherwise does nothing.
 
     Side effect: may end the process.
     """

@@ -1,4 +1,4 @@
-"""The other ranks as rank 0 sees them: brought together, compared, and ended.
+"""Rank 0's view of the other ranks: it gathers them, compares them, and ends them.
 
     channel = join("auto")
     if channel.rank: run_worker(channel)
@@ -6,7 +6,7 @@
         crew.join(config, family, run_folder, …)
         executor = MpiExecutor(crew)
 
-Rank 0 imports no torch, never waits inside MPI, and ends all ranks however it ends itself.
+Rank 0 imports no torch, never blocks inside MPI, and ends all ranks, no matter how it ends itself.
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ if TYPE_CHECKING:
 
 NOTE_EVERY_S = 10.0
 ANSWER_LIMIT_S = 600.0
-"""Ranks that do not answer are named so often, and given up after that time."""
+"""How often ranks that do not answer are reported, and when they are given up."""
 
 END_S = 60.0
 HURRIED_END_S = 2.0
-"""How long the ranks may take to leave: at the end of a search, and after an error."""
+"""How long the ranks may take to leave at the end of a search, and after an error."""
 
 A = TypeVar("A", bound=Answer)
 
@@ -83,13 +83,13 @@ class Member:
     """A rank that evaluates.
 
     Attributes:
-        hello: what it said of itself.
-        ability: what its node can do; known when it has joined.
+        hello: its first message.
+        ability: what its node can do; known once it has joined.
         device: what it computes on; empty until it is ready.
-        job: what it does; None while it has nothing to do.
-        since: seconds of the executor's clock at which it began, or became free.
-        words: what it says of its work.
-        times: where its time went; known at the end.
+        job: its current job; None if it is idle.
+        since: when it began its job or became free, in seconds of the executor's clock.
+        words: its progress message.
+        times: how it spent its time; known at the end.
     """
 
     hello: Hello
@@ -102,26 +102,26 @@ class Member:
 
     @property
     def info(self) -> WorkerInfo:
-        """Who it is, for whoever watches the search."""
+        """The rank as a worker, for monitoring."""
         hello = self.hello
         since = self.since if self.device else None
         return WorkerInfo(hello.rank, hello.place.node, hello.pid, self.device, since)
 
 
 class Crew:
-    """The other ranks, seen from rank 0; as a context it brings them together and ends them.
+    """The other ranks, as seen by rank 0; as a context manager, gathers them and ends them.
 
     Args:
-        channel: to them.
+        channel: to the other ranks.
         stop: a request to stop.
-        log_json: logs as JSON lines, too.
+        log_json: write logs as JSON lines, too.
 
     Attributes:
-        log: of rank 0; a file once there is a run folder.
-        members: rank → who it is.
+        log: rank 0's log; written to a file once there is a run folder.
+        members: rank → member.
 
     Raises:
-        UsageError: the ranks are not alike.
+        UsageError: the ranks do not match.
         StoppedEarly: a rank does not answer, or a signal came.
     """
 
@@ -149,7 +149,7 @@ class Crew:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Ends the other ranks: they are told, and those that can't hear are left behind."""
+        """Tells the other ranks to leave, and leaves behind those that don't in time."""
         if not isinstance(value, GptailorError) and exit_code_of(value) == 1:
             text = "".join(traceback.format_exception(kind, value, trace))
             self.say(f"{self.hello.name} ended with:\n{text.rstrip()}")
@@ -171,19 +171,19 @@ class Crew:
             self.channel.finalize()
         else:
             busy = [str(rank) for rank in range(1, self.channel.size) if rank not in self._left]
-            self.log.say(f"Not waited for: rank {', '.join(busy)}.")
+            self.log.say(f"Not waiting for rank {', '.join(busy)}.")
             self.channel.leave_behind()
         self.log.close()
 
     def say(self, text: str) -> None:
-        """To whoever watches, and to the log."""
+        """Prints a line to standard error and logs it."""
         with contextlib.suppress(OSError):
             sys.stderr.write(f"{text}\n")
             sys.stderr.flush()
         self.log.say(text)
 
     def workers(self) -> list[WorkerInfo]:
-        """Who the workers are, in their order."""
+        """The workers, in order."""
         return [self.members[rank].info for rank in sorted(self.members)]
 
     def join(
@@ -196,19 +196,19 @@ class Crew:
         io: str | None = None,
         stage: str | None = None,
     ) -> None:
-        """Has the ranks take part in a search; `load` is what follows.
+        """Makes the ranks join a search; call `load` next.
 
         Args:
             config: of the search.
             family: the candidates, as rank 0 has opened them.
-            run_folder: of the run or the island, seen from where rank 0 is; made if it is
+            run_folder: of the run or the island, as a path on rank 0's node; created if it is
                 missing.
-            begins: called when the run folder is known to be writable, before the ranks join.
+            begins: called once the run folder is known to be writable, before the ranks join.
             io, stage: as for `open_candidates`, on the ranks' nodes.
 
         Raises:
-            UsageError: run folder or models are not the same for all ranks.
-            GptailorError: whatever ended a worker.
+            UsageError: the run folder or the models are not the same for all ranks.
+            GptailorError: the error that ended a worker.
         """
         folder = Path(run_folder).resolve()
         try:
@@ -224,19 +224,19 @@ class Crew:
             token.unlink(missing_ok=True)
 
     def load(self, dtype: str) -> None:
-        """Has the ranks load candidates and tasks, to compute in this type."""
+        """Makes the ranks load candidates and tasks, to compute in this dtype."""
         for rank in self.members:
             self.channel.send(rank, Load(dtype))
 
     def tell_end(self) -> None:
-        """Tells the ranks to leave; they do when they have nothing to do."""
+        """Tells the ranks to leave, which they do once they are idle."""
         if not self._is_told:
             self._is_told = True
             for rank in range(1, self.channel.size):
                 self.channel.send(rank, Leave())
 
     def receive(self) -> tuple[int, Message] | None:
-        """A message, unless it is an error, which is raised."""
+        """The next message, if there is one; raises the error that a message reports."""
         found = self.channel.receive()
         if found is not None and isinstance(found[1], Failed):
             raise self._error(found[0], found[1])
@@ -289,7 +289,7 @@ class Crew:
             self.members[rank].ability = joined.ability
             if first_difference(mine, joined.digests) is not None:
                 doubtful[rank] = self.members[rank].hello
-        if doubtful:  # copies have other times: then samples of the weights decide
+        if doubtful:  # copies have different times, so samples of the weights decide
             for rank in doubtful:
                 self.channel.send(rank, AskContents())
             mine = content_digests(config, family)
@@ -306,10 +306,10 @@ class Crew:
             )
 
     def _answers(self, kind: type[A], ranks: Sequence[int]) -> Iterable[tuple[int, A]]:
-        """One message of this kind of each rank, as they come.
+        """Yields one message of this kind from each rank, as they arrive.
 
         Raises:
-            StoppedEarly: one of them does not answer, or a signal came.
+            StoppedEarly: a rank does not answer, or a signal came.
         """
         missing, began, note_after_s = set(ranks), time.monotonic(), NOTE_EVERY_S
         what = kind.__name__.lower()
@@ -334,14 +334,14 @@ class Crew:
             time.sleep(SHORTEST_S)
 
     def _names(self, ranks: Iterable[int]) -> str:
-        """A few of them, for people."""
+        """The names of the first few ranks, for people."""
         return ", ".join(
             self.members[rank].hello.name if rank in self.members else f"rank {rank}"
             for rank in sorted(ranks)[:8]
         )
 
     def _error(self, rank: int, failed: Failed) -> GptailorError:
-        """What ended a worker as our own error; it is said, or in the log."""
+        """What ended a worker as an error of ours; reports it on standard error or in the log."""
         member = self.members.get(rank)
         name = f"rank {rank}" if member is None else member.hello.name
         if failed.trace:

@@ -1,4 +1,4 @@
-"""The search as an MPI program: rank 0 gives jobs to the other ranks, each an `MpiWorker`."""
+"""The executor of an MPI program: rank 0 gives jobs to the other ranks, each an `MpiWorker`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gptailor.execution.mpi.messages import Done, Hello, Ready, StartJob, Words
 
 
 class MpiExecutor:
-    """The ranks from 1 on as the workers 0, 1, …; once `Crew.join` was called."""
+    """The ranks from 1 on as the workers 0, 1, …; to be made after `Crew.join`."""
 
     def __init__(self, crew: Crew) -> None:
         self._crew = crew
@@ -29,7 +29,7 @@ class MpiExecutor:
 
     @property
     def members(self) -> Sequence[Member]:
-        """Who the workers are and what they do, in their order."""
+        """The workers and what they are doing, in order."""
         return self._members
 
     def abilities(self) -> Sequence[Ability]:
@@ -37,7 +37,7 @@ class MpiExecutor:
         return [member.ability for member in self._members if member.ability is not None]
 
     def load(self, dtype: str) -> None:
-        """Has the ranks load candidates and tasks; those who may say "ready" when they are."""
+        """Makes the ranks load candidates and tasks; each sends `Ready` when it is done."""
         self._crew.load(dtype)
 
     def workload(self) -> WorkloadInfo:
@@ -54,7 +54,7 @@ class MpiExecutor:
         return sorted(self._free)
 
     def start(self, worker: int, job: Job) -> None:
-        """Sends a job; the message leaves while results are waited for."""
+        """Sends a job; the transfer proceeds while waiting for results."""
         member = self._members[worker]
         self._free.remove(worker)
         member.job, member.since = job, self.now()
@@ -62,7 +62,7 @@ class MpiExecutor:
         self._crew.log.event("job", worker=worker + 1, job=job_name(job))
 
     def finished(self, timeout_s: float) -> list[Finished]:
-        """The jobs that ended; looks again and again, with short sleeps."""
+        """The jobs that ended; polls with short sleeps."""
         deadline, pause = time.monotonic() + timeout_s, SHORTEST_S
         while True:
             num_ready, found = self._num_ready, []
@@ -75,7 +75,7 @@ class MpiExecutor:
             pause = min(1.2 * pause, LONGEST_S)
 
     def words(self) -> Mapping[int, str]:
-        """What the workers say of their work."""
+        """The workers' progress messages."""
         found = ((worker, member.words) for worker, member in enumerate(self._members))
         return {worker: text for worker, text in found if text}
 
@@ -88,7 +88,7 @@ class MpiExecutor:
         self._crew.tell_end()
 
     def _take(self) -> Finished | bool | None:
-        """Handles one message: a result, True for another one, None if there is none."""
+        """Handles one message; returns a result, True for any other message, None without one."""
         found = self._crew.receive()
         if found is None:
             return None

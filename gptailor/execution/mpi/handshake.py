@@ -1,8 +1,8 @@
-"""What must be alike on all ranks before anything is evaluated, and how it is found out.
+"""Checks that all ranks match before anything is evaluated.
 
-The same gptailor, the same libraries, the same model files, the same documents, one run folder, and
-clocks that agree as far as people read them (nothing compares the clocks of two nodes). Rank 0
-compares what the others tell, so that it needs neither torch nor the models' weights.
+They must have the same gptailor, libraries, model files and documents, one run folder, and clocks
+that agree well enough for people who read logs (no code compares clocks of two nodes). Rank 0
+compares what the others report, so it needs neither torch nor the models' weights.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 
 CLOCK_NOTE_S = 5.0
 CLOCK_LIMIT_S = 300.0
-"""Clocks that differ by more are noted, and refused."""
+"""Clock differences above these limits are reported, and refused."""
 
 SHARED_LIMIT_S = 30.0
-"""How long a file that one node writes may take to be seen on another: NFS remembers for so long
-what a folder holds."""
+"""How long a file that one node writes may take to appear on another: NFS caches the contents of a
+folder for that long."""
 
 LIBRARIES = ("torch", "transformers", "lm_eval", "safetensors", "numpy")
-"""Those that a score depends on."""
+"""The libraries that a score depends on."""
 
 
 def find_hello(rank: int, place: Place) -> Hello:
-    """What this process says."""
+    """The hello message of this process."""
     import gptailor
 
     package = Path(gptailor.__file__).resolve().parent
@@ -49,7 +49,7 @@ def find_hello(rank: int, place: Place) -> Hello:
 
 
 def check_alike(first: Hello, others: Sequence[Hello]) -> None:
-    """Raises a `UsageError` if a rank runs another gptailor or other libraries."""
+    """Raises a `UsageError` if a rank runs a different gptailor or different libraries."""
     for other in others:
         for name, version in first.versions.items():
             if other.versions.get(name) != version:
@@ -67,7 +67,7 @@ def check_alike(first: Hello, others: Sequence[Hello]) -> None:
 
 
 def code_digest(package: Path) -> str:
-    """Of the names and contents of the Python files and of the compiled extension."""
+    """A digest of the names and contents of the Python files and the compiled extension."""
     digest = hashlib.sha256()
     files = [*package.rglob("*.py"), *package.glob("_C*.so")]
     for path in sorted(files, key=lambda path: path.relative_to(package).as_posix()):
@@ -78,11 +78,11 @@ def code_digest(package: Path) -> str:
 
 
 def clock_difference(sent_at: float, theirs: float, received_at: float) -> float:
-    """How far another clock is ahead, in seconds; what the message itself took is allowed for.
+    """How far another clock is ahead, in seconds, allowing for the message's own travel time.
 
     Args:
-        sent_at, received_at: Unix time here, when we asked and when we had the answer.
-        theirs: Unix time there, somewhere in between.
+        sent_at, received_at: Unix time here when the question was sent and the answer received.
+        theirs: Unix time there, at some moment in between.
     """
     if theirs > received_at:
         return theirs - received_at
@@ -92,15 +92,15 @@ def clock_difference(sent_at: float, theirs: float, received_at: float) -> float
 def check_clocks(
     first: Hello, differences: Mapping[int, float], others: Sequence[Hello]
 ) -> list[str]:
-    """What there is to note of the clocks.
+    """Notes on clocks that differ.
 
     Args:
-        first: who asked.
+        first: the rank that asked.
         differences: rank → `clock_difference`.
-        others: who were asked.
+        others: the ranks that were asked.
 
     Raises:
-        UsageError: a clock is so wrong that times in logs and reports would mislead.
+        UsageError: a clock is so wrong that times in logs and reports would be misleading.
     """
     notes: dict[str, str] = {}
     for other in others:
@@ -110,14 +110,14 @@ def check_clocks(
             f"{'ahead of' if difference > 0 else 'behind'} that of {first.place.node}"
         )
         if abs(difference) > CLOCK_LIMIT_S:
-            raise UsageError(f"{text[:1].upper()}{text[1:]}: let both follow the same time server.")
+            raise UsageError(f"{text[:1].upper()}{text[1:]}: sync both to the same time server.")
         if abs(difference) > CLOCK_NOTE_S:
             notes[other.place.node] = f"Note: {text}."
     return list(notes.values())
 
 
 def write_token(run_folder: Path) -> Path:
-    """A file in the run folder that nobody can have seen before; the caller removes it.
+    """Writes a file with a unique name in the run folder; the caller removes it.
 
     Raises:
         OSError: the folder can't be written to.
@@ -139,8 +139,8 @@ def sees_token(
 
     Args:
         path: of the file.
-        timeout_s: how long.
-        go_on: asked between two looks.
+        timeout_s: how long to wait.
+        go_on: called between two attempts; False ends the waiting.
     """
     deadline = time.monotonic() + timeout_s
     while True:
@@ -154,7 +154,7 @@ def sees_token(
 
 
 def file_digests(config: Config, family: Family) -> dict[str, str]:
-    """Names, sizes and times of each model's files, and what a calibration folder says of itself.
+    """Digests of each model's file names, sizes and times, and of the calibration data.
 
     Raises:
         UsageError, ModelError: calibration data are missing or corrupt.
@@ -169,7 +169,7 @@ def file_digests(config: Config, family: Family) -> dict[str, str]:
 
 
 def content_digests(config: Config, family: Family) -> dict[str, str]:
-    """Like `file_digests`, from samples of the weights instead of times: equal for a copy."""
+    """Like `file_digests`, but with samples of the weights instead of times: equal for copies."""
     from gptailor.models.calibration import weights_digest
 
     digests = file_digests(config, family)

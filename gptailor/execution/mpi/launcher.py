@@ -1,7 +1,7 @@
-"""Whether this process is one of several that a launcher started, and MPI for those that are.
+"""Detects whether a launcher started this process as one of several, and opens MPI if so.
 
-A launcher leaves its traces in the environment. A batch script and the shell of an allocation have
-some of Slurm's, too, but no step of more than one task.
+A launcher leaves variables in the environment. A batch script and the shell of an allocation also
+have some of Slurm's, but no step of more than one task.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class LauncherInfo:
 
     Attributes:
         name: of the launcher.
-        num_tasks: how many processes it started; None if it does not say.
-        rank: which of them this one is.
+        num_tasks: how many processes it started; None if unknown.
+        rank: the number of this process.
     """
 
     name: str
@@ -39,9 +39,9 @@ class LauncherInfo:
 
 
 def find_launcher(env: Mapping[str, str]) -> LauncherInfo | None:
-    """What an environment tells about a launcher; None for a process that was started alone."""
+    """The launcher according to the environment; None for a process that was started alone."""
     tasks = _number(env, "SLURM_STEP_NUM_TASKS")
-    # mpirun comes before srun: inside an allocation it starts its own helpers by srun
+    # check mpirun before srun: inside an allocation it starts its own helpers with srun
     for name, size, rank in (
         ("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
         ("mpiexec", "PMI_SIZE", "PMI_RANK"),
@@ -57,27 +57,27 @@ def find_launcher(env: Mapping[str, str]) -> LauncherInfo | None:
 
 
 def is_first() -> bool:
-    """Whether this process is the one to say what all of them have to say."""
+    """Whether this process is the one that speaks for all of them."""
     launcher = find_launcher(os.environ)
     return launcher is None or launcher.rank == 0
 
 
 def leave_quietly(code: int) -> NoReturn:
-    """Ends a process that is not the first: a moment later, as launchers end all of them when one
-    has failed, and the first has something to say."""
+    """Ends a process that is not the first after a short delay: launchers end all processes when
+    one fails, and the first needs time for its message."""
     time.sleep(_QUIET_S)
     raise SystemExit(code)
 
 
 def join(choice: Choice) -> Channel | None:
-    """MPI's world, if this process is a rank of several; None if the search is this process's own.
+    """The channel to the other ranks if this process is one of several; None for a local search.
 
     Args:
-        choice: "local": never; "mpi": it must be so; "auto": if a launcher started several.
+        choice: "local": never MPI; "mpi": always; "auto": if a launcher started several processes.
 
     Raises:
-        UsageError: MPI is missing, does not fit the launcher, or has one rank only. Only the first
-            of the processes raises it, the others leave with its exit code (SystemExit).
+        UsageError: MPI is missing, does not fit the launcher, or has only one rank. Only the first
+            process raises it; the others exit with its exit code (SystemExit).
     """
     launcher = find_launcher(os.environ)
     if choice == "local" or (choice == "auto" and (launcher is None or launcher.num_tasks == 1)):
@@ -85,7 +85,7 @@ def join(choice: Choice) -> Channel | None:
     try:
         import mpi4py
 
-        mpi4py.rc.initialize = False  # first the library must be known to fit
+        mpi4py.rc.initialize = False  # first check that the library fits
         mpi4py.rc.finalize = False  # it waits for ranks that may be busy: see Channel.leave
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -121,15 +121,15 @@ def _number(env: Mapping[str, str], name: str) -> int | None:
 
 
 def fits(library: str, env: Mapping[str, str], components: Sequence[str] = ()) -> bool:
-    """Whether an MPI library can speak to srun; one that can't would end the process, or be alone.
+    """Whether an MPI library can talk to srun; one that can't would abort or see a single rank.
 
     Args:
-        library: what it says of its version.
-        env: has variables of the kind of MPI that srun was asked for.
-        components: the file names of Open MPI's components, as far as they are files.
+        library: its version string.
+        env: has variables of the MPI type that srun was asked for.
+        components: the file names of those of Open MPI's components that are files.
     """
     if "SLURM_STEP_NUM_TASKS" not in env or "OMPI_COMM_WORLD_SIZE" in env:
-        return True  # not srun, which is asked for a kind of MPI; others bring their own
+        return True  # only srun needs a matching MPI type; other launchers bring their own
     has_pmix, has_pmi = "PMIX_RANK" in env, "PMI_RANK" in env or "PMI_FD" in env
     if not has_pmix and not has_pmi:
         return False
@@ -142,7 +142,7 @@ def fits(library: str, env: Mapping[str, str], components: Sequence[str] = ()) -
 
 
 def _components() -> list[str]:
-    """The parts of Open MPI that lie beside its library."""
+    """The names of Open MPI's component files next to its library."""
     maps = Path("/proc/self/maps").read_text().split()
     libraries = {Path(word) for word in maps if Path(word).name.startswith("libmpi.so")}
     folders = {path.resolve().parent for path in libraries}
@@ -150,7 +150,7 @@ def _components() -> list[str]:
 
 
 def _refuse(launcher: LauncherInfo | None, message: str) -> NoReturn:
-    """Says it once, however many processes meet it."""
+    """Raises the error in the first process only; the others leave quietly."""
     if launcher is not None and launcher.rank != 0:
         leave_quietly(UsageError.exit_code)
     raise UsageError(message)

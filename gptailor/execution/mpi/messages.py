@@ -1,7 +1,7 @@
-"""What the ranks of a search say to each other: one class for each message, data only.
+"""The messages between the ranks of a search: one class for each, with data only.
 
-In the order of a search: each rank sends `Hello`, rank 0 asks for `Clock`, sends `Orders` and gets
-`Joined` (and `Contents`, where the model files look different), then sends `Load` and gets `Ready`;
+In the order of a search: each rank sends `Hello`; rank 0 asks for `Clock`, sends `Orders` and gets
+`Joined` (and `Contents` if the model files look different), then sends `Load` and gets `Ready`;
 `StartJob` is answered by `Done`, `Leave` by `Left`. `Words` and `Failed` may come at any time.
 """
 
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Hello:
-    """What a rank says of itself.
+    """A rank introduces itself.
 
     Attributes:
-        rank: in MPI's sense.
-        pid: its process.
+        rank: its MPI rank.
+        pid: its process id.
         place: its node, cores and GPUs.
         versions: of gptailor and of the libraries.
         code: digest of the installed package.
@@ -61,29 +61,29 @@ class Hello:
 
 @dataclass(frozen=True)
 class AskClock:
-    """Rank 0 wants to know what time it is there."""
+    """Rank 0 asks for the time on the rank's node."""
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Unix time in seconds, as the rank's node has it."""
+    """Unix time in seconds by the clock of the rank's node."""
 
     now_s: float
 
 
 @dataclass(frozen=True)
 class Orders:
-    """What a worker needs to know to take part.
+    """What a worker needs to know to join a search.
 
     Attributes:
         config: the search, as rank 0 has read it.
-        run_folder: absolute.
-        token: a file in the run folder that must be seen.
-        first_node: where rank 0 runs.
-        placement: what to use of the node.
-        log_json: whether logs are written as JSON lines, too.
-        io: how weights are read; None for what the node's environment says.
-        stage: a folder of the node's own disk for copies of the candidates; None likewise.
+        run_folder: absolute path.
+        token: a file in the run folder that the worker must be able to see.
+        first_node: the node of rank 0.
+        placement: which cores and GPUs of the node to use.
+        log_json: write logs as JSON lines, too.
+        io: how weights are read; None for the setting of the node's environment.
+        stage: a folder on the node's own disk for copies of the candidates; None as for `io`.
     """
 
     config: Config
@@ -98,7 +98,7 @@ class Orders:
 
 @dataclass(frozen=True)
 class Joined:
-    """A worker has taken its place in the run.
+    """A worker has joined the run.
 
     Attributes:
         digests: model → digest of the names, sizes and times of its files.
@@ -111,7 +111,7 @@ class Joined:
 
 @dataclass(frozen=True)
 class AskContents:
-    """Rank 0 wants digests of the weights, as files have other times."""
+    """Rank 0 asks for digests of the weights, because the files' times differ."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Contents:
 
 @dataclass(frozen=True)
 class Load:
-    """Candidates and tasks shall be loaded, to compute in this type."""
+    """Rank 0 asks to load candidates and tasks, to compute in this dtype."""
 
     dtype: str
 
@@ -150,31 +150,31 @@ class StartJob:
 
 @dataclass(frozen=True)
 class Done:
-    """What came of the job."""
+    """The result of the job."""
 
     result: Outcome | Similarity
 
 
 @dataclass(frozen=True)
 class Words:
-    """What a worker says of its work: "loading the base", "48 of 128 contexts"."""
+    """A worker's progress message: "loading the base", "48 of 128 contexts"."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Leave:
-    """A worker shall leave when it has nothing to do."""
+    """Rank 0 asks a worker to leave once it is idle."""
 
 
 @dataclass
 class Times:
-    """Where a worker's time went, in seconds.
+    """How a worker spent its time, in seconds.
 
     Attributes:
         busy_s: in jobs.
         idle_s: between a result and the next job.
-        gaps: how many of these times there were.
+        gaps: the number of such idle times.
     """
 
     busy_s: float = 0.0
@@ -202,17 +202,17 @@ ERRORS: Mapping[str, type[GptailorError]] = {
         WorkerCrashed,
     )
 }
-"""Errors that travel, each with its exit code; a subclass travels as the nearest of them."""
+"""Errors that are sent by class name; a subclass is sent as its nearest base class here."""
 
 
 @dataclass(frozen=True)
 class Failed:
-    """What ended a worker, and ends the search.
+    """The error that ended a worker, and ends the search.
 
     Attributes:
         kind: a key of `ERRORS`.
-        text: the sentence.
-        trace: the traceback of what nobody expected; else empty.
+        text: the error message.
+        trace: the traceback of an unexpected error; else empty.
     """
 
     kind: str
@@ -221,7 +221,7 @@ class Failed:
 
     @classmethod
     def by(cls, error: BaseException) -> Failed:
-        """The message for an error that is being handled."""
+        """The message for the error that is being handled."""
         if exit_code_of(error) == ResourceError.exit_code:  # MemoryError and a full disk, too
             return cls(ResourceError.__name__, str(error) or "out of memory")
         for kind in type(error).__mro__:
@@ -233,19 +233,19 @@ class Failed:
         """The error on rank 0.
 
         Args:
-            name: whose it is, for people.
-            log: where its log is.
+            name: of the rank, for people.
+            log: path of its log.
         """
         if self.trace:
             last = self.trace.strip().splitlines()[-1]
-            return WorkerCrashed(f"{name} ended with {last} (a bug of ours; see {log}).")
+            return WorkerCrashed(f"{name} ended with {last} (a bug in gptailor; see {log}).")
         return ERRORS.get(self.kind, WorkerCrashed)(f"{name}: {self.text}")
 
 
 Request = AskClock | Orders | AskContents | Load | StartJob | Leave
-"""What rank 0 sends."""
+"""Messages that rank 0 sends."""
 
 Answer = Hello | Clock | Joined | Contents | Ready | Done | Words | Failed | Left
-"""What the others send."""
+"""Messages that the other ranks send."""
 
 Message = Request | Answer

@@ -1,7 +1,7 @@
-"""What the ranks other than 0 do: answer its messages, one after the other, until it says `Leave`.
+"""The ranks other than 0: they answer rank 0's messages one after the other until it sends `Leave`.
 
-A worker never decides that a search is over. SIGUSR2 is meant for rank 0, which Slurm sends it to
-as well; after SIGTERM or SIGINT a worker waits a little for rank 0's word, then leaves without it.
+A worker never decides that a search is over. SIGUSR2 is meant for rank 0, to which Slurm also sends
+it; after SIGTERM or SIGINT a worker waits briefly for rank 0's message, then leaves without it.
 """
 
 from __future__ import annotations
@@ -57,40 +57,40 @@ if TYPE_CHECKING:
     from gptailor.models.family import Family
 
 LONGEST_S = 0.02
-"""Between two looks at what came, after a while without anything."""
+"""The longest pause between two polls, reached after a while without messages."""
 
 WORDS_S = 5.0
-"""How often rank 0 is told how far a job is."""
+"""How often a job's progress is sent to rank 0."""
 
 _QUICK_S = 0.2
-"""How long a worker looks often: the next job follows the last result soon."""
+"""How long a worker polls often: the next job follows soon after a result."""
 
 _WORD_S = TERM_GRACE_S + 5.0
-"""How long after a signal a worker waits for rank 0, which waits itself for what runs."""
+"""How long after a signal a worker waits for rank 0, which itself waits for running jobs."""
 
 
 class Evaluates(Protocol):
-    """What does the jobs of a rank; `execution.worker.Worker` in a search."""
+    """Does the jobs of a rank; `execution.worker.Worker` in a search."""
 
     def workload(self) -> WorkloadInfo:
         """What will be evaluated."""
         ...
 
     beat: Callable[[], None]
-    """To be set to what is called now and then in the midst of a job."""
+    """A function to set, which is called regularly during a job."""
 
     def do(self, job: Job) -> Outcome | Similarity:
         """Does a job; what it raises ends the search."""
         ...
 
     def words(self) -> str:
-        """How far the job is; empty if nobody knows."""
+        """The job's progress; empty if unknown."""
         ...
 
 
 Opens = Callable[[Orders, Callable[[], None], Log, Say], tuple[Evaluates, str]]
-"""Takes the orders, a function to call now and then which raises if it shall end, the log, and who
-is told what is loaded; gives who does the jobs, and the name of its device."""
+"""Takes the orders, a function to call regularly, which raises if loading should end, the log, and
+a function for progress messages; returns what does the jobs, and the name of its device."""
 
 
 def open_worker(
@@ -124,9 +124,9 @@ def open_worker(
 
 
 def run_worker(channel: Channel, opens: Opens = open_worker) -> NoReturn:
-    """Takes part in a search, as long as rank 0 wants.
+    """Works on a search until rank 0 ends it.
 
-    Side effect: ends the process; whatever goes wrong in it reaches rank 0, or ends all ranks.
+    Side effect: ends the process. An error is reported to rank 0 or ends all ranks.
     """
     try:
         code = MpiWorker(channel, opens).run()
@@ -135,8 +135,8 @@ def run_worker(channel: Channel, opens: Opens = open_worker) -> NoReturn:
         sys.stderr.flush()
         channel.abort(BUG)
     if code != 0:
-        os._exit(code)  # MPI was not left in order, and would wait for others
-    sys.exit(0)  # not _exit: MPICH says goodbye to its launcher in a handler of exit()
+        os._exit(code)  # MPI was not finalized and would wait for the other ranks
+    sys.exit(0)  # not _exit: MPICH disconnects from its launcher in a handler of exit()
 
 
 class MpiWorker:
@@ -144,7 +144,7 @@ class MpiWorker:
 
     Args:
         channel: to rank 0.
-        opens: makes what does the jobs.
+        opens: opens what does the jobs.
     """
 
     def __init__(self, channel: Channel, opens: Opens = open_worker) -> None:
@@ -164,7 +164,7 @@ class MpiWorker:
         self._sent_at: float | None = None
 
     def run(self) -> int:
-        """Answers until there is nothing more to answer; returns the exit code."""
+        """Answers messages until the end; returns the exit code."""
         with self._patience:
             return self._run()
 
@@ -174,7 +174,7 @@ class MpiWorker:
             message = self._next()
             if message is None:
                 assert self._stop.signal is not None
-                self._log.say("Leaves, as rank 0 says nothing after a signal.")
+                self._log.say("Leaving, as rank 0 sends nothing after a signal.")
                 return of_signal(self._stop.signal)
             if isinstance(message, Leave):
                 break
@@ -182,12 +182,12 @@ class MpiWorker:
                 self._answer(message)
             except _ToldToStop:
                 break
-            except BaseException as error:  # a library's sys.exit(), too, is told to rank 0
+            except BaseException as error:  # even a library's sys.exit() is reported to rank 0
                 self._report(error)
         self._channel.send(0, Left(self._times))
         if not self._channel.flush(_WORD_S):
             return BUG
-        self._log.say("Ends.")
+        self._log.say("Leaving.")
         self._log.close()
         self._channel.finalize()
         return 0
@@ -224,14 +224,14 @@ class MpiWorker:
                 raise AssertionError(f"{message} from rank 0")
 
     def _join(self, orders: Orders) -> Joined:
-        """Takes its place in the run."""
+        """Joins the run."""
         from gptailor.evaluation.family import open_family
 
         self._orders = orders
         if not sees_token(Path(orders.run_folder, orders.token)):
             raise UsageError(
                 f"The run folder {orders.run_folder} is not shared: a file that "
-                f"{orders.first_node} writes there is not seen on {self._place.node}. Name an "
+                f"{orders.first_node} writes there is not visible on {self._place.node}. Use an "
                 "output on a file system that all nodes have."
             )
         self._log.open(orders.run_folder, as_json=orders.log_json)
@@ -246,8 +246,8 @@ class MpiWorker:
         if placement.cpus is not None:
             try:
                 os.sched_setaffinity(0, placement.cpus)
-            except OSError as error:  # a container may forbid it: slower, not wrong
-                self._log.say(f"The cores can't be chosen: {error.strerror}.")
+            except OSError as error:  # a container may forbid it, which is only slower
+                self._log.say(f"The process can't be bound to its cores: {error.strerror}.")
         if placement.visible_devices is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = placement.visible_devices
         self._family = open_family(orders.config.models, orders.config.base, orders.io)
@@ -266,7 +266,7 @@ class MpiWorker:
         self._log.event("ready", f"Ready on {device} after {seconds:.1f} s.", seconds=seconds)
 
     def _says(self, text: str) -> None:
-        """Tells rank 0 what is done here: when that is another thing, and now and then how far."""
+        """Sends a progress message to rank 0 if it is a new step, or from time to time."""
         is_new = text.partition(",")[0] != self._words.partition(",")[0]
         self._words = text
         now = time.monotonic()
@@ -280,8 +280,8 @@ class MpiWorker:
             self._says(self._worker.words())
 
     def _go_on(self) -> None:
-        """Raises if rank 0 has ended the search meanwhile; before a worker is ready, nothing else
-        can come."""
+        """Raises if rank 0 has ended the search meanwhile; no other message can arrive before a
+        worker is ready."""
         if self._channel.receive() is not None:
             raise _ToldToStop
 
@@ -291,7 +291,7 @@ class MpiWorker:
         if self._sent_at is not None:
             self._times.idle_s += began - self._sent_at
             self._times.gaps += 1
-        self._words, self._words_at = "", began  # a quick job needs no words
+        self._words, self._words_at = "", began  # a quick job sends no progress
         what, every_s = f"Evaluating {job_name(job)}", EVERY_OF_LONG_S
         if isinstance(job, SimilarityJob):
             what, every_s = f"Measuring the {job_name(job)}", EVERY_S
@@ -315,7 +315,7 @@ class MpiWorker:
         self._log.event("done", f"{what}: {how} in {seconds:.2f} s", job=what, seconds=seconds)
 
     def _report(self, error: BaseException) -> None:
-        """Tells rank 0, which ends the search; a traceback only for what nobody expected."""
+        """Reports an error to rank 0, which ends the search; only a bug has a traceback."""
         message = Failed.by(error)
         self._log.event("error", message.trace.strip() or message.text)
         self._channel.send(0, message)
