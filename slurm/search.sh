@@ -1,29 +1,29 @@
 #!/bin/bash
-# A search as a job:   sbatch slurm/search.sh search.yaml [key.path=value …]
-# Edit what follows for your site, or name it on sbatch's command line, which comes first.
+# Runs a search as a job:   sbatch slurm/search.sh search.yaml [key.path=value …]
+# Edit the options below for your site, or give them on sbatch's command line, which overrides them.
 #SBATCH --job-name=gptailor
 #SBATCH --nodes=2
 #SBATCH --gpus-per-node=4
-#SBATCH --ntasks-per-node=5         # one rank for each GPU, and room for one that searches
+#SBATCH --ntasks-per-node=5         # one rank per GPU, and room for the one that searches
 #SBATCH --cpus-per-task=4
 #SBATCH --time=12:00:00
-#SBATCH --signal=USR2@300           # seconds: the longest evaluation and 60
+#SBATCH --signal=USR2@300           # seconds: the longest evaluation plus 60
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=gptailor-%j.log    # what each rank does: logs/ of the run folder
-##SBATCH --partition=… --account=…  (one # less, and it counts)
+#SBATCH --output=gptailor-%j.log    # the ranks' own logs: logs/ of the run folder
+##SBATCH --partition=… --account=…  (remove one # to enable)
 
-# modules and environment of the nodes, if the login node's are not enough:
+# modules and environment for the nodes, if the login node's are not enough:
 # module load openmpi
 # source ~/gptailor/bin/activate
 
-# As many ranks on each node as evaluate there, and one more on the first, which searches. Nodes get
-# room for it alike, as Slurm would fill one node after the other if it were told the sum.
+# One rank for each worker of a node, and one more on the first node, which searches. All nodes get
+# room for that rank, because given only the total, Slurm would fill one node after the other.
 ranks=${RANKS:-$((SLURM_JOB_NUM_NODES * (SLURM_NTASKS_PER_NODE - 1) + 1))}
-unset SLURM_NTASKS_PER_NODE         # srun would want it of the step, too
+unset SLURM_NTASKS_PER_NODE         # srun would apply it to the step, too
 
-# The supervisor starts the line behind -- again when a rank was killed, and requeues the job when
-# its time is over. In a container: GPTAILOR='apptainer exec --nv image.sif gptailor'.
+# The supervisor restarts the command after -- when a rank was killed, and requeues the job when its
+# time is over. In a container: GPTAILOR='apptainer exec --nv image.sif gptailor'.
 exec "${PYTHON:-python3}" -m gptailor.execution.supervisor -- \
   srun --mpi="${MPI_TYPE:-pmix}" --kill-on-bad-exit=1 --ntasks="$ranks" --distribution=cyclic \
     --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \

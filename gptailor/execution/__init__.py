@@ -1,1 +1,1 @@
-"""Where evaluations run."""
+"""Executors: where evaluations run."""

@@ -223,11 +223,11 @@ def test_an_island_that_is_requeued_leaves_the_others_alone(launcher: Launcher) 
     [
         (["--partition", "man"], "unknown partition 'man': did you mean 'main'?"),
         (["--mpi", "pmi3"], "unknown type of MPI 'pmi3' in --mpi or MPI_TYPE: did you mean"),
-        (["--time", "30-0"], "less than the 43200 minutes asked for"),
-        (["--nodes", "5"], "The partition main has 2 nodes, but 5 are asked for"),
-        (["--cpus-per-worker", "9"], "cores, but 27 are asked for, those of the rank that"),
-        (["--gpus-per-node", "3"], "does not take the job: Requested node configuration"),
-        (["--slurm", "no-such-option=3"], "does not take the job: unrecognized option '--no-such"),
+        (["--time", "30-0"], "less than the requested 43200 minutes"),
+        (["--nodes", "5"], "The partition main has 2 nodes, but 5 are requested"),
+        (["--cpus-per-worker", "9"], "cores, but 27 are requested, including those of the"),
+        (["--gpus-per-node", "3"], "refuses the job: Requested node configuration"),
+        (["--slurm", "no-such-option=3"], "refuses the job: unrecognized option '--no-such"),
         (["search.population=x"], "search.population"),
         pytest.param(
             ["evaluation.tasks=[no_such_task]"],

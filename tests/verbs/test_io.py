@@ -76,7 +76,7 @@ def test_search(
     path.write_text(yaml.safe_dump(config))
     with pytest.raises(UsageError, match="GPTAILOR_IO"):
         verbs.search(path, workers=workers)
-    with pytest.raises(UsageError, match=r"--stage: /nowhere is no folder"):
+    with pytest.raises(UsageError, match=r"--stage: /nowhere is not a folder"):
         verbs.search(path, workers=workers, io="pread")
     scratch = tmp_path / "scratch"
     scratch.mkdir()

@@ -1,1 +1,1 @@
-"""What a node has, and how workers share it: GPUs, cores, memory, disks."""
+"""How workers share a node's GPUs, cores, memory and disks."""

@@ -1,8 +1,8 @@
-"""The candidates as the workers of one node open them: read from their disk once, then shared.
+"""Opens the candidates for the workers of one node: files are read once, then shared.
 
 Every worker calls `open_candidates`. One of them reads all files into the page cache in large
-pieces (or copies them to the node's own disk) while the others wait; then all map them, and the
-kernel holds each byte once for all of them.
+pieces (or copies them to the node's own disk) while the others wait; then all of them map the
+files, and the kernel keeps each byte in memory only once.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from gptailor.models.family import Family
 from gptailor.patience import Say
 
 STAGE_VARIABLE = "GPTAILOR_STAGE"
-"""A folder of the node's own disk, to which candidates are copied before they are opened."""
+"""A folder on the node's own disk, to which candidates are copied before they are opened."""
 
 _USABLE = 0.8
-"""Part of the available memory that candidates may take; more of them push each other out."""
+"""Fraction of the available memory that candidates may take; more would evict each other."""
 _TRUST_S = 600.0
-"""So long a file that was read is thought to be in memory, where the kernel does not tell."""
+"""How long a file is assumed to stay in memory after it was read, if the kernel does not tell."""
 
 
 def open_candidates(
@@ -48,24 +48,24 @@ def open_candidates(
     note: Say = lambda text: print(text, file=sys.stderr),
     says: Say = lambda text: None,
 ) -> Family:
-    """The family of a search, for a worker that will evaluate with it.
+    """Opens the family of a search for a worker that will evaluate with it.
 
-    On the CPU its files are mapped whatever the file system, unless `io` asks for something else:
-    the copies that other ways of reading make would be private to each worker. A GPU's loader keeps
-    its own way, and finds the files in the page cache if the node has several workers.
+    On the CPU its files are mapped on any file system, unless `io` says otherwise: other ways of
+    reading would give each worker a private copy. A GPU's loader reads in its own way, and finds
+    the files in the page cache if the node has several workers.
 
     Args:
         config: the search.
         workers_here: how many processes of this node call this.
-        io: how weights are read, see `Checkpoint`; None for what GPTAILOR_IO says, or auto.
-        stage: a folder of the node's own disk, to which they are copied first; its variables are
-            filled in here. None for what GPTAILOR_STAGE says, empty for none.
-        keep_going: called while it waits or reads; what it raises ends that.
-        note: is told what a person should know.
-        says: is told what is done, and how far it is.
+        io: how weights are read, see `Checkpoint`; None for the value of GPTAILOR_IO, or auto.
+        stage: a folder on the node's own disk, to which candidates are copied first; variables in
+            it are expanded here. None for the value of GPTAILOR_STAGE, empty for no copies.
+        keep_going: called while waiting or reading; an error that it raises ends that.
+        note: called with notes for the user.
+        says: called with the current step and its progress.
 
     Returns:
-        The family; names and references are the configuration's, also where the files are copies.
+        The family; names and references are the configuration's, even if the files are copies.
 
     Raises:
         ModelError: a candidate is unusable, or can't be read.
@@ -85,7 +85,7 @@ def open_candidates(
         folders = staged(candidates, scratch_folder(scratch), keep_going, says)
         family = open_family(config.models, config.base, io, folders=folders)
         if time.monotonic() - began > 1.0:
-            note(f"Candidates are in {scratch} of {socket.gethostname()}: {_seconds(began)}.")
+            note(f"Candidates are in {scratch} on {socket.gethostname()}: {_seconds(began)}.")
     if (on_cpu or workers_here > 1) and io != "direct":
         share(_paths(family, config), keep_going=keep_going, note=note, says=says)
     return family
@@ -100,7 +100,7 @@ def share(
 ) -> int:
     """Makes sure that files are in the page cache; one process of the node reads, others wait.
 
-    Files that do not fit into memory together are left alone: they would push each other out.
+    Files that do not fit into memory together are not read: they would evict each other.
 
     Returns:
         How many bytes this process read.
@@ -113,22 +113,22 @@ def share(
     n_bytes, room = sum(path.stat().st_size for path in files), available_bytes()
     if n_bytes > _USABLE * room:
         note(
-            f"The candidates have {size(n_bytes)}, of which {socket.gethostname()} can't "
-            f"hold all in {size(room)} of memory: they are read when they are needed."
+            f"The candidates have {size(n_bytes)}, too much for the {size(room)} of free memory on "
+            f"{socket.gethostname()}: they are read when they are needed."
         )
         return 0
-    says("looking which files are in memory")
+    says("checking which files are in memory")
     try:
         if not _absent(files, unless_since=None):
-            return 0  # without waiting for anybody
+            return 0  # without waiting for other processes
         with contextlib.ExitStack() as stack:
             fd = None
-            with contextlib.suppress(ResourceError, UsageError):  # without it it is only slower
+            with contextlib.suppress(ResourceError, UsageError):  # without a lock it's just slower
                 says("waiting for another process that reads the candidates")
                 fd = stack.enter_context(node_lock(_lock_file(files), keep_going))
             finished = _read_time(fd)
             if finished >= came:
-                return 0  # the others were waiting for this
+                return 0  # another process read them while this one waited
             began = time.monotonic()
             done = read_all(_absent(files, unless_since=finished), keep_going, says)
             _write_time(fd)
@@ -150,11 +150,11 @@ def _paths(family: Family, config: Config) -> list[Path]:
 
 
 def _absent(files: Iterable[Path], unless_since: float | None) -> list[tuple[Path, Range]]:
-    """What has to be read.
+    """The parts of files that have to be read.
 
     Args:
-        files: to look at.
-        unless_since: when they were read last; None: never.
+        files: the files to check.
+        unless_since: when they were last read; None: never.
     """
     missing: list[tuple[Path, Range]] = []
     for path in files:
@@ -167,7 +167,7 @@ def _absent(files: Iterable[Path], unless_since: float | None) -> list[tuple[Pat
 
 
 def _lock_file(files: Iterable[Path]) -> Path:
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text()  # its times count from there
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text()  # times in the file are since boot
     text = repr((boot, sorted(str(path.resolve()) for path in files)))
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
     return own_folder(Path(tempfile.gettempdir())) / f"{name}.read"
@@ -187,7 +187,7 @@ def _write_time(fd: int | None) -> None:
 
 
 def _clock() -> float:
-    """Seconds since the machine started, the same for all its processes."""
+    """Seconds since boot, the same for all processes of the machine."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 

@@ -1,6 +1,6 @@
-"""One process of a node at a time: a lock on a file that lies on the node.
+"""A lock for one process of a node at a time, on a file of the node's own file system.
 
-The kernel lets go of it when its holder dies, however it dies.
+The kernel releases it when its holder dies, for whatever reason.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _POLL_S = 0.1
 
 @contextmanager
 def node_lock(path: Path, keep_going: Callable[[], None] = lambda: None) -> Iterator[int]:
-    """Waits until no other process has the lock; gives the file's descriptor.
+    """Waits until no other process has the lock; yields the file's descriptor.
 
     Args:
-        path: the lock's file, in a folder that `own_folder` made; it stays.
-        keep_going: called while it waits; what it raises ends the waiting.
+        path: the lock file, in a folder that `own_folder` made; it is not removed.
+        keep_going: called while waiting; an error that it raises ends the waiting.
 
     Raises:
         ResourceError: the file system has no locks, or the file can't be made.
@@ -36,7 +36,7 @@ def node_lock(path: Path, keep_going: Callable[[], None] = lambda: None) -> Iter
     try:
         while not _locked(fd, path):
             keep_going()
-            time.sleep(_POLL_S)  # not in the kernel: a signal's handler has to run
+            time.sleep(_POLL_S)  # not a blocking flock: signal handlers have to run
         yield fd
     finally:
         os.close(fd)
@@ -49,16 +49,16 @@ def _locked(fd: int, path: Path) -> bool:
         return False
     except OSError as error:
         raise ResourceError(
-            f"{path} can't be locked ({error.strerror}): name a folder of a local file system."
+            f"{path} can't be locked ({error.strerror}): use a folder on a local file system."
         ) from error
     return True
 
 
 def own_folder(parent: Path) -> Path:
-    """A folder below one that everybody may write to, which is this user's alone.
+    """Makes a folder of this user alone below one that everybody may write to.
 
     Raises:
-        UsageError: somebody else made it.
+        UsageError: the folder belongs to somebody else.
         ResourceError: it can't be made.
     """
     folder = parent / f"gptailor-{os.geteuid()}"

@@ -1,7 +1,7 @@
-"""Files in the page cache: which parts of them are there, and reading the others in order, once.
+"""Finds which parts of files are in the page cache, and reads the others once, in order.
 
-Mapped files are read a few pages at a time, in whatever order a model is looked at; over a network
-each of these is a round trip. Whoever maps afterwards finds everything in memory.
+Mapped files are read a few pages at a time, in the order in which a model is accessed; over a
+network, each of these reads is a round trip. After `read_all`, mapped files are in memory.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ Range = tuple[int, int]
 """(offset of the first byte, number of bytes)."""
 
 STREAMS = 4
-"""Reads side by side: one stream does not fill a network file system, nor a fast disk."""
+"""Number of parallel reads: one stream saturates neither a network file system nor a fast disk."""
 
 _READ_BYTES = 16 << 20
 _PART_BYTES = 256 << 20
-"""What one stream reads in order before it takes the next part."""
+"""How much one stream reads in order before it takes the next part."""
 _BLOCK_PAGES = 2048
-"""Holes are found in blocks of this many pages: a block that lacks a page is read whole."""
+"""Missing pages are found in blocks of this many: a block that lacks a page is read whole."""
 
 
 def absent(path: Path) -> list[Range] | None:
     """The parts of a file that are not in the page cache; None if the kernel does not tell.
 
-    It tells owners, and those who may write to the file.
+    The kernel tells only the owner and those who may write to the file.
 
     Raises:
         OSError: the file can't be opened.
@@ -58,12 +58,12 @@ def read_all(
     keep_going: Callable[[], None] = lambda: None,
     says: Say = lambda text: None,
 ) -> int:
-    """Reads parts of files, so that they are in the page cache; returns how many bytes it read.
+    """Reads parts of files into the page cache; returns how many bytes it read.
 
     Args:
-        ranges: what to read, in this order as far as `STREAMS` readers keep one.
-        keep_going: called now and then in this thread; what it raises ends the reading.
-        says: is told how far it is, as often.
+        ranges: what to read, roughly in this order (there are `STREAMS` parallel readers).
+        keep_going: called regularly in this thread; an error that it raises ends the reading.
+        says: called with the progress, just as often.
 
     Raises:
         OSError: a file can't be read.
@@ -92,9 +92,9 @@ def read_all(
                 wanted = min(_READ_BYTES, n_bytes - done)
                 got = os.preadv(fd, [buffers.bytes[:wanted]], at + done)
                 if got == 0:
-                    break  # it became shorter: whoever opens it will say so
+                    break  # the file became shorter, which opening it will report
                 done += got
-                read_so_far += got  # by several threads: what is lost is lost for a line of text
+                read_so_far += got  # not atomic, but good enough for a progress message
         return done
 
     with ThreadPoolExecutor(STREAMS) as pool:
@@ -114,7 +114,7 @@ def read_all(
 
 
 def _joined(ranges: Iterable[tuple[Path, Range]]) -> Iterator[tuple[Path, Range]]:
-    """The same bytes with neighbours in one piece."""
+    """The same bytes, with adjacent ranges joined."""
     last: tuple[Path, Range] | None = None
     for path, (begin, n_bytes) in ranges:
         if last is not None and last[0] == path and sum(last[1]) == begin:
@@ -137,7 +137,7 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _resident_pages(fd: int, n_bytes: int) -> npt.NDArray[np.bool_] | None:
-    """For each page, whether it is in memory. Looking at a mapping's pages does not touch them."""
+    """Whether each page is in memory. Uses `mincore`, which does not touch the pages."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [
@@ -157,5 +157,5 @@ def _resident_pages(fd: int, n_bytes: int) -> npt.NDArray[np.bool_] | None:
 
 
 def whole(paths: Sequence[Path]) -> list[tuple[Path, Range]]:
-    """All bytes of some files."""
+    """The ranges that cover some files completely."""
     return [(path, (0, path.stat().st_size)) for path in paths]

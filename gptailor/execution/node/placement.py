@@ -1,7 +1,7 @@
-"""Which GPUs, cores and threads each worker of a node gets.
+"""Assigns GPUs, cores and threads to the workers of a node.
 
-Launchers differ in how they bind: some give each rank its own GPU and cores, some give all ranks
-of a node everything. What is a rank's own stays as it is; what several ranks of a node see alike is
+Launchers bind differently: some give each rank its own GPU and cores, others give all ranks of a
+node everything. What a rank has to itself stays as it is; what several ranks of a node share is
 divided among its workers. Rank 0 needs no GPU and little time, so it does not count.
 """
 
@@ -20,8 +20,8 @@ class Device:
     """A GPU that a rank sees.
 
     Attributes:
-        token: what stands for it in CUDA_VISIBLE_DEVICES.
-        identity: the same for every process that sees the same GPU.
+        token: its entry in CUDA_VISIBLE_DEVICES.
+        identity: the same in every process that sees the same GPU.
     """
 
     token: str
@@ -30,12 +30,12 @@ class Device:
 
 @dataclass(frozen=True)
 class Place:
-    """What a rank finds around it.
+    """The node, cores and GPUs that a rank sees.
 
     Attributes:
         node: name of the machine.
-        cores: the cores that it may run on; of each one its logical CPUs.
-        devices: the GPUs that it sees, in their order.
+        cores: the cores that it may run on, each as its logical CPUs.
+        devices: the GPUs that it sees, in order.
     """
 
     node: str
@@ -45,12 +45,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Placement:
-    """What a worker shall use.
+    """The resources that a worker should use.
 
     Attributes:
-        cpus: logical CPUs to run on; None: those that it has.
-        threads: for computing.
-        visible_devices: CUDA_VISIBLE_DEVICES; None: as it is.
+        cpus: logical CPUs to run on; None: unchanged.
+        threads: number of threads for computing.
+        visible_devices: value of CUDA_VISIBLE_DEVICES; None: unchanged.
         sharing: how many workers share its device.
         workers_here: how many workers its node has.
     """
@@ -63,10 +63,10 @@ class Placement:
 
 
 def place_workers(places: Sequence[Place], device: str) -> list[Placement]:
-    """Divides the nodes among the workers; of each worker in the same order.
+    """Divides the nodes' resources among the workers; returns placements in the workers' order.
 
     Args:
-        places: what each worker finds.
+        places: what each worker sees.
         device: as in `search.yaml`.
     """
     nodes: dict[str, list[int]] = {}
@@ -93,7 +93,7 @@ def place_workers(places: Sequence[Place], device: str) -> list[Placement]:
 
 
 def find_place(env: Mapping[str, str] = os.environ) -> Place:
-    """What this process finds."""
+    """The node, cores and GPUs that this process sees."""
     node = env.get("SLURMD_NODENAME") or socket.gethostname()
     return Place(node, _cores(sorted(os.sched_getaffinity(0))), visible_devices(env, _nvml_uuids()))
 
@@ -103,7 +103,7 @@ def visible_devices(env: Mapping[str, str], uuids: Sequence[str] | None) -> tupl
 
     Args:
         env: may have CUDA_VISIBLE_DEVICES.
-        uuids: of all GPUs that the process may use, in the driver's order; None if nobody knows.
+        uuids: of all GPUs that the process may use, in the driver's order; None if unknown.
     """
     text = env.get("CUDA_VISIBLE_DEVICES")
     if text is None:
@@ -112,7 +112,7 @@ def visible_devices(env: Mapping[str, str], uuids: Sequence[str] | None) -> tupl
     for word in text.split(","):
         token = word.strip()
         if not re.fullmatch(r"\d+|(GPU|MIG)-.+", token):
-            break  # as CUDA does: what comes after a wrong entry is not seen
+            break  # like CUDA, which ignores everything after an invalid entry
         identity = token
         if token.isdecimal() and uuids is not None:
             if int(token) >= len(uuids):
@@ -128,11 +128,11 @@ Cores = tuple[tuple[int, ...], ...]
 
 
 def _divided_cores(masks: Sequence[Cores]) -> list[Cores | None]:
-    """Of each worker of a node: its cores, or None if it keeps what it has."""
+    """The cores of each worker of a node, or None if it keeps what it has."""
     result: list[Cores | None] = [None] * len(masks)
     for mask in set(masks):
         group = [i for i, other in enumerate(masks) if other == mask]
-        # whole cores if there are enough: two workers on the threads of one slow each other down
+        # whole cores if there are enough: two workers on one core's threads slow each other down
         units = mask if len(mask) >= len(group) else tuple((cpu,) for cpu in _flat(mask))
         if len(group) == 1 or len(units) < len(group):
             continue
@@ -142,7 +142,7 @@ def _divided_cores(masks: Sequence[Cores]) -> list[Cores | None]:
 
 
 def _divided_devices(seen: Sequence[tuple[Device, ...]]) -> list[tuple[Device, ...] | None]:
-    """Of each worker of a node: its GPUs."""
+    """The GPUs of each worker of a node."""
     result: list[tuple[Device, ...] | None] = [None] * len(seen)
     for devices in set(seen):
         group = [i for i, other in enumerate(seen) if other == devices]
@@ -161,13 +161,13 @@ def _share(position: int, parts: int, total: int) -> slice:
 def _num_sharing(index: int, devices: Sequence[tuple[Device, ...] | None]) -> int:
     own = devices[index]
     if not own:
-        return len(devices)  # the node itself is what they share
+        return len(devices)  # all workers share the node itself
     names = {device.identity for device in own}
     return sum(1 for other in devices if other and names & {d.identity for d in other})
 
 
 def _num_threads(cores: Cores, masks: Sequence[Cores]) -> int:
-    """As many as there are cores, divided by those who have to share them."""
+    """The number of cores, divided by the number of workers that share them."""
     cpus = set(_flat(cores))
     sharing = sum(1 for mask in masks if cpus == set(_flat(mask)))
     return max(len(cores) // max(sharing, 1), 1)
@@ -178,7 +178,7 @@ def _flat(cores: Cores) -> tuple[int, ...]:
 
 
 def _cores(cpus: Sequence[int]) -> Cores:
-    """Logical CPUs by core, cores by socket, as Linux tells."""
+    """Logical CPUs grouped by core, cores sorted by socket, according to Linux."""
     cores: dict[tuple[int, int, int], list[int]] = {}
     for cpu in cpus:
         folder = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
@@ -192,9 +192,9 @@ def _cores(cpus: Sequence[int]) -> Cores:
 
 
 def _nvml_uuids() -> list[str] | None:
-    """The GPUs that this process may use, as the driver's library tells; None without one.
+    """UUIDs of the GPUs that this process may use, from the driver's library; None without one.
 
-    torch would tell, too, but only after it has fixed what is visible.
+    torch could tell, too, but would fix the visible devices by doing so.
     """
     import pynvml
 

@@ -1,9 +1,9 @@
-"""Candidates copied to a node's own disk, once for all its processes and for jobs to come.
+"""Copies candidates to a node's own disk, once for all its processes and for later jobs.
 
-A candidate lies there whole or not at all: it is copied beside its place and renamed. What is in
-its place is used again if the files that it was copied from are still the same. A copy that a
-process left half-way is removed by the next one. Who removes the copies in the end is up to the
-site: scratch space is mostly emptied after each job.
+A copy is complete or does not exist: it is made under a temporary name and renamed. It is used
+again if the files that it was copied from have not changed. An unfinished copy is removed by the
+next process. Removing copies in the end is up to the site: scratch space is usually cleared after
+each job.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PIECE_BYTES = 64 << 20
 
 
 def scratch_folder(name: str) -> Path:
-    """The folder that a user named, with its variables filled in on this node.
+    """The user's scratch folder, with its variables expanded on this node.
 
     Raises:
         UsageError: it does not exist here.
@@ -39,8 +39,8 @@ def scratch_folder(name: str) -> Path:
     folder = Path(os.path.expandvars(name)).expanduser()
     if not folder.is_absolute() or not folder.is_dir():
         raise UsageError(
-            f"--stage: {folder} is no folder of {socket.gethostname()}: name one of the node's "
-            "own disk by its absolute path, like $TMPDIR or /scratch."
+            f"--stage: {folder} is not a folder on {socket.gethostname()}: use the absolute path "
+            "of a folder on the node's own disk, like $TMPDIR or /scratch."
         )
     return folder
 
@@ -51,13 +51,13 @@ def staged(
     keep_going: Callable[[], None] = lambda: None,
     says: Say = lambda text: None,
 ) -> dict[str, Path]:
-    """Copies candidates that are not there yet; candidate's name → folder of the copy.
+    """Copies candidates that are not there yet; returns candidate's name → folder of the copy.
 
     Args:
-        candidates: as they lie where everybody sees them.
-        scratch: a folder of the node's own disk.
-        keep_going: called while it waits or copies; what it raises ends that.
-        says: is told what is copied.
+        candidates: the candidates in their shared location.
+        scratch: a folder on the node's own disk.
+        keep_going: called while waiting or copying; an error that it raises ends that.
+        says: called with what is being copied.
 
     Raises:
         ResourceError: there is no room.
@@ -68,11 +68,11 @@ def staged(
     places = {c.name: root / _name(c.folder) for c in candidates}
     says(f"waiting for another process that copies candidates to {scratch}")
     with node_lock(root / "lock", keep_going):
-        for left in root.glob(".new-*"):  # nobody else copies now: its maker is dead
+        for left in root.glob(".new-*"):  # we hold the lock, so its maker is dead
             shutil.rmtree(left, ignore_errors=True)
         missing = [c for c in candidates if not _is_copy(places[c.name], c)]
         missing = list({places[c.name]: c for c in missing}.values())
-        for candidate in missing:  # what it is a copy of is no more
+        for candidate in missing:  # removes outdated copies
             shutil.rmtree(places[candidate.name], ignore_errors=True)
         _check_room(missing, root)
         for number, candidate in enumerate(missing, start=1):
@@ -87,7 +87,7 @@ def _name(folder: Path) -> str:
 
 
 def _files(candidate: Candidate) -> list[str]:
-    """What of a model's folder is needed, relative to it."""
+    """The needed files of a model's folder, relative to it."""
     names = ["config.json", "model.safetensors.index.json", *side_files(candidate.folder)]
     small = [name for name in names if is_file(candidate.folder / name)]
     return sorted({*small, *(path.name for path in candidate.checkpoint.files)})
@@ -99,7 +99,7 @@ def _identity(candidate: Candidate) -> list[list[object]]:
 
 
 def _is_copy(place: Path, candidate: Candidate) -> bool:
-    """Whether all files are there, in the size that they had, of sources that did not change."""
+    """Whether all files are there with their right sizes, and their sources did not change."""
     try:
         known = json.loads((place / _MANIFEST).read_text())
         sizes = [(place / name).stat().st_size for name in _files(candidate)]
@@ -115,8 +115,8 @@ def _check_room(candidates: Sequence[Candidate], root: Path) -> None:
     if needed > free:
         texts = sizes(needed, free)
         raise ResourceError(
-            f"The candidates need {texts[0]} in {root}, where {texts[1]} are "
-            "free: name another folder, or leave out --stage."
+            f"The candidates need {texts[0]} in {root}, where only {texts[1]} are "
+            "free: use another folder, or leave out --stage."
         )
 
 
@@ -149,7 +149,7 @@ def _copy(candidate: Candidate, place: Path, keep_going: Callable[[], None]) -> 
     except OSError as error:
         if is_disk_full(error):
             raise ResourceError(
-                f"{place.parent} is full, so that {candidate.folder} can't be copied there: name "
+                f"{place.parent} is full, so {candidate.folder} can't be copied there: use "
                 "another folder, or leave out --stage."
             ) from error
         raise ModelError(
@@ -160,7 +160,7 @@ def _copy(candidate: Candidate, place: Path, keep_going: Callable[[], None]) -> 
 
 
 def _copy_file(source: Path, to: Path, stop: threading.Event) -> None:
-    """Copies inside the kernel, piece by piece, until it is whole or asked to stop."""
+    """Copies a file inside the kernel, piece by piece, until it is complete or `stop` is set."""
     to.parent.mkdir(exist_ok=True)
     with source.open("rb") as inside, to.open("xb") as out:
         stat = os.fstat(inside.fileno())

@@ -1,1 +1,1 @@
-"""Jobs of Slurm: submitting, asking, watching over them."""
+"""Slurm jobs: submits, queries and supervises them."""

@@ -1,7 +1,7 @@
-"""Questions to Slurm, through the programs that every site has: what it knows of jobs and itself.
+"""Queries Slurm about jobs and the site, through the programs that every site has.
 
-Nothing here changes anything but `cancel`. All programs are run in the user's environment and given
-half a minute; where Slurm is missing or does not answer, that is an answer, too.
+Only `cancel` changes anything. All programs run in the user's environment with a limit of half a
+minute; a missing or unresponsive Slurm is reported as a result, not as a crash.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OVER = (
     "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL",
     "DEADLINE", "PREEMPTED", "REVOKED",
 )  # fmt: skip
-"""States of a job that will not run again, if the queue has forgotten it."""
+"""States of a job that will not run again, unless the queue still has it."""
 
 _ANSWER_S = 30.0
 _SLURM_ID = re.compile(r"\d+(_\d+)?")
@@ -29,19 +29,19 @@ _SLURM_ID = re.compile(r"\d+(_\d+)?")
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """What Slurm says of a job, or of an element of an array.
+    """A job or an element of a job array, according to Slurm.
 
     Attributes:
         job_id: as in its record, "NUMBER" or "NUMBER_ELEMENT".
-        state: Slurm's word, for example "PENDING", "RUNNING", "NODE_FAIL".
-        reason: why it waits or ended, in Slurm's word; empty if there is none.
-        exit_code: of the batch script, as the accounting has it, which writes 15 for 143; None
-            unless it ended by itself.
+        state: Slurm's state, for example "PENDING", "RUNNING", "NODE_FAIL".
+        reason: Slurm's reason why it waits or ended; empty if there is none.
+        exit_code: of the batch script according to the accounting, which stores 143 as 15; None
+            unless the script exited on its own.
         past: states of its earlier turns, for example ("PREEMPTED", "NODE_FAIL").
-        nodes: as Slurm writes them, for example "n[1-2]".
-        time_left_s: until the limit; None unless it runs with one.
-        begins_at: when it will run, as Slurm expects, for example "2026-11-22T07:24:02".
-        is_queued: waits, runs or ends; otherwise it is over.
+        nodes: in Slurm's notation, for example "n[1-2]".
+        time_left_s: until the time limit; None unless it is running with one.
+        begins_at: Slurm's estimate of its start, for example "2026-11-22T07:24:02".
+        is_queued: it is waiting, running or ending; otherwise it is over.
     """
 
     job_id: str
@@ -61,10 +61,10 @@ def is_here() -> bool:
 
 
 def jobs(job_ids: Iterable[str]) -> dict[str, SlurmJob]:
-    """What Slurm knows of jobs; whom it does not know is absent. Empty without Slurm.
+    """The jobs that Slurm knows; the others are absent. Empty without Slurm.
 
     Args:
-        job_ids: as in records; what is no number of Slurm's is passed over.
+        job_ids: as in records; those that are not Slurm job ids are skipped.
     """
     wanted = [job_id for job_id in job_ids if _SLURM_ID.fullmatch(job_id)]
     if not wanted:
@@ -76,7 +76,7 @@ def jobs(job_ids: Iterable[str]) -> dict[str, SlurmJob]:
         turns = past.get(job_id, [])
         now = queued.get(job_id)
         if now is not None:
-            # the accounting knows the present turn, too, except while it has just begun or ended
+            # the accounting also has the current turn, unless it has just begun or ended
             known = [t.state for t in turns]
             if known and known[-1] in (now.state, "PENDING", "RUNNING"):
                 known.pop()
@@ -87,17 +87,17 @@ def jobs(job_ids: Iterable[str]) -> dict[str, SlurmJob]:
 
 
 def queued(job_ids: Iterable[str]) -> list[str]:
-    """Those of the jobs that wait, run or end now."""
+    """Those of the jobs that are waiting, running or ending."""
     wanted = [job_id for job_id in job_ids if _SLURM_ID.fullmatch(job_id)]
     known = _queued(wanted) if wanted else {}
     return [job_id for job_id in wanted if job_id in known]
 
 
 def cancel(job_ids: Sequence[str], wait_s: float) -> list[str]:
-    """Ends jobs and waits until they are gone; returns those that were not gone in time.
+    """Cancels jobs and waits until they are gone; returns those still there after `wait_s`.
 
     Raises:
-        UsageError: Slurm refuses; its reason is in the message.
+        UsageError: Slurm refuses; the message has its reason.
     """
     if not job_ids:
         return []
@@ -105,7 +105,7 @@ def cancel(job_ids: Sequence[str], wait_s: float) -> list[str]:
     until = time.monotonic() + wait_s
     left = queued(job_ids)
     if done.returncode != 0 and left:
-        raise UsageError(f"Slurm does not cancel {', '.join(left)}: {_reason(done)}.")
+        raise UsageError(f"Slurm refuses to cancel {', '.join(left)}: {_reason(done)}.")
     while left and time.monotonic() < until:
         time.sleep(0.5)
         left = queued(left)
@@ -113,15 +113,15 @@ def cancel(job_ids: Sequence[str], wait_s: float) -> list[str]:
 
 
 def check_partition(names: str | None, nodes: int, cpus: int, time_min: int) -> None:
-    """Raises a `UsageError` for partitions that Slurm does not have, or that are too small.
+    """Raises a `UsageError` for partitions that Slurm does not have or that are too small.
 
-    Many sites take a job that is too large or too long for its partition, and let it wait forever.
+    Many sites accept a job that is too large or too long for its partition and let it wait forever.
 
     Args:
-        names: as for sbatch, "a,b" are two; None for the user's or the site's default.
-        nodes: what a job asks for.
-        cpus: of each node.
-        time_min: what a job asks for.
+        names: as for sbatch, "a,b" for two partitions; None for the user's or the site's default.
+        nodes: how many nodes a job requests.
+        cpus: how many cores a job requests on each node.
+        time_min: the time limit that a job requests, in minutes.
     """
     done = _run(["sinfo", "--noheader", "--all", "--format=%P|%l|%D|%c"])
     if done.returncode != 0:
@@ -144,18 +144,18 @@ def check_partition(names: str | None, nodes: int, cpus: int, time_min: int) -> 
     what = f"The partition {names}"
     if chosen and all(p.nodes < nodes for p in chosen):
         raise UsageError(
-            f"{what} has {max(p.nodes for p in chosen)} nodes, but {nodes} are asked for: name "
+            f"{what} has {max(p.nodes for p in chosen)} nodes, but {nodes} are requested: use "
             "fewer --nodes, or another --partition."
         )
     if chosen and all(p.cpus is not None and p.cpus < cpus for p in chosen):
         raise UsageError(
-            f"{what} has nodes of {max(p.cpus or 0 for p in chosen)} cores, but {cpus} are asked "
-            "for, those of the rank that searches included: name fewer --cpus-per-worker."
+            f"{what} has nodes of {max(p.cpus or 0 for p in chosen)} cores, but {cpus} are "
+            "requested, including those of the rank that searches: use fewer --cpus-per-worker."
         )
     limits = [_seconds(p.limit) for p in chosen]
     if chosen and all(limit is not None and limit < time_min * 60 for limit in limits):
         raise UsageError(
-            f"{what} allows {chosen[0].limit}, less than the {time_min} minutes asked for: name a "
+            f"{what} allows {chosen[0].limit}, less than the requested {time_min} minutes: use a "
             "shorter --time (the job requeues itself), or another --partition."
         )
 
@@ -168,26 +168,26 @@ class _Partition:
 
 
 def check_mpi(kind: str) -> None:
-    """Raises a `UsageError` for a kind of MPI that `srun --mpi` does not know."""
+    """Raises a `UsageError` for an MPI type that `srun --mpi` does not have."""
     known = known_mpi_types()
     if known and kind not in known:
         raise unknown("type of MPI", kind, known, "--mpi or MPI_TYPE")
 
 
 def parse_minutes(text: str) -> int:
-    """Minutes of a time limit in Slurm's forms, rounded up.
+    """Parses a time limit in Slurm's formats into minutes, rounded up.
 
-    The forms are minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes
+    The formats are minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes
     and days-hours:minutes:seconds.
 
     Raises:
-        UsageError: it is none of these, or no time at all.
+        UsageError: the text has none of these formats, or the time is zero.
     """
     match = re.fullmatch(r"(?:(\d{1,5})-)?(\d{1,7})(?::(\d{1,3}))?(?::(\d{1,3}))?", text.strip())
     if match is None:
         raise UsageError(
-            f"{plain(text, 40)!r} is no time: write minutes, hours:minutes:seconds or "
-            "days-hours:minutes:seconds, as 90, 1:30:00 or 2-00:00:00."
+            f"{plain(text, 40)!r} is not a time: write minutes, hours:minutes:seconds or "
+            "days-hours:minutes:seconds, like 90, 1:30:00 or 2-00:00:00."
         )
     days, first, second, third = (None if g is None else int(g) for g in match.groups())
     if days is not None:
@@ -197,17 +197,17 @@ def parse_minutes(text: str) -> int:
     else:
         seconds = (first or 0) * 60 + (second or 0)
     if seconds <= 0:
-        raise UsageError(f"The time {text!r} is no time at all.")
+        raise UsageError(f"The time {text!r} is zero.")
     return -(-seconds // 60)
 
 
 def _queued(job_ids: Collection[str]) -> dict[str, SlurmJob]:
-    """Of the jobs that the queue knows: as it sees them.
+    """The jobs that are in the queue.
 
-    A finished job stays there for some minutes; it counts as over.
+    A finished job stays in the queue for some minutes; it counts as over.
     """
     numbers = sorted({job_id.partition("_")[0] for job_id in job_ids})
-    # it fails if it is asked for one job only, and does not know that: then nothing is printed
+    # squeue fails for a single unknown job, and then prints nothing
     done = _run(
         ["squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(numbers)}",
          "--format=%i|%T|%r|%N|%L|%S"]
@@ -231,7 +231,7 @@ def _queued(job_ids: Collection[str]) -> dict[str, SlurmJob]:
 
 
 def _accounted(job_ids: Collection[str]) -> dict[str, list[SlurmJob]]:
-    """Of the jobs that the accounting knows: each turn, the last one last."""
+    """The turns of each job that the accounting has, the latest last."""
     numbers = sorted({job_id.partition("_")[0] for job_id in job_ids})
     done = _run(
         ["sacct", "--noheader", "--allocations", "--parsable2", "--duplicates",
@@ -260,7 +260,7 @@ def _with_past(job: SlurmJob, past: Sequence[str]) -> SlurmJob:
 
 
 def _seconds(text: str) -> int | None:
-    """Of Slurm's "1-02:03:04", "02:03:04" or "3:04"; None for UNLIMITED and the like."""
+    """Seconds of Slurm's "1-02:03:04", "02:03:04" or "3:04"; None for UNLIMITED and the like."""
     days, dash, clock = text.rpartition("-")
     parts = clock.split(":")
     if not all(part.isdigit() for part in parts) or (dash and not days.isdigit()):
@@ -272,7 +272,7 @@ def _seconds(text: str) -> int | None:
 
 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """A program's answer; a missing one, or one that hangs, is an exit code of its own."""
+    """Runs a program; a missing or hanging program gives an exit code of its own."""
     try:
         return subprocess.run(
             command, capture_output=True, text=True, timeout=_ANSWER_S, check=False,

@@ -1,9 +1,9 @@
-"""How far a run is and what its jobs do, seen from outside, without disturbing anything.
+"""The progress of a run and the state of its jobs, observed without disturbing anything.
 
-Three witnesses are heard. The archive knows what was evaluated; Slurm knows which jobs live; each
-job's record knows what it does, as long as it lives. Where a record and Slurm disagree, Slurm is
-right, and the disagreement is told. Nothing is written, and no lock is held but SQLite's own for
-the moment of one query.
+There are three sources. The archive has what was evaluated; Slurm knows which jobs are alive; each
+job's record has what the job is doing while it is alive. Where a record and Slurm disagree, Slurm
+is right, and the disagreement is reported. Nothing is written, and the only lock is SQLite's own
+during one query.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gptailor.run.job_record import JobRecord, read_all
 from gptailor.run.pareto import most_small_layers
 
 STALE_S = 120.0
-"""A job that says nothing for so long is told as such; a record is rewritten every few seconds."""
+"""A job silent for this long is reported as such; records are rewritten every few seconds."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Evaluated:
     """What a run has evaluated.
 
     Attributes:
-        done: recipes on the search's documents, with and without scores.
-        infeasible: of these.
-        failed: of these.
-        holdout: recipes on the documents that the search does not see.
-        total: what was asked for; 0 if nobody knows.
-        best: the best accuracy with at most 75 % of the layers, as the search's progress shows
-            it; None if there is none yet.
+        done: recipes evaluated on the search's documents, with and without scores.
+        infeasible: how many of these are infeasible.
+        failed: how many of these failed.
+        holdout: recipes evaluated on the holdout's documents.
+        total: how many evaluations the run should have; 0 if unknown.
+        best: the best accuracy with at most 75 % of the layers, as in the search's progress; None
+            if there is none yet.
         note: why the numbers are not the archive's, in one sentence; empty if they are.
     """
 
@@ -55,13 +55,13 @@ class JobStatus:
     """A job of a run.
 
     Attributes:
-        record: what it says of itself.
-        state: Slurm's word for a job that Slurm knows; else RUNNING, ENDED or LOST.
-        is_live: it waits, runs or ends now.
+        record: the record that the job writes.
+        state: Slurm's state for a job that Slurm knows; else RUNNING, ENDED or LOST.
+        is_live: it is waiting, running or ending.
         exit_code: of a job that is over.
         past: states of its earlier turns.
-        time_left_s: until its time limit; None where there is none, or it does not run.
-        note: what is odd or worth knowing, in one sentence; often empty.
+        time_left_s: until its time limit; None if there is none, or it is not running.
+        note: anything odd or worth knowing, in one sentence; often empty.
     """
 
     record: JobRecord
@@ -74,7 +74,7 @@ class JobStatus:
 
     @property
     def runs(self) -> bool:
-        """Whether it evaluates now."""
+        """Whether it is evaluating."""
         return self.is_live and self.state == "RUNNING"
 
 
@@ -83,11 +83,11 @@ class RunStatus:
     """A run.
 
     Attributes:
-        run_folder: as it was named.
+        run_folder: as given by the caller.
         evaluated: what was evaluated so far.
-        jobs: of all times, the earliest first.
-        evaluations_per_hour: of the jobs that run, together; None if they don't know yet.
-        time_left_s: until the last evaluation, at that rate; None if nobody knows.
+        jobs: all jobs of the run, the earliest first.
+        evaluations_per_hour: of all running jobs together; None if not known yet.
+        time_left_s: until the last evaluation, at that rate; None if unknown.
     """
 
     run_folder: str
@@ -98,12 +98,12 @@ class RunStatus:
 
     @property
     def is_complete(self) -> bool:
-        """Whether everything that was asked for is evaluated."""
+        """Whether all requested evaluations are done."""
         return 0 < self.evaluated.total <= self.evaluated.done
 
 
 def look_at(run_folder: str | Path) -> RunStatus:
-    """Looks at a run.
+    """Finds the status of a run.
 
     Raises:
         UsageError: the folder holds no run.
@@ -124,7 +124,7 @@ def look_at(run_folder: str | Path) -> RunStatus:
 
 
 def job_states(records: Sequence[JobRecord]) -> list[JobStatus]:
-    """What becomes of the jobs that left these records."""
+    """The states of the jobs that wrote these records."""
     known = slurm.jobs(record.job_id for record in records)
     return [
         _of_slurm(record, known[record.job_id])
@@ -135,7 +135,7 @@ def job_states(records: Sequence[JobRecord]) -> list[JobStatus]:
 
 
 def process_lives(record: JobRecord) -> bool | None:
-    """Whether the process that wrote a record lives; None if it is on another machine."""
+    """Whether the process that wrote a record is alive; None if it is on another machine."""
     if record.host != socket.gethostname() or not record.pid:
         return None
     try:
@@ -150,7 +150,7 @@ def process_lives(record: JobRecord) -> bool | None:
     if fields[0] == "Z":
         return False
     began = boot + int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    # a process that began after the record is another one, with a number that was free again
+    # a process that started after the record is another one that reuses the pid
     return record.started_at is None or began <= record.started_at + 2
 
 
@@ -160,7 +160,7 @@ def _of_slurm(record: JobRecord, job: slurm.SlurmJob) -> JobStatus:
     if job.is_queued:
         if job.state == "RUNNING":
             note = _silence(record)
-            if has_ended:  # by this turn of the job, or by one before
+            if has_ended:  # in this turn of the job, or in an earlier one
                 is_old = record.restarts < len(job.past)
                 note = "its search has not begun" if is_old else "its search ended"
         elif job.reason:
@@ -168,7 +168,7 @@ def _of_slurm(record: JobRecord, job: slurm.SlurmJob) -> JobStatus:
         return JobStatus(
             record, job.state, True, past=job.past, time_left_s=job.time_left_s, note=note
         )
-    # the accounting takes 128 from the exit code of a program that a signal ended
+    # the accounting subtracts 128 from the exit code of a program that a signal ended
     code = record.exit_code if has_ended and job.exit_code is not None else job.exit_code
     if job.reason.startswith("by "):
         note = f"cancelled by {_user(job.reason[3:])}"
@@ -180,7 +180,7 @@ def _of_slurm(record: JobRecord, job: slurm.SlurmJob) -> JobStatus:
 
 
 def _without_slurm(record: JobRecord) -> JobStatus:
-    """A job that Slurm does not know, or that is none of Slurm's."""
+    """The status of a job that Slurm does not know, or that is not a Slurm job."""
     if record.state == "ended":
         return JobStatus(record, "ENDED", False, exit_code=record.exit_code)
     lives = process_lives(record) if record.job_id.startswith("local-") else None
@@ -192,14 +192,14 @@ def _without_slurm(record: JobRecord) -> JobStatus:
     if lives or (age < STALE_S and record.state != "submitted"):
         left = None if record.ends_at is None else max(record.ends_at - time.time(), 0.0)
         return JobStatus(record, "RUNNING", True, time_left_s=left, note=_silence(record))
-    where = "Slurm does not know it any more" if slurm.is_here() else "there is no Slurm here"
+    where = "Slurm no longer knows it" if slurm.is_here() else "there is no Slurm here"
     if record.job_id.startswith("local-"):
         where = f"it is on {record.host}"
     return JobStatus(record, "LOST", False, note=f"{where}, and {_silence(record)}")
 
 
 def _user(number: str) -> str:
-    """The name of a user."""
+    """The name of a user id."""
     try:
         return pwd.getpwuid(int(number)).pw_name
     except (KeyError, ValueError):
@@ -225,9 +225,8 @@ def _evaluated(run: Path, records: Sequence[JobRecord]) -> Evaluated:
         if (run / "archive.db").exists() or (run / "islands").is_dir():
             found = replace(
                 found,
-                note="What was evaluated can't be read in this moment (it is being written, or a "
-                "killed search left it to be mended by the next one): the numbers are the jobs' "
-                "own.",
+                note="What was evaluated can't be read at the moment (it is being written, or a "
+                "killed search left it for the next one to repair): the numbers are the jobs' own.",
             )
     return replace(found, total=found.total or total)
 
@@ -236,7 +235,7 @@ def _in_journals(run: Path) -> Evaluated | None:
     """Counts what all islands have evaluated, each recipe once; None if that can't be read."""
     from gptailor.run.folder import journals_of, read_run
 
-    if not journals_of(run):  # the islands are on their way
+    if not journals_of(run):  # no island has started yet
         return Evaluated()
     try:
         data = read_run(run)
@@ -257,7 +256,7 @@ def _in_journals(run: Path) -> Evaluated | None:
 
 
 def _in_archive(run: Path) -> Evaluated | None:
-    """Counts; None if the archive can't be read without writing to it."""
+    """Counts the archive's evaluations; None if it can't be read without writing to it."""
     counts = count_undisturbed(run)
     if counts is None:
         return None

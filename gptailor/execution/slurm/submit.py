@@ -1,9 +1,8 @@
-"""A search as jobs of Slurm: what is asked of it, and the batch script that submitit makes of that.
+"""Submits a search as Slurm jobs: the request, and the batch script that submitit makes from it.
 
 submitit submits, once, a small object that runs the same `srun` line under the same supervisor as
-`slurm/search.sh`. Its own ways of going on after a time limit are not used: they pickle the state
-of a run, count time limits and know nothing of preemption, while a search needs only to be started
-again.
+`slurm/search.sh`. Its own way of continuing after a time limit is not used: it pickles the state of
+a run, counts time limits and ignores preemption, while a search only needs to be started again.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ OURS = (
     "array", "chdir", "cpus-per-task", "distribution", "error", "gpus-per-node", "job-name",
     "mem", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "signal", "time", "wrap",
 )  # fmt: skip
-"""Options of sbatch that follow from those of `launch`."""
+"""Options of sbatch that `launch` sets from its own options."""
 
 _NAMED = ("account", "constraint", "mem", "partition", "qos")
 _MAX_SIGNAL_S = 65535
@@ -34,7 +33,7 @@ _MAX_SIGNAL_S = 65535
 
 @dataclass(frozen=True)
 class JobRequest:
-    """What is asked of Slurm, for each job of a search.
+    """The Slurm resources and options for each job of a search.
 
     Attributes:
         config: the `search.yaml`.
@@ -42,20 +41,20 @@ class JobRequest:
         overrides: `key.path=value`.
         nodes: of each job.
         gpus_per_node: 0 for a search on CPUs.
-        time_min: limit of a job; it is requeued until the search is done.
-        workers_per_node: ranks of a node that evaluate; default: one for `gpus_per_worker` GPUs.
-        gpus_per_worker: more than one for models that one GPU can't hold.
+        time_min: time limit of a job in minutes; the job is requeued until the search is done.
+        workers_per_node: ranks of a node that evaluate; default: one per `gpus_per_worker` GPUs.
+        gpus_per_worker: more than one for models that don't fit on one GPU.
         cpus_per_worker: cores of each rank.
-        mem: memory of a node, in Slurm's words.
+        mem: memory of a node, in Slurm's notation.
         partition, account, constraint, qos: as in sbatch.
-        setup: lines of shell that the batch script begins with.
+        setup: shell lines at the beginning of the batch script.
         slurm: further options of sbatch, each with its value or True.
         islands: how many jobs work on the search, each with a population of its own.
-        mpi: type of MPI, for srun.
-        signal_before_s: so long before the time limit a search is asked to stop.
-        max_requeues: of each job, preemptions included.
-        program: how gptailor is started on a compute node.
-        options: further words for `gptailor search`.
+        mpi: the MPI type for srun.
+        signal_before_s: how many seconds before the time limit a search is asked to stop.
+        max_requeues: of each job, including preemptions.
+        program: the command that starts gptailor on a compute node.
+        options: further arguments of `gptailor search`.
     """
 
     config: Path
@@ -90,19 +89,19 @@ class JobRequest:
 
     @property
     def num_ranks(self) -> int:
-        """Of each job: those that evaluate, and the one that searches."""
+        """Ranks of each job: those that evaluate, and the one that searches."""
         return self.nodes * self.workers + 1
 
     def check(self) -> None:
-        """Raises a `UsageError` for what can't be, before anybody is asked."""
+        """Raises a `UsageError` for an impossible request, without asking Slurm."""
         if self.workers < 1 and self.gpus_per_node:
             raise UsageError(
-                f"A worker of {self.gpus_per_worker} GPUs does not fit a node of "
-                f"{self.gpus_per_node}: name a smaller --gpus-per-worker."
+                f"A worker of {self.gpus_per_worker} GPUs does not fit on a node of "
+                f"{self.gpus_per_node}: use a smaller --gpus-per-worker."
             )
         if self.workers < 1:
             raise UsageError(
-                "Without GPUs nothing says how many ranks a node shall have: name "
+                "Without GPUs, the number of ranks per node is unknown: set "
                 "--gpus-per-node or --workers-per-node."
             )
         if 0 < self.gpus_per_node < self.workers * self.gpus_per_worker:
@@ -113,27 +112,26 @@ class JobRequest:
         if not 0 < self.signal_before_s <= min(_MAX_SIGNAL_S, self.time_min * 60 - 60):
             raise UsageError(
                 f"--signal-before {self.signal_before_s} leaves no time to search in a job of "
-                f"{self.time_min} minutes: name a longer --time, or a --signal-before that is "
-                "little more than the longest evaluation takes, in seconds."
+                f"{self.time_min} minutes: use a longer --time, or a --signal-before of slightly "
+                "more seconds than the longest evaluation takes."
             )
         for key, value in self.slurm:
             if not re.fullmatch(r"[a-z][a-z0-9-]*", key):
-                raise UsageError(f"--slurm {plain(key, 40)}: that is no option of sbatch.")
+                raise UsageError(f"--slurm {plain(key, 40)}: this is not an option of sbatch.")
             if key in OURS:
                 raise UsageError(
-                    f"--slurm {key}: this follows from launch's own options, see "
-                    "`gptailor launch -h`."
+                    f"--slurm {key}: this is set by launch's own options, see `gptailor launch -h`."
                 )
             if key in _NAMED:
-                raise UsageError(f"--slurm {key}={value}: write --{key} {value}.")
+                raise UsageError(f"--slurm {key}={value}: use --{key} {value}.")
         texts = [*self.setup, *(str(v) for _, v in self.slurm), str(self.run_folder)]
         texts += [value for name in _NAMED if (value := getattr(self, name)) is not None]
         texts += [str(self.config), *self.overrides, *self.program, *self.options, self.mpi]
         for text in texts:
             if not text.replace("\t", " ").isprintable():
-                raise UsageError(f"{plain(text, 60)!r}: a batch script has one line for this.")
+                raise UsageError(f"{plain(text, 60)!r}: this must be one line of a batch script.")
         if "%" in str(self.run_folder):
-            raise UsageError(f"{self.run_folder}: Slurm reads % in the name of a log as its own.")
+            raise UsageError(f"{self.run_folder}: Slurm replaces % in the name of a log.")
 
     def command(self, island: int | str | None = None) -> list[str]:
         """The `srun` line of a job, or of one island's job."""
@@ -153,9 +151,9 @@ class JobRequest:
         ]
 
     def parameters(self, num_jobs: int) -> dict[str, Any]:
-        """What submitit's executor for Slurm is given, for one job or an array of several."""
+        """The parameters of submitit's Slurm executor, for one job or an array of several."""
         log = "job-%A_%a.log" if num_jobs > 1 else "job-%j.log"
-        # one log for all turns of a job, beside those of the ranks
+        # one log for all turns of a job, next to those of the ranks
         more: dict[str, Any] = {"requeue": True, "output": str(self.run_folder / "logs" / log)}
         more.update(self.slurm)
         if "no-requeue" in more:
@@ -164,8 +162,8 @@ class JobRequest:
         chosen = {
             "job_name": f"gptailor-{self.run_folder.name}",
             "nodes": self.nodes,
-            # room for one rank more than evaluate: the first node has the one that searches, and
-            # only an allocation that is alike on all nodes puts as many workers on each
+            # one task more than there are workers: the first node also has the rank that searches,
+            # and only a uniform allocation puts the same number of workers on each node
             "ntasks_per_node": self.workers + 1,
             "cpus_per_task": self.cpus_per_worker,
             "gpus_per_node": self.gpus_per_node or None,
@@ -175,24 +173,24 @@ class JobRequest:
             "account": self.account,
             "constraint": self.constraint,
             "qos": self.qos,
-            # srun would take it for what the step shall have, and complain
+            # srun would apply the variable to the step, and complain
             "setup": [*self.setup, "unset SLURM_NTASKS_PER_NODE", f"# the program: {line}"],
             "signal_delay_s": self.signal_before_s,
             "use_srun": False,
             "stderr_to_stdout": True,
             "additional_parameters": more,
         }
-        # submitit has a wckey of its own, which a site that uses them would refuse
+        # submitit sets a wckey of its own, which sites that use wckeys would refuse
         return {**{k: v for k, v in chosen.items() if v is not None}, "wckey": None}
 
     @property
     def submitit_folder(self) -> Path:
-        """Where submitit keeps its scripts and pickles."""
+        """The folder of submitit's scripts and pickles."""
         return self.run_folder / "jobs" / "submitit"
 
 
 class SearchJob:
-    """What submitit runs in a job's batch shell.
+    """The function that submitit runs in a job's batch shell.
 
     Args:
         command: the `srun` line.
@@ -204,10 +202,10 @@ class SearchJob:
         self.max_requeues = max_requeues
 
     def __call__(self) -> None:
-        """Returns after a search that is done; otherwise exits with its code.
+        """Returns if the search is done; otherwise exits with its exit code.
 
-        An exit is nothing that submitit would catch and make a result of. Its handlers of signals
-        are replaced by the supervisor's.
+        submitit does not catch an exit and turn it into a result. Its signal handlers are replaced
+        by the supervisor's.
         """
         code = Supervisor(self.command, max_requeues=self.max_requeues).run()
         if code != 0:
@@ -215,9 +213,9 @@ class SearchJob:
 
 
 def script(request: JobRequest, num_jobs: int) -> str:
-    """The batch script that `submit` will hand to sbatch; asks nobody, writes nothing.
+    """The batch script that `submit` will pass to sbatch; runs and writes nothing.
 
-    submitit has no public function for it; its version is watched by a test.
+    submitit has no public function for this; a test watches its version.
     """
     from submitit.slurm import slurm
 
@@ -232,17 +230,17 @@ def script(request: JobRequest, num_jobs: int) -> str:
 
 
 def submit(request: JobRequest, islands: Sequence[int | None]) -> list[str]:
-    """Submits a job for each of the islands, as one array if they are several.
+    """Submits a job for each island, as one array if there are several.
 
     Args:
-        request: what to ask for.
+        request: resources and options.
         islands: their numbers; [None] for a search without islands.
 
     Returns:
         Ids of the jobs, "NUMBER" or "NUMBER_ELEMENT", in the order of the islands.
 
     Raises:
-        UsageError: Slurm refuses; its reason is in the message.
+        UsageError: Slurm refuses; the message has its reason.
 
     Side effects: writes below `jobs/` and makes `logs/` in the run folder.
     """
@@ -253,20 +251,20 @@ def submit(request: JobRequest, islands: Sequence[int | None]) -> list[str]:
     executor.update_parameters(**request.parameters(len(islands)))
     functions = [SearchJob(request.command(island), request.max_requeues) for island in islands]
     try:
-        # submitit prints what sbatch complains of, and raises it as well
+        # submitit both prints and raises sbatch's complaints
         with _outside_of_a_job(), contextlib.redirect_stderr(io.StringIO()):
             submitted = executor.submit_array(functions)
     except RuntimeError as error:  # submitit's, with what sbatch wrote
         lines = str(error).splitlines() or [str(error)]
         complaints = [line for line in lines if "error:" in line] or lines[:1]
         reason = re.sub(r"^sbatch: (error: )?(Batch job submission failed: )?", "", complaints[-1])
-        raise UsageError(f"Slurm does not take the job: {plain(reason).rstrip('.')}.") from error
+        raise UsageError(f"Slurm refuses the job: {plain(reason).rstrip('.')}.") from error
     return [str(job.job_id) for job in submitted]
 
 
 @contextlib.contextmanager
 def _outside_of_a_job() -> Iterator[None]:
-    """Hides the job in which this process runs: sbatch would hand its variables on."""
+    """Hides the job that this process runs in: sbatch would pass its variables on."""
     kept = {
         name: os.environ.pop(name)
         for name in list(os.environ)
@@ -279,7 +277,7 @@ def _outside_of_a_job() -> Iterator[None]:
 
 
 def parse_slurm(texts: Sequence[str]) -> tuple[tuple[str, str | bool], ...]:
-    """Options of sbatch from "key=value", or "key" for one without a value; "--" may lead."""
+    """Parses sbatch options "key=value", or "key" without a value, each with or without "--"."""
     options: dict[str, str | bool] = {}
     for text in texts:
         key, equals, value = text.removeprefix("--").partition("=")

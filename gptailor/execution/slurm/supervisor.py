@@ -1,23 +1,23 @@
-"""Runs a search's `srun` line inside a job, again and again until the search itself says how it is.
+"""Runs a search's `srun` line inside a job, and repeats it until the search ends on purpose.
 
     python3 -m gptailor.execution.supervisor [options] -- srun … gptailor search CONFIG --resume
 
-A rank that dies takes the whole MPI step along, so somebody outside of it has to start it again.
-How the search ended is not read from srun's exit code, which mixes all ranks, srun's own troubles
-and signals, but from the exit code file: its path is in `GPTAILOR_VERDICT`, and the search's first
-rank, which runs on this host, writes its exit code there as its last act.
+A rank that dies takes the whole MPI step down, so a program outside the step has to restart it. How
+the search ended is not read from srun's exit code, which mixes all ranks, srun's own errors and
+signals, but from the exit code file: its path is in `GPTAILOR_VERDICT`, and the search's first
+rank, which runs on this host, writes its exit code there as its last action.
 
-- An exit code in the file, whatever it is, was meant: this program ends with it. 75 asks for a
-  requeue, which is done here; where the site forbids it, 75 is the exit code.
-- No exit code in the file: ranks were killed, or Slurm refused the step (it does once after an
-  unclean death). The step is started again in place, at most three times in a row in which the
-  archive gained nothing. That is read from a file, too: the path is in `GPTAILOR_GAINED`, and the
-  search adds a byte to it for each result when it is durable.
+- With an exit code in the file, the search ended on purpose: this program exits with that code. 75
+  asks for a requeue, which is done here; where the site forbids it, 75 is the exit code.
+- Without an exit code in the file, ranks were killed, or Slurm refused the step (it does so once
+  after an unclean death). The step is restarted in place, at most three times in a row without a
+  new result in the archive. New results are read from another file: its path is in
+  `GPTAILOR_GAINED`, and the search adds one byte to it for each result once it is durable.
 
-SIGUSR2 (with `--signal=B:USR2@…`) and SIGTERM are handed on to srun, which hands them to all ranks.
+SIGUSR2 (with `--signal=B:USR2@…`) and SIGTERM are passed on to srun, which sends them to all ranks.
 
-Only the standard library is used, from Python 3.8 on, so that a host where nothing is installed can
-start it around a container: `PYTHONPATH=…/gptailor python3 -m gptailor.execution.supervisor …`.
+Only the standard library is used, from Python 3.8 on, so that a host without installed packages can
+run it around a container: `PYTHONPATH=…/gptailor python3 -m gptailor.execution.supervisor …`.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ from gptailor.exit_codes import (
 )
 
 SRUN_ERROR = 222
-"""srun's exit code for its own errors (SLURM_EXIT_ERROR), so that they differ from a program's."""
+"""srun's exit code for its own errors (SLURM_EXIT_ERROR), different from any of the program's."""
 
 REQUEUE_WAIT_S = 120.0
-"""Slurm ends a job that it requeues; so long that is waited for."""
+"""How long to wait for Slurm to end a job that it requeues."""
 
 
 class Supervisor:
-    """One command, run until it is over.
+    """Runs a command until the search ends.
 
     Args:
-        command: the `srun` line, or anything else that starts the search.
-        max_restarts: in a row, of steps that put nothing into the archive.
-        restart_after_s: before the first restart; twice as long before the next, and so on.
-        max_requeues: of this job, preemptions included.
+        command: the `srun` line, or any other command that starts the search.
+        max_restarts: the most restarts in a row without a new result in the archive.
+        restart_after_s: pause before the first restart, doubled for each further one.
+        max_requeues: of this job, including preemptions.
         environ: of this process.
     """
 
@@ -86,9 +86,9 @@ class Supervisor:
         self._child: subprocess.Popen[bytes] | None = None
 
     def run(self) -> int:
-        """Runs the command to its end; returns the exit code for this process.
+        """Runs the command until the search ends; returns the exit code for this process.
 
-        Side effects: takes over SIGTERM, SIGINT, SIGUSR2 and SIGCONT; may requeue the job.
+        Side effects: handles SIGTERM, SIGINT, SIGUSR2 and SIGCONT; may requeue the job.
         """
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             signal.signal(number, self._hand_on)
@@ -141,7 +141,7 @@ class Supervisor:
                 return self._stopped(code)
 
     def _step(self, exit_code_file: Path, gained_file: Path) -> int:
-        """Runs the command once; its exit code, 128 + N if signal N ended it."""
+        """Runs the command once; returns its exit code, 128 + N if signal N ended it."""
         exit_code_file.unlink(missing_ok=True)
         gained_file.touch()
         environ = {
@@ -152,51 +152,51 @@ class Supervisor:
             **self._end_time(),
         }
         self._say(f"starts {shlex.join(self.command)}")
-        # in this process's group: where Slurm tells processes by their group, none may leave it
+        # in this process's group, as some Slurm set-ups track processes by their group
         self._child = subprocess.Popen(self.command, env=environ, stdin=subprocess.DEVNULL)
-        if self.asked is not None:  # the signal came before there was anybody to hand it on to
+        if self.asked is not None:  # the signal came before the child existed
             self._child.send_signal(self._for_child(self.asked))
         code = self._child.wait()
         self._child = None
         return code if code >= 0 else of_signal(-code)
 
     def _meant(self, code: int) -> int:
-        """Ends with the exit code that the search means, or asks Slurm for another turn."""
+        """Handles the search's own exit code: returns it, or asks Slurm for another turn."""
         number = signal_of(code)
         if code == REQUEUE or (number is not None and self._is_preempted()):
             return self._requeue()
         if number == signal.SIGTERM and self.asked == signal.SIGINT:
-            # srun takes SIGINT for a question, so the ranks got SIGTERM in its place
+            # srun treats SIGINT as a status query, so the ranks got SIGTERM instead
             return of_signal(signal.SIGINT)
         return code
 
     def _stopped(self, code: int) -> int:
-        """The end after a signal, if the search has written no exit code."""
+        """Handles the end after a signal if the search has written no exit code."""
         if self.asked == signal.SIGUSR2:
             return self._requeue()
         assert self.asked is not None
         return of_signal(self.asked)
 
     def _is_preempted(self) -> bool:
-        """Whether Slurm is taking this job's nodes away, after a time of grace.
+        """Whether Slurm is preempting this job, after a grace time.
 
-        It signals the ranks only, and a job that ends in that time is over for Slurm: it would not
-        come back by itself.
+        Slurm signals only the ranks, and treats a job that ends in the grace time as finished, so
+        it would not requeue the job.
         """
         values = self._job_values()
         preempted_at, began_at = values.get("PreemptTime", "None"), values.get("StartTime", "")
-        # of this turn, not of one before a requeue (both are in the same form, year first)
+        # in this turn, not in one before a requeue (both have the same format, year first)
         return values.get("JobState") == "RUNNING" and "None" != preempted_at >= began_at
 
     def _job_values(self) -> dict[str, str]:
-        """What Slurm says of this job; empty without Slurm, or without an answer."""
+        """Slurm's data on this job; empty without Slurm, or without an answer."""
         if not self.job:
             return {}
         shown = _output(["scontrol", "--oneliner", "show", "job", self.job])
         return dict(word.partition("=")[::2] for word in shown.split())
 
     def _end_time(self) -> dict[str, str]:
-        """When Slurm will kill the job, for the search; older versions don't tell it."""
+        """The time when Slurm will kill the job, for the search; older versions don't set it."""
         try:
             ends_at = time.strptime(self._job_values().get("EndTime", ""), "%Y-%m-%dT%H:%M:%S")
         except ValueError:
@@ -205,15 +205,15 @@ class Supervisor:
 
     def _requeue(self) -> int:
         if not self.job:
-            self._say("wants to go on later: start the same command again")
+            self._say("the search needs to continue later: start the same command again")
             return REQUEUE
         if self.requeued >= self.max_requeues:
             self._say(
                 f"the job has been requeued {self.requeued} times, which is the limit "
-                "(--max-requeues): submit the same command again to go on"
+                "(--max-requeues): submit the same command again to continue"
             )
             return REQUEUE
-        self.asked = None  # what comes from now on is Slurm's, which ends this turn of the job
+        self.asked = None  # signals from now on are Slurm's, which ends this turn of the job
         try:
             done = subprocess.run(
                 ["scontrol", "requeue", self.job],
@@ -225,7 +225,7 @@ class Supervisor:
         if refusal is not None:
             self._say(
                 f"Slurm does not requeue the job ({' '.join(refusal.split())}): submit the same "
-                "command again to go on; nothing that was evaluated is evaluated again"
+                "command again to continue; nothing is evaluated twice"
             )
             return REQUEUE
         self._say("requeued")
@@ -233,7 +233,7 @@ class Supervisor:
         return REQUEUE
 
     def _hand_on(self, number: int, frame: FrameType | None) -> None:
-        """The handler: remembers the sternest signal, and gives it to the child."""
+        """Signal handler: remembers the most urgent signal and passes it on to the child."""
         if self.asked in (None, signal.SIGUSR2):
             self.asked = number
         self._say(f"got {signal.Signals(number).name}")
@@ -246,14 +246,14 @@ class Supervisor:
         return signal.SIGTERM if number == signal.SIGINT else number
 
     def _slept(self, seconds: float) -> bool:
-        """Waits; False if a signal came before the time was over."""
+        """Waits; returns False if a signal came in that time."""
         until = time.monotonic() + seconds
         while self.asked is None and time.monotonic() < until:
             time.sleep(min(0.2, seconds))
         return self.asked is None
 
     def _unknown_mpi(self) -> str:
-        """Why srun does not know the kind of MPI, in one sentence; empty if it does."""
+        """An error message if srun does not have the MPI type; empty if it does."""
         kind = mpi_type(self.command)
         if kind is None:
             return ""
@@ -270,21 +270,21 @@ class Supervisor:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         line = f"{stamp} supervisor ({job}, try {self.attempt}): {text}\n"
         with contextlib.suppress(OSError):  # a full disk, a closed terminal
-            os.write(2, line.encode())  # not print: a handler may come in the middle of it
+            os.write(2, line.encode())  # not print, which a signal handler may interrupt
 
 
 def _job_id(environ: Mapping[str, str]) -> str:
-    """Slurm's name of this job; empty outside of Slurm.
+    """Slurm's id of this job; empty outside of Slurm.
 
-    The last element of an array has the array's number as SLURM_JOB_ID, and with that all of them
-    would be requeued.
+    The last element of an array has the array's number as its SLURM_JOB_ID, which would requeue all
+    elements.
     """
     array, element = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{element}" if array and element else environ.get("SLURM_JOB_ID", "")
 
 
 def mpi_type(command: Sequence[str]) -> str | None:
-    """What an srun line names as `--mpi`; None if it is no srun line or names nothing."""
+    """The `--mpi` of an srun line; None without it, or if the line is not an srun line."""
     if not command or Path(command[0]).name != "srun":
         return None
     for index, word in enumerate(command):
@@ -298,8 +298,8 @@ def mpi_type(command: Sequence[str]) -> str | None:
 
 
 def known_mpi_types() -> list[str]:
-    """The kinds of MPI that this machine's srun can start; empty if it does not tell."""
-    # one to a line below a heading, and for some kinds their versions behind a colon; the text
+    """The MPI types that this machine's srun has; empty if it does not tell."""
+    # one per line below a heading, for some types with their versions after a colon; the text
     # goes to standard error or standard output, depending on Slurm's version
     known: list[str] = []
     for line in _output(["srun", "--mpi=list"]).splitlines():
@@ -319,12 +319,12 @@ def _read_exit_code(path: Path) -> int | None:
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
-    except OSError:  # somebody cleans up too eagerly
+    except OSError:  # for example removed by an overeager clean-up
         return 0
 
 
 def _output(command: Sequence[str]) -> str:
-    """What one of Slurm's programs prints; empty where there is none, or no answer."""
+    """The output of one of Slurm's programs; empty if it is missing or does not answer."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -333,7 +333,7 @@ def _output(command: Sequence[str]) -> str:
 
 
 def _how(code: int) -> str:
-    """How a command ended that has written no exit code."""
+    """How a command ended whose search has written no exit code."""
     if code == SRUN_ERROR:
         return "srun could not start or finish the step"
     number = signal_of(code)
@@ -344,17 +344,19 @@ def _how(code: int) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command behind "--"; returns the exit code."""
+    """Runs the command after "--"; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="gptailor.execution.supervisor",
-        description="Runs a command inside a job, starts it again when it was killed, and asks "
-        "for a requeue when it wants one.",
+        description="Runs a command inside a job, restarts it when it is killed, and requeues the "
+        "job when the command asks for it.",
     )
     parser.add_argument(
-        "--max-restarts", type=int, default=3, help="in a row, without one new result (3)"
+        "--max-restarts", type=int, default=3, help="restarts in a row without a new result (3)"
     )
-    parser.add_argument("--restart-after", type=float, default=2.0, help="seconds (2)")
-    parser.add_argument("--max-requeues", type=int, default=100, help="of the job (100)")
+    parser.add_argument(
+        "--restart-after", type=float, default=2.0, help="seconds before the first restart (2)"
+    )
+    parser.add_argument("--max-requeues", type=int, default=100, help="requeues of the job (100)")
     parser.add_argument("command", nargs="+", help="-- and the command")
     arguments = parser.parse_args(argv)
     supervisor = Supervisor(

@@ -306,9 +306,9 @@ def test_copying_ends_when_it_is_asked_to(
 
 
 def test_a_folder_that_is_not_there_is_told(models: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--stage: .*/nowhere is no folder of"):
+    with pytest.raises(UsageError, match=r"--stage: .*/nowhere is not a folder on"):
         open_candidates(config_of(models), stage=str(tmp_path / "nowhere"))
-    with pytest.raises(UsageError, match="--stage: scratch is no folder"):
+    with pytest.raises(UsageError, match="--stage: scratch is not a folder"):
         open_candidates(config_of(models), stage="scratch")
 
 
@@ -359,10 +359,12 @@ def test_a_full_disk_is_told(
     tmp_path: Path, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with small_disk(tmp_path / "small", 300_000) as small:
-        with pytest.raises(ResourceError, match=r"need \d+ kB in .*small.* where \d+ kB are free"):
+        with pytest.raises(
+            ResourceError, match=r"need \d+ kB in .*small.* where only \d+ kB are free"
+        ):
             open_candidates(config_of(models), stage=str(small))
         monkeypatch.setattr(staging, "_check_room", lambda candidates, root: None)
-        with pytest.raises(ResourceError, match="is full, so that"):
+        with pytest.raises(ResourceError, match="is full, so"):
             open_candidates(config_of(models), stage=str(small))
         assert not list(small.glob("*/.new-*"))
         for place in (p for p in small.glob("*/*") if p.is_dir()):  # whole or not at all

@@ -279,7 +279,7 @@ def test_an_archive_that_was_killed_in_a_write_is_left_as_it_is(tmp_path: Path) 
     before = listing(tmp_path)
     evaluated = look_at(tmp_path).evaluated
     assert listing(tmp_path) == before
-    assert "can't be read in this moment" in evaluated.note
+    assert "can't be read at the moment" in evaluated.note
     assert (evaluated.done, evaluated.total) == (30, 40)  # as the job says
     with Archive(tmp_path) as archive:  # the next search mends it
         assert len(archive.evaluations("search")) == 5
@@ -307,7 +307,7 @@ def test_islands_are_counted_together(tmp_path: Path) -> None:
     assert evaluated.best == 0.7
     with (tmp_path / "islands" / "0" / "journal.jsonl").open("a") as file:
         file.write("[]\n")
-    assert "can't be read in this moment" in look_at(tmp_path).evaluated.note
+    assert "can't be read at the moment" in look_at(tmp_path).evaluated.note
 
 
 def test_files_that_are_none_of_ours(tmp_path: Path) -> None:

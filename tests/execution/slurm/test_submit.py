@@ -157,19 +157,19 @@ class Changes(TypedDict, total=False):
 
 REFUSED: list[tuple[Changes, str]] = [
     ({"gpus_per_node": 0}, "name --gpus-per-node or --workers-per-node"),
-    ({"gpus_per_worker": 8}, "A worker of 8 GPUs does not fit a node of 4"),
+    ({"gpus_per_worker": 8}, "A worker of 8 GPUs does not fit on a node of 4"),
     ({"gpus_per_worker": 2, "workers_per_node": 3}, "need more than the 4 GPUs of a node"),
     ({"time_min": 5}, "--signal-before 300 leaves no time to search in a job of 5 minutes"),
     ({"signal_before_s": 70000}, "--signal-before 70000 leaves no time"),
-    ({"slurm": parse_slurm(["nodes=3"])}, "--slurm nodes: this follows from launch's own"),
+    ({"slurm": parse_slurm(["nodes=3"])}, "--slurm nodes: this is set by launch's own"),
     ({"slurm": parse_slurm(["signal=B:USR2@60"])}, "--slurm signal: this follows"),
-    ({"slurm": parse_slurm(["partition=gpu"])}, "write --partition gpu"),
-    ({"slurm": parse_slurm(["a b=3"])}, "--slurm a b: that is no option of sbatch"),
-    ({"slurm": parse_slurm(["comment=a\nrm -r ~"])}, "a batch script has one line for this"),
-    ({"setup": ("module load a\nrm -r ~",)}, "a batch script has one line for this"),
-    ({"partition": "a\n"}, "a batch script has one line for this"),
-    ({"overrides": ("a=\n1",)}, "a batch script has one line for this"),
-    ({"run_folder": Path("/runs/50%")}, "Slurm reads % in the name of a log"),
+    ({"slurm": parse_slurm(["partition=gpu"])}, "use --partition gpu"),
+    ({"slurm": parse_slurm(["a b=3"])}, "--slurm a b: this is not an option of sbatch"),
+    ({"slurm": parse_slurm(["comment=a\nrm -r ~"])}, "this must be one line of a batch script"),
+    ({"setup": ("module load a\nrm -r ~",)}, "this must be one line of a batch script"),
+    ({"partition": "a\n"}, "this must be one line of a batch script"),
+    ({"overrides": ("a=\n1",)}, "this must be one line of a batch script"),
+    ({"run_folder": Path("/runs/50%")}, "Slurm replaces % in the name of a log"),
 ]
 
 
