@@ -156,13 +156,13 @@ class Changes(TypedDict, total=False):
 
 
 REFUSED: list[tuple[Changes, str]] = [
-    ({"gpus_per_node": 0}, "name --gpus-per-node or --workers-per-node"),
+    ({"gpus_per_node": 0}, "set --gpus-per-node or --workers-per-node"),
     ({"gpus_per_worker": 8}, "A worker of 8 GPUs does not fit on a node of 4"),
     ({"gpus_per_worker": 2, "workers_per_node": 3}, "need more than the 4 GPUs of a node"),
     ({"time_min": 5}, "--signal-before 300 leaves no time to search in a job of 5 minutes"),
     ({"signal_before_s": 70000}, "--signal-before 70000 leaves no time"),
     ({"slurm": parse_slurm(["nodes=3"])}, "--slurm nodes: this is set by launch's own"),
-    ({"slurm": parse_slurm(["signal=B:USR2@60"])}, "--slurm signal: this follows"),
+    ({"slurm": parse_slurm(["signal=B:USR2@60"])}, "--slurm signal: this is set by"),
     ({"slurm": parse_slurm(["partition=gpu"])}, "use --partition gpu"),
     ({"slurm": parse_slurm(["a b=3"])}, "--slurm a b: this is not an option of sbatch"),
     ({"slurm": parse_slurm(["comment=a\nrm -r ~"])}, "this must be one line of a batch script"),
@@ -200,7 +200,7 @@ def test_times_are_read_as_slurm_does(text: str, minutes: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "soon", "1h", "-5", "1:2:3:4", "0", "0:00", "1.5", "9" * 50])
 def test_what_is_no_time(text: str) -> None:
-    with pytest.raises(UsageError, match="no time"):
+    with pytest.raises(UsageError, match="is not a time|is zero"):
         parse_minutes(text)
 
 
