@@ -52,7 +52,7 @@ def spread_modules(
         model: the skeleton, on `devices[0]`.
         stack: its layers, by source layer.
         outside: names of the parameters outside the layers.
-        devices: first that of what is outside, then one for each layer.
+        devices: first the device of everything outside the layers, then one for each layer.
     """
     for layer, device in zip(stack, devices[1:], strict=True):
         layer.to(device)  # buffers that are in no file

@@ -210,8 +210,8 @@ def _weights_budget(memory: DeviceMemory, cache_bytes: int, workers: int) -> int
 
 
 def _dense_bytes(blocks: Blocks, budget: int) -> int:
-    """What a dense model needs of a device's budget, plus what is read for one merge where not all
-    candidates fit."""
+    """The bytes that a dense model needs of a device's budget, including what is read for one merge
+    where not all candidates fit."""
     return blocks.model + (blocks.largest_merge if blocks.files > budget else 0)
 
 

@@ -66,7 +66,7 @@ class InProcess:
         return [0] if self._job is None else []
 
     def start(self, worker: int, job: Job) -> None:
-        """Accepts a job, which `finished` does."""
+        """Accepts a job; `finished` runs it."""
         assert worker == 0
         assert self._job is None
         self._job = job

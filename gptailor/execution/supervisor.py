@@ -1,6 +1,6 @@
-"""The module with which batch scripts start the supervisor (`python3 -m …`).
+"""Batch scripts start the supervisor by this name: `python3 -m gptailor.execution.supervisor`.
 
-People's copies of scripts use this name; the program itself is
+Users' copies of the scripts depend on it; the program itself is
 `gptailor.execution.slurm.supervisor`.
 """
 

@@ -246,7 +246,7 @@ class MpiWorker:
         if placement.cpus is not None:
             try:
                 os.sched_setaffinity(0, placement.cpus)
-            except OSError as error:  # a container may forbid it, which is only slower
+            except OSError as error:  # a container may forbid it; the worker is only slower
                 self._log.say(f"The process can't be bound to its cores: {error.strerror}.")
         if placement.visible_devices is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = placement.visible_devices

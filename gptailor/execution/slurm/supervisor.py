@@ -276,8 +276,8 @@ class Supervisor:
 def _job_id(environ: Mapping[str, str]) -> str:
     """Slurm's id of this job; empty outside of Slurm.
 
-    The last element of an array has the array's number as its SLURM_JOB_ID, which would requeue all
-    elements.
+    The last element of an array has the array's number as its SLURM_JOB_ID; requeueing by that id
+    would requeue all elements.
     """
     array, element = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{element}" if array and element else environ.get("SLURM_JOB_ID", "")
@@ -333,7 +333,7 @@ def _output(command: Sequence[str]) -> str:
 
 
 def _how(code: int) -> str:
-    """How a command ended whose search has written no exit code."""
+    """Describes how a command ended without an exit code from the search."""
     if code == SRUN_ERROR:
         return "srun could not start or finish the step"
     number = signal_of(code)

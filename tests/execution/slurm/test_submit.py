@@ -200,7 +200,7 @@ def test_times_are_read_as_slurm_does(text: str, minutes: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "soon", "1h", "-5", "1:2:3:4", "0", "0:00", "1.5", "9" * 50])
 def test_what_is_no_time(text: str) -> None:
-    with pytest.raises(UsageError, match="is not a time|is zero"):
+    with pytest.raises(UsageError, match=r"is not a time|is zero"):
         parse_minutes(text)
 
 
