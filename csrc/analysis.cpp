@@ -22,7 +22,7 @@ bool finite(const double* gram, int n) {
   return true;
 }
 
-// A part of a slice: n elements from its i-th on.
+// Part of a slice: n elements, starting with its i-th.
 Slice part_of(const MergeJob& job, const Slice& slice, int64_t i, int64_t n) {
   Slice part;
   part.begin = slice.begin + i;
@@ -32,7 +32,7 @@ Slice part_of(const MergeJob& job, const Slice& slice, int64_t i, int64_t n) {
   return part;
 }
 
-// One Gram matrix over [begin, begin + n) elements, its blocks added in order.
+// The Gram matrix over all elements of a slice, with its blocks added in order.
 void gram_of(const MergeJob& job, bool deltas, const Slice& slice, double* sums) {
   const int pairs = n_pairs(job.n_sources);
   double block[kMaxPairs];
@@ -64,7 +64,7 @@ void gram_whole(const MergeJob& job, bool deltas, int n_threads, double* sums) {
 }
 
 [[noreturn]] void no_mean_direction() {
-  throw std::invalid_argument("the weighted directions cancel each other, so they have no mean: change the weights");
+  throw std::invalid_argument("the weighted directions cancel out, so they have no mean: change the weights");
 }
 
 bool spheres_by_row(MergeJob& job, const Method& method, bool deltas, int n_threads, Analysed& out) {
@@ -154,7 +154,7 @@ bool find_thresholds(MergeJob& job, const Method& method, int n_threads) {
   return ok;
 }
 
-// Of each source, in one pass over the inputs.
+// The moments of each source, in one pass over the inputs.
 std::vector<Moments> moments_of(const MergeJob& job, int n_threads) {
   const auto n_sources = static_cast<size_t>(job.n_sources);
   const int64_t n_blocks = divide_up(job.n_elements, kReduceBlock), per_task = task_elements(job) / kReduceBlock;
@@ -179,7 +179,7 @@ std::vector<Moments> moments_of(const MergeJob& job, int n_threads) {
   return totals;
 }
 
-// What is kept is scaled to the sum of magnitudes that there was before, where there is something to scale.
+// Scales what is kept to the original sum of magnitudes, if there is anything to scale.
 bool find_scales(MergeJob& job, const Method& method, int n_threads) {
   if (std::all_of(method.densities, method.densities + job.n_sources, [](double d) { return d >= 1.0; })) return true;
   const std::vector<Moments> moments = moments_of(job, n_threads);
@@ -254,7 +254,7 @@ std::vector<double> gram_by_row(const MergeJob& job, bool deltas, int n_threads)
 std::vector<double> gram_by_column(const MergeJob& job, bool deltas, int n_threads) {
   const int pairs = n_pairs(job.n_sources);
   const int64_t n_rows = job.n_elements / job.row_length, columns = job.row_length;
-  // A fixed number of partial sums, whatever the number of threads, so that their order is fixed, too.
+  // The number of partial sums does not depend on the number of threads, so their order is fixed.
   const int64_t most_tasks = std::clamp<int64_t>((int64_t{1} << 25) / (pairs * columns), 1, 64);  // 256 MiB of them
   const int64_t per_task = std::max<int64_t>(16, divide_up(n_rows, most_tasks)), n_tasks = divide_up(n_rows, per_task);
   std::vector<std::vector<double>> partial(static_cast<size_t>(n_tasks));
@@ -279,7 +279,7 @@ std::vector<double> row_divergences(const MergeJob& job, int n_threads) {
     for (int64_t row = first; row < first + n_rows; ++row) {
       const double divergence = kernels().divergence(
           job, scratch[static_cast<size_t>(thread)].slice(job, row * job.row_length, job.row_length), room.data());
-      // Rounding may leave it a little below zero. NaN stays.
+      // Rounding may make it slightly negative. NaN stays.
       result[static_cast<size_t>(row)] = divergence < 0.0 ? 0.0 : divergence;
     }
   });

@@ -1,4 +1,4 @@
-// What a method has to know about the whole inputs before it merges any element: coefficients, thresholds, masks.
+// What a method needs from the whole inputs before it merges any element: coefficients, thresholds, masks.
 #pragma once
 
 #include <vector>
@@ -7,22 +7,22 @@
 
 namespace gptailor {
 
-// Owns what a job points to.
+// Owns the data that a job points to.
 struct Analysed {
   std::vector<float> weights;
   std::vector<std::vector<uint64_t>> ranked;
   std::vector<double> row_scales;
 };
 
-// Completes a job whose inputs, sizes and method are set. Returns false if an input is NaN, or an infinity leaves no
-// answer, and the job checks for it: then the job must not be run. Throws std::invalid_argument where the inputs leave
-// no answer.
+// Completes a job whose inputs, sizes and method are set. Returns false if an input is NaN, or infinite so that there
+// is no answer, and the job checks for it; the job must not be run then. Throws std::invalid_argument if finite inputs
+// have no answer.
 bool analyse(MergeJob& job, const Method& method, int n_threads, Analysed& out);
 
-// della: a bit for each element whether it stays, the larger its magnitude within its row the likelier.
+// della: a bit for each element that says whether it stays; larger magnitudes within a row are likelier to stay.
 std::vector<uint64_t> ranked_mask(const MergeJob& job, int source, double density, double epsilon, int n_threads);
 
-// widen: weights by the change of each column's (or row's) length and direction, or of each element of a vector.
+// widen: weights from the change of each column's (or row's) length and direction, or of each element of a vector.
 // Returns false if an input is not finite.
 bool find_widen_weights(MergeJob& job, const Method& method, int n_threads, std::vector<float>& weights);
 

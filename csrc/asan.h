@@ -1,4 +1,5 @@
-// Lets AddressSanitizer see where a mapping ends: it knows about allocations, not about mmap. Nothing without it.
+// Tells AddressSanitizer where a mapping ends, because it knows about allocations but not about mmap. Does nothing
+// without it.
 #pragma once
 
 #include <cstddef>
@@ -11,8 +12,8 @@
 
 namespace gptailor {
 
-// Reading or writing between the end of [data, data + size) and the end of its last page is a fault from now on, or no
-// longer: before munmap, because the addresses will be somebody else's.
+// Makes accesses between the end of [data, data + size) and the end of its last page faults (`on`), or allows them
+// again, which is needed before munmap, because the addresses will be reused.
 inline void fence_tail(const std::byte* data, int64_t size, bool on) {
 #ifdef __SANITIZE_ADDRESS__
   const int64_t page = sysconf(_SC_PAGESIZE);

@@ -20,7 +20,7 @@ namespace gptailor {
 
 namespace {
 
-constexpr int64_t kChunk = int64_t{64} << 20;        // between two looks at signals
+constexpr int64_t kChunk = int64_t{64} << 20;        // between two checks for signals
 constexpr int64_t kBounceBytes = int64_t{4} << 20;
 
 enum class Way { copy_file_range, sendfile, pread_pwrite };
@@ -32,15 +32,15 @@ struct Job {
   int64_t dst;
 };
 
-// Errors that mean "not this way, for these files" rather than "not at all".
+// Errors that mean "not this way for these files" rather than "not at all".
 bool means_unsupported(int error) {
   return error == EXDEV || error == EINVAL || error == ENOSYS || error == EOPNOTSUPP || error == ENOTSUP ||
          error == EPERM || error == EBADF || error == EOVERFLOW || error == ETXTBSY;
 }
 
 #ifdef __linux__
-// sendfile writes at the position of the file description, which dup shares with whoever else writes to the file.
-// Opening the file once more gives a position of our own.
+// sendfile writes at the position of the file description, which duplicated descriptors share. Opening the file again
+// gives us a position of our own.
 int reopen_for_writing(int fd) {
   return open(("/proc/self/fd/" + std::to_string(fd)).c_str(), O_WRONLY | O_CLOEXEC);
 }
@@ -98,7 +98,7 @@ void check(const Job& job, int64_t n_bytes) {
   struct stat src, dst;
   if (fstat(job.src_fd, &src) != 0) throw OsError(errno, "the source cannot be read");
   if (fstat(job.dst_fd, &dst) != 0) throw OsError(errno, "the destination cannot be written");
-  // Asked here, because reopening the destination would give rights that the caller's descriptor lacks.
+  // Checked here, because reopening the destination would give rights that the caller's descriptor lacks.
   const int src_flags = fcntl(job.src_fd, F_GETFL), dst_flags = fcntl(job.dst_fd, F_GETFL);
   if ((src_flags & O_ACCMODE) == O_WRONLY) throw OsError(EBADF, "the source is not open for reading");
   if ((dst_flags & O_ACCMODE) == O_RDONLY) throw OsError(EBADF, "the destination is not open for writing");
@@ -126,7 +126,7 @@ const char* copy_range(int src_fd, int64_t src_offset, int dst_fd, int64_t dst_o
     } else if (done < 0 && errno == EINTR) {
       continue;
     } else if (way != Way::pread_pwrite && (done == 0 || means_unsupported(errno))) {
-      // Some file systems answer 0 where they mean "unsupported": only pread knows the end of a file.
+      // Some file systems return 0 when they mean "unsupported": only pread knows the end of a file.
       way = way == Way::copy_file_range ? Way::sendfile : Way::pread_pwrite;
     } else if (done == 0) {
       throw OsError(EIO, "the source ends " + std::to_string(n_bytes) + " bytes too early, at byte " +
@@ -141,7 +141,7 @@ const char* copy_range(int src_fd, int64_t src_offset, int dst_fd, int64_t dst_o
 void start_write_back(int fd, int64_t offset, int64_t n_bytes) {
 #ifdef SYNC_FILE_RANGE_WRITE
   if (sync_file_range(fd, offset, n_bytes, SYNC_FILE_RANGE_WRITE) != 0 && errno != ENOSYS && errno != ESPIPE)
-    throw OsError(errno, "write-back can't begin");
+    throw OsError(errno, "write-back can't be started");
 #else
   (void)fd, (void)offset, (void)n_bytes;
 #endif

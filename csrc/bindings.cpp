@@ -1,4 +1,4 @@
-// gptailor._C: argument checks, release of the GIL, and nothing else. gptailor/_C.pyi documents what Python sees.
+// gptailor._C: argument checks, release of the GIL, and nothing else. gptailor/_C.pyi documents the Python interface.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
@@ -131,7 +131,7 @@ void check_source_count(size_t n) {
 std::map<std::string, std::vector<double>> numbers_of(const py::dict& parameters) {
   std::map<std::string, std::vector<double>> result;
   for (const auto& [key, value] : parameters) {
-    if (!py::isinstance<py::str>(key)) throw py::type_error("parameters: a name is no string");
+    if (!py::isinstance<py::str>(key)) throw py::type_error("parameters: a name is not a string");
     const auto name = py::cast<std::string>(key);
     try {
       result[name] = PyNumber_Check(value.ptr()) != 0 ? std::vector<double>{py::cast<double>(value)}
@@ -143,7 +143,7 @@ std::map<std::string, std::vector<double>> numbers_of(const py::dict& parameters
   return result;
 }
 
-// A row runs along the last dimension; a column along the first, whatever number of dimensions comes after.
+// A row runs along the last dimension; a column along the first, however many dimensions follow.
 int64_t row_length_of(const Tensor& t, int64_t asked, bool by_columns) {
   if (asked < 0 || (asked > 0 && t.n_elements % asked != 0))
     throw std::invalid_argument("row_length is " + std::to_string(asked) + ", which does not divide " +
@@ -258,7 +258,7 @@ void py_merge_cuda(const std::string& name, const std::vector<py::object>& outs,
     c.out = const_cast<std::byte*>(out.data);
     c.out_dtype = mergeable(out.dtype, "outs" + at);
     if (sources[k].size() != static_cast<size_t>(n_sources))
-      throw std::invalid_argument("sources" + at + " has another number of sources than sources[0]");
+      throw std::invalid_argument("sources" + at + " and sources[0] have different numbers of sources");
     for (size_t i = 0; i < sources[k].size(); ++i) {
       const std::string what = "sources" + at + "[" + std::to_string(i) + "]";
       c.sources[i] = input_of(take(sources[k][i], what), what, c.n_elements);

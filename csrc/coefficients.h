@@ -1,6 +1,6 @@
-// Methods that move on a sphere give a weighted sum of their inputs in the end: sum_i c_i v_i, where v_i are the sources
-// or their differences from the base. The c_i follow from the inner products <v_i, v_j> alone, so that such a merge is
-// one reduction and then the kernel of a plain weighted sum. float64 throughout; the CPU and the GPU share this.
+// Methods on a sphere produce a weighted sum of their inputs: sum_i c_i v_i, where v_i are the sources or their
+// differences from the base. The c_i follow from the inner products <v_i, v_j> alone, so such a merge is one reduction,
+// then the kernel of a plain weighted sum. float64 throughout; shared by CPU and GPU.
 #pragma once
 
 #include <cmath>
@@ -35,7 +35,7 @@ GPTAILOR_HD double clamped(double x, double low, double high) { return x < low ?
 
 inline constexpr double kPi = 3.14159265358979323846;
 
-// <a, b> for vectors given by their coefficients.
+// <a, b> for vectors that are given by their coefficients.
 GPTAILOR_HD double inner(const double* gram, int n, const double* a, const double* b) {
   double sum = 0.0;
   for (int i = 0; i < n; ++i)
@@ -65,7 +65,7 @@ GPTAILOR_HD void nuslerp(const double* gram, double t, double* c) {
   const double scale = (norm0 > 1e-7 ? norm0 : 1e-7) * (norm1 > 1e-7 ? norm1 : 1e-7);
   const double theta = acos(clamped(gram[1] / scale, -1.0, 1.0));
   const double sine = sin(theta);
-  // A pi that was rounded has a sine above 1e-8 in float32, which divides by it: interpolating is what is meant.
+  // In float32 the sine of the rounded pi is above 1e-8, so float32 code divides by it; linear is what is intended.
   if (sine < 1e-6) {
     c[0] = 1.0 - t, c[1] = t;
   } else {
@@ -107,7 +107,7 @@ GPTAILOR_HD bool multislerp(const double* gram, int n, const SphereParams& p, do
   return true;
 }
 
-// The Karcher mean of the directions, all sources weighing the same; its length is the mean length.
+// The Karcher mean of the directions with equal weights; its length is the mean length.
 GPTAILOR_HD void karcher(const double* gram, int n, const SphereParams& p, double* c) {
   if (n == 1) {
     c[0] = 1.0;
@@ -137,7 +137,7 @@ GPTAILOR_HD void karcher(const double* gram, int n, const SphereParams& p, doubl
       unit[i] = 1.0 / norms[i];
       const double cosine = clamped(inner(gram, n, u, unit), -1.0, 1.0);
       const double theta = acos(cosine);
-      if (theta < p.tol || theta > kPi - p.tol) continue;  // the way to an antipode has no direction
+      if (theta < p.tol || theta > kPi - p.tol) continue;  // no unique direction leads to an antipode
       const double weight = theta / sin(theta) / n_valid;
       tangent[i] += weight * unit[i];
       for (int j = 0; j < n; ++j) tangent[j] -= weight * cosine * u[j];
@@ -161,14 +161,14 @@ GPTAILOR_HD void model_stock(const double* gram, int n, double* c) {
     }
   cosine /= n * (n - 1) / 2;
   const double divisor = 1.0 + (n - 1) * cosine;
-  const double t = divisor < 1e-6 && divisor > -1e-6 ? 0.0 : n * cosine / divisor;  // the base, where there is no answer
+  const double t = divisor < 1e-6 && divisor > -1e-6 ? 0.0 : n * cosine / divisor;  // the base if there is no answer
   for (int i = 0; i < n; ++i) c[i] = t / n;
 }
 
 }  // namespace detail
 
-// The coefficients of the n vectors with this Gram matrix. Returns false where there is no answer: multislerp of more
-// than two directions that cancel each other.
+// The coefficients of the n vectors with this Gram matrix. Returns false if there is no answer: multislerp of more than
+// two directions that cancel out.
 GPTAILOR_HD bool sphere_coefficients(const SphereParams& p, const double* gram, int n, float* coefficients) {
   double c[kMaxSources] = {};
   bool ok = true;

@@ -1,4 +1,4 @@
-// What the CUDA sources share: the table of tensors, tiles, loads and stores, error checks.
+// Shared by the CUDA sources: the table of tensors, tiles, loads and stores, error checks.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -24,10 +24,10 @@ struct DeviceTensor {
   DType source_dtypes[kMaxSources];
   DType base_dtype;
   DType out_dtype;
-  bool aligned;  // every pointer to 16 bytes
+  bool aligned;  // every pointer is aligned to 16 bytes
 };
 
-// What depends on the tensor: as the method says, until a reduction over the inputs has found something else.
+// Values that depend on the tensor: the method's at first, then those found by a reduction over the inputs.
 struct Reduced {
   float weights[kMaxSources];
   uint32_t low[kMaxSources];
@@ -41,19 +41,19 @@ inline constexpr int64_t kTile = 4 * kThreads * kVector;
 
 inline void check_cuda(cudaError_t error, const char* operation) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // not to be found again by whoever asks next
+  cudaGetLastError();  // so that the next check does not find it again
   throw std::runtime_error(std::string("CUDA: ") + operation + ": " + cudaGetErrorString(error) + " (" +
                            cudaGetErrorName(error) + ")");
 }
 
-// Makes a device the current one for a while. Leaves the current one alone if it is that already: setting a device that
-// nobody uses would make a context there, which costs memory.
+// Makes a device the current one for a while. Does nothing if it already is: setting a device that nobody uses would
+// create a context there, which costs memory.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
-    check_cuda(cudaGetDevice(&previous_), "asking for the current device");
+    check_cuda(cudaGetDevice(&previous_), "querying the current device");
     if (previous_ == device) return;
-    check_cuda(cudaSetDevice(device), "choosing the device");
+    check_cuda(cudaSetDevice(device), "setting the device");
     changed_ = true;
   }
   DeviceGuard(const DeviceGuard&) = delete;
@@ -67,7 +67,7 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// Queues a kernel with kThreads threads in each block. Arguments are converted to what the kernel takes.
+// Queues a kernel with kThreads threads per block. Arguments are converted to the kernel's parameter types.
 template <class... P, class... A>
 void launch(const char* operation, cudaStream_t stream, int64_t n_blocks, void (*kernel)(P...), const A&... arguments) {
 #ifdef GPTAILOR_EMULATED_CUDA
@@ -140,8 +140,8 @@ __device__ __forceinline__ void store(const float (&x)[W], void* data, DType dty
   }
 }
 
-// Which differences stay, as Params and what is known of the tensor say; then their scale. `i`: of the first element,
-// a multiple of W. CPU: apply_keep() and scale() in kernel_blocks.h.
+// Decides which differences stay, by Params and the tensor's own values, and scales them. `i`: the index of the first
+// element, a multiple of W. CPU: apply_keep() and scale() in kernel_blocks.h.
 template <Keep K, int W>
 __device__ __forceinline__ void keep(const Reduced& reduced, const Params& p, PhiloxKey key, int s, int64_t i,
                                      float (&d)[W]) {
@@ -174,7 +174,7 @@ __device__ __forceinline__ double fold(double value) {
   return value;
 }
 
-// sums.cu. What a reduction over the tensors of a list works on.
+// sums.cu. The input of a reduction over a list of tensors.
 struct Reduction {
   const DeviceTensor* rows;
   int n_rows;
@@ -191,11 +191,11 @@ void queue_sphere(const Reduction& on, const SphereParams& sphere, bool deltas, 
 // partials: 2 * n_sources doubles for each block.
 void queue_scales(const Reduction& on, Keep keep, const Params& params, unsigned sparse, double* partials);
 
-// threshold.cu. One k-th magnitude of source - base that is looked for. Right whatever the bracket, which only says
+// threshold.cu. A search for one k-th magnitude of source - base. Correct whatever the bracket is, which only says
 // where to look first.
 struct Search {
   int64_t rank;  // 1 is the largest; 0: nothing to find
-  uint32_t low, high;  // it lies in between, both included
+  uint32_t low, high;  // the bracket, inclusive
   int shift;           // (high - low) >> shift < kBuckets
 };
 inline constexpr int kBuckets = 2048;
@@ -206,7 +206,7 @@ struct Histogram {
 };
 
 // searches: for each row and source one (trimming), or one for `low` and one for `high` (n_which 2); unresolved: how
-// many have a rank. Both are changed. histograms: one for each search, need not be cleared.
+// many have a rank. Both are modified. histograms: one for each search, need not be cleared.
 void queue_thresholds(const Reduction& on, int64_t n_tiles, int n_which, int n_processors, Search* searches,
                       Histogram* histograms, int* unresolved);
 

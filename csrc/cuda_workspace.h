@@ -1,5 +1,5 @@
-// What every merge on a GPU needs a little of, kept from call to call: device memory in stream order, and page-locked
-// memory on the way to it. One for each GPU, for as long as the process lives.
+// Memory that every merge on a GPU needs, kept from call to call: stream-ordered device memory, and page-locked memory
+// for copies to it. One for each GPU, for as long as the process lives.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +17,7 @@ class DeviceMemory {
   // The GPU must be the current device.
   static DeviceMemory& of(int device) {
     static std::mutex mutex;
-    static std::vector<std::unique_ptr<DeviceMemory>> all;  // never freed: the driver goes first
+    static std::vector<std::unique_ptr<DeviceMemory>> all;  // never freed: the driver is shut down first
     const std::lock_guard<std::mutex> lock(mutex);
     const auto index = static_cast<size_t>(device);
     if (all.size() <= index) all.resize(index + 1);
@@ -28,8 +28,8 @@ class DeviceMemory {
   int n_processors() const { return n_processors_; }
   cudaMemPool_t pool() const { return pool_; }
 
-  // Queues a copy of n_bytes to the device. `from` may be used again at once. (From memory that is not page-locked, CUDA
-  // may wait for the stream first.)
+  // Queues a copy of n_bytes to the device. `from` may be reused at once. (For memory that is not page-locked, CUDA may
+  // wait for the stream first.)
   void upload(void* to, const std::byte* from, size_t n_bytes, cudaStream_t stream) {
     const std::lock_guard<std::mutex> lock(mutex_);
     Slot& slot = slots_[next_++ % kSlots];
@@ -42,7 +42,7 @@ class DeviceMemory {
       slot.size = size;
     }
     memcpy(slot.data, from, n_bytes);
-    check_cuda(cudaMemcpyAsync(to, slot.data, n_bytes, cudaMemcpyHostToDevice, stream), "sending the table of tensors");
+    check_cuda(cudaMemcpyAsync(to, slot.data, n_bytes, cudaMemcpyHostToDevice, stream), "copying the table of tensors");
     check_cuda(cudaEventRecord(slot.event, stream), "recording an event");
   }
 
@@ -57,16 +57,16 @@ class DeviceMemory {
 
   explicit DeviceMemory(int device) {
     check_cuda(cudaDeviceGetAttribute(&n_processors_, cudaDevAttrMultiProcessorCount, device),
-               "asking for the GPU's size");
+               "querying the GPU's size");
     cudaMemPoolProps properties = {};
     properties.allocType = cudaMemAllocationTypePinned;
     properties.location.type = cudaMemLocationTypeDevice;
     properties.location.id = device;
-    check_cuda(cudaMemPoolCreate(&pool_, &properties), "making a pool of memory");
-    uint64_t kept = kKeptBytes;  // not given back at every synchronisation
-    check_cuda(cudaMemPoolSetAttribute(pool_, cudaMemPoolAttrReleaseThreshold, &kept), "setting up a pool of memory");
+    check_cuda(cudaMemPoolCreate(&pool_, &properties), "creating a memory pool");
+    uint64_t kept = kKeptBytes;  // not returned at every synchronisation
+    check_cuda(cudaMemPoolSetAttribute(pool_, cudaMemPoolAttrReleaseThreshold, &kept), "setting up a memory pool");
     for (Slot& slot : slots_)
-      check_cuda(cudaEventCreateWithFlags(&slot.event, cudaEventDisableTiming), "making an event");
+      check_cuda(cudaEventCreateWithFlags(&slot.event, cudaEventDisableTiming), "creating an event");
   }
 
   int n_processors_ = 0;
@@ -76,7 +76,7 @@ class DeviceMemory {
   size_t next_ = 0;
 };
 
-// Device memory that is free again when the work queued before its end has been done.
+// Device memory that is freed once the work queued during its lifetime is done.
 class Workspace {
  public:
   Workspace(const DeviceMemory& memory, size_t n_bytes, cudaStream_t stream) : stream_(stream) {

@@ -1,4 +1,4 @@
-// Which build of kernels.cpp this machine runs.
+// Chooses the build of kernels.cpp for this machine.
 #include <cstdlib>
 #include <string_view>
 

@@ -79,7 +79,7 @@ py::capsule to_dlpack(const Tensor& tensor) {
   e->managed.manager_ctx = e.get();
   e->managed.deleter = [](DLManagedTensor* managed) { delete static_cast<Export*>(managed->manager_ctx); };
   py::capsule capsule(&e->managed, kFresh, [](PyObject* self) {
-    // A consumer renames the capsule and calls the deleter itself.
+    // A consumer renames the capsule, and then calls the deleter itself.
     if (!PyCapsule_IsValid(self, kFresh)) return;
     auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(self, kFresh));
     managed->deleter(managed);
@@ -89,7 +89,7 @@ py::capsule to_dlpack(const Tensor& tensor) {
 }
 
 ForeignTensor from_dlpack(const py::object& object) {
-  // -1: do not wait for other streams. The caller says in which one it works.
+  // -1: do not wait for other streams. The caller says which one it uses.
   const bool cuda = object.attr("__dlpack_device__")().cast<std::pair<int, int>>().first == kDeviceCuda;
   const py::object capsule = cuda ? object.attr("__dlpack__")(py::arg("stream") = -1) : object.attr("__dlpack__")();
   auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), kFresh));

@@ -1,4 +1,5 @@
-// Tensors to and from other libraries through DLPack (https://dmlc.github.io/dlpack): no copy, no headers of theirs.
+// Exchanges tensors with other libraries through DLPack (https://dmlc.github.io/dlpack), without copies or their
+// headers.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -24,7 +25,7 @@ struct ForeignTensor {
   int device_id = 0;
 };
 
-// Views a contiguous tensor of any library that speaks DLPack; the result keeps it alive. Raises BufferError.
+// Views a contiguous tensor of any library that supports DLPack; the result keeps it alive. Raises BufferError.
 ForeignTensor from_dlpack(const pybind11::object& object);
 
 }  // namespace gptailor

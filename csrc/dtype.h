@@ -1,4 +1,4 @@
-// Element types as safetensors names them, and the three floating point types that merges read and write.
+// Element types as safetensors names them, and the three floating-point types that merges read and write.
 // Conversions are bit operations with round-to-nearest-even, the same on every CPU and on the GPU, and written
 // without branches on the data so that compilers vectorise loops over them.
 #pragma once
@@ -10,8 +10,8 @@
 #ifdef __CUDACC__
 #define GPTAILOR_HD __host__ __device__ __forceinline__
 #else
-// Always inlined: kernels.cpp is compiled once per instruction set, and an out-of-line copy made for AVX-512 must not
-// be the one that the linker keeps for everybody.
+// Always inlined: kernels.cpp is compiled once per instruction set, and the linker must not keep an out-of-line copy
+// for AVX-512 for all of them.
 #define GPTAILOR_HD inline __attribute__((always_inline))
 #endif
 
@@ -25,7 +25,7 @@ struct DTypeInfo {
   DType dtype;
   std::string_view name;
   int bits;
-  int dlpack_code;  // DLDataTypeCode; -1 where DLPack or its consumers have none
+  int dlpack_code;  // DLDataTypeCode; -1 if DLPack or its consumers have none
 };
 
 inline constexpr DTypeInfo kDTypes[] = {
@@ -56,7 +56,7 @@ GPTAILOR_HD uint32_t bits_of(float value) {
   return bits;
 }
 
-// Bits of |value|. They order like the magnitudes do; anything above kInfBits is NaN.
+// Bits of |value|. They are ordered like the magnitudes; anything above kInfBits is NaN.
 inline constexpr uint32_t kInfBits = 0x7f800000u;
 GPTAILOR_HD uint32_t magnitude_bits(float value) { return bits_of(value) & 0x7fffffffu; }
 GPTAILOR_HD bool is_nan(float value) { return magnitude_bits(value) > kInfBits; }
@@ -82,7 +82,7 @@ GPTAILOR_HD float f16_to_f32(uint16_t h) {
 GPTAILOR_HD uint16_t f32_to_f16(float value) {
   const uint32_t u = magnitude_bits(value);
   const uint32_t normal = (u - (112u << 23) + 0xfffu + ((u >> 13) & 1u)) >> 13;
-  // Adding 0.5 shifts a value below 2^-14 to where the float's last bit is the half's: the addition does the rounding.
+  // Adding 0.5 aligns a value below 2^-14 so that the float's last bit is the half's: the addition does the rounding.
   const uint32_t subnormal = bits_of(float_from_bits(u) + 0.5f) - 0x3f000000u;
   const uint32_t special = u > kInfBits ? 0x7e00u | ((u >> 13) & 0x3ffu) : 0x7c00u;
   const uint32_t finite = u < (113u << 23) ? subnormal : normal;

@@ -1,4 +1,4 @@
-// What the C++ code throws; bindings.cpp turns it into Python exceptions. std::invalid_argument becomes ValueError.
+// Exceptions of the C++ code; bindings.cpp turns them into Python exceptions. std::invalid_argument becomes ValueError.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace gptailor {
 
-// A failed system call: OSError with errno and, where there is one, the path.
+// A failed system call: OSError with errno and, if there is one, the path.
 struct OsError : std::runtime_error {
   OsError(int error, const std::string& what, std::string path = {})
       : std::runtime_error(what), error(error), path(std::move(path)) {}
@@ -15,7 +15,7 @@ struct OsError : std::runtime_error {
   std::string path;
 };
 
-// A NaN where there must be none.
+// A NaN where none is allowed.
 struct NanError : std::runtime_error {
   static constexpr int kBase = -1, kResult = -2;
   NanError(const std::string& what, int source, int64_t element)

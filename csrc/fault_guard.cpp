@@ -11,7 +11,7 @@ namespace gptailor {
 
 namespace {
 
-// The handler walks these blocks without a lock; they are never freed. Only writers take the mutex.
+// The handler reads these blocks without a lock; they are never freed. Only writers take the mutex.
 struct Block {
   static constexpr int kRanges = 64;
   WatchedRange ranges[kRanges];
@@ -21,8 +21,8 @@ struct Block {
 Block first_block;
 std::mutex mutex;
 
-// The handlers that were there before each time that ours was put on top. A handler that somebody else installs over
-// ours may end in ours again, so each is used once, the newest first, and only the oldest stays.
+// The previous handlers from each time that ours was installed. A handler that somebody else installs over ours may
+// call ours again, so each is used once, the newest first, and only the oldest stays.
 constexpr int kMaxPrevious = 8;
 struct sigaction previous[kMaxPrevious];
 std::atomic<int> n_previous{0};
@@ -33,14 +33,14 @@ WatchedRange* range_around(uintptr_t address) {
     for (WatchedRange& range : block->ranges) {
       const uintptr_t end = range.end.load(std::memory_order_acquire);
       const uintptr_t begin = range.begin.load(std::memory_order_acquire);
-      // Another thread may be giving this place to another mapping: then the end differs now.
+      // Another thread may be reusing this entry for another mapping: then the end differs now.
       if (address < end && begin <= address && range.end.load(std::memory_order_acquire) == end) return &range;
     }
   return nullptr;
 }
 
-// The next handler takes our place. A fault comes again at once, with all that belongs to it, because its instruction
-// is run again; a signal that was only sent is sent again.
+// Replaces our handler by the next one. A fault recurs at once with all its details, because its instruction is run
+// again; a signal that was only sent is sent again.
 void pass_on(const siginfo_t* info) {
   const int n = n_previous.load();
   if (n > 0) sigaction(SIGBUS, &previous[n - 1], nullptr);
@@ -54,7 +54,7 @@ void on_sigbus(int, siginfo_t* info, void*) {
   const auto address = reinterpret_cast<uintptr_t>(info->si_addr);
   WatchedRange* range = info->si_code == BUS_ADRERR ? range_around(address) : nullptr;
   if (range != nullptr) {
-    range->broken.store(true, std::memory_order_release);  // before any zero can be read
+    range->broken.store(true, std::memory_order_release);  // before zeros can be read
     const uintptr_t page = address & ~(page_size - 1);
     void* zeros = mmap(reinterpret_cast<void*>(page), range->end.load() - page, PROT_READ,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);

@@ -1,5 +1,5 @@
-// SIGBUS inside a mapped file: the file became shorter, or its disk can't be read. Instead of ending the process, the
-// rest of the mapping becomes zeros and is marked as broken, for check_intact() to find.
+// Handles SIGBUS inside a mapped file, which means that the file became shorter or its disk can't be read. Instead of
+// ending the process, the rest of the mapping is replaced by zeros and marked as broken, for check_intact() to find.
 #pragma once
 
 #include <atomic>
@@ -13,8 +13,8 @@ struct WatchedRange {
   std::atomic<bool> broken{false};
 };
 
-// Watches one mapping for as long as it lives. The process gets our signal handler with the first one; a SIGBUS
-// elsewhere goes to the handler that was there before.
+// Watches one mapping for as long as it lives. The first one installs our signal handler in the process; a SIGBUS
+// elsewhere is passed on to the previous handler.
 class FaultGuard {
  public:
   FaultGuard() = default;

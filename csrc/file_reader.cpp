@@ -20,9 +20,9 @@ namespace gptailor {
 namespace {
 
 constexpr int64_t kRead = int64_t{16} << 20;    // one pread
-constexpr int64_t kAhead = int64_t{16} << 20;   // asked for behind it
+constexpr int64_t kAhead = int64_t{16} << 20;   // prefetched after it
 constexpr int64_t kBounce = int64_t{4} << 20;
-constexpr int64_t kBlock = 4096;                // a multiple of every logical block size that disks have
+constexpr int64_t kBlock = 4096;                // a multiple of all logical block sizes of disks
 
 int open_retrying(const std::string& path, int flags) {
   int fd;
@@ -42,10 +42,10 @@ ssize_t pread_retrying(int fd, void* to, int64_t n_bytes, int64_t offset) {
 }  // namespace
 
 Io io_of_file_system(uint32_t type) {
-  // Where a page fault is a round trip to a server or to another process. Faults read a few pages at a time and wait for
-  // them; preads ask for megabytes. Names and numbers: linux/magic.h, statfs(2), and for file systems outside the kernel
-  // the clients' own headers, as collected in the `stat` of GNU coreutils. Block devices shared by a cluster (GFS2,
-  // OCFS2) have a local page cache with readahead and stay mapped.
+  // File systems on which a page fault is a round trip to a server or to another process. Faults read a few pages at a
+  // time and wait for them; preads ask for megabytes. Names and numbers are from linux/magic.h, statfs(2), and for file
+  // systems outside the kernel the clients' own headers, as collected in the `stat` of GNU coreutils. Block devices
+  // shared by a cluster (GFS2, OCFS2) have a local page cache with readahead and stay mapped.
   switch (type) {
     case 0x6969:      // NFS
     case 0x517B:      // SMB
@@ -116,7 +116,7 @@ FileReader::FileReader(const std::string& path, bool direct) : InputFile(path) {
   posix_fadvise(fd(), 0, 0, POSIX_FADV_SEQUENTIAL);
 #endif
 #ifdef O_DIRECT
-  // Our own file description: the flag must not stick to the one that copies are made from.
+  // A separate file description: the flag must not affect the one used for copies.
   if (direct) direct_fd_ = open_retrying("/proc/self/fd/" + std::to_string(fd()), O_DIRECT);
 #endif
   direct_ = direct_fd_ >= 0;
@@ -154,7 +154,7 @@ std::unique_ptr<FileReader::Bounce> FileReader::take_bounce() const {
 bool FileReader::read_direct(int64_t offset, int64_t n_bytes, std::byte* to) const {
   std::unique_ptr<Bounce> bounce;
   while (n_bytes > 0) {
-    // Whole blocks go straight to where they belong, if that is aligned, too.
+    // Whole blocks are read directly to their destination if that is aligned, too.
     const int64_t skip = offset % kBlock;
     const bool straight = skip == 0 && n_bytes >= kBlock && reinterpret_cast<uintptr_t>(to) % kBlock == 0;
     const int64_t wanted = straight ? std::min(n_bytes - n_bytes % kBlock, kRead)
@@ -163,8 +163,8 @@ bool FileReader::read_direct(int64_t offset, int64_t n_bytes, std::byte* to) con
     std::byte* at = straight ? to : bounce->memory.data();
     const ssize_t got = pread_retrying(direct_fd_, at, wanted, offset - skip);
     if (got < 0 && errno == EINVAL) {
-      direct_ = false;  // opened, but not to be read so: the other way from here on
-      return false;     // whole, because what was read so far is read again
+      direct_ = false;  // could be opened but not read this way: don't try again
+      return false;     // the caller reads everything again
     }
     if (got < 0) throw OsError(errno, "pread", path());
     if (got <= skip) changed();

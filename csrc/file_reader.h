@@ -1,4 +1,4 @@
-// An input file that is open, and two ways to read it without mapping it: pread, and around the page cache.
+// An open input file, and two ways to read it without mapping it: pread, and bypassing the page cache.
 #pragma once
 
 #include <sys/stat.h>
@@ -16,11 +16,11 @@ namespace gptailor {
 
 enum class Io { mmap, pread, direct };
 
-// mmap or pread, by the f_type that statfs tells.
+// mmap or pread, by the f_type from statfs.
 Io io_of_file_system(uint32_t type);
 Io io_of_path(const std::string& path);  // throws OsError
 
-// A regular file, open for reading until the object goes.
+// A regular file that is open for reading as long as the object lives.
 class InputFile : public ByteReader {
  public:
   explicit InputFile(const std::string& path);  // throws OsError
@@ -30,12 +30,12 @@ class InputFile : public ByteReader {
 
   const std::string& path() const { return path_; }
   int fd() const { return fd_; }
-  int64_t size() const { return opened_.st_size; }  // when it was opened
+  int64_t size() const { return opened_.st_size; }  // at open
   virtual Io io() const = 0;
   virtual const std::byte* mapped() const { return nullptr; }  // the file's first byte
 
-  // Compares size and time of change with those at open. A file that was renamed or replaced by another is still the
-  // one that is open.
+  // Compares size and time of change with those at open. A file that was renamed or replaced is not noticed: the open
+  // one is still intact.
   void check_intact() const override;
 
  protected:
@@ -47,8 +47,8 @@ class InputFile : public ByteReader {
   struct stat opened_;
 };
 
-// Reads with pread and asks for what comes next; `direct`: around the page cache, in whole blocks, where the file system
-// can do that.
+// Reads with pread and prefetches what follows; `direct`: bypasses the page cache, in whole blocks, if the file system
+// supports that.
 class FileReader : public InputFile {
  public:
   FileReader(const std::string& path, bool direct);
@@ -60,15 +60,15 @@ class FileReader : public InputFile {
  private:
   struct Bounce;
   std::unique_ptr<Bounce> take_bounce() const;
-  bool read_direct(int64_t offset, int64_t n_bytes, std::byte* to) const;  // false: not possible here
+  bool read_direct(int64_t offset, int64_t n_bytes, std::byte* to) const;  // false: not supported
 
   int direct_fd_ = -1;
   mutable std::atomic<bool> direct_{false};
   mutable std::mutex mutex_;
-  mutable std::vector<std::unique_ptr<Bounce>> bounces_;  // those that no thread is using
+  mutable std::vector<std::unique_ptr<Bounce>> bounces_;  // currently unused ones
 };
 
-// The tensor in memory: itself, or a copy that was read. Throws OsError, std::bad_alloc.
+// The tensor if it is in memory, else a copy that is read. Throws OsError, std::bad_alloc.
 Tensor in_memory(const Tensor& tensor);
 
 }  // namespace gptailor

@@ -1,7 +1,7 @@
-// Every merge formula, once, for one element: the CPU kernels and the CUDA kernels call these same functions.
+// Every merge formula, once, for one element: the CPU kernels and the CUDA kernels call the same functions.
 // A formula has a state of a few floats, a step for each source in order, and an end. float32 throughout, compiled
-// without contraction into fused multiply-adds, so that both give the same bits. Every formula passes a NaN in any
-// input on to its result; the NaN check relies on that.
+// without contraction into fused multiply-adds, so both give the same bits. Every formula passes a NaN in any input on
+// to its result; the NaN check relies on that.
 //
 // A step takes the source's element, or its difference from the base after the keep stage (see Keep) if kTakesDelta.
 #pragma once
@@ -29,33 +29,33 @@ inline constexpr int kMaxSources = 16;
 enum class Formula : uint8_t { GPTAILOR_FORMULAS(GPTAILOR_NAME) };
 #undef GPTAILOR_NAME
 
-// Which differences from the base take part; the others count as zero.
+// Which differences from the base are used; the others count as zero.
 enum class Keep : uint8_t {
   all,
   magnitude,   // low <= |d| <= high
   random,      // a random word is below the source's chance
-  ranked,      // random, the larger the likelier: decided beforehand, a bit for each element
+  ranked,      // random, larger ones likelier; decided beforehand, a bit for each element
   variance,    // the variance over the sources is >= low
-  importance,  // |d| times a number of its row is >= low
+  importance,  // |d| times a factor of its row is >= low
 };
 
 // What the formulas need besides the elements. Plain data: it is passed to kernels by value.
 struct Params {
   float weights[kMaxSources] = {};
-  uint32_t low[kMaxSources] = {};    // bits of the smallest that is kept
+  uint32_t low[kMaxSources] = {};    // bits of the smallest magnitude that is kept
   uint32_t high[kMaxSources] = {};   // bits of the largest
-  float scales[kMaxSources] = {};    // what is kept is multiplied by it
+  float scales[kMaxSources] = {};    // factors on what is kept
   uint64_t chances[kMaxSources] = {};
   PhiloxKey key;
-  float divisor = 1.0f;  // linear, task_arithmetic: what the sum is divided by
+  float divisor = 1.0f;  // linear, task_arithmetic: divides the sum
   float lambda = 1.0f;
-  float factor = 1.0f;  // the whole result is multiplied by it, before it is rounded
-  float epsilon = 0.0f;  // ram: differences up to this are none; fisher: no information is less than this
+  float factor = 1.0f;  // on the whole result, before it is rounded
+  float epsilon = 0.0f;  // ram: differences up to this are ignored; fisher: lower bound of the information
   float t = 0.0f;        // nearswap
   bool normalize = false;
 };
 
-// Sums start here, not at 0: -0 + x is x for every x, a zero's sign included.
+// Sums start with this, not with 0: -0 + x is x for every x, including the sign of a zero.
 inline constexpr float kEmptySum = -0.0f;
 
 // sum_i w_i x_i, divided by sum_i w_i if normalize.
@@ -78,8 +78,8 @@ struct TaskArithmetic {
   }
 };
 
-// Elects the sign of the weighted sum of differences, and adds up what agrees with it.
-// The sign is known at the end only, so both candidates are added up on the way.
+// Elects the sign of the weighted sum of differences, and adds up the differences that agree with it.
+// The sign is known only at the end, so the sums for both signs are computed along the way.
 struct Ties {
   static constexpr bool kUsesBase = true, kTakesDelta = true;
   static constexpr int kState = 5;  // sum of all; sums of the positive and negative ones; and of their weights
@@ -103,7 +103,7 @@ struct Ties {
   static constexpr uint32_t kTinyBits = 0x322bcc77u;  // of 1e-8f
 };
 
-// Like Ties, but the sign is that of the plain sum, and the weights are never negative.
+// Like Ties, but with the sign of the plain sum, and weights that are never negative.
 struct Sce {
   static constexpr bool kUsesBase = true, kTakesDelta = true;
   static constexpr int kState = 5;
@@ -136,7 +136,7 @@ struct Ram {
   }
 };
 
-// w x + (1 - w) base with w = t / |x - base|, within 0 and 1: elements near each other are swapped.
+// w x + (1 - w) base with w = t / |x - base|, clipped to [0, 1]: elements near each other are swapped.
 struct NearSwap {
   static constexpr bool kUsesBase = true, kTakesDelta = false;
   static constexpr int kState = 1;
@@ -162,7 +162,7 @@ struct Fisher {
   }
 };
 
-// Whether Keep::magnitude keeps a difference. NaN is kept, so that it is seen: no `low` is above kNothing.
+// Whether Keep::magnitude keeps a difference. NaN is kept, so that it is noticed: no `low` is above kNothing.
 inline constexpr uint32_t kNothing = kInfBits + 1;
 GPTAILOR_HD bool keeps_magnitude(float d, uint32_t low, uint32_t high) {
   const uint32_t bits = magnitude_bits(d);
@@ -187,12 +187,12 @@ inline constexpr bool uses_base(Formula f) { return false GPTAILOR_FORMULAS(GPTA
 inline constexpr bool takes_delta(Formula f) { return false GPTAILOR_FORMULAS(GPTAILOR_TAKES_DELTA); }
 #undef GPTAILOR_TAKES_DELTA
 
-// How reductions over a whole tensor are ordered, on the CPU and on the GPU: blocks of kReduceBlock elements; within a
-// block, lane j adds up the elements j, j + kLanes, ...; lanes are folded in halves; blocks are added in their order.
+// The order of reductions over a whole tensor, on the CPU and on the GPU: blocks of kReduceBlock elements; within a
+// block, lane j adds up the elements j, j + kLanes, ...; lanes are folded in halves; blocks are added in order.
 inline constexpr int64_t kReduceBlock = 4096;
 inline constexpr int kLanes = 32;
 
-// How the k-th magnitude is found on the GPU: histograms of 11, then 10, then 10 of its 31 bits.
+// Radix select on the GPU: histograms of 11, then 10, then 10 of a magnitude's 31 bits.
 inline constexpr int kRadixPasses = 3;
 inline constexpr int kRadixBuckets = 2048;
 GPTAILOR_HD constexpr int radix_shift(int pass) { return pass == 0 ? 20 : pass == 1 ? 10 : 0; }

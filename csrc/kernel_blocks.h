@@ -1,4 +1,4 @@
-// Blocks of elements as float32: in and out, random words, and which differences from the base stay.
+// Blocks of elements as float32: loads and stores, random words, and which differences from the base stay.
 // Part of kernels.cpp, which is compiled for each instruction set: everything has internal linkage.
 #pragma once
 
@@ -26,7 +26,7 @@ void load(const std::byte* in, DType dtype, int64_t n, float* __restrict out) {
   }
 }
 
-// Returns whether a finite number has become infinite as F16. Nothing of a checkpoint is too large for the others.
+// Returns whether a finite number has become infinite as F16. Nothing in a checkpoint is too large for the other types.
 bool store(const float* __restrict x, int64_t n, DType dtype, std::byte* out) {
   if (dtype == DType::F32) {
     memcpy(out, x, static_cast<size_t>(n) * 4);
@@ -66,8 +66,8 @@ void subtract(float* __restrict x, const float* __restrict base, int64_t n) {
   for (int64_t j = 0; j < n; ++j) x[j] -= base[j];
 }
 
-// Whole groups of words from an element whose index divides by kPhiloxWords on. Round by round over all groups: each
-// round is one loop that is vectorised.
+// Whole groups of words, from an element whose index is a multiple of kPhiloxWords. Computed round by round over all
+// groups, so that each round is one vectorised loop.
 void random_groups(PhiloxKey key, uint32_t source, uint64_t position, int64_t n_groups, uint32_t* __restrict out) {
   constexpr int64_t kGroups = kBlock / kPhiloxWords;
   alignas(64) uint32_t c0[kGroups], c1[kGroups], c2[kGroups], c3[kGroups];
@@ -101,8 +101,8 @@ void random(PhiloxKey key, int source, int64_t begin, int64_t n, uint32_t* out) 
   }
 }
 
-// The variance of each element's differences over the sources. `base` holds the base. Seen from the first source's
-// difference, so that equal sources give zero.
+// The variance of each element's differences over the sources. `base` holds the base. Computed relative to the first
+// source's difference, so that equal sources give zero.
 void variances(const MergeJob& job, const Slice& slice, int64_t i, int64_t n, const float* __restrict base,
                float* __restrict out) {
   alignas(64) Block x;
@@ -127,7 +127,7 @@ void variances(const MergeJob& job, const Slice& slice, int64_t i, int64_t n, co
   for (int64_t j = 0; j < n; ++j) out[j] /= count;
 }
 
-// |d| times the number of its row; `first` is the index of the first element in the tensor.
+// |d| times the factor of its row; `first` is the index of the first element in the tensor.
 void importances(const MergeJob& job, int64_t first, int64_t n, const float* __restrict d, float* __restrict out) {
   for (int64_t j = 0; j < n;) {
     const int64_t row = (first + j) / job.row_length;
@@ -138,7 +138,7 @@ void importances(const MergeJob& job, int64_t first, int64_t n, const float* __r
   }
 }
 
-// Sets differences that do not take part to zero. By multiplication where a mask decides, so that NaN stays NaN.
+// Sets differences that are not used to zero. A mask is applied by multiplication, so that NaN stays NaN.
 // `varied` holds the variances, for Keep::variance.
 void apply_keep(const MergeJob& job, int s, int64_t first, int64_t n, const float* __restrict varied,
                 float* __restrict d) {

@@ -1,4 +1,4 @@
-// What can be ranked, as bits that order like the numbers: counted by bracket, and placed into buckets.
+// Keys that can be ranked, as bits that are ordered like the numbers: counted by bracket, and placed into buckets.
 // Part of kernels.cpp, which is compiled for each instruction set: everything has internal linkage.
 #pragma once
 
@@ -43,7 +43,8 @@ uint32_t largest(const uint32_t* bits, int64_t n) {
   return most;
 }
 
-// Moves what lies in [low, low + width] to the front of `found`, which has room for all; returns how many.
+// Copies all values in [low, low + width], minus low, to the front of `found`, which has room for all; returns how
+// many.
 int64_t keep_within(const uint32_t* __restrict bits, int64_t n, uint32_t low, uint32_t width,
                     uint32_t* __restrict found) {
   int64_t m = 0;
@@ -73,8 +74,8 @@ int64_t keep_within(const uint32_t* __restrict bits, int64_t n, uint32_t low, ui
   return m;
 }
 
-// What one bracket has found within a slice. Neighbours often fall into one bucket; two histograms keep the additions
-// from waiting for each other.
+// The counts of one bracket within a slice. Neighbours often fall into the same bucket; with two histograms, additions
+// do not wait for each other.
 struct Tally {
   uint32_t even[kBracketBuckets], odd[kBracketBuckets];
   int64_t above;

@@ -21,8 +21,8 @@ uint64_t bits_of_double(double value) {
 
 constexpr double kLn2High = 0x1.62e42fee00000p-1, kLn2Low = 0x1.a39ef35793c76p-33;
 
-// exp(x) for x <= 0, and log(x) for normal x > 0, within a few units of the last place. Not the C library's, because
-// these loops are vectorised, and because its results depend on the machine. NaN stays NaN.
+// exp(x) for x <= 0, and log(x) for normal x > 0, within a few units in the last place. The C library's are not used,
+// because these loops are vectorised, and because its results depend on the machine. NaN stays NaN.
 void exp_of(double* __restrict x, int64_t n) {
   constexpr double kRound = 0x1.8p52;  // adding it leaves an integer in the low bits
   for (int64_t j = 0; j < n; ++j) {
@@ -46,7 +46,7 @@ void exp_of(double* __restrict x, int64_t n) {
 }
 
 double log_of(double x) {
-  // The mantissa between sqrt(1/2) and sqrt(2); the exponent made a double by way of its bits.
+  // The mantissa is between sqrt(1/2) and sqrt(2); the exponent is converted to double through its bits.
   const uint64_t bits = bits_of_double(x), moved = bits - 0x3fe6a09e667f3bcdu;
   const double m = from_bits(bits - (moved & 0xfff0000000000000u));
   // moved >> 52 with its sign, as an offset that is never negative

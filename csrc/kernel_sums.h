@@ -1,4 +1,4 @@
-// Sums over blocks in the order that formulas.h lays down: inner products, magnitudes.
+// Sums over blocks in the order given in formulas.h: inner products, magnitudes.
 // Part of kernels.cpp, which is compiled for each instruction set: everything has internal linkage.
 #pragma once
 
@@ -13,7 +13,7 @@ double fold(double (&lanes)[kLanes]) {
   return lanes[0];
 }
 
-// Lanes of a last, short group read zeros, which add +0 to sums that start at +0.
+// In a last, short group the remaining lanes read zeros, which add +0 to sums that start at +0.
 void pad(float* x, int64_t n) {
   for (int64_t j = n; j < kBlock && j % kLanes != 0; ++j) x[j] = 0.0f;
 }

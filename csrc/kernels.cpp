@@ -1,6 +1,6 @@
 // See kernels.h. Works in blocks that stay in the first-level cache: convert to float32, apply the formula, convert
-// back. Each loop has one job and no calls, so that it is vectorised. No standard library here: its inline functions
-// would be compiled for this file's instruction set and might be linked into code that runs on any machine.
+// back. Each loop does one thing without calls, so it is vectorised. The standard library is not used here: its inline
+// functions would be compiled for this file's instruction set and might be linked into code that runs on any machine.
 #include "kernels.h"
 
 #include "kernel_keys.h"

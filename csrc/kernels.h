@@ -1,5 +1,5 @@
-// The single-threaded inner loops. kernels.cpp is compiled once per instruction set; kernels() picks the best set that
-// this machine has (or the one that the environment variable GPTAILOR_SIMD names). All sets give the same bits.
+// The single-threaded inner loops. kernels.cpp is compiled once per instruction set; kernels() picks the best one that
+// this machine supports (or the one named by the environment variable GPTAILOR_SIMD). All give the same bits.
 #pragma once
 
 #include <cstddef>
@@ -30,13 +30,13 @@ struct MergeJob {
   int n_sources = 0;
   int64_t n_elements = 0;
   int64_t row_length = 1;  // of the last dimension
-  bool is_vector = true;   // one dimension at most: not the same as a matrix of one row
+  bool is_vector = true;   // at most one dimension; not the same as a matrix of one row
   Input sources[kMaxSources];
   Input base;
   Input statistics[kMaxSources];  // fisher: the weight of each element of a source
   bool has_base = false;
   DType out_dtype = DType::F32;
-  bool is_copy = false;  // one source, taken as it is: no arithmetic, at most a cast
+  bool is_copy = false;  // one unchanged source: no arithmetic, at most a cast
   bool check_nan = true;
   bool check_overflow = true;
   Params params;
@@ -54,7 +54,8 @@ struct Slice {
   const std::byte* statistics[kMaxSources] = {};
 };
 
-// What can be ranked: |difference| of one source, the variance over the sources, or the importance of source 0.
+// The keys that can be ranked: |difference| of one source, the variance over the sources, or the importance of source
+// 0.
 enum class Key : uint8_t { magnitude, variance, importance };
 
 struct Bracket {
@@ -64,7 +65,7 @@ struct Bracket {
 inline constexpr int kBracketBuckets = 2048;
 
 struct Moments {
-  double all, kept, kept_sq;  // sums of |d|, of |d| that is kept, of its square
+  double all, kept, kept_sq;  // sums of |d|, of the kept |d|, and of their squares
 };
 
 inline constexpr unsigned kFoundNan = 1, kFoundOverflow = 2;
@@ -79,7 +80,7 @@ struct Kernels {
   void (*gram)(const MergeJob&, bool deltas, const Slice&, double* sums);
   // Within one row: adds the product of each pair at each column to sums[pair * stride + column].
   void (*gram_columns)(const MergeJob&, bool deltas, const Slice&, double* sums, int64_t stride);
-  // For each bracket, adds the number of keys above it to above[i], and those within it to their buckets, which are
+  // For each bracket, adds the number of keys above it to above[i], and counts those within it in their buckets,
   // buckets[i * kBracketBuckets ...]. Returns whether a key is NaN.
   bool (*count)(const MergeJob&, const Slice&, Key, int source, const Bracket*, int n_brackets, int64_t* above,
                 int64_t* buckets);
@@ -89,13 +90,14 @@ struct Kernels {
   Moments (*moments)(const MergeJob&, const Slice&, int source);
   // The random words of elements [begin, begin + n).
   void (*random)(PhiloxKey, int source, int64_t begin, int64_t n, uint32_t* words);
-  // The largest of n magnitudes; where each lies among `n_buckets` (at least 3) of equal width up to it, zeros in 0.
+  // The largest of n magnitudes; and the place of each among `n_buckets` (at least 3) of equal width up to it, 0 for
+  // zeros.
   uint32_t (*largest)(const uint32_t* bits, int64_t n);
   void (*places)(const uint32_t* bits, int64_t n, float largest, int n_buckets, uint16_t* places);
-  // How many magnitudes are smaller than that of `element`, or equal and before it, of those at its place.
+  // Of the magnitudes at the same place as `element`, how many are smaller, or equal and before it.
   int64_t (*rank_at_place)(const uint32_t* bits, const uint16_t* places, int64_t n, int64_t element);
-  // KL(p || q) of the softmax of a row of the first source and of the base, 1e-8 added to every probability. The slice is
-  // the row; room for 2 * n doubles.
+  // KL(p || q) of the softmax of a row of the first source and of the base, with 1e-8 added to every probability. The
+  // slice is the row; `room` holds 2 * n doubles.
   double (*divergence)(const MergeJob&, const Slice&, double* room);
   // Elements as float32.
   void (*load)(const std::byte*, DType, int64_t n, float*);

@@ -23,14 +23,14 @@ namespace gptailor {
 namespace {
 
 constexpr int64_t kMinChunk = int64_t{1} << 20;
-constexpr int64_t kMaxRead = int64_t{1} << 30;  // Linux moves less than 2 GiB at a time
+constexpr int64_t kMaxRead = int64_t{1} << 30;  // Linux reads less than 2 GiB at a time
 constexpr int kUsefulThreads = 8, kMaxThreads = 64;
 
 int64_t round_down(int64_t n) { return n / kPage * kPage; }
 int64_t round_up(int64_t n) { return (n + kPage - 1) / kPage * kPage; }
 
-// Fills [to, to + n_bytes) from `offset`, or more, up to at_most, where whole blocks have to be read. Returns false if
-// the file system refuses to read this way.
+// Fills [to, to + n_bytes) from `offset`; reads up to at_most bytes if whole blocks are required. Returns false if the
+// file system refuses to read this way.
 bool read_range(int fd, int64_t offset, int64_t n_bytes, int64_t at_most, std::byte* to, const std::string& path) {
   for (int64_t done = 0; done < n_bytes;) {
     const auto want = static_cast<size_t>(std::min(at_most - done, kMaxRead));
@@ -44,7 +44,7 @@ bool read_range(int fd, int64_t offset, int64_t n_bytes, int64_t at_most, std::b
   return true;
 }
 
-// Host memory: bytes are read to their place, or (direct, which needs aligned addresses) copied there.
+// Host memory: bytes are read to their destination, or (direct, which needs aligned addresses) copied there.
 class HostStaging : public Staging {
  public:
   HostStaging(int n_slots, int64_t slot_bytes) : slot_bytes_(slot_bytes) {
@@ -93,7 +93,7 @@ std::vector<LoadChunk> plan_chunks(std::vector<LoadRange> ranges, int64_t max_by
   for (const LoadRange& range : ranges) {
     for (int64_t done = 0; done < range.n_bytes;) {
       const int64_t offset = range.offset + done;
-      // The open chunk, if these bytes begin within it or at most a page behind it.
+      // The last chunk is extended if these bytes begin within it or at most a page after it.
       const auto fits = [&](const LoadChunk& c) {
         return c.file == range.file && offset >= c.offset && offset - (c.offset + c.n_bytes) <= kPage &&
                offset < round_down(c.offset + max_bytes);
@@ -127,7 +127,7 @@ class Loader::File {
     identity_ = {static_cast<int64_t>(status.st_dev), static_cast<int64_t>(status.st_ino), size_,
                  static_cast<int64_t>(status.st_mtim.tv_sec), static_cast<int64_t>(status.st_mtim.tv_nsec)};
 #ifdef O_DIRECT
-    if (direct) direct_fd_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);  // -1 where it is not supported
+    if (direct) direct_fd_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);  // -1 if not supported
 #endif
   }
   File(const File&) = delete;
@@ -146,7 +146,7 @@ class Loader::File {
     if (status.st_size < size_) throw OsError(ESTALE, "read", path_);
   }
 
-  // Whether the page cache has the range, judged by one byte here and there. False where the kernel can't tell.
+  // Whether the page cache has the ranges, judging by a few sampled bytes. False if the kernel can't tell.
   bool is_cached(const std::vector<LoadRange>& ranges, int index) const {
 #ifdef RWF_NOWAIT
     constexpr int64_t kSamples = 8;  // of each range
@@ -181,8 +181,8 @@ class Loader::File {
   std::vector<int64_t> identity_;
 };
 
-// A mapping of a whole file that the device reads by itself. Nobody here touches its pages, so that a file that became
-// shorter is no SIGBUS.
+// A mapping of a whole file that the device reads directly. The CPU never touches its pages, so a file that became
+// shorter causes no SIGBUS.
 class Loader::PinnedFile {
  public:
   PinnedFile(const File& file, Staging& staging) : identity(file.identity()), size(file.size()), staging_(staging) {
@@ -252,7 +252,7 @@ void Loader::load(const std::vector<std::string>& paths, const std::vector<LoadR
       for (const LoadRange& range : ranges)
         if (range.file == index) to_read.push_back(range), n_bytes += range.n_bytes;
     }
-    const int64_t share = round_up(n_bytes / options_.n_threads + 1);  // a small load is for all threads, too
+    const int64_t share = round_up(n_bytes / options_.n_threads + 1);  // so that all threads share a small load, too
     const int64_t chunk_bytes = std::clamp(share, std::min(kMinChunk, options_.buffer_bytes), options_.buffer_bytes);
     const auto chunks = plan_chunks(std::move(to_read), chunk_bytes);
     std::vector<int> turns(static_cast<size_t>(options_.n_threads));
@@ -279,7 +279,7 @@ void Loader::read_chunk(const File& file, const LoadChunk& chunk, int slot, uint
     return;
   }
   staging_->wait(slot);
-  // The place within a page stays: copies from the page cache are fastest then, and direct reads need it.
+  // Keep the alignment within a page: copies from the page cache are fastest then, and direct reads require it.
   const int64_t begin = round_down(chunk.offset);
   const int64_t skew = chunk.offset - begin;
   const bool direct =
@@ -291,7 +291,7 @@ void Loader::read_chunk(const File& file, const LoadChunk& chunk, int slot, uint
   staging_->sent(slot, stream);
 }
 
-// The pinned mapping of a file, made now if that is wanted and possible.
+// The pinned mapping of a file, created if requested and possible.
 const Loader::PinnedFile* Loader::pinned(const File& file, const std::vector<LoadRange>& ranges, int index) {
   const bool must = options_.way == LoadWay::pinned;
   if ((!must && options_.way != LoadWay::automatic) || device_ == kHost || file.size() == 0) return nullptr;
@@ -305,7 +305,7 @@ const Loader::PinnedFile* Loader::pinned(const File& file, const std::vector<Loa
     try {
       pinned_.push_back(std::make_unique<PinnedFile>(file, *staging_));
     } catch (const std::runtime_error&) {
-      refused_.push_back(file.path());  // the kernel or the driver can't: read it like any other
+      refused_.push_back(file.path());  // the kernel or the driver can't pin it: read it like any other
       return nullptr;
     }
   }

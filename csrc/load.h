@@ -1,5 +1,5 @@
-// File ranges → memory of a device. Several threads read into staging buffers, and what one has read is on its way
-// while the next is being read. Nothing here knows of CUDA: a Staging says where the buffers lie and how bytes leave.
+// Loads file ranges into the memory of a device. Several threads read into staging buffers; one buffer is transferred
+// while the next is filled. Nothing here knows about CUDA: a Staging provides the buffers and the transfers.
 #pragma once
 
 #include <cstddef>
@@ -32,28 +32,29 @@ struct LoadChunk {
 };
 
 // Cuts ranges into chunks of at most max_bytes (a multiple of kPage), in the order of files and offsets. Neighbours
-// share chunks and, where they are neighbours on both sides, pieces. Chunks end at multiples of kPage where they can.
+// share chunks and, if they are adjacent in the destination, too, pieces. Chunks end at multiples of kPage if possible.
 inline constexpr int64_t kPage = 4096;
 std::vector<LoadChunk> plan_chunks(std::vector<LoadRange> ranges, int64_t max_bytes);
 
-// Buffers on the way to the device. wait, send and sent of different slots may run at the same time.
+// Buffers for transfers to the device. wait, send and sent of different slots may run at the same time.
 class Staging {
  public:
   virtual ~Staging() = default;
-  // Where to read to: page-aligned, large enough for a chunk and a page at each end. nullptr: straight to its place.
+  // The buffer to read into: page-aligned, large enough for a chunk and a page at each end. nullptr: read directly to
+  // the destination.
   virtual std::byte* buffer(int slot) = 0;
   virtual void wait(int slot) = 0;  // until everything sent from it has arrived
   virtual void send(const std::byte* from, std::byte* to, int64_t n_bytes, uintptr_t stream) = 0;
   virtual void sent(int slot, uintptr_t stream) = 0;  // after the last send from it
 
-  // Lets the device read a whole read-only mapping by itself; throws std::runtime_error if it can't.
+  // Lets the device read a whole read-only mapping directly; throws std::runtime_error if it can't.
   virtual void pin(const std::byte* data, int64_t n_bytes) = 0;
-  virtual void unpin(const std::byte* data) noexcept = 0;  // nothing may be on its way from it
+  virtual void unpin(const std::byte* data) noexcept = 0;  // there must be no pending transfer from it
 
-  virtual void wait_for_all() noexcept = 0;  // until nothing is on its way any more
+  virtual void wait_for_all() noexcept = 0;  // until no transfer is pending
 };
 
-// automatic: pinned where the file is in the page cache and the device can, else buffered.
+// automatic: pinned if the file is in the page cache and the device can read it there, else buffered.
 enum class LoadWay : uint8_t { automatic, pinned, buffered, direct };
 LoadWay load_way_named(const std::string& name);  // throws std::invalid_argument
 
@@ -61,10 +62,10 @@ struct LoaderOptions {
   LoadWay way = LoadWay::automatic;
   int n_threads = 0;                          // 0: as many as there are cores, at most 8; 64 is the limit
   int64_t buffer_bytes = int64_t{8} << 20;    // of each of a thread's two buffers; rounded up to a multiple of kPage
-  int64_t pin_bytes = 0;                      // of mapped files that stay pinned
+  int64_t pin_bytes = 0;                      // the most bytes of mapped files to keep pinned
 };
 
-// How many bytes went which way so far.
+// How many bytes were loaded in each way so far.
 struct LoadedBytes {
   int64_t pinned = 0, buffered = 0, direct = 0;
 };
@@ -77,16 +78,16 @@ class Loader {
  public:
   static constexpr int kHost = -1;
 
-  // device: a GPU's index, or kHost. Takes all memory that it will need. Throws std::invalid_argument,
+  // device: a GPU's index, or kHost. Allocates all memory that it will need. Throws std::invalid_argument,
   // std::runtime_error, std::bad_alloc.
   Loader(int device, LoaderOptions options);
   Loader(const Loader&) = delete;
   Loader& operator=(const Loader&) = delete;
   ~Loader();
 
-  // Returns when everything is read and its last part queued on `stream` (for the host: when all is there). After an
-  // exception nothing is on its way any more. One call at a time; others wait.
-  // Throws OsError, std::invalid_argument if a range is not within its file, std::runtime_error with CUDA's message.
+  // Returns when everything is read and the last transfer is queued on `stream` (for the host: done). After an
+  // exception no transfer is pending. One call at a time; others wait. Throws OsError, std::invalid_argument if a range
+  // is not within its file, std::runtime_error with CUDA's message.
   void load(const std::vector<std::string>& paths, const std::vector<LoadRange>& ranges, uintptr_t stream);
 
   LoadedBytes bytes() const;

@@ -1,4 +1,4 @@
-// Staging for a GPU: page-locked buffers, and an event behind the last copy out of each.
+// Staging for a GPU: page-locked buffers, and an event after the last copy out of each.
 #include <cstdint>
 
 #include "cuda_common.cuh"
@@ -11,8 +11,8 @@ namespace {
 class Event {
  public:
   Event() {
-    // A waiting reader sleeps: it must not take a core from those that read.
-    check_cuda(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming | cudaEventBlockingSync), "making an event");
+    // A waiting reader sleeps, so that it does not take a core from those that read.
+    check_cuda(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming | cudaEventBlockingSync), "creating an event");
   }
   Event(Event&& other) noexcept : event_(other.event_) { other.event_ = nullptr; }
   Event(const Event&) = delete;
@@ -32,7 +32,7 @@ class CudaStaging : public Staging {
     const DeviceGuard guard(device);
     int supported = 0;
     check_cuda(cudaDeviceGetAttribute(&supported, cudaDevAttrHostRegisterReadOnlySupported, device),
-               "asking whether read-only memory can be page-locked");
+               "querying whether read-only memory can be page-locked");
     pin_flags_ = supported != 0 ? cudaHostRegisterReadOnly : cudaHostRegisterDefault;
     events_.reserve(static_cast<size_t>(n_slots));
     for (int slot = 0; slot < n_slots; ++slot) events_.emplace_back();
@@ -41,7 +41,7 @@ class CudaStaging : public Staging {
                "allocating page-locked buffers");
     memory_.reset(static_cast<std::byte*>(memory));
     if (reinterpret_cast<uintptr_t>(memory) % static_cast<uintptr_t>(kPage) != 0)
-      throw std::runtime_error("CUDA: page-locked memory does not begin at a page");
+      throw std::runtime_error("CUDA: page-locked memory is not page-aligned");
   }
 
   std::byte* buffer(int slot) override { return memory_.get() + slot * slot_bytes_; }
@@ -72,7 +72,7 @@ class CudaStaging : public Staging {
   }
 
   void unpin(const std::byte* data) noexcept override {
-    cudaHostUnregister(const_cast<std::byte*>(data));  // memory of the process, not of the current device
+    cudaHostUnregister(const_cast<std::byte*>(data));  // belongs to the process, not to the current device
     cudaGetLastError();
   }
 
@@ -80,7 +80,7 @@ class CudaStaging : public Staging {
     try {
       const DeviceGuard guard(device_);
       check_cuda(cudaDeviceSynchronize(), "waiting for the GPU");
-    } catch (const std::exception&) {  // the GPU is lost, or the driver has gone at the end of the process
+    } catch (const std::exception&) {  // the GPU is lost, or the driver was shut down at the end of the process
     }
   }
 

@@ -10,7 +10,7 @@
 
 namespace gptailor {
 
-// An mmap that is unmapped when it goes.
+// An mmap that is unmapped when the object is destroyed.
 class Mapping {
  public:
   Mapping() = default;
@@ -26,8 +26,8 @@ class Mapping {
   int64_t size_ = 0;
 };
 
-// PROT_READ, MAP_SHARED: no copy, nothing to write back. If somebody truncates the file meanwhile, the bytes beyond its
-// new end are zeros, and check_intact() tells.
+// PROT_READ, MAP_SHARED: no copy, nothing to write back. If somebody truncates the file in the meantime, the bytes
+// beyond its new end are zeros, and check_intact() reports it.
 class MappedFile : public Mapping, public InputFile {
  public:
   explicit MappedFile(const std::string& path);  // throws OsError
@@ -42,7 +42,7 @@ class MappedFile : public Mapping, public InputFile {
   FaultGuard guard_;
 };
 
-// Zeroed, page-aligned, writable. Pages cost memory once they are touched.
+// Zeroed, page-aligned and writable. Pages take memory once they are touched.
 class Buffer : public Mapping {
  public:
   explicit Buffer(int64_t n_bytes);  // throws std::bad_alloc

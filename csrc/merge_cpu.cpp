@@ -30,7 +30,7 @@ void write_all(int fd, const std::byte* data, int64_t n_bytes, int64_t offset) {
   }
 }
 
-constexpr int kMostThreads = 1024;  // each has scratch memory of its own
+constexpr int kMostThreads = 1024;  // each has its own scratch memory
 
 }  // namespace
 
@@ -47,7 +47,7 @@ Merger::Merger(MergeJob job, const Method& method, int n_threads)
   try {
     ok = analyse(job_, method, n_threads_, analysed_);
   } catch (const std::invalid_argument&) {
-    check_intact();  // a file that changed is the better reason
+    check_intact();  // a changed file is the more likely reason
     throw;
   }
   check_intact();
@@ -186,7 +186,7 @@ void Merger::raise_nan(int64_t begin, int64_t end, bool analysed) const {
   if (nan.element >= 0) fail(nan, "NaN");
   if (result.element >= 0)
     fail(result, infinite.element >= 0 ? "not a number (NaN), because of infinite inputs," : "not a number (NaN)");
-  if (infinite.element >= 0) fail(infinite, "infinite, which leaves no number (NaN) to merge with,");
+  if (infinite.element >= 0) fail(infinite, "infinite, so the result would not be a number (NaN),");
   throw NanError("the result is not a number (NaN)", NanError::kResult, begin);
 }
 

@@ -1,4 +1,4 @@
-// One merged tensor on the CPU: what needs the whole inputs is found out once, then any slice of the output on demand.
+// One merged tensor on the CPU: the whole inputs are analysed once, then any slice of the output is computed on demand.
 #pragma once
 
 #include <functional>
@@ -30,7 +30,7 @@ class Merger {
   // Throws NanError or RangeError: looks for the piece of [begin, end) in which the kernel finds something.
   [[noreturn]] void raise_found(int64_t begin, int64_t end) const;
   [[noreturn]] void raise_overflow(int64_t begin, int64_t end) const;
-  // Throws NanError: looks for what is no number among [begin, end). `analysed`: the job can be run.
+  // Throws NanError: looks for NaN and infinity in [begin, end). `analysed`: the job can be run.
   [[noreturn]] void raise_nan(int64_t begin, int64_t end, bool analysed) const;
 
   MergeJob job_;

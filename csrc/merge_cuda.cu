@@ -1,5 +1,5 @@
-// Merging a list of tensors on a GPU: a table of pointers goes over, then come the reductions that the method needs, and
-// one launch of a persistent grid does the elementwise work for the whole list.
+// Merges a list of tensors on a GPU: a table of pointers is copied there, then come the reductions that the method
+// needs, and one launch of a persistent grid does the elementwise work for the whole list.
 #include "merge_cuda.h"
 
 #include <algorithm>
@@ -21,7 +21,7 @@ struct Copy {
   __device__ static float end(const float (&s)[kState], float, const Params&) { return s[0]; }
 };
 
-// W elements from i on. Returns kFoundNan and kFoundOverflow, as the CPU's kernels do.
+// W elements, starting with i. Returns kFoundNan and kFoundOverflow, as the CPU's kernels do.
 template <class F, Keep K, int W>
 __device__ __forceinline__ unsigned merge_at(const DeviceTensor& row, const Reduced& reduced, int64_t i, int n_sources,
                                          const Params& p) {
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads) merge_list(const DeviceTensor* __res
       found |= merge_at<F, K, kVector>(row, reduced[r], i, n_sources, p);
     for (int64_t i = vector_end + threadIdx.x; i < end; i += kThreads)
       found |= merge_at<F, K, 1>(row, reduced[r], i, n_sources, p);
-    if (found != 0 && found_flags != nullptr) {  // whoever writes, writes the same
+    if (found != 0 && found_flags != nullptr) {  // all writers write the same value
       if (found & kFoundNan) found_flags[2 * row.index] = 1;
       if (found & kFoundOverflow) found_flags[2 * row.index + 1] = 1;
     }
@@ -131,8 +131,8 @@ void check_supported(const Method& m) {
   if (!m.on_gpu) throw std::invalid_argument(m.name + " has no GPU path: merge it on the CPU");
 }
 
-// What the method says about a tensor by itself, and the k-th magnitudes (`searches`: n_which for each source) that have
-// to be found. CPU: find_thresholds() in analysis.cpp.
+// The method's own values for a tensor, and the k-th magnitudes (`searches`: n_which for each source) that have to be
+// found. CPU: find_thresholds() in analysis.cpp.
 Reduced start(const Method& m, int n_sources, int64_t n_elements, int n_which, std::vector<Search>& searches) {
   Reduced reduced{};
   for (int s = 0; s < n_sources; ++s) {

@@ -11,7 +11,7 @@ namespace gptailor {
 
 namespace {
 
-static_assert(kMaxSources == GPTAILOR_MAX_SOURCES, "MAX_SOURCES of the declarations is another number");
+static_assert(kMaxSources == GPTAILOR_MAX_SOURCES, "MAX_SOURCES of the declarations differs");
 
 enum class Base : uint8_t { never, always, optional };
 
@@ -23,7 +23,7 @@ void put(uint64_t& field, const double* values, int) { field = static_cast<uint6
 void put(bool& field, const double* values, int) { field = values[0] != 0.0; }
 void put(double (&field)[kMaxSources], const double* values, int n) { std::copy_n(values, n, field); }
 
-constexpr double kNeeded = std::numeric_limits<double>::quiet_NaN();  // the default where there is none
+constexpr double kNeeded = std::numeric_limits<double>::quiet_NaN();  // the default of a parameter without one
 
 struct Parameter {
   const char* name;
@@ -71,7 +71,7 @@ std::string outside(double value, double low, double high) {
   return " is " + text(value) + ", outside " + text(low) + " to " + text(high);
 }
 
-// One value for each source from a list of one or of n.
+// One value for each source, from a list of one or n.
 void spread(const char* name, const std::vector<double>& list, double low, double high, int n, double* out) {
   if (list.size() != 1 && list.size() != static_cast<size_t>(n))
     throw std::invalid_argument(std::string(name) + ": " + std::to_string(list.size()) + " values for " +
@@ -142,7 +142,7 @@ void set_sphere(Method& m, const double* weights, int n) {
   if (s.kind == Sphere::model_stock && m.filter_wise) m.sphere_by = Weights::rows;
 }
 
-// The probabilities of masks that depend on magnitude lie around the density, and must be probabilities.
+// Masks that depend on magnitude use probabilities density ± epsilon, which must lie between 0 and 1.
 void check_ranked(const Method& m, int n) {
   for (int i = 0; i < n; ++i)
     if (m.densities[i] > 0.0 && m.densities[i] < 1.0 &&
@@ -211,7 +211,7 @@ Ranks ranks_without_outliers(double density, double gamma, int64_t n) {
   const auto target = static_cast<int64_t>(density * static_cast<double>(n));
   auto top = static_cast<int64_t>(gamma * static_cast<double>(n));
   const int64_t bottom = n - target - top;
-  if (bottom < 0) top += bottom;  // fewer large ones go, so that as many stay as the density says
+  if (bottom < 0) top += bottom;  // drop fewer large ones, so that as many stay as the density demands
   return {top + 1, n - std::max<int64_t>(bottom, 0)};
 }
 

@@ -1,5 +1,5 @@
-// The merge methods by name: what each computes with, and the checks of its options. Names, bounds and defaults are
-// those of gptailor/merging/registry.py, from which the build makes declared_methods.h.
+// The merge methods by name: how each is computed, and the checks of its options. Names, bounds and defaults are those
+// of gptailor/merging/registry.py, from which the build makes declared_methods.h.
 #pragma once
 
 #include <map>
@@ -18,7 +18,7 @@ struct MergeOptions {
   int n_threads = 0;                                   // 0: as many as there are cores
 };
 
-// What has to be found out about the whole inputs before any element is merged.
+// The analysis of the whole inputs that comes before any element is merged.
 enum class Analysis : uint8_t { none, sphere, trim, outliers, random, ranked, sce, fusion, widen };
 
 // A method with its options, checked.
@@ -29,8 +29,8 @@ struct Method {
   Analysis analysis = Analysis::none;
   bool takes_statistics = false;
   bool on_gpu = false;
-  // Parameters have their defaults from the declarations; these are for methods that have no such parameter.
-  bool rescale = false;          // what is kept is scaled to the sum of magnitudes before
+  // Defaults of parameters come from the declarations; these are for methods that have no such parameter.
+  bool rescale = false;          // scale what is kept to the original sum of magnitudes
   double densities[kMaxSources] = {};
   double gammas[kMaxSources] = {};
   double epsilons[kMaxSources] = {};
@@ -40,23 +40,23 @@ struct Method {
   bool flatten = true, row_wise = false;  // nuslerp
   bool filter_wise = false;      // model_stock
   bool normalize_weights = false;  // multislerp
-  bool task_vectors = false;     // the base is asked for, where it is optional
+  bool task_vectors = false;     // use the base if it is optional
   uint64_t seed = 0;             // of random masks
-  // What follows from them.
+  // Derived from the above.
   Weights sphere_by = Weights::whole;  // one sphere for the tensor, each row, or each column
   SphereParams sphere;
-  Params params;                 // all that does not depend on the elements
-  bool is_copy = false;          // one source, taken as it is
+  Params params;                 // everything that does not depend on the elements
+  bool is_copy = false;          // one unchanged source
 };
 
-// Throws std::invalid_argument: unknown name or option, a value out of range, a wrong number of sources, a base that
-// is missing or not wanted.
+// Throws std::invalid_argument: unknown name or option, a value out of range, a wrong number of sources, a base that is
+// missing or not accepted.
 Method method_named(const std::string& name, int n_sources, bool has_base, const MergeOptions& options);
 
 // How many elements of n a density keeps: int(density * n), at least 1.
 int64_t kept_elements(double density, int64_t n_elements);
 
-// breadcrumbs: the ranks (1 is the largest) of the largest and of the smallest magnitude that stay.
+// breadcrumbs: the ranks (1 is the largest) of the largest and the smallest magnitude that stay.
 struct Ranks {
   int64_t first, last;
 };

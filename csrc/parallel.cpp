@@ -56,7 +56,7 @@ void parallel_for(int64_t n_tasks, int n_threads, const std::function<void(int64
     try {
       threads.emplace_back(work, t);
     } catch (const std::exception&) {
-      break;  // a limit on processes or memory: fewer threads give the same result
+      break;  // a limit on processes or memory was reached: fewer threads give the same result
     }
   }
   work(0);

@@ -1,4 +1,4 @@
-// Random bits that depend on a key and a position only, so that CPU, GPU, threads and ranks draw the same masks.
+// Random bits that depend only on a key and a position, so that CPU, GPU, threads and ranks draw the same masks.
 // Philox4x32-10: Salmon et al. 2011, Parallel random numbers: as easy as 1, 2, 3, SC11.
 #pragma once
 

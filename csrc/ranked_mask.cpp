@@ -1,9 +1,9 @@
-// The masks of della: every element of a row draws, and its chance grows with the rank of its magnitude in the row.
+// The masks of della: each element of a row is kept at random, with a chance that grows with the rank of its magnitude.
 //
-// Sorting every row would take most of the time of a merge. Instead a row's magnitudes are spread over buckets. In a
-// bucket of equal magnitudes, of which differences of bfloat16 numbers have many, ranks follow from the order; in others
-// the ranks of the bucket bound the chance from both sides, and only where the draw falls between the two is the rank
-// counted out.
+// Sorting every row would take most of the time of a merge. Instead a row's magnitudes are distributed over buckets. In
+// a bucket of equal magnitudes, which is common for differences of bfloat16 numbers, ranks follow from the order; in
+// others the ranks of the bucket bound the chance from both sides, and the exact rank is counted only if the random
+// word falls between the two.
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -67,7 +67,7 @@ class Row {
  private:
   struct Bucket {
     int32_t next, last;  // ranks
-    int32_t equal;       // 1 if all magnitudes are equal, so that the next one has the next rank
+    int32_t equal;       // 1 if all magnitudes are equal, so the next one has the next rank
     uint32_t value;
   };
 
@@ -108,8 +108,8 @@ class Row {
   std::vector<size_t> order_;
 };
 
-// Sets the bits from `begin` on. Rows of other threads may share the words at both ends: those that hold the bits up to
-// begin + 63, and from begin + n - 64 on; the last of eight bits from j on is j + 7.
+// Sets n bits, starting at `begin`. Rows of other threads may share the words at both ends: those that hold the bits up
+// to begin + 63, and those from begin + n - 64; the last of eight bits starting at j is j + 7.
 void set_bits(const std::vector<uint8_t>& kept, int64_t n, int64_t begin, std::vector<uint64_t>& mask) {
   for (int64_t j = 0; j < n; j += 8) {
     uint64_t bytes;

@@ -13,7 +13,7 @@ namespace {
 
 constexpr uint32_t kHighest = 0x7fffffffu;
 constexpr int64_t kSampleRuns = 1024;
-constexpr int64_t kSampleRun = 64;  // neighbours, since a page that is touched is read
+constexpr int64_t kSampleRun = 64;  // neighbours, because touching a page reads all of it
 
 Bracket bracket(uint32_t low, uint32_t high) {
   int shift = 0;
@@ -27,7 +27,7 @@ struct Search {
   bool found = false;
 };
 
-// Where the wanted key most likely is, from keys spread over the tensor.
+// A bracket that most likely contains the wanted key, from a sample of keys across the tensor.
 Bracket guess(const MergeJob& job, const Wanted& w, Scratch& scratch) {
   const int64_t n = job.n_elements;
   if (n < 4 * kSampleRuns * kSampleRun) return bracket(0, kHighest);
@@ -40,14 +40,14 @@ Bracket guess(const MergeJob& job, const Wanted& w, Scratch& scratch) {
   }
   std::sort(sample.begin(), sample.end());
   const auto m = static_cast<double>(sample.size());
-  const double part = static_cast<double>(n - w.rank) / static_cast<double>(n);  // from below
+  const double part = static_cast<double>(n - w.rank) / static_cast<double>(n);  // the fraction below it
   const double margin = 6.0 * std::sqrt(part * (1.0 - part) * m) + 2.0;
   const double low = std::floor(part * m - margin), high = std::ceil(part * m + margin);
   return bracket(low < 0.0 ? 0 : sample[static_cast<size_t>(low)],
                  high >= m ? kHighest : sample[static_cast<size_t>(high)]);
 }
 
-// Goes on from what one pass has counted.
+// Narrows a search by the counts of one pass.
 void narrow(Search& search, int64_t above, const int64_t* buckets) {
   const Bracket b = search.bracket;
   const int64_t rank = search.wanted->rank;
@@ -68,7 +68,7 @@ void narrow(Search& search, int64_t above, const int64_t* buckets) {
   search.bracket = bracket(0, b.low - 1);
 }
 
-// Searches that rank the same keys, so that these are computed once.
+// Searches that rank the same keys, which are thus computed only once.
 struct Group {
   Key key;
   int source;
@@ -94,7 +94,7 @@ struct Counts {
   std::vector<int64_t> above, buckets;
 };
 
-// One pass over the inputs for all searches that are under way. Returns whether a key is NaN.
+// One pass over the inputs for all unfinished searches. Returns whether a key is NaN.
 bool pass(const MergeJob& job, const std::vector<Group>& groups, int n_threads) {
   const int64_t per_task = task_elements(job);
   std::vector<std::vector<Counts>> counts(static_cast<size_t>(n_threads));

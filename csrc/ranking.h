@@ -1,6 +1,6 @@
-// The exact k-th largest of a tensor's keys (magnitudes of differences, variances, importances) without sorting: a
-// sample says between which values it lies, one pass counts what is above and sorts the few in between into buckets,
-// and another one into finer buckets. Right whatever the sample says, only slower if it misleads.
+// Finds the exact k-th largest of a tensor's keys (magnitudes of differences, variances, importances) without sorting:
+// a sample gives a bracket, one pass counts the keys above it and sorts the few within it into buckets, and another
+// pass sorts those into finer buckets. The result is exact whatever the sample says; a misleading one only costs time.
 #pragma once
 
 #include <vector>

@@ -1,5 +1,5 @@
-// Sums over whole tensors for a list of them: inner products and magnitudes, in the order that formulas.h lays down, so
-// that they are the CPU's to the last bit. No atomics: the order must not change.
+// Sums over whole tensors for a list of them: inner products and magnitudes, in the order given in formulas.h, so that
+// they equal the CPU's to the last bit. No atomics: the order must not change.
 #include <algorithm>
 
 #include "cuda_common.cuh"
@@ -12,7 +12,7 @@ constexpr int kWarps = kThreads / kWarp;
 
 int64_t blocks_for(int64_t n_warps) { return std::min<int64_t>((n_warps + kWarps - 1) / kWarps, 1 << 16); }
 
-// One warp for each reduction block. N sources, all pairs at once; 0: any number, pair by pair.
+// One warp per reduction block. N sources, all pairs at once; 0: any number, pair by pair.
 template <int N>
 __global__ void __launch_bounds__(kThreads) gram_blocks(const DeviceTensor* __restrict__ rows, int n_rows,
                                                         int64_t n_blocks, int n_sources, bool deltas,
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads) gram_blocks(const DeviceTensor* __re
   }
 }
 
-// One warp for each reduction block and source: the sums of |d| and of |d| that is kept.
+// One warp per reduction block and source: the sums of |d| and of the kept |d|.
 template <Keep K>
 __global__ void __launch_bounds__(kThreads) magnitude_blocks(const DeviceTensor* __restrict__ rows, int n_rows,
                                                              int64_t n_blocks, int n_sources, unsigned sparse,
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads) magnitude_blocks(const DeviceTensor*
         if constexpr (K == Keep::random) {
           uint32_t drawn[kPhiloxWords];
           philox(row.key, static_cast<uint64_t>(group / kPhiloxWords + lane), static_cast<uint32_t>(s), drawn);
-          __syncwarp();  // all have read those of the group before
+          __syncwarp();  // all have read those of the previous group
 #pragma unroll
           for (int k = 0; k < kPhiloxWords; ++k) words[warp][kPhiloxWords * lane + k] = drawn[k];
           __syncwarp();
@@ -116,8 +116,8 @@ __global__ void __launch_bounds__(kThreads) magnitude_blocks(const DeviceTensor*
   }
 }
 
-// The values of one tensor's blocks, `n_values` for each, added up in the order of the blocks: into `sums`, which all
-// threads see afterwards. All threads fetch, one for each value adds.
+// Adds up the values of one tensor's blocks, `n_values` for each, in the order of the blocks, into `sums`, which all
+// threads see afterwards. All threads fetch; one thread per value adds.
 __device__ void add_blocks(const DeviceTensor& row, const double* __restrict__ partials, int n_values,
                            double (&sums)[kMaxPairs]) {
   constexpr int kRoom = 2048;
@@ -139,7 +139,7 @@ __device__ void add_blocks(const DeviceTensor& row, const double* __restrict__ p
 }
 static_assert(kMaxPairs <= kThreads && 2 * kMaxSources <= kMaxPairs, "a thread for each sum");
 
-// One thread block for each tensor.
+// One thread block per tensor.
 __global__ void __launch_bounds__(kThreads) find_weights(const DeviceTensor* __restrict__ rows,
                                                          const double* __restrict__ partials, int n_sources,
                                                          const __grid_constant__ SphereParams sphere,
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreads) find_weights(const DeviceTensor* __r
   if (threadIdx.x != 0) return;
   float weights[kMaxSources];
   const bool has_answer = sphere_coefficients(sphere, gram, n_sources, weights);
-  // Without an answer the result is NaN, which the caller looks for.
+  // Without an answer the result is NaN, which the caller checks for.
   for (int s = 0; s < n_sources; ++s)
     reduced[blockIdx.x].weights[s] = has_answer ? weights[s] : float_from_bits(kInfBits | 0x400000u);
 }

@@ -1,4 +1,4 @@
-// A typed, shaped view of bytes that somebody else owns, and keeps alive for as long as the view lives.
+// A typed, shaped view of bytes, which keeps their owner alive.
 #pragma once
 
 #include <cstddef>
@@ -12,9 +12,9 @@
 namespace gptailor {
 
 // Where the bytes are:
-// - `data`: in memory, or in a mapped file. If `reader` is set too, it is the mapped file's: whoever has read through
-//   `data` calls reader->check_intact() before the result counts, because a file that was truncated reads as zeros; and
-//   before another error is reported, because the kernel answers EFAULT to a write from there.
+// - `data`: in memory, or in a mapped file. If `reader` is set, too, it is the mapped file's: after reading through
+//   `data`, call reader->check_intact() before the result is used, because a truncated file reads as zeros; and before
+//   another error is reported, because the kernel returns EFAULT for a write from there.
 // - `data` is nullptr and `reader` is set: not mapped. The bytes are [reader_offset, reader_offset + n_bytes) of
 //   reader->read(), to be staged chunk by chunk; check_intact() as above.
 // - both nullptr: there are no bytes.
@@ -31,7 +31,7 @@ struct Tensor {
 
 DType dtype_named(const std::string& name);  // throws std::invalid_argument
 
-// The number of elements, or of bytes; throws std::invalid_argument on a negative dimension, on overflow, and on a
+// The number of elements, or of bytes; throws std::invalid_argument for a negative dimension, for overflow, and for a
 // sub-byte type that does not fill its last byte.
 int64_t count_elements(const std::vector<int64_t>& shape);
 int64_t count_bytes(int64_t n_elements, DType dtype);

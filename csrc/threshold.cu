@@ -1,6 +1,7 @@
-// The exact k-th largest magnitude of source - base, for a list of tensors: a sample says between which values it most
-// likely lies, and a pass over the inputs sorts those few into buckets. A bucket in which all are equal is the answer,
-// as most are where the inputs have 16 bits; else the next pass looks into it. Ranking.cpp does the same on the CPU.
+// Finds the exact k-th largest magnitude of source - base, for a list of tensors: a sample gives a likely bracket, and
+// a pass over the inputs sorts the few values within it into buckets. If all values in the right bucket are equal,
+// which is common for 16-bit inputs, that is the answer; else the next pass looks into it. ranking.cpp does the same on
+// the CPU.
 #include <algorithm>
 
 #include "cuda_common.cuh"
@@ -11,8 +12,8 @@ namespace {
 
 constexpr uint32_t kHighest = 0x7fffffffu;
 constexpr int kSample = 8192;
-constexpr int kRun = 8;  // neighbours: what is fetched from memory at a time
-// Whatever the bracket: a miss, then buckets of at most 2^20, 2^9 and 1 values.
+constexpr int kRun = 8;  // neighbours, which are fetched from memory together
+// The most that any bracket needs: a miss, then buckets of at most 2^20, 2^9 and 1 values.
 constexpr int kPasses = 4;
 
 __device__ Search narrowed(int64_t rank, uint32_t low, uint32_t high) {
@@ -26,7 +27,7 @@ struct Picked {
   long long before;  // in higher buckets
 };
 
-// The bucket with the rank-th largest, counted from the highest bucket down. All threads call it with the same
+// The bucket with the rank-th largest, counting down from the highest bucket. All threads call it with the same
 // arguments and get the same answer.
 template <class Count>
 __device__ Picked pick(const Count* counts, int64_t rank) {
@@ -84,14 +85,14 @@ __device__ uint32_t key_at(const DeviceTensor& row, int source, int64_t i) {
   return magnitude_bits(x[0] - base[0]);
 }
 
-// By one thread of the block.
+// Called by one thread of the block.
 __device__ void resolve(Search& search, uint32_t bits, int which, int source, Reduced& reduced, int* unresolved) {
   (which == 0 ? reduced.low : reduced.high)[source] = bits;
   search.rank = 0;
   atomicAdd(unresolved, -1);
 }
 
-// One thread block for each search: a first bracket, and an empty histogram. Small tensors are their own sample.
+// One thread block per search: a first bracket, and an empty histogram. Small tensors are their own sample.
 __global__ void __launch_bounds__(kThreads) sample_keys(const DeviceTensor* __restrict__ rows, int n_sources,
                                                         int n_which, Search* searches, Histogram* histograms,
                                                         Reduced* reduced, int* unresolved) {
@@ -111,7 +112,7 @@ __global__ void __launch_bounds__(kThreads) sample_keys(const DeviceTensor* __re
     if (threadIdx.x == 0) resolve(search, bits, which, source, reduced[r], unresolved);
     return;
   }
-  // Runs at even distances, each shifted by some hash of its number, so that rows of a matrix do not matter.
+  // Runs at even distances, each shifted by a hash of its number, so that the rows of a matrix do not bias the sample.
   constexpr int kRuns = kSample / kRun;
   const int64_t distance = (n - kRun) / (kRuns - 1);
   for (int j = threadIdx.x; j < kSample; j += kThreads) {
@@ -135,9 +136,9 @@ __global__ void __launch_bounds__(kThreads) sample_keys(const DeviceTensor* __re
   if (threadIdx.x == 0) histogram.above = 0;
 }
 
-// One pass. A thread block walks over consecutive tiles for one source, and hands its histogram over when it comes to
-// another tensor. Blocks that walk over the same tiles for other sources are its neighbours, so that they find the base
-// in the cache.
+// One pass. A thread block processes consecutive tiles for one source, and adds its histogram to the search's when it
+// reaches another tensor. Blocks for the same tiles of other sources are adjacent, so that they find the base in the
+// cache.
 __global__ void __launch_bounds__(kThreads) count_keys(const DeviceTensor* __restrict__ rows, int n_rows,
                                                        int64_t n_tiles, int n_sources, int n_which,
                                                        const Search* __restrict__ searches, Histogram* histograms,
@@ -195,7 +196,7 @@ __global__ void __launch_bounds__(kThreads) count_keys(const DeviceTensor* __res
   }
 }
 
-// One thread block for each search: the answer, or a narrower bracket and an empty histogram.
+// One thread block per search: the answer, or a narrower bracket and an empty histogram.
 __global__ void __launch_bounds__(kThreads) narrow(int n_sources, int n_which, Search* searches, Histogram* histograms,
                                                    Reduced* reduced, int* unresolved) {
   Search& search = searches[blockIdx.x];
@@ -208,7 +209,7 @@ __global__ void __launch_bounds__(kThreads) narrow(int n_sources, int n_which, S
   if (old.rank <= above) low = old.high + 1, high = kHighest;
   else if (found.bucket < 0) low = 0, high = old.low - 1;
   else low = histogram.smallest[found.bucket], high = histogram.largest[found.bucket];
-  __syncthreads();  // everybody has read
+  __syncthreads();  // all threads have read
   for (int b = threadIdx.x; b < kBuckets; b += kThreads)
     histogram.counts[b] = 0, histogram.smallest[b] = ~0u, histogram.largest[b] = 0;
   if (threadIdx.x != 0) return;

@@ -13,7 +13,7 @@ namespace {
 
 using Table = std::vector<std::vector<double>>;  // [source][column]
 
-// Softmax over the sources, or the calibration value where a column stands out from the mean of its source.
+// Softmax over the sources, or the calibration value if a column stands out from the mean of its source.
 Table scores(const Table& significance, const std::vector<double>& means, double ratio, double calibration) {
   const size_t n = significance[0].size();
   Table result = significance;
@@ -34,7 +34,7 @@ std::vector<double> means_of(const Table& significance) {
   return means;
 }
 
-// The rank of each value within its source, over their number; equal ones by index.
+// The rank of each value within its source, divided by their number; ties go by index.
 Table rank_shares(const Table& values) {
   Table result = values;
   std::vector<size_t> order(values[0].size());
@@ -99,7 +99,7 @@ bool find_widen_weights(MergeJob& job, const Method& method, int n_threads, std:
             xx == 0.0 && bb == 0.0 ? 0.0 : 1.0 - xb / (norms > 0.0 ? norms : 1.0);
       }
     if (!ok) return false;  // NaN has no rank
-    // Exact, since the middle one of an odd number of columns lies on it.
+    // Exact, because of an odd number of columns the middle one has it.
     const auto columns = static_cast<double>(count);
     const std::vector<double> means(n_sources, (columns - 1.0) / 2.0 / columns);
     sum = scores(rank_shares(length), means, method.widen_ratio, method.widen_calibration);

@@ -1,9 +1,9 @@
-"""Configurations of mergekit, read as recipes.
+"""Reads mergekit configurations as recipes.
 
-`parse` reads the YAML into `config` and refuses what can't be done, `setting` gives a parameter
-its value for one tensor, `convert` makes the recipe. The meaning is mergekit's
+`parse` reads the YAML into `config` and refuses what is not supported, `setting` evaluates a
+parameter for one tensor, and `convert` makes the recipe. The semantics are mergekit's
 (github.com/arcee-ai/mergekit, version 0.1.5: its `config.py` and `plan.py`);
-docs/merge_methods.md lists what differs.
+docs/merge_methods.md lists the differences.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A mergekit configuration as data: models, slices, settings; and what its methods take."""
+"""A mergekit configuration as data (models, slices, settings), and the inputs of its methods."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ MERGEKIT_METHODS = (
     PASSTHROUGH,
     *(method.name for method in sorted(_SHARED, key=lambda method: method.uses_base)),
 )
-"""The methods of mergekit that are taken; all but passthrough have the same name in the registry.
+"""The supported mergekit methods; all but passthrough have the same name in the registry.
 
-An average and the like, which only gptailor has, are not: a YAML means the same in both programs.
+Methods that only gptailor has, such as average, are left out, so that a YAML means the same in both
+programs.
 """
 
 
 @dataclass(frozen=True)
 class SliceSource:
-    """One model in a slice, by the name it has in the recipe."""
+    """One model in a slice, under its name in the recipe."""
 
     model: str
     parameters: Mapping[str, Setting]
@@ -33,7 +34,7 @@ class Slice:
     """Consecutive output layers, made of the same source layers of each model.
 
     Attributes:
-        sources: at least one; the base stands where mergekit puts it.
+        sources: at least one; the base is where mergekit puts it.
         layer_range: half-open range of source layers; None for all of them.
         parameters: the slice's own settings.
         where: its place in the file, for errors.
@@ -55,16 +56,16 @@ class MergekitConfig:
     """A mergekit configuration.
 
     Attributes:
-        models: name → reference, in the order in which the file names them; the base comes last
-            if the file names it only as base.
-        base: the model that gives config and tokenizer: base_model, or else the first model.
+        models: name → reference, in the file's order; the base comes last if it is named only as
+            the base.
+        base: the model that provides config and tokenizer: base_model, or else the first model.
         has_base: True if the file names a base_model.
         method: a name of `MERGEKIT_METHODS`.
         slices: bottom to top; the `models:` form is one slice.
         parameters: the global settings.
         dtype: of the result; None for that of the models' tensors.
         source: the file, for errors.
-        text: the file's text for a model card, absolute paths cut to their last part.
+        text: the file's text for a model card, with absolute paths cut to their last part.
     """
 
     models: Mapping[str, str]
@@ -79,7 +80,7 @@ class MergekitConfig:
 
 
 def mergekit_parameters(method: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of a method's parameters: (of the whole merge, of each model)."""
+    """The names of a method's parameters: (those of the whole merge, those of each model)."""
     if method == PASSTHROUGH:
         return (), ("scale",)
     declared = [p for p in METHODS[method].parameters if p.in_mergekit]
@@ -89,12 +90,12 @@ def mergekit_parameters(method: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def needs_base(method: Method) -> bool:
-    """True if mergekit gives the base_model, where there is one, a part of its own."""
+    """True if mergekit gives the base_model, if there is one, a special role."""
     return method.base != "never" or method.starts_at_base
 
 
 def merged_models(method: Method, models: Iterable[str], base: str | None) -> tuple[str, ...]:
-    """The models that a method merges: the base is one of them only where no formula has it."""
+    """The models that a method merges; they include the base unless the formula uses it apart."""
     if base is None or not needs_base(method):
         return tuple(models)
     others = tuple(model for model in models if model != base)

@@ -1,8 +1,8 @@
-"""A mergekit configuration and its opened models become a recipe.
+"""Turns a mergekit configuration and its opened models into a recipe.
 
-mergekit gives every tensor its own parameters: a gradient follows the layers of a slice, a filter
-looks at the tensor's name. A recipe has one entry for a layer, with exceptions for modules. So
-the values of all tensors of a layer are found first, then written as one entry.
+mergekit gives every tensor its own parameters: a gradient depends on the layer within a slice, a
+filter on the tensor's name. A recipe has one entry per layer, with exceptions for modules. So the
+values of all tensors of a layer are computed first, then combined into one entry.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from gptailor.models.family import Family
 from gptailor.recipe import DTYPES, SCHEMA, Recipe
 
 MAX_LAYERS = 10_000
-"""Of a result: a page of slices could ask for millions."""
+"""The most layers of a result; a page of slices could ask for millions."""
 
 Values = dict[str, Any]
-"""What one tensor is made with: a recipe's keys `weights` and parameters."""
+"""The values for one tensor: a recipe's keys `weights` and parameters."""
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor's name in the result and in the sources, and t, how far up its slice it lies."""
+    """A tensor's name in the result and in the sources, and t, its position in the slice."""
 
     out_name: str
     src_name: str
@@ -43,7 +43,7 @@ class _Tensor:
 
 
 def to_recipe(config: MergekitConfig, family: Family) -> Recipe:
-    """The recipe that builds what mergekit would.
+    """The recipe that builds what mergekit would build.
 
     Args:
         config: the configuration.
@@ -88,14 +88,14 @@ def to_recipe(config: MergekitConfig, family: Family) -> Recipe:
 
 
 def _end(config: MergekitConfig, part: Slice, names: tuple[str, ...]) -> str | Values:
-    """Embeddings or head: merged like a layer, where gradients begin."""
+    """Embeddings or head, merged like a layer at the beginning of gradients."""
     return _entry(config, part, {name: _Tensor(name, name, 0.0) for name in names})
 
 
 def _entry(
     config: MergekitConfig, part: Slice, tensors: Mapping[str, _Tensor]
 ) -> str | dict[str, Any]:
-    """One entry of the recipe without its `layer`; a model's name if all is taken from it."""
+    """One entry of the recipe without its `layer`; a model's name if everything comes from it."""
     models = part.models
     if config.method == PASSTHROUGH:
         values = {key: _passed_through(config, part, tensor) for key, tensor in tensors.items()}
@@ -126,7 +126,7 @@ def _with_modules(default: Values, modules: Mapping[str, Values]) -> dict[str, A
 
 
 def _passed_through(config: MergekitConfig, part: Slice, tensor: _Tensor) -> Values:
-    """A tensor as it is, or times its scale."""
+    """The values for a tensor that is taken unchanged, or times its scale."""
     scale = _of_model(config, part, 0, "scale", tensor)
     if scale is None or scale == 1.0:
         return {"take": part.models[0]}
@@ -136,7 +136,7 @@ def _passed_through(config: MergekitConfig, part: Slice, tensor: _Tensor) -> Val
 def _values(
     config: MergekitConfig, part: Slice, merged: tuple[str, ...], tensor: _Tensor
 ) -> Values:
-    """What one tensor is made with, every parameter of the method named."""
+    """The values for one tensor, with all parameters of the method."""
     declared = METHODS[config.method].by_name
     of_all, of_each = mergekit_parameters(config.method)
     values: Values = {}
@@ -170,7 +170,8 @@ def _values(
 def _of_model(
     config: MergekitConfig, part: Slice, index: int, name: str, tensor: _Tensor
 ) -> float | None:
-    """A model's parameter: its own, else the slice's, else the global one; by the source's name."""
+    """A model's parameter: its own, else the slice's, else the global one; filters see the tensor's
+    name in the source."""
     levels = (part.sources[index].parameters, part.parameters, config.parameters)
     return _first(levels, name, tensor.src_name, tensor.t, is_flag=False)
 
@@ -200,20 +201,20 @@ def _missing(config: MergekitConfig, name: str, model: str, tensor: str) -> Usag
     if model == config.base and config.has_base:
         base = f" ({config.method} merges the base_model like any other model)"
     return UsageError(
-        f"{config.source}: {config.method} needs the parameter {name}{of_model}, and no value fits "
-        f"{tensor}{base}: add one under parameters, as a last case without filter if it has "
-        "filters."
+        f"{config.source}: {config.method} needs the parameter {name}{of_model}, and no value "
+        f"applies to {tensor}{base}: add one under parameters, without a filter and after those "
+        "with filters."
     )
 
 
 def grouped(values: Mapping[str, Values]) -> tuple[Values, dict[str, Values]]:
-    """One set of values for all tensors but some, and part of name → values for those.
+    """Default values for most tensors, and part of a name → values for the others.
 
-    The first part that a tensor's name contains counts. The default is chosen so that as few
-    parts as can be are needed.
+    The first part that a tensor's name contains counts. The default is chosen so that as few parts
+    as possible are needed.
 
     Args:
-        values: tensor → what it is made with; at least one.
+        values: tensor → its values; at least one.
     """
     groups: dict[str, list[str]] = {}
     for name, value in values.items():
@@ -229,13 +230,13 @@ def grouped(values: Mapping[str, Values]) -> tuple[Values, dict[str, Values]]:
     assert best is not None, "a layer without tensors"
     for name, value in values.items():
         if next((v for part, v in best[1].items() if part in name), best[0]) != value:
-            # a name that is part of another one: write all of them, the longest first
+            # a name is part of another one: write all of them, the longest first
             return best[0], {n: values[n] for n in sorted(values, key=len, reverse=True)}
     return best
 
 
 def _parts(names: list[str], all_names: Mapping[str, Values]) -> list[str]:
-    """Parts of names that together fit all of `names`, and if possible no other name."""
+    """Parts of names that together match all of `names`, and if possible no other name."""
     parts: list[str] = []
     for name in names:
         if any(part in name for part in parts):
@@ -249,7 +250,7 @@ def _parts(names: list[str], all_names: Mapping[str, Values]) -> list[str]:
 
 
 def _common_dtype(config: MergekitConfig, family: Family) -> str:
-    """The dtype that all floating-point tensors have, as mergekit keeps it."""
+    """The dtype that all floating-point tensors have; mergekit keeps it."""
     names = {
         info.dtype
         for candidate in family.candidates.values()
@@ -260,6 +261,6 @@ def _common_dtype(config: MergekitConfig, family: Family) -> str:
     if len(names) != 1 or not found:
         shown = ", ".join(sorted(names))
         raise UsageError(
-            f"{config.source}: the models' tensors are of several dtypes ({shown}): add out_dtype."
+            f"{config.source}: the models' tensors have several dtypes ({shown}): add out_dtype."
         )
     return found[0]

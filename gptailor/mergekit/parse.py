@@ -1,6 +1,6 @@
-"""Reading a mergekit YAML: every key is checked, every form and every value.
+"""Reads a mergekit YAML, checking every key and every value.
 
-Opens no model. What gptailor can't do is refused by its name, with a way out.
+It opens no model. Unsupported features are refused by name, with a workaround.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from gptailor.recipe import DTYPES, absolute_ref
 from gptailor.strict_yaml import load_yaml, read_text
 
 MAX_MODELS = 1000
-_NO_EFFECT = "int8_mask"  # how mergekit stores its masks: no value depends on it
+_NO_EFFECT = "int8_mask"  # how mergekit stores its masks; it does not change results
 _KEYS = (
     "models", "slices", "merge_method", "base_model", "parameters", "dtype", "out_dtype",
     "tokenizer_source",
@@ -36,14 +36,14 @@ _KEYS = (
 _REFUSED = {
     "modules": "modules of a multi-part model are not supported: merge the text model alone, with "
     "models or slices",
-    "tokenizer": "tokenizers are not rebuilt: leave the key out, and the base's tokenizer is taken",
-    "chat_template": "chat templates are not changed: leave the key out, and the base's is taken, "
-    "then edit tokenizer_config.json of the result",
+    "tokenizer": "tokenizers are not rebuilt: leave the key out to use the base's tokenizer",
+    "chat_template": "chat templates are not changed: leave the key out to use the base's, then "
+    "edit tokenizer_config.json of the result",
 }
 
 
 def read_mergekit(path: str | Path) -> MergekitConfig | None:
-    """The mergekit configuration in a file; None if the file is missing or is something else.
+    """The mergekit configuration in a file; None if the file is missing or something else.
 
     Raises:
         UsageError: see `parse_mergekit`.
@@ -65,12 +65,12 @@ def parse_mergekit(data: dict[Any, Any], path: Path, text: str = "") -> Mergekit
     """Checks a mergekit YAML.
 
     Args:
-        data: what the YAML holds.
-        path: the file; local models are seen from its folder.
+        data: the parsed YAML.
+        path: the file; local models are relative to its folder.
         text: the YAML itself.
 
     Raises:
-        UsageError: a key, a form or a value is wrong or not supported; the message names it.
+        UsageError: a key or a value is wrong or not supported; the message names it.
     """
     source = str(path)
     for key, reason in _REFUSED.items():
@@ -84,7 +84,7 @@ def parse_mergekit(data: dict[Any, Any], path: Path, text: str = "") -> Mergekit
 
 
 class _Parser:
-    """Holds what all parts of one file need: its folder, its method, the models found so far."""
+    """Parses one file; holds its folder, its method, and the models found so far."""
 
     def __init__(self, data: dict[str, Any], method: str, path: Path) -> None:
         self.data, self.method, self.folder, self.source = data, method, path.parent, str(path)
@@ -146,8 +146,8 @@ class _Parser:
         base, top = entry.get("base_model"), self.data.get("base_model")
         if base is not None and (top is None or self._ref(base, where) != self._ref(top, where)):
             raise UsageError(
-                f"{where}: base_model: a base of a slice's own is not supported: name one "
-                "base_model at the top, or stitch in two steps."
+                f"{where}: base_model: a slice can't have a base of its own: name one base_model "
+                "at the top, or stitch in two steps."
             )
         if "sources" not in entry:
             raise UsageError(f"{where}: the key 'sources' is missing.")
@@ -175,7 +175,7 @@ class _Parser:
     def parameters(
         self, entry: Mapping[str, Any], where: str, *, of_model: bool = False
     ) -> dict[str, Setting]:
-        """The settings at one level; those of the whole merge are no settings of a model."""
+        """The settings at one level; a model can't have parameters of the whole merge."""
         place = f"{where}: parameters"
         result = {}
         for name, value in _mapping(entry.get("parameters") or {}, place).items():
@@ -186,14 +186,14 @@ class _Parser:
                 raise unknown(f"parameter of {self.method}", name, known, place)
             if of_model and name in self.of_all:
                 raise UsageError(
-                    f"{place}: {name} of {self.method} is not a model's own (mergekit does not "
-                    "look for it here): move it to the slice's or the file's parameters."
+                    f"{place}: {name} of {self.method} can't be set for a single model (mergekit "
+                    "does not look for it here): move it to the slice's or the file's parameters."
                 )
             result[name] = parse_setting(value, f"{place}: {name}")
         return result
 
     def model(self, value: object, where: str) -> str:
-        """The name of a model in the recipe, made from the last part of its path."""
+        """The name of a model in the recipe, derived from the last part of its path."""
         ref = self._ref(value, where)
         if ref not in self.refs and len(self.refs) >= MAX_MODELS:
             raise UsageError(f"{where}: more than {MAX_MODELS} models are named.")
@@ -207,7 +207,7 @@ class _Parser:
         return self.refs[ref]
 
     def _ref(self, value: object, where: str) -> str:
-        """A reference as recipes have it, from mergekit's text or mapping."""
+        """A reference as used in recipes, from mergekit's text or mapping."""
         if isinstance(value, dict):
             value = _text_of(value, where)
         if not isinstance(value, str) or not value or not value.isprintable():
@@ -248,7 +248,8 @@ class _Parser:
             raise UsageError(f"{where} is 'base', but the file names no base_model: add one.")
         if value == "union":
             raise UsageError(
-                f"{where}: 'union' is not supported, since tokenizers are not merged: write 'base'."
+                f"{where}: 'union' is not supported, because tokenizers are not merged: write "
+                "'base'."
             )
         if value != "base" and (base is None or self._ref(value, where) != self._ref(base, where)):
             raise UsageError(
@@ -257,12 +258,12 @@ class _Parser:
             )
 
     def _check_count(self, part: Slice, base: str | None) -> None:
-        """Raises unless the method takes as many models, and has the base that it needs."""
+        """Raises a `UsageError` for a wrong number of models, or a missing base."""
         twice = [model for model, count in Counter(part.models).items() if count > 1]
         if twice:
             raise UsageError(
-                f"{part.where}: {twice[0]} is named twice, and mergekit would take the last one "
-                "alone: name each model once."
+                f"{part.where}: {twice[0]} is named twice, and mergekit would use only the last "
+                "one: name each model once."
             )
         if self.method == PASSTHROUGH:
             if len(part.sources) != 1:
@@ -284,7 +285,7 @@ class _Parser:
         low, high = method.min_sources, method.max_sources
         if not low <= count <= high:
             wanted = f"{low} to {high}" if low != high else f"exactly {low}"
-            aside = "" if base is None or method.base == "never" else " beside base_model"
+            aside = "" if base is None or method.base == "never" else " besides base_model"
             raise UsageError(
                 f"{part.where}: {self.method} takes {wanted} models{aside}, not {count}."
             )
@@ -304,8 +305,8 @@ def _layer_range(entry: Mapping[str, Any], where: str) -> tuple[int, int]:
         if 0 <= first < end:
             return first, end
     raise UsageError(
-        f"{where}: layer_range is {value!r:.60}, but must be [first, end], two integers, and the "
-        "end is not included."
+        f"{where}: layer_range is {value!r:.60}, but must be two integers [first, end], with the "
+        "end excluded."
     )
 
 
@@ -314,7 +315,7 @@ def _text_of(value: dict[str, Any], where: str) -> str:
     _check_keys(value, ("model", "lora", "override_architecture"), where)
     for key, way_out in (
         ("lora", "merge the adapter into a folder with peft's merge_and_unload first"),
-        ("override_architecture", "tensors are found without it, so leave it out"),
+        ("override_architecture", "it is not needed, so leave it out"),
     ):
         if value.get(key) is not None:
             raise UsageError(f"{where}: {key} is not supported: {way_out}.")

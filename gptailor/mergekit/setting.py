@@ -1,7 +1,7 @@
 """A parameter's setting: a number, a gradient over the layers, or a list of filters.
 
-All three have one form here, a list of cases; the first one whose filter fits a tensor's name
-counts. A number is a gradient of one step.
+All three are represented as a list of cases, of which the first whose filter matches a tensor's
+name counts. A number is a gradient of one step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gptailor.strict_yaml import truth
 
 @dataclass(frozen=True)
 class Case:
-    """The values for tensors with `filter` in their names ("" for all), bottom to top layer."""
+    """The values for tensors with `filter` in their names ("" for all), bottom layer to top."""
 
     filter: str
     values: tuple[float, ...]
@@ -26,7 +26,7 @@ Setting = tuple[Case, ...]
 
 
 def parse_setting(value: object, where: str) -> Setting:
-    """Reads what stands behind a parameter's name.
+    """Reads the setting of a parameter.
 
     Raises:
         UsageError: it is neither a number nor a list of numbers nor a list of `{filter, value}`.
@@ -39,13 +39,13 @@ def parse_setting(value: object, where: str) -> Setting:
 
 
 def value_of(setting: Setting, tensor: str, t: float, *, is_flag: bool = False) -> float | None:
-    """The value for one tensor, or None if no filter fits.
+    """The value for one tensor, or None if no filter matches.
 
     Args:
         setting: the parameter's setting.
         tensor: the tensor's full name.
-        t: how far up the slice its layer is, from 0 to 1.
-        is_flag: there is nothing between true and false: the last step up to t counts.
+        t: the position of its layer in the slice, from 0 to 1.
+        is_flag: do not interpolate between true and false; the last step up to t counts.
     """
     for case in setting:
         if case.filter in tensor:
@@ -56,7 +56,8 @@ def value_of(setting: Setting, tensor: str, t: float, *, is_flag: bool = False) 
 
 
 def _interpolated(values: Sequence[float], t: float) -> float:
-    """The point t of the broken line through equally spaced values, in mergekit's arithmetic."""
+    """The value at t of the piecewise linear curve through equally spaced values, in mergekit's
+    arithmetic."""
     place = t * (len(values) - 1)
     below = int(place)
     above = min(len(values) - 1, below + 1)
@@ -72,7 +73,7 @@ def _case(case: dict[object, object], where: str) -> Case:
         raise UsageError(f"{where}: the key 'value' is missing.")
     text = case.get("filter")
     if text is not None and not isinstance(text, str):
-        raise UsageError(f"{where}: filter is {text!r}, but must be a part of a tensor's name.")
+        raise UsageError(f"{where}: filter is {text!r}, but must be part of a tensor's name.")
     return Case("" if text in (None, "*") else str(text), _values(case["value"], f"{where}: value"))
 
 
@@ -85,7 +86,7 @@ def _values(value: object, where: str) -> tuple[float, ...]:
 
 
 def _number(value: object, where: str) -> float:
-    """A finite float; text is read as one, since YAML 1.1 takes 1e-5 for text."""
+    """A finite float; text is accepted, because YAML 1.1 reads 1e-5 as text."""
     value = truth(value)
     try:
         number = float(value) if isinstance(value, (int, float, str)) else math.nan

@@ -1,1 +1,1 @@
-"""The merge methods: the registry and the slow reference."""
+"""The merge methods: their registry and a slow reference implementation."""

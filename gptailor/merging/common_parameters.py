@@ -1,4 +1,4 @@
-"""Parameters that several methods have, and short ways to declare one."""
+"""Parameters that several methods share, and helpers to declare one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def flag(
     in_mergekit: bool = True,
     gpu_value: float | None = None,
 ) -> Parameter:
-    """A parameter that is true or false; the engine's field has its name unless it is given."""
+    """A parameter that is true or false; the engine's field has the same name unless given."""
     value = float(default)
     return Parameter(
         name, value, 0.0, 1.0, (value,), doc, "flag", is_late=is_late, field=field or name,
@@ -24,14 +24,14 @@ def flag(
 
 
 def normalize(default: bool) -> Parameter:
-    """Whether a sum is divided by that of the weights."""
-    doc = "divide by the sum of the weights that took part"
+    """Whether a weighted sum is divided by the sum of the weights."""
+    doc = "divide by the sum of the weights used"
     return flag("normalize", default, doc, field="params.normalize")
 
 
 def rescale(default: bool, is_late: bool = False) -> Parameter:
-    """Whether what is kept of a difference is made as large as the whole."""
-    doc = "multiply what is kept of a difference, so that the sum of its magnitudes stays"
+    """Whether a sparse difference is rescaled to the sum of magnitudes of the whole."""
+    doc = "rescale what is kept of a difference to its original sum of magnitudes"
     return flag("rescale", default, doc, is_late=is_late)
 
 
@@ -46,18 +46,18 @@ LAMBDA = Parameter(
     "lambda", 1.0, -100.0, 100.0, (1.0,), "factor on the merged difference", field="params.lambda"
 )
 DENSITY = part(
-    "density", 1.0, 0.5, "part of each difference that is kept", field="densities", per_source=True
+    "density", 1.0, 0.5, "fraction of each difference to keep", field="densities", per_source=True
 )
 EPSILON = part(
-    "epsilon", 0.15, 0.15, "how far probabilities lie around the density",
+    "epsilon", 0.15, 0.15, "how far probabilities deviate from the density",
     field="epsilons", per_source=True,
 )  # fmt: skip
 GAMMA = part(
-    "gamma", 0.01, 0.01, "part of each difference, its largest values, that is dropped",
+    "gamma", 0.01, 0.01, "fraction of each difference to drop, its largest values",
     field="gammas", per_source=True,
 )  # fmt: skip
 SEED = Parameter(
-    "seed", 0.0, 0.0, 2.0**53, (0.0,), "of the random choice", "integer",
+    "seed", 0.0, 0.0, 2.0**53, (0.0,), "seed of the random choice", "integer",
     field="seed", in_mergekit=False,
 )  # fmt: skip
 TASK_VECTORS = flag(

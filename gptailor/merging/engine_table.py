@@ -1,8 +1,8 @@
-"""The compiled engine's table of methods, made from the declarations.
+"""Generates the compiled engine's table of methods from the declarations.
 
-A build runs `python -m gptailor.merging.engine_table FILE`, with the standard library alone
-(csrc/CMakeLists.txt). An unknown formula or field is then an error of the compiler. The extension
-keeps a digest of the table, so that one that was built from other declarations is refused.
+The build runs `python -m gptailor.merging.engine_table FILE` with only the standard library
+(csrc/CMakeLists.txt). An unknown formula or field is then a compile error. The extension keeps a
+digest of the table, so an extension built from other declarations is refused.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from gptailor.merging.registry import MAX_SOURCES, METHODS
 
 
 def table() -> str:
-    """A C++ header: macros for what csrc/methods.cpp and csrc/merge_cuda.cu are made of."""
+    """A C++ header with the macros from which csrc/methods.cpp and csrc/merge_cuda.cu are built."""
     text = "".join(f"{line}\n" for line in _lines())
     return f'{text}\n#define GPTAILOR_METHODS_DIGEST "{digest()}"\n'
 
 
 def digest() -> str:
-    """16 hex digits that stand for all that the engine knows of the declarations."""
+    """16 hex digits that identify everything the engine knows about the declarations."""
     text = "\n".join(line for line in _lines() if not line.startswith("//"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @functools.cache
 def check_engine() -> None:
-    """To be called before the compiled extension merges anything; looks once.
+    """Checks the compiled extension, once; to be called before it merges anything.
 
     Raises:
         GptailorError: it was built from other declarations.
@@ -43,7 +43,7 @@ def check_engine() -> None:
     if _C.build_info()["methods_digest"] != digest():
         raise GptailorError(
             f"{_C.__file__} was built for other merge methods than this version of gptailor has: "
-            "build it again with `pip install .`."
+            "rebuild it with `pip install .`."
         )
 
 

@@ -1,7 +1,7 @@
-"""What a merge method is (`Method`), and a merge by one as plain values (`Mix`).
+"""A merge method (`Method`), and a single merge as plain values (`Mix`).
 
-The methods themselves stand in `registry.py`. A build reads them with Python's standard library
-alone.
+The methods themselves are declared in `registry.py`. The build reads them with only Python's
+standard library.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Engine:
     """How the compiled engine computes a method: names of enumerators in `csrc`.
 
     Attributes:
-        formula: what is done element by element (`Formula` in formulas.h).
-        keep: which differences from the base take part (`Keep` in formulas.h).
-        analysis: what is found out about whole tensors before that (`Analysis` in methods.h).
-        sphere: which coefficients follow from inner products (`Sphere` in coefficients.h).
-        on_gpu: True if the GPU computes it, too; else it is left to the CPU.
+        formula: the elementwise formula (`Formula` in formulas.h).
+        keep: which differences from the base are used (`Keep` in formulas.h).
+        analysis: the pass over whole tensors that comes first (`Analysis` in methods.h).
+        sphere: the coefficients derived from inner products (`Sphere` in coefficients.h).
+        on_gpu: True if the GPU can compute it, too; otherwise the CPU does.
     """
 
     formula: str
@@ -41,7 +41,7 @@ class Engine:
 
 
 def unchanged(mix: Mix) -> Mix:
-    """The rule of a method of which no simpler form is known."""
+    """The rule of a method without a known simpler form."""
     return mix
 
 
@@ -53,22 +53,22 @@ class Method:
         name: the key in recipes and configurations; mergekit's name where mergekit has it.
         formula: what is computed, element by element, in float32.
         paper: where it comes from.
-        parameters: beside the weights.
+        parameters: all but the weights.
         weighted: True if each source has a weight (`weights: {a: 0.5}`), False if sources are
             only listed (`models: [a, b]`).
-        min_sources, max_sources: how many sources it takes; the base is not counted among them.
-        base: whether the recipe's base takes part in the formula beside the sources; "optional":
+        min_sources, max_sources: how many sources it takes, not counting the base.
+        base: whether the formula uses the recipe's base in addition to the sources; "optional":
             iff the parameter `task_vectors` is set.
         engine: how it is computed; None if it is always built as another method, or by a solver.
         is_linear_solve: True if LAPACK computes it (`regmean.py`), not the engine.
-        statistics: what each source comes with, made from a text by `gptailor calibrate`:
-            "elements" for a number for each element, "inputs" for the Gram matrix of a linear
-            layer's inputs.
-        mean: the flag that makes a mean of the result, whose weights can't add up to zero; True if
-            it always is one.
-        simplify: the rule that finds the simplest merge that builds the same.
+        statistics: the statistics that each source needs, made from a text by `gptailor
+            calibrate`: "elements" for a number for each element, "inputs" for the Gram matrix of a
+            linear layer's inputs.
+        mean: the flag that makes the result a mean, whose weights can't add up to zero; True if it
+            always is one.
+        simplify: the rule that finds the simplest merge with the same result.
         in_mergekit: True if mergekit has it.
-        starts_at_base: True if mergekit takes its base_model for the first of the sources.
+        starts_at_base: True if mergekit uses its base_model as the first source.
     """
 
     name: str
@@ -89,40 +89,40 @@ class Method:
 
     @property
     def is_calibrated(self) -> bool:
-        """True if each source comes with statistics of its own."""
+        """True if each source needs statistics."""
         return self.statistics != "none"
 
     @property
     def share(self) -> Parameter | None:
-        """The parameter that says how much of each of two sources there is; None without one."""
+        """The parameter that divides the result between two sources; None if there is none."""
         return next((p for p in self.parameters if p.is_share), None)
 
     @property
     def has_amounts(self) -> bool:
-        """True if the result depends on how much of each source there is."""
+        """True if the proportions of the sources can be chosen."""
         return self.weighted or self.share is not None
 
     @property
     def uses_base(self) -> bool:
-        """True if the recipe's base always takes part in the formula."""
+        """True if the formula always uses the recipe's base."""
         return self.base == "always"
 
     @property
     def is_random(self) -> bool:
-        """True if it draws random numbers; they follow from its parameter `seed`."""
+        """True if it draws random numbers, which depend on its parameter `seed`."""
         return "seed" in self.by_name
 
     @property
     def by_name(self) -> dict[str, Parameter]:
-        """The parameters by their names."""
+        """The parameters by name."""
         return {p.name: p for p in self.parameters}
 
     def takes_base(self, values: Mapping[str, Value]) -> bool:
-        """True if the base takes part in the formula with these parameters."""
+        """True if the formula uses the base with these parameters."""
         return self.uses_base or (self.base == "optional" and values.get(BASE_FLAG) == 1.0)
 
     def is_mean(self, values: Mapping[str, Value]) -> bool:
-        """True if the result is a mean with these parameters: weights can't add up to zero."""
+        """True if the result is a mean with these parameters, so weights can't add up to zero."""
         return self.mean if isinstance(self.mean, bool) else values[self.mean] == 1.0
 
     def runs_on_gpu(self, values: Mapping[str, Value]) -> bool:
@@ -134,9 +134,9 @@ class Method:
         )
 
     def completed(self, values: Mapping[str, Value]) -> tuple[tuple[str, Value], ...]:
-        """Values of all parameters in the registry's order, defaults filled in, nothing checked.
+        """Values of all parameters in the registry's order, with defaults filled in, unchecked.
 
-        A parameter without a default that is not named stays out.
+        A missing parameter without a default is left out.
 
         Raises:
             UsageError: a parameter is unknown.
@@ -153,12 +153,12 @@ class Method:
     def checked(
         self, values: Mapping[str, object], where: str, sources: Iterable[str] = ()
     ) -> dict[str, Value]:
-        """All parameters of the method, defaults filled in, bounds checked.
+        """All parameters of the method, with defaults filled in and bounds checked.
 
         Args:
-            values: as a recipe has them.
+            values: as given in a recipe.
             where: the place, for errors.
-            sources: the models that are merged, for parameters with a value for each.
+            sources: the merged models, for parameters with a value for each.
 
         Raises:
             UsageError: a parameter is unknown, missing or outside its bounds.
@@ -179,14 +179,14 @@ class Method:
         return result
 
     def _check_together(self, values: Mapping[str, Value], num_sources: int, where: str) -> None:
-        """della's probabilities lie around the density, and must be probabilities."""
+        """Checks that della's probabilities, density ± epsilon, lie between 0 and 1."""
         if not ("density" in values and "epsilon" in values):
             return
         densities, epsilons = (for_each(values[k], num_sources) for k in ("density", "epsilon"))
         for density, epsilon in zip(densities, epsilons, strict=True):
             if 0.0 < density < 1.0 and not 0.0 < density - epsilon <= density + epsilon < 1.0:
                 raise UsageError(
-                    f"{where}: density {density:g} and epsilon {epsilon:g} do not go together: "
+                    f"{where}: density {density:g} and epsilon {epsilon:g} do not fit together: "
                     "density - epsilon must be above 0 and density + epsilon below 1."
                 )
 
@@ -196,8 +196,8 @@ class Mix(Parametrised):
     """A merge of some sources.
 
     Attributes:
-        method: how it is made.
-        weights: (source, weight) in their order; weight 1.0 where the method has no weights.
+        method: the merge method.
+        weights: (source, weight) in order; weight 1.0 if the method has no weights.
         parameters: (name, value) of every parameter of the method; defaults are filled in.
         base: the source that is the base.
     """
@@ -221,7 +221,7 @@ class Mix(Parametrised):
         return for_each(self.parameter(name), len(self.weights))
 
     def select(self, indices: Iterable[int]) -> Mix:
-        """The merge of these sources only, in this order."""
+        """The same merge with only these sources, in this order."""
         chosen = list(indices)
         values = tuple(
             (name, tuple(value[i] for i in chosen) if isinstance(value, tuple) else value)
@@ -231,16 +231,17 @@ class Mix(Parametrised):
         return replace(self, weights=weights, parameters=values)
 
     def having(self, **values: Value) -> Mix:
-        """The same with other values of some parameters."""
+        """The same merge with other values for some parameters."""
         return replace(self, parameters=tuple((dict(self.parameters) | values).items()))
 
     def weighing(self, weights: Iterable[float]) -> Mix:
-        """The same with other weights, one for each source."""
+        """The same merge with other weights, one for each source."""
         pairs = zip(self.sources, weights, strict=True)
         return replace(self, weights=tuple((source, weight) for source, weight in pairs))
 
     def by(self, method: Method, **values: Value) -> Mix:
-        """The merge by another method: it gets what both have, `values`, and else defaults."""
+        """The merge by another method, with the parameters that both have, `values`, and defaults
+        for the rest."""
         known = method.by_name
         kept = {name: value for name, value in self.parameters if name in known} | values
         return replace(self, method=method, parameters=tuple(kept.items()))

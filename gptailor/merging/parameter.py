@@ -1,6 +1,6 @@
-"""A parameter of a merge method: its values, their bounds and their check.
+"""A parameter of a merge method: its values, their bounds, and how they are checked.
 
-A build reads the declarations with Python's standard library alone, so nothing else is imported at
+The build reads the declarations with only Python's standard library, so nothing else is imported at
 the top.
 """
 
@@ -18,28 +18,27 @@ Value = float | tuple[float, ...]
 """A parameter's value: one for all sources, or one for each in the sources' order."""
 
 BASE_FLAG = "task_vectors"
-"""The parameter that asks for the base where it is optional."""
+"""The parameter that makes a method use the base if that is optional."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A number that a method takes, beside the weights of its sources.
+    """A number that a method takes, in addition to the weights of its sources.
 
     Attributes:
         name: the key in a recipe.
-        default: used when the recipe does not name it; None when it must be given.
+        default: used if the recipe does not have it; None if it must be given.
         low, high: inclusive bounds.
         search: the values that a search tries.
         doc: what it does, in one line.
-        kind: "number"; "integer"; or "flag": true or false, kept as 1.0 or 0.0.
+        kind: "number"; "integer"; or "flag": true or false, stored as 1.0 or 0.0.
         per_source: True if each source may have its own value (`density: {a: 0.5, b: 0.7}`).
-        is_late: True if there were recipes before the method had it: it is no part of a recipe's
-            hash while it has its default, so that their hashes stay.
+        is_late: True if recipes existed before the method had it; its default is not part of a
+            recipe's hash, so that old hashes stay valid.
         field: the member of the engine's `Method` (csrc/methods.h) that gets the value.
-        is_share: True if it says how much of the second of two sources there is, and the rest is
-            the first's.
+        is_share: True if it is the share of the second of two sources; the rest is the first's.
         in_mergekit: True if mergekit has it.
-        gpu_value: the one value with which the GPU computes the method; None if it takes any.
+        gpu_value: the only value with which the GPU computes the method; None if any will do.
     """
 
     name: str
@@ -62,7 +61,7 @@ class Parameter:
         return self.kind == "flag"
 
     def checked(self, value: object, where: str) -> float:
-        """`value` as a float, or a `UsageError` that names the bounds."""
+        """`value` as a float; raises a `UsageError` if it is invalid or out of bounds."""
         if self.is_flag:
             from gptailor.strict_yaml import truth  # needs PyYAML
 
@@ -81,12 +80,12 @@ class Parameter:
         return number
 
     def checked_values(self, value: object, sources: Iterable[str], where: str) -> Value:
-        """`value` as one float, or as one for each source where it is a mapping of sources.
+        """`value` as one float, or as one for each source if it is a mapping of sources.
 
         Sources that the mapping leaves out get the default.
 
         Raises:
-            UsageError: a value is outside the bounds, or a name is that of no source.
+            UsageError: a value is out of bounds, or a name is not that of a source.
         """
         if not isinstance(value, dict):
             return self.checked(value, where)
@@ -101,14 +100,14 @@ class Parameter:
         return tuple(self.checked(value.get(name, self.default), where) for name in names)
 
     def shown(self, value: float) -> float | int | bool:
-        """A value as a recipe has it."""
+        """A value as it is written in a recipe."""
         if self.is_flag:
             return bool(value)
         return int(value) if self.kind == "integer" else value
 
 
 class Parametrised:
-    """What has values of a method's parameters: (name, value) of each."""
+    """Base class of objects with a method's parameter values, (name, value) for each."""
 
     parameters: tuple[tuple[str, Value], ...]
 
@@ -124,7 +123,7 @@ class Parametrised:
 
 
 WEIGHT_BOUNDS = (-1000.0, 1000.0)
-"""Inclusive bounds of a source's weight: wide, because methods that normalise take any scale."""
+"""Inclusive bounds of a source's weight; wide, because methods that normalise take any scale."""
 
 
 def for_each(value: Value, num_sources: int) -> tuple[float, ...]:
@@ -133,7 +132,7 @@ def for_each(value: Value, num_sources: int) -> tuple[float, ...]:
 
 
 def simplified(value: Value) -> Value:
-    """One number where all sources have the same."""
+    """`value` as floats, and as a single one if it is the same for all sources."""
     if not isinstance(value, tuple):
         return float(value)
     values = tuple(float(v) for v in value)
@@ -141,7 +140,7 @@ def simplified(value: Value) -> Value:
 
 
 def checked_number(name: str, value: object, where: str) -> float:
-    """`value` as a finite float, or a `UsageError`; booleans are no numbers here."""
+    """`value` as a finite float; raises a `UsageError` for anything else, booleans included."""
     try:
         number = float(value) if type(value) in (int, float) else math.nan  # type: ignore[arg-type]
     except OverflowError:
@@ -152,7 +151,7 @@ def checked_number(name: str, value: object, where: str) -> float:
 
 
 def checked_weight(model: str, value: object, where: str) -> float:
-    """A source's weight as a float within `WEIGHT_BOUNDS`, or a `UsageError`."""
+    """A source's weight as a float; raises a `UsageError` outside `WEIGHT_BOUNDS`."""
     weight = checked_number(f"the weight of {model}", value, where)
     low, high = WEIGHT_BOUNDS
     if not low <= weight <= high:

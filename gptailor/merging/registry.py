@@ -1,10 +1,10 @@
-"""The merge methods, each declared once: all other parts of the program follow from here.
+"""The merge methods, each declared once; the rest of the program uses these declarations.
 
-A method says which sources it takes, which parameters with which bounds, what it computes, who
-published it, and what the compiled engine computes it with: a build makes the engine's table of
-methods from these declarations (`engine_table.py`). Names, parameters and defaults are mergekit's
-where mergekit has the method; `stock` and `widen` are those of the code published with GPTailor.
-The formulas themselves stand in `csrc` (fast) and in `reference` (slow, float64).
+A declaration gives a method's sources, its parameters with their bounds, its formula, its paper,
+and how the compiled engine computes it: the build generates the engine's table of methods from
+these declarations (`engine_table.py`). Names, parameters and defaults are mergekit's where mergekit
+has the method; `stock` and `widen` are those of the code published with GPTailor. The formulas
+themselves are implemented in `csrc` (fast) and in `reference` (slow, float64).
 
 In the formulas b is the base, xᵢ a source, wᵢ its weight and δᵢ = xᵢ − b.
 """
@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 MAX_SOURCES = 16
-"""How many sources the engine takes, the base not among them."""
+"""The most sources that the engine takes, not counting the base."""
 
 _SOUPS = "Wortsman et al. 2022, Model soups, arXiv 2203.05482"
 _DARE = "Yu et al. 2023, Language Models are Super Mario, arXiv 2311.03099"
@@ -149,7 +149,7 @@ _KARCHER = _method(
     "Σ ‖xᵢ‖ / n · the point on the sphere with the least Σ angle² to all xᵢ",
     "Karcher 1977, Riemannian center of mass and mollifier smoothing, CPAM 30",
     Parameter(
-        "max_iter", 10.0, 0.0, 10_000.0, (10.0,), "steps at most", "integer",
+        "max_iter", 10.0, 0.0, 10_000.0, (10.0,), "maximum number of steps", "integer",
         field="sphere.max_iter",
     ),
     part("tol", 1e-5, 1e-5, "a step shorter than this is the last", field="sphere.tol"),
@@ -210,7 +210,7 @@ _SCE = _method(
     "sce",
     "b + Σ_{i ∈ A} vᵢ δᵢ / Σ_{i ∈ A} vᵢ,  vᵢ = mean δᵢ²,  where δ varies most among sources",
     "Wan et al. 2024, FuseChat, arXiv 2408.07990",
-    part("select_topk", 1.0, 0.5, "part of the elements that is merged", field="select_topk"),
+    part("select_topk", 1.0, 0.5, "fraction of the elements to merge", field="select_topk"),
     weighted=False,
     engine=Engine("sce", "variance", "sce"),
     simplify=simplify.sce,
@@ -219,7 +219,7 @@ _RAM = _method(
     "ram",
     "b + the mean of those δᵢ with |δᵢ| > ε",
     "2026, Reinforced Agent Merging, arXiv 2601.13572",
-    part("epsilon", 1e-5, 1e-5, "differences up to this are none", field="params.epsilon"),
+    part("epsilon", 1e-5, 1e-5, "differences up to this are ignored", field="params.epsilon"),
     weighted=False,
     engine=Engine("ram", on_gpu=True),
     simplify=simplify.ram,
@@ -266,14 +266,14 @@ _WIDEN = _method(
     "Yu et al. 2024, Extend Model Merging via Weight Disentanglement, arXiv 2408.03092",
     Parameter(
         "above_average_value_ratio", 1.0, 0.0, 1000.0, (1.0,),
-        "a column that moved more than so many times the average is important",
+        "a column that moved more than this many times the average is important",
         field="widen_ratio",
     ),
     Parameter(
         "score_calibration_value", 1.0, -100.0, 100.0, (1.0,), "the score of important columns",
         field="widen_calibration",
     ),
-    flag("by_rows", False, "rows in the place of columns, as the paper does for embeddings"),
+    flag("by_rows", False, "rows instead of columns, as the paper does for embeddings"),
     weighted=False,
     sources=(1, MAX_SOURCES - 1),  # the base is one more vector
     engine=Engine("task_arithmetic", analysis="widen"),
@@ -285,7 +285,7 @@ _FISHER = _method(
     "Σ wᵢ max(Fᵢ, ε) xᵢ / Σ wᵢ max(Fᵢ, ε),  Fᵢ = the diagonal of the Fisher information",
     "Matena and Raffel 2021, Merging Models with Fisher-Weighted Averaging, arXiv 2111.09832",
     Parameter(
-        "floor", 1e-6, 0.0, 1e6, (1e-6,), "no information is less; the mean is 1",
+        "floor", 1e-6, 0.0, 1e6, (1e-6,), "lower bound of the information, whose mean is 1",
         field="params.epsilon",
     ),
     base="never",
@@ -299,7 +299,7 @@ _REGMEAN = _method(
     "regmean",
     "(Σ wᵢ Gᵢ)⁻¹ Σ wᵢ Gᵢ xᵢ,  Gᵢ = the Gram matrix of the inputs; the mean where there is none",
     "Jin et al. 2022, Dataless Knowledge Fusion by Merging Weights, arXiv 2212.09849",
-    part("reduce_non_diagonal_ratio", 0.9, 0.9, "factor on what is off G's diagonal"),
+    part("reduce_non_diagonal_ratio", 0.9, 0.9, "factor on G's off-diagonal elements"),
     base="never",
     is_linear_solve=True,
     statistics="inputs",
@@ -313,18 +313,18 @@ _TABLE = (
     _DARE_TIES, _DELLA_TIES, _DELLA_LINEAR, _BREADCRUMBS_LINEAR, _BREADCRUMBS_TIES, _SCE, _RAM,
     _MODEL_STOCK, _STOCK_WHOLE, _NEARSWAP, _ARCEE_FUSION, _WIDEN, _FISHER, _REGMEAN,
 )  # fmt: skip
-"""In the order in which a search counts them with `methods: all` and messages name them."""
+"""In the order used by a search with `methods: all` and by messages."""
 
 METHODS: dict[str, Method] = {method.name: method for method in _TABLE}
 CALIBRATED = tuple(name for name, method in METHODS.items() if method.is_calibrated)
-"""The names of those that need statistics of a text."""
+"""The names of the methods that need statistics of a text."""
 
 
 def get_method(name: object, where: str = "") -> Method:
     """The method of that name.
 
     Raises:
-        UsageError: there is none; the message has the nearest right name.
+        UsageError: there is none; the message suggests the closest name.
     """
     if name not in METHODS:
         raise unknown("merge method", name, METHODS, where)

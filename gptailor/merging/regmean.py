@@ -1,8 +1,8 @@
-"""RegMean: the matrix whose outputs are nearest to those of all sources, found by a linear solve.
+"""RegMean: the matrix whose outputs are closest to those of all sources, found by a linear solve.
 
-It is the one method that is no formula for each element, so it is left to LAPACK, by way of torch,
-in float64. How its sums are split may follow the number of threads: results of other numbers can
-differ in the last bits of float64, which shows in float32 about once in a hundred million elements.
+It is the only method that is not elementwise, so LAPACK computes it, through torch, in float64. How
+sums are split may depend on the number of threads, so results can differ in the last bits of
+float64, which shows in float32 about once in a hundred million elements.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 SINGULAR = 1e-6
-"""A pivot below this part of the diagonal is rounding errors of Gram matrices in float32."""
+"""Smaller pivots, relative to the diagonal, are rounding errors of float32 Gram matrices."""
 
 
 def regmean(
@@ -25,12 +25,12 @@ def regmean(
 ) -> torch.Tensor:
     """Jin et al. 2022, Dataless Knowledge Fusion by Merging Weights, arXiv 2212.09849.
 
-    yᵀ = (Σᵢ wᵢ Gᵢ)⁻¹ Σᵢ wᵢ Gᵢ xᵢᵀ, after all elements of G off its diagonal were multiplied by the
-    ratio. The columns of inputs that are always zero are averaged: they are what any small
-    addition to the diagonals of all G gives, and no output depends on them.
+    yᵀ = (Σᵢ wᵢ Gᵢ)⁻¹ Σᵢ wᵢ Gᵢ xᵢᵀ, after all off-diagonal elements of G are multiplied by the
+    ratio. The columns of inputs that are always zero are averaged: any small addition to the
+    diagonals of all G gives this, and no output depends on them.
 
     Args:
-        x_SOI: the sources' matrices (outputs, inputs), of any floating type.
+        x_SOI: the sources' matrices (outputs, inputs), of any floating-point type.
         gram_SII: the Gram matrix of each source's inputs (inputs, inputs).
         w_S: a weight for each.
         reduce_non_diagonal_ratio: 1 is the least-squares solution.
@@ -60,7 +60,7 @@ def regmean(
         right_IO.addmm_(g_II, x_IO)
         mean_IO.add_(x_IO, alpha=weight / total)
     is_dead_I = left_II.diagonal() == 0
-    # Rows and columns are scaled to a diagonal of 1, so that small pivots mean something.
+    # Rows and columns are scaled to a diagonal of 1, so that pivots can be compared with SINGULAR.
     scale_I = torch.where(is_dead_I, 1.0, left_II.diagonal().abs().rsqrt())
     left_II *= scale_I[:, None] * scale_I
     left_II.diagonal()[is_dead_I] = 1.0

@@ -1,13 +1,13 @@
-"""The rules by which a merge is the same as a simpler one; each method declares its own.
+"""Rules that reduce a merge to a simpler one with the same result; each method declares its rule.
 
-A rule takes a merge, whose sources are in their canonical order unless one parameter says how much
-of each of two there is, and returns the simplest one that builds the same, or the source that this
-is. Weights are divided by their sum where a method does that, factors are folded into them, and
-whatever has no effect is gone: values of parameters that play no part, and sources of weight or
-density 0 where nothing else depends on their being there (for `one_of_equals`, `sce`, `ram` and
-`widen`, whose sources have no weights, each one counts).
+A rule takes a merge, whose sources are in canonical order unless a parameter is the share of the
+second of two, and returns the simplest merge with the same result, or a source if the result equals
+it. Weights are divided by their sum if the method does so, factors are folded into them, and
+whatever has no effect is removed: values of unused parameters, and sources of weight or density 0
+if nothing else depends on their presence (for `one_of_equals`, `sce`, `ram` and `widen`, whose
+sources have no weights, each one counts).
 
-A merge that is refused when it is built, with the reason, stays as it is.
+A merge that will be refused when it is built, with the reason, is left unchanged.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Rule = Callable[[Mix], Mix | str]
 
 
 def _rounded(value: float) -> float:
-    """Nine digits; what no float32 could tell from nothing is nothing."""
+    """`value` rounded to nine digits; values too small to matter in float32 become 0."""
     return float(f"{value:.9g}") if abs(value) > 1e-12 else 0.0
 
 
@@ -46,7 +46,7 @@ def weighted_sum(mix: Mix) -> Mix | str:
 
 
 def mean_by(method: Method) -> Rule:
-    """The mean of sources that may be listed more than once, which `method` makes of weights."""
+    """The mean of sources that may be listed repeatedly, as a merge by `method` with weights."""
 
     def rule(mix: Mix) -> Mix | str:
         count = Counter(mix.sources)
@@ -57,12 +57,12 @@ def mean_by(method: Method) -> Rule:
 
 
 def same_as(method: Method) -> Rule:
-    """A method that is another one with its defaults."""
+    """The rule of a method that is another one with default parameters."""
     return lambda mix: method.simplify(mix.by(method))
 
 
 def shared(mix: Mix) -> Mix | str:
-    """Two sources, t of the second: at its ends, t is one of them."""
+    """Two sources with share t of the second: t = 0 is the first, t = 1 the second."""
     (first, second), t = mix.sources, round(mix.number("t"), 9)
     if first == second or t == 0.0:
         return first
@@ -81,7 +81,7 @@ def added_differences(mix: Mix) -> Mix | str:
 
 
 def _folded(mix: Mix) -> Mix:
-    """A sum of weighted differences with λ and the sum of the weights folded into the weights."""
+    """A sum of weighted differences, with λ and the sum of the weights folded into the weights."""
     factor = mix.number("lambda")
     if mix.number("normalize"):
         total = math.fsum(w for _, w in mix.weights)
@@ -91,8 +91,8 @@ def _folded(mix: Mix) -> Mix:
 
 
 def elected(mix: Mix) -> Mix | str:
-    """Differences of which only those with the elected sign are added, the largest part of each."""
-    # the base's difference, and one of weight 0, never have the elected sign
+    """The sum of trimmed differences, of which only elements with the elected sign are added."""
+    # the base's difference, and one of weight 0, never has the elected sign
     mix = mix.select(i for i, (s, w) in enumerate(mix.weights) if w and s != mix.base)
     factor = mix.number("lambda")
     if not mix.weights or factor == 0.0:
@@ -107,12 +107,12 @@ def elected(mix: Mix) -> Mix | str:
 
 
 def _alone(mix: Mix) -> Mix:
-    """One source, whose weight is divided by itself; the formula does not divide by less."""
+    """A single source with its weight divided by itself, unless it is too small to divide by."""
     return mix.weighing((1.0,)) if abs(mix.weights[0][1]) >= _TINY else mix
 
 
 def sparse(*, whole: Method) -> Rule:
-    """A sum of differences of which a part is dropped; `whole` is the same without that.
+    """A sum of sparse differences; `whole` is the same method without dropping anything.
 
     A difference of density 0 is zero, and one of density 1 is whole.
     """
@@ -129,7 +129,7 @@ def sparse(*, whole: Method) -> Rule:
 
 
 def sparse_elected(*, whole: Method, alone: Method) -> Rule:
-    """As `sparse`, with elected signs; `alone` does the same without them."""
+    """Like `sparse`, with elected signs; `alone` is the same method without them."""
 
     def rule(mix: Mix) -> Mix | str:
         mix = _some(mix)
@@ -147,7 +147,7 @@ def sparse_elected(*, whole: Method, alone: Method) -> Rule:
 
 
 def _some(mix: Mix) -> Mix:
-    """The sources of which anything is left."""
+    """The same merge with only the sources that contribute anything."""
     densities = mix.for_each("density")
     return mix.select(
         i for i, (s, w) in enumerate(mix.weights) if w and s != mix.base and densities[i] > 0.0
@@ -155,7 +155,7 @@ def _some(mix: Mix) -> Mix:
 
 
 def _without_unused(mix: Mix) -> Mix:
-    """Defaults for what has no effect where nothing is dropped."""
+    """Resets epsilon and gamma to their defaults for sources of which nothing is dropped."""
     densities = mix.for_each("density")
     for parameter in mix.method.parameters:
         if parameter.name in ("epsilon", "gamma") and parameter.default is not None:
@@ -166,13 +166,13 @@ def _without_unused(mix: Mix) -> Mix:
 
 
 def arc(mix: Mix) -> Mix | str:
-    """Two weights that only count in proportion."""
+    """Two weights of which only the ratio counts."""
     weights = [w for _, w in mix.weights]
     total = math.fsum(weights)
     if abs(total) < 1e-6:
-        weights = [0.5, 0.5]  # mergekit's rule for weights that add up to nothing
+        weights = [0.5, 0.5]  # mergekit's rule for weights that add up to zero
     else:
-        is_one = abs(total - 1.0) <= 1e-9 * sum(map(abs, weights))  # so that it stays as it is
+        is_one = abs(total - 1.0) <= 1e-9 * sum(map(abs, weights))  # then t stays unchanged
         t = round(weights[1] if is_one else weights[1] / total, 9)
         weights = [round(1.0 - t, 9), t]
     for source, weight in zip(mix.sources, weights, strict=True):
@@ -205,7 +205,7 @@ def one_of_equals(mix: Mix) -> Mix | str:
 
 
 def in_proportion(mix: Mix) -> Mix | str:
-    """A mean: weights count in proportion only."""
+    """A mean: only the ratios of the weights count."""
     largest = max((w for _, w in mix.weights), key=abs)
     if largest == 0.0:
         return mix
@@ -217,7 +217,7 @@ def in_proportion(mix: Mix) -> Mix | str:
 
 
 def sce(mix: Mix) -> Mix | str:
-    """A part of the elements, those that vary most: nothing varies among equal sources."""
+    """A fraction of the elements, those that vary most; nothing varies among equal sources."""
     share = mix.number("select_topk")
     if share == 0.0:
         return mix.base
@@ -227,21 +227,21 @@ def sce(mix: Mix) -> Mix | str:
 
 
 def ram(mix: Mix) -> Mix | str:
-    """Differences up to ε are none, so that equal sources are taken whole only without one."""
+    """Differences up to ε are ignored, so equal sources give that source only if ε is 0."""
     return one_of_equals(mix) if mix.number("epsilon") == 0.0 else mix
 
 
 def swapped_near(mix: Mix) -> Mix | str:
-    """The base, where no difference is small enough."""
+    """The base if t is 0, because then no difference is small enough."""
     return mix.base if mix.number("t") == 0.0 else one_is_base(mix)
 
 
 def one_is_base(mix: Mix) -> Mix | str:
-    """One source, of which parts take the place of the base's."""
+    """A single source, parts of which replace the base's."""
     return mix.base if mix.sources == (mix.base,) else mix
 
 
 def widen(mix: Mix) -> Mix | str:
-    """Scores that are shares of one source are 1."""
+    """With a single source all scores are 1, if the calibration value is, too."""
     one = len(mix.weights) == 1 and mix.number("score_calibration_value") == 1.0
     return mix.sources[0] if one else mix

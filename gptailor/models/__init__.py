@@ -1,1 +1,1 @@
-"""Models as they lie on disk: safetensors, layer structure, families."""
+"""Models on disk: safetensors files, layer structure, families."""

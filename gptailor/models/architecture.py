@@ -1,8 +1,9 @@
 """The architecture of a model: which tensor belongs to which layer, found from names and shapes.
 
 There is no table with an entry for each architecture. The layer stack is the numbered group of
-tensors that holds most bytes; what is left over is embeddings or head, by name. The same module
-cuts a config to the kept layers, since which keys are per-layer is a fact about architectures too.
+tensors with the most bytes; the remaining tensors belong to the embeddings or the head, by name.
+This module also cuts a config to the kept layers, since which of its keys are per-layer is a fact
+about architectures, too.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _POST_NORMS = re.compile(r"post_feedforward|post_attention_norm\b|post_mlp|post_
 _NUMBER = r"(0|[1-9][0-9]{0,5})"
 _LAYER = re.compile(rf"{_NUMBER}\.")
 _MAX_NUMBERS = 8
-"""How deep in a name a layer's number is looked for: layers lie outside, experts inside."""
+"""How many numbers in a name are considered: the layer's comes early, an expert's later."""
 _COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_blocks")
 _INDEX_LIST_KEYS = (
     "mlp_only_layers", "cross_attention_layers", "attn_layer_indices", "moe_layers",
@@ -47,17 +48,17 @@ _PREFIX_COUNT_KEYS = (
 _SUFFIX_COUNT_KEYS = ("num_kv_shared_layers",)
 _LAST_INDEX_KEYS = ("moe_layer_end_index",)
 _TILED_KEYS = ("block_types",)
-"""Lists that are repeated until there is an entry for each layer."""
+"""Lists that are repeated until every layer has an entry."""
 _LETTER_KEYS = ("hybrid_override_pattern",)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where the layers of a model are.
+    """Which tensors make up the layers of a model.
 
     Attributes:
-        prefix: what stands before the layer's number, for example "model.layers.".
-        num_layers: how many layers there are.
+        prefix: the part of a name before the layer's number, for example "model.layers.".
+        num_layers: the number of layers.
         layers: for each layer, suffix ("self_attn.q_proj.weight") → full name.
         embeddings: names of tensors before the stack.
         head: names of tensors after the stack: final norm and output head.
@@ -77,8 +78,8 @@ class Architecture:
         """Suffixes of the projections that write to the residual stream.
 
         Raises:
-            UsageError: they can't be told, a norm follows them, or the layer has parts of which it
-                is not known whether they write there, so that no scale folds into it exactly.
+            UsageError: no scale folds into the layer exactly: these projections can't be
+                identified, a norm follows them, or other parts of the layer may write there, too.
         """
         suffixes = tuple(self.layers[layer])
         found = tuple(s for s in suffixes if _RESIDUAL_WRITERS.search(s))
@@ -100,7 +101,7 @@ def find_architecture(
     Args:
         tensors: the checkpoint's tensors.
         where: the model, for errors.
-        prefix: of the layers' tensors, up to the number; None for the group with most bytes.
+        prefix: of the layers' tensors, up to the number; None for the group with the most bytes.
 
     Raises:
         ModelError: there is no numbered stack, or a number is missing.
@@ -128,8 +129,8 @@ def find_architecture(
 
 
 def stacks_of(tensors: Iterable[str], num_layers: int) -> list[str]:
-    """Prefixes of all groups of tensors that are numbered from 0 to `num_layers` − 1, those that
-    lie in no other group; a model with towers for images or sound has several."""
+    """Prefixes of all groups of tensors that are numbered from 0 to `num_layers` − 1 and are not
+    inside another such group; a model with towers for images or sound has several."""
     numbers: dict[str, set[int]] = defaultdict(set)
     for name in tensors:
         for match in islice(re.finditer(rf"(?:^|\.){_NUMBER}\.", name), _MAX_NUMBERS):
@@ -139,7 +140,7 @@ def stacks_of(tensors: Iterable[str], num_layers: int) -> list[str]:
 
 
 def _largest_group(tensors: Mapping[str, TensorInfo], where: object) -> str:
-    """What stands before the number in the numbered group of tensors that has most bytes."""
+    """The prefix of the numbered group of tensors with the most bytes."""
     n_bytes: dict[str, int] = defaultdict(int)
     for name, info in tensors.items():
         for match in islice(re.finditer(rf"(?:^|\.){_NUMBER}\.", name), _MAX_NUMBERS):
@@ -150,7 +151,7 @@ def _largest_group(tensors: Mapping[str, TensorInfo], where: object) -> str:
 
 
 def _inside(name: str, prefix: str) -> re.Match[str] | None:
-    """The layer's number and the dot after it, where the name goes on like that."""
+    """A match of the layer's number and the dot after it, if they follow the prefix."""
     return _LAYER.match(name, len(prefix)) if name.startswith(prefix) else None
 
 
@@ -160,7 +161,7 @@ def role_of(name: str) -> Role:
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config that describes the layer stack: itself, or its `text_config`."""
+    """The part of a config that describes the layer stack: all of it, or its `text_config`."""
     nested = config.get("text_config")
     if isinstance(nested, dict) and not any(key in config for key in _COUNT_KEYS):
         return nested
@@ -168,13 +169,13 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def layer_count(text: Mapping[str, Any]) -> int | None:
-    """The number of layers that a config names, or None."""
+    """The number of layers according to a config; None if it gives none."""
     counts = (text[key] for key in _COUNT_KEYS if type(text.get(key)) is int)
     return next(counts, None)
 
 
 def per_layer_lists(config: Mapping[str, Any], num_layers: int) -> dict[str, list[Any]]:
-    """The lists of a config that have one entry for each layer."""
+    """The lists of a config that have one entry per layer."""
     return {
         key: value
         for key, value in config.items()
@@ -189,12 +190,12 @@ def per_layer_lists(config: Mapping[str, Any], num_layers: int) -> dict[str, lis
 def implied_lists(
     text: Mapping[str, Any], resolved: Mapping[str, Any], num_layers: int
 ) -> dict[str, list[Any]]:
-    """Lists of layers that a config leaves to its class.
+    """Per-layer lists that a config leaves to its class.
 
     Args:
         text: the part of a config.json that describes the layer stack.
         resolved: the same with all defaults filled in.
-        num_layers: how many layers there are.
+        num_layers: the number of layers.
     """
     lists = per_layer_lists(resolved, num_layers)
     lists |= {k: resolved[k] for k in _INDEX_LIST_KEYS if isinstance(resolved.get(k), list)}
@@ -207,26 +208,26 @@ def cut_config(
     implied: Mapping[str, list[Any]] = MappingProxyType({}),
     num_layers: int | None = None,
 ) -> dict[str, Any]:
-    """A config for the kept layers: layer count and all that it says of single layers.
+    """A config for the kept layers, with the layer count and all per-layer keys adapted.
 
-    What its keys mean is told by their names and sizes, so it is a proposal: whoever can, builds
-    the model and compares its layers (`evaluation.structure`).
+    The meaning of its keys is inferred from their names and sizes, so the result is a proposal: it
+    is checked by building the model and comparing its layers (`evaluation.structure`).
 
     Args:
-        config: what `config.json` holds.
+        config: the contents of `config.json`.
         src_layers: the source layer of each output layer.
         implied: per-layer lists that the config leaves to its class; they are written out.
-        num_layers: how many layers there are, for a config that leaves that to its class, too.
+        num_layers: the number of layers, for a config that leaves that to its class, too.
 
     Raises:
-        ModelError: nothing tells the number of layers.
+        ModelError: the number of layers is unknown.
     """
     result = copy.deepcopy(dict(config))
     text = text_config(result)
     declared = layer_count(text)
     if declared is None:
         if num_layers is None:
-            raise ModelError(f"config.json names no layer count (one of {', '.join(_COUNT_KEYS)}).")
+            raise ModelError(f"config.json has no layer count (one of {', '.join(_COUNT_KEYS)}).")
         declared = text[_COUNT_KEYS[0]] = num_layers
     text |= copy.deepcopy(dict(implied))
     whole = list(range(declared))
@@ -264,7 +265,7 @@ def _is_by_index(value: Mapping[object, Any], num_layers: int) -> bool:
 
 
 def untied(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config that says that the output head has a matrix of its own."""
+    """The config of a model whose output head has a matrix of its own."""
     result = copy.deepcopy(dict(config))
     for part in (result, text_config(result)):
         if part is result or "tie_word_embeddings" in part:

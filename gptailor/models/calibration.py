@@ -1,9 +1,9 @@
-"""Statistics of models on calibration text, as they lie on disk: what some merge methods need.
+"""Files with statistics of models on calibration text, which some merge methods need.
 
-A folder holds `NAME.METHOD.safetensors` for each model. The tensors have the names of the model's
-own: a number for each element, of the same shape (fisher: the diagonal of the Fisher information);
-or the Gram matrix of what goes into a linear layer, (inputs, inputs) (regmean). The metadata says
-which text they come from and which weights they belong to.
+A folder holds `NAME.METHOD.safetensors` for each model. Its tensors have the same names as the
+model's. For fisher, each has the shape of the model's tensor (the diagonal of the Fisher
+information); for regmean, it is the Gram matrix of a linear layer's inputs, (inputs, inputs). The
+metadata says which text they come from and which weights they belong to.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ class Calibration:
     """Which statistics a recipe uses.
 
     Attributes:
-        folder: where they lie.
-        digests: (method, model, digest of the metadata), sorted; empty until they were looked up.
+        folder: where they are.
+        digests: (method, model, digest of the metadata), sorted; empty until looked up.
     """
 
     folder: str
     digests: tuple[tuple[str, str, str], ...] = ()
 
     def digest(self, method: str, model: str) -> str:
-        """What a recipe's hash has of a model's statistics; "" while they were not looked up."""
+        """The digest of a model's statistics, for a recipe's hash; "" if not looked up yet."""
         return next((d for m, name, d in self.digests if (m, name) == (method, model)), "")
 
     def found(self, needed: Sequence[tuple[str, str]]) -> Calibration:
@@ -56,11 +56,11 @@ class Calibration:
 
 
 class Statistics:
-    """The statistics of one model for one method: what their header says.
+    """The statistics of one model for one method, as described by their header.
 
     Args:
         folder: of the calibration.
-        method: a merge method that needs them.
+        method: the merge method that needs them.
         model: the model's name.
 
     Raises:
@@ -86,7 +86,7 @@ class Statistics:
 
     @property
     def digest(self) -> str:
-        """16 hex digits of the metadata's SHA-256: the same for the same text and weights."""
+        """16 hex digits of the metadata's SHA-256; equal for the same text and weights."""
         text = json.dumps(self.metadata, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
@@ -94,22 +94,22 @@ class Statistics:
         """Raises a `ModelError` unless they belong to the weights with this `weights_digest`."""
         if self.metadata.get("weights") != digest:
             raise ModelError(
-                f"{self.path} belongs to other weights than those of {where}: make it again with "
+                f"{self.path} does not belong to the weights of {where}: make it again with "
                 "`gptailor calibrate`."
             )
 
     def find(self, info: TensorInfo, *, per_element: bool) -> TensorInfo | None:
-        """What belongs to a tensor of the model.
+        """The statistics of one of the model's tensors.
 
         Args:
             info: the tensor.
             per_element: True for a number for each element, False for a Gram matrix of inputs.
 
         Returns:
-            None where it is no linear layer, which has no Gram matrix.
+            None for a tensor without a Gram matrix, because it is not a linear layer's.
 
         Raises:
-            ModelError: it has another shape or dtype than it must, or is missing for an element.
+            ModelError: the shape or dtype is wrong, or per-element statistics are missing.
         """
         found = self.tensors.get(info.name)
         if found is None:
@@ -127,14 +127,15 @@ class Statistics:
 
 
 def statistics_path(folder: str | Path, method: str, model: str) -> Path:
-    """Where the statistics of a model lie; a name that is no file name is percent-encoded."""
+    """The path of a model's statistics; a name that can't be a file name is percent-encoded."""
     return Path(folder) / f"{quote(model, safe=' ')}.{method}.safetensors"
 
 
 def weights_digest(tensors: Mapping[str, TensorInfo]) -> str:
     """SHA-256 (64 hex digits) of names, dtypes, shapes, and the ends and middle of each tensor.
 
-    Three pages of each tensor tell finetunes apart, and take no time on the largest of models.
+    Three pages of each tensor are enough to tell finetunes apart, and quick to read even for the
+    largest models.
 
     Raises:
         ModelError: a file can't be read.
@@ -175,7 +176,7 @@ class StatisticsWriter:
 def writing(
     path: Path, metadata: Mapping[str, str], shapes: Mapping[str, tuple[str, Sequence[int]]]
 ) -> Iterator[StatisticsWriter]:
-    """Writes a safetensors file; it gets its name when it is whole, or vanishes.
+    """Writes a safetensors file; it gets its name when it is complete, and is removed on failure.
 
     Args:
         path: the file; one that exists is replaced.
@@ -183,7 +184,7 @@ def writing(
         shapes: name → (dtype, shape).
 
     Raises:
-        ResourceError: the disk is full or refuses.
+        ResourceError: the file can't be written, for example because the disk is full.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     places, position = {}, 0
@@ -221,7 +222,7 @@ def writing(
 
 
 def _read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a file whose header was checked."""
+    """The metadata of a file whose header has been checked."""
     with open_regular(path) as file:
         raw = read_up_to(file, int.from_bytes(read_up_to(file, 8), "little"))
     metadata = parse_json(raw, path, "its header", unique=True).get("__metadata__")

@@ -1,4 +1,4 @@
-"""A candidate: one model of a family, opened by its headers, and what a loader makes of it."""
+"""A candidate: one model of a family, opened by its headers, and how a loader would read it."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Candidate:
         name: its name in the configuration.
         folder: its Hugging Face folder.
         io: how weights are read, see `Checkpoint`.
-        reader: tells what a loader makes of it; without one names and shapes decide.
+        reader: knows how a loader would read it; without one, names and shapes decide.
 
     Attributes:
-        tensors: those of its files that count.
-        reading: what is known of them.
+        tensors: the tensors of its files that a loader would use.
+        reading: how the folder is read.
 
     Raises:
         ModelError: config or weights are missing or corrupt.
@@ -73,17 +73,17 @@ class Candidate:
 
     @property
     def num_layers(self) -> int:
-        """How many layers it has."""
+        """The number of its layers."""
         return self.architecture.num_layers
 
     @property
     def is_tied(self) -> bool:
-        """True if the output head is the embedding matrix, so that it has no tensor of its own."""
+        """True if the output head is the embedding matrix and has no tensor of its own."""
         return self.reading.is_tied
 
     @cached_property
     def main_dtype(self) -> str:
-        """The floating point type of most of its elements, as safetensors names it."""
+        """The floating-point type of most of its elements, as safetensors names it."""
         elements = dict.fromkeys(FLOAT_DTYPES, 0)
         for info in self.tensors.values():
             if info.dtype in elements:
@@ -91,14 +91,14 @@ class Candidate:
         return max(elements, key=lambda dtype: elements[dtype])
 
     def stays_precise(self, info: TensorInfo, dtype: str) -> bool:
-        """True for a float32 tensor among others of the type `dtype`: it is precise on purpose."""
+        """True for a float32 tensor in a model of the type `dtype`: it is precise on purpose."""
         return info.dtype == "F32" and dtype == self.main_dtype != "F32"
 
     def cut_config(self, src_layers: Sequence[int]) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """Its config for these layers, and notes on what else changes with them.
+        """Its config with only these layers, and notes on what else changes.
 
         Raises:
-            UsageError: no config can describe them.
+            UsageError: no config can describe these layers.
         """
         notes: tuple[str, ...] = ()
         config = self.config
@@ -109,7 +109,7 @@ class Candidate:
         return (untied(config) if self.reading.unties else config), notes
 
     def check_bears_cut(self) -> None:
-        """Raises a `UsageError` if not a single layer can be dropped."""
+        """Raises a `UsageError` if no single layer can be dropped."""
         first: UsageError | None = None
         for gone in range(self.num_layers - 1, -1, -1):
             try:
@@ -126,20 +126,20 @@ class Candidate:
         config: Mapping[str, Any],
         tensors: Iterable[tuple[str, str, tuple[int, ...]]],
     ) -> None:
-        """Compares name, type and shape of a result's tensors with the model of its config, unless
-        names leave nothing open.
+        """Compares names, types and shapes of a result's tensors with the model that its config
+        describes; not needed for plain models.
 
         Raises:
-            ModelError: a loader would make up a tensor, leave one out, or meet another shape.
+            ModelError: a loader would make up a tensor, leave one out, or expect another shape.
         """
         if self._reader is not None and not self.reading.is_plain:
             self._reader.check_result(config, tensors)
 
     def statistics(self, folder: str, method: str) -> Statistics:
-        """What `gptailor calibrate` found out about it, opened once.
+        """The statistics that `gptailor calibrate` wrote for it, opened once.
 
         Raises:
-            UsageError: there is nothing for it in the folder.
+            UsageError: the folder has none for it.
             ModelError: the file is corrupt, or belongs to other weights.
         """
         if (folder, method) not in self._statistics:

@@ -1,9 +1,9 @@
 """A checkpoint: the safetensors files of one model folder, checked once at open, then read.
 
 A file from the internet is untrusted: sizes, bounds, overlaps, holes, dtypes, duplicate keys and
-the length of the header are checked before anything else is read, so that whatever comes after
-needs no checks of its own. Opening reads headers only; a file is opened for its weights when first
-asked for, and must stay as it was when its header was read.
+the length of the header are checked before anything else is read, so later code needs no checks of
+its own. Opening a checkpoint reads headers only. A file is opened for its weights when they are
+first needed, and must not have changed since its header was read.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ DTYPE_BITS: dict[str, int] = {
     "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64,
 }  # fmt: skip
 FLOAT_DTYPES = ("BF16", "F16", "F32")
-"""What can be merged and cast."""
+"""The types that can be merged and cast."""
 
 IO_MODES = ("auto", "mmap", "pread", "direct")
 """How weights are read: mapped, with large reads, or around the page cache; see `_C.open_input`."""
@@ -53,14 +53,14 @@ _MAX_NAME = 500
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies.
+    """Where one tensor is stored.
 
     Attributes:
         name: its key in the file.
         dtype: as safetensors names it, for example "BF16".
-        shape: sizes of its dimensions; empty for a scalar.
+        shape: the sizes of its dimensions; empty for a scalar.
         path: the file.
-        offset: of the first byte, from the start of the file.
+        offset: of its first byte, from the start of the file.
         n_bytes: its length.
     """
 
@@ -82,7 +82,7 @@ class Checkpoint:
 
     Args:
         folder: a Hugging Face folder with `model.safetensors`, or shards with an index.
-        io: one of `IO_MODES`; None for what the environment variable GPTAILOR_IO says, or auto.
+        io: one of `IO_MODES`; None for the value of the environment variable GPTAILOR_IO, or auto.
 
     Raises:
         ModelError: files are missing, truncated or corrupt; the message names file and tensor.
@@ -129,7 +129,7 @@ class Checkpoint:
                     raise ModelError(f"{self.folder / shard} holds {name}, which {index} lacks.")
 
     def tensor(self, name: str) -> _C.Tensor:
-        """One tensor: a zero-copy view where its file is mapped; it keeps the file open.
+        """One tensor: a zero-copy view if its file is mapped; it keeps the file open.
 
         Raises:
             ModelError: the file can't be opened, or is no longer the one whose header was read.
@@ -137,7 +137,7 @@ class Checkpoint:
         return self.tensor_at(self.tensors[name])
 
     def tensor_at(self, info: TensorInfo) -> _C.Tensor:
-        """The same for a tensor of any file that it knows."""
+        """Like `tensor`, for a tensor of any file that this checkpoint has opened or added."""
         return self.file(info.path).tensor(info.offset, info.shape, info.dtype)
 
     def is_equal(self, name: str, other: str) -> bool:
@@ -160,11 +160,11 @@ class Checkpoint:
         return True
 
     def add_file(self, path: Path) -> None:
-        """Makes another safetensors file known, whose tensors are not the model's own."""
+        """Adds another safetensors file, whose tensors are not the model's own."""
         self._header(path)
 
     def file(self, path: Path) -> _C.InputFile:
-        """One of the files that it knows, opened once; raises as `tensor` does."""
+        """One of the checkpoint's files or of those added, opened once; raises as `tensor` does."""
         if path in self._opened:
             return self._opened[path]
         from gptailor import _C
@@ -180,10 +180,10 @@ class Checkpoint:
         return file
 
     def check_intact(self) -> None:
-        """Raises a `ModelError` if a file that weights were read from is not what it was.
+        """Raises a `ModelError` if a file that weights were read from has changed.
 
-        Bytes of a mapped file that was truncated read as zeros: whoever has read through views of
-        tensors calls this before the result counts.
+        Bytes of a mapped file that was truncated read as zeros, so this must be called after
+        reading through tensor views and before the result is used.
         """
         for path, file in self._opened.items():
             try:
@@ -194,7 +194,7 @@ class Checkpoint:
                 raise read_error(error, path) from error
 
     def fingerprint(self) -> list[list[Any]]:
-        """[name, size in bytes, time of change in ns] of every file: changes when weights do."""
+        """[name, size in bytes, time of change in ns] of every file; changes if weights do."""
         stats = [(path.name, path.stat()) for path in self.files]
         return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
@@ -213,7 +213,7 @@ def checked_io(io: str | None) -> str:
 
 
 def read_error(error: OSError, path: Path | None = None) -> ModelError:
-    """What the failure of reading weights means; `path` if the error names no file."""
+    """The `ModelError` for a failure to read weights; `path` is for errors that name no file."""
     named = path if error.filename is None else Path(os.fsdecode(error.filename))
     if error.errno in (errno.ESTALE, errno.ENOENT) and named is not None:
         return _changed(named)
@@ -228,7 +228,7 @@ def _changed(path: Path, shorter: bool = False) -> ModelError:
 
 
 class _Identity(NamedTuple):
-    """What stays the same as long as nobody writes to a file or puts another in its place."""
+    """What stays the same unless somebody writes to a file or replaces it."""
 
     device: int
     inode: int
@@ -244,7 +244,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file, in the order of their bytes.
 
     Raises:
-        ModelError: the file breaks the format in any way.
+        ModelError: the file violates the format in any way.
     """
     return _read_header(path)[0]
 
@@ -263,13 +263,13 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], _Identity]:
             if n_header > MAX_HEADER_BYTES:
                 check_no_pointer(prefix, path)
                 raise ModelError(
-                    f"{path} is no safetensors file: it does not begin with the length of a "
+                    f"{path} is not a safetensors file: it does not begin with the length of a "
                     f"header of at most {MAX_HEADER_BYTES:,} bytes."
                 )
             if 8 + n_header > file_size:
                 raise ModelError(
                     f"{path} is truncated: its header has {n_header} bytes, "
-                    f"but the file only {file_size}."
+                    f"but the file has only {file_size}."
                 )
             raw = read_up_to(file, n_header)
     except OSError as error:
@@ -329,13 +329,13 @@ def _tensor_info(name: str, entry: object, path: Path, data_begin: int) -> Tenso
 
 
 def _check_name(name: str, path: Path) -> None:
-    """A name goes into messages, and apart at its dots."""
+    """Refuses names that can't be shown in messages or are absurdly long."""
     if not name.isprintable() or len(name) > _MAX_NAME:
-        raise ModelError(f"{path} is corrupt: {shown(name)} is no name of a tensor.")
+        raise ModelError(f"{path} is corrupt: {shown(name)} is not a valid tensor name.")
 
 
 def _product(shape: list[int]) -> int:
-    """The number of elements; 2**64 for all that is more, so that no shape takes long."""
+    """The number of elements, capped at 2**64 so that no shape takes long."""
     if 0 in shape:
         return 0
     product = 1
@@ -359,7 +359,9 @@ def _read_index(path: Path) -> Mapping[str, str]:
         _check_name(name, path)
         beside = isinstance(shard, str) and shard.isprintable() and Path(shard).name == shard
         if not beside or shard in ("", "..") or len(shard) >= 256:
-            raise ModelError(f"{path} names {shown(shard)} for {name}, which is no file beside it.")
+            raise ModelError(
+                f"{path} names {shown(shard)} for {name}, which is not a file in the same folder."
+            )
         if shard.endswith(_PICKLES):
             raise _pickle(path.parent, shard)
     return weight_map

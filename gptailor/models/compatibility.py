@@ -1,6 +1,7 @@
-"""Whether a candidate fits the base: its layers can stand in for the base's, as far as files tell.
+"""Checks whether a candidate fits the base: whether its layers can replace the base's, as far as
+files can tell.
 
-Configs are compared in `config_fields`, and rows that a vocabulary lacks in `rows`.
+Configs are compared in `config_fields`, and missing vocabulary rows in `rows`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def check_fits(candidate: Candidate, base: Candidate) -> None:
         tied, untied = (candidate, base) if candidate.is_tied else (base, candidate)
         raise ModelError(
             f"{tied.folder} ties its output head to the embeddings, but {untied.folder} does not: "
-            "untie the one or leave it out."
+            "untie the first, or leave it out."
         )
     names = set(base.tensors) ^ set(candidate.tensors)
     if names:
@@ -46,13 +47,14 @@ def check_fits(candidate: Candidate, base: Candidate) -> None:
 
 
 def check_vocabulary(candidate: Candidate, base: Candidate) -> bool:
-    """Vocabularies must be the same up to rows that no token uses.
+    """Checks whether the vocabularies are equal, apart from rows that no token uses.
 
     Returns:
-        True if the tokenizers' files show it, or there are none; False if they have to be loaded.
+        True if the tokenizers' files show that they are, or there are no such files; False if only
+        loading the tokenizers can tell.
 
     Raises:
-        ModelError: the embeddings are of another size, and there is no tokenizer to tell why.
+        ModelError: the embeddings have another size, and there is no tokenizer to tell why.
     """
     known, found = read_vocabulary(base.folder), read_vocabulary(candidate.folder)
     if known is not None and found is not None:
@@ -60,8 +62,8 @@ def check_vocabulary(candidate: Candidate, base: Candidate) -> bool:
     rows = [[c.tensors[n].shape for n in c.architecture.embeddings] for c in (candidate, base)]
     if rows[0] != rows[1]:
         raise ModelError(
-            f"{candidate.folder} has another vocabulary: its embeddings have another size, and "
-            f"there is no tokenizer to tell why ({base.folder}). Leave it out, make it the base, "
-            "or resize its embeddings to the base's tokenizer first."
+            f"{candidate.folder} has another vocabulary: its embeddings differ in size from those "
+            f"of {base.folder}, and there is no tokenizer to tell why. Leave it out, make it the "
+            "base, or resize its embeddings to the base's tokenizer first."
         )
     return True

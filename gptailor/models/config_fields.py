@@ -1,8 +1,8 @@
-"""Which fields of a config change what a model computes, and where two configs differ in them.
+"""Which config fields change what a model computes, and in which of them two configs differ.
 
-Only fields that are known to be without effect are listed: what nobody knows counts as a
-difference. Nothing here knows transformers' defaults, so a field that one file leaves out and the
-other writes down is a difference, too; `evaluation.agreement` asks transformers about those.
+Only fields that are known to have no effect are listed, so an unknown field counts as a difference.
+This module does not know transformers' defaults: a field that only one of the two files has is a
+difference, too, and `evaluation.agreement` asks transformers about it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from gptailor.models.untrusted import shown
 
 NAMES = frozenset({"_name_or_path", "name_or_path", "transformers_version"})
-"""Fields that say where a config comes from, and differ in every family."""
+"""Fields that say where a config comes from; they differ in every family."""
 
 _HARMLESS = NAMES | {
     # how it is loaded and run, not what it computes
@@ -34,9 +34,9 @@ _HARMLESS = NAMES | {
     "architectures", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task",
     "task_specific_params", "summary_type", "summary_use_proj", "summary_activation",
     "summary_proj_to_labels",
-    # layers behind the stack that predict more tokens are left out
+    # layers after the stack that predict more tokens are left out
     "num_nextn_predict_layers", "num_mtp_layers",
-    # vocabularies are compared by what they hold
+    # vocabularies are compared by their contents
     "vocab_size", "tokenizer_class",
     # the files decide about it
     "tie_word_embeddings",
@@ -45,7 +45,7 @@ _TOKEN = re.compile(r"(?<!pad)_token_(id|ids|index)$")  # RoBERTa's positions be
 _DROPOUT = re.compile(r"(^|_)(dropout|pdrop|layerdrop|drop_path)(_|$)")
 
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
-"""How many positions a model was made for: what lm-eval takes for its context."""
+"""How many positions a model was made for; lm-eval takes this for its context length."""
 
 SPELLED_OUT = {
     "max_window_layers": "layer_types",
@@ -57,11 +57,11 @@ SPELLED_OUT = {
     "attn_layer_offset": "layer_types",
     "no_rope_layer_interval": "no_rope_layers",
 }
-"""Fields that only say of which kind each layer is → the list that says it layer by layer."""
+"""Fields that only determine each layer's kind → the list that gives it layer by layer."""
 
 
 class _Absent:
-    """What stands for the value of a field that is not there."""
+    """The value of a field that is absent."""
 
     def __repr__(self) -> str:
         return "nothing"
@@ -71,12 +71,12 @@ ABSENT = _Absent()
 
 
 class Difference(NamedTuple):
-    """A field that two configs have with different values.
+    """A field in which two configs differ.
 
     Attributes:
         key: its path, for example "text_config.rope_parameters.rope_theta" or "layer_types[3]".
-        value: in the one.
-        base_value: in the other; each is `ABSENT` where the field is not there.
+        value: its value in the first; `ABSENT` if the field is not there.
+        base_value: the same in the second.
     """
 
     key: str
@@ -88,7 +88,7 @@ class Difference(NamedTuple):
 
 
 def differences(config: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[Difference]:
-    """All fields that differ, sorted, dictionaries and lists of one length looked into."""
+    """All fields that differ, sorted; looks inside dictionaries and lists of equal length."""
     for key in sorted({*config, *base}):
         yield from _compared(key, config.get(key, ABSENT), base.get(key, ABSENT))
 
@@ -106,7 +106,8 @@ def _compared(key: str, value: object, base_value: object) -> Iterator[Differenc
 
 
 def _same(value: Any, base_value: Any) -> bool:
-    """Numbers are the same if float32 can't tell them apart: some tools write its view of 1e-6."""
+    """Whether two values are equal; numbers only need to be equal in float32, because some tools
+    write 1e-6 as float32 stores it."""
     if not (_is_number(value) and _is_number(base_value)):
         return type(value) is type(base_value) and bool(value == base_value)
     if isinstance(value, int) and isinstance(base_value, int):
@@ -123,7 +124,7 @@ def _is_number(value: object) -> bool:
 
 
 def is_harmless(difference: Difference) -> bool:
-    """True if the field, or one that it lies in, changes no layer of any architecture."""
+    """True if the field, or one that contains it, changes no layer of any architecture."""
     parts = re.sub(r"\[\d+\]", "", difference.key).split(".")
     if any(part in _HARMLESS or _TOKEN.search(part) for part in parts):
         return True

@@ -1,6 +1,6 @@
 """The ends of a family: which candidates have the same embeddings, and which the same head.
 
-Finetunes with adapters leave both as they were, full finetunes change them. Names and shapes don't
+Finetuning with adapters leaves both unchanged; full finetuning changes them. Names and shapes don't
 tell, so the tensors themselves are compared, piece by piece and up to the first difference.
 """
 
@@ -20,17 +20,17 @@ from gptailor.models.checkpoint import (
 )
 
 _PIECE = 4 << 20
-"""Elements that are compared at once: 16 MiB of float32."""
+"""How many elements are compared at once: 16 MiB of float32."""
 
 _QUICK_BYTES = 2_000_000_000
 
 
 @dataclass(frozen=True)
 class Ends:
-    """For each candidate the first one that has the same end; the base is the first of all.
+    """For each candidate, the first one that has the same end; the base comes first.
 
     Attributes:
-        embeddings: candidate → the one that stands for it.
+        embeddings: candidate → the one that represents it.
         head: the same for final norm and output head.
     """
 
@@ -39,7 +39,7 @@ class Ends:
 
     @classmethod
     def equal(cls, models: Sequence[str], base: str) -> Ends:
-        """Those of candidates that have the base's embeddings and head."""
+        """The ends of candidates that all have the base's embeddings and head."""
         return cls(dict.fromkeys(models, base), dict.fromkeys(models, base))
 
     @property
@@ -49,7 +49,7 @@ class Ends:
 
 
 def announcements(candidates: Collection[Candidate]) -> list[str]:
-    """What to say before `find_ends` reads for long; nothing where it won't."""
+    """What to tell the user before a long `find_ends`; nothing if it will be quick."""
     n_bytes = sum(
         c.tensors[name].n_bytes
         for c in candidates
@@ -61,16 +61,16 @@ def announcements(candidates: Collection[Candidate]) -> list[str]:
 
 
 def find_ends(candidates: Mapping[str, Candidate], base: Candidate) -> Ends:
-    """Compares the candidates' tensors outside the layers; memory stays flat.
+    """Compares the candidates' tensors outside the layers, in constant memory.
 
-    Types may differ where the values are the same.
+    Types may differ as long as the values are the same.
 
     Args:
         candidates: name → candidate, of one family.
         base: one of them.
 
     Raises:
-        ModelError: a file can't be read, or changed.
+        ModelError: a file can't be read, or has changed.
     """
     ends = base.architecture.embeddings, base.architecture.head
     return Ends(*(_stand_ins(candidates, base, names) for names in ends))
@@ -94,7 +94,7 @@ def _stand_ins(
 
 
 def _are_equal(first: Checkpoint, second: Checkpoint, name: str) -> bool:
-    """Whether a tensor has the same shape and values in both."""
+    """Whether a tensor has the same shape and values in both checkpoints."""
     infos = first.tensors[name], second.tensors[name]
     if infos[0].shape != infos[1].shape:
         return False
@@ -127,7 +127,7 @@ def _read(checkpoint: Checkpoint, info: TensorInfo, begin: int, count: int) -> b
 
 
 def _values(data: bytes, info: TensorInfo) -> Any:
-    """Elements as float32, which holds those of all types that can be merged."""
+    """The elements as float32, which represents all mergeable types exactly."""
     import numpy as np
 
     if info.dtype == "BF16":

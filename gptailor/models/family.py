@@ -1,8 +1,9 @@
 """A family: one base and its finetuned variants, opened and checked as a whole, headers only.
 
-All candidates must have the same layers with the same shapes, the same tying of embeddings and
-configs that mean the same; then any layer of one can stand in for that layer of another. What files
-alone do not tell stays open here and is settled by `evaluation.family.open_family`.
+All candidates must have the same layers with the same shapes, the same tying of embeddings, and
+configs that mean the same; then a layer of one can replace the same layer of another. Questions
+that the files alone can't answer stay open here and are settled by
+`evaluation.family.open_family`.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ class Family:
         models: name → local folder or hub id.
         base: the name of the base.
         io: how weights are read, see `Checkpoint`.
-        folders: name → where its files are, for those that are not where `models` says.
+        folders: name → where its files are, for models that are not where `models` says.
         reader: see `Candidate`.
 
     Attributes:
-        uneven: names of embeddings and output heads that don't have as many rows in all candidates.
-        open_tokenizers: names of candidates whose tokenizer's files do not show that it is the
+        uneven: names of embeddings and output heads whose number of rows differs among candidates.
+        open_tokenizers: names of candidates whose files do not show that their tokenizer is the
             base's, or that each of its tokens has a row.
-        open_configs: name → how the candidate's config.json differs from the base's, where the
-            files alone do not tell whether that changes what is computed.
-        notes: sentences on what was found and changes nothing.
+        open_configs: name → how the candidate's config.json differs from the base's, if the files
+            alone do not tell whether that changes what is computed.
+        notes: sentences about findings without consequences.
 
     Raises:
         ModelError: a candidate is unusable, or does not fit the base.
@@ -79,7 +80,7 @@ class Family:
 
     @property
     def base(self) -> Candidate:
-        """The candidate that gives config, tokenizer and whatever no entry names."""
+        """The candidate that provides the config, the tokenizer, and whatever no entry names."""
         return self.candidates[self.base_name]
 
     @property
@@ -89,7 +90,7 @@ class Family:
 
     @property
     def num_layers(self) -> int:
-        """How many source layers there are."""
+        """The number of source layers."""
         return self.base.num_layers
 
     def layer_parameters(self, src_layer: int) -> int:
@@ -102,7 +103,8 @@ class Family:
 
         Args:
             src_layers: its layers; default: all of them.
-            rows: of its embeddings, where candidates differ in them; default: the base's.
+            rows: the number of rows of its embeddings, if candidates differ in it; default: the
+                base's.
         """
         chosen = range(self.num_layers) if src_layers is None else src_layers
         outside = 0
@@ -115,49 +117,50 @@ class Family:
 
     @cached_property
     def ends(self) -> Ends:
-        """Which candidates have the same embeddings and head; reads them when first asked for.
+        """Which candidates have the same embeddings and head; reads the tensors on first use.
 
         Raises:
-            ModelError: a file can't be read, or changed.
+            ModelError: a file can't be read, or has changed.
         """
         return find_ends(self.candidates, self.base)
 
     def settle(self, notes: Iterable[str]) -> None:
-        """Notes that what was open has been judged and is without effect."""
+        """Records that all open questions have been examined and make no difference."""
         self.open_configs, self.open_tokenizers = {}, set()
         self.notes = (*self.notes, *notes)
 
     def check_settled(self) -> None:
-        """Raises a `ModelError` while something is open: nothing may be computed then."""
+        """Raises a `ModelError` while a question is open; until then nothing may be computed."""
         for name in sorted(self.open_tokenizers):
             raise ModelError(
                 f"{self.candidates[name].folder}: its tokenizer has other files than the base's, "
-                "and only transformers can tell whether they are one: open the models by "
+                "and only transformers can tell whether the two are equal: open the models with "
                 "open_family."
             )
         for name, found in self.open_configs.items():
             first = next(difference for difference in found if not is_harmless(difference))
             raise ModelError(
                 f"{self.candidates[name].folder}: config.json has {first}, and only transformers "
-                "can tell whether that matters: open the models by open_family."
+                "can tell whether that matters: open the models with open_family."
             )
 
     def check_intact(self) -> None:
-        """Raises a `ModelError` if a file that weights were read from changed meanwhile."""
+        """Raises a `ModelError` if a file that weights were read from has changed since."""
         for candidate in self.candidates.values():
             candidate.checkpoint.check_intact()
 
     def fingerprint(self) -> dict[str, Any]:
-        """Names, sizes and times of all weight files: what a resumed search compares."""
+        """Names, sizes and times of all weight files; a resumed search compares them."""
         return {name: c.checkpoint.fingerprint() for name, c in self.candidates.items()}
 
 
 def resolve(ref: str) -> Path:
-    """The local folder of a model: itself, or the snapshot of a hub id `org/name[@revision]`.
+    """The local folder of a model: `ref` itself, or the snapshot of a hub id
+    `org/name[@revision]`.
 
     Raises:
-        ModelError: there is no such folder, and it can't be downloaded.
-        UsageError: the form is not supported.
+        ModelError: there is no such folder, and the model can't be downloaded.
+        UsageError: this form of reference is not supported.
     """
     path = home_expanded(ref)
     if is_folder(path):
@@ -185,5 +188,5 @@ def resolve(ref: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"{ref} is neither a folder nor a model that can be had from the hub: {reason}"
+            f"{ref} is neither a folder nor a model that the hub provides: {reason}"
         ) from error

@@ -1,5 +1,5 @@
-"""What stands in a config.json and is not true of the folder: quantization that is over, and code
-that does not come along.
+"""Removes stale entries from a config.json: quantization that no longer applies, and code that is
+not copied along.
 
 A finetune that was trained on a quantized model and merged back often keeps the quantization in its
 config; a loader would then quantize the weights, or fail. Weights that really are quantized are
@@ -18,7 +18,8 @@ from gptailor.models.untrusted import shown
 
 _QUANTIZATION = ("quantization_config", "compression_config")
 _IN_THE_FORWARD_PASS = ("bitnet",)
-"""Methods that keep weights as they are in the files: what the config says is no leftover."""
+"""Methods that store unquantized weights and round them at run time; for these the config's entry
+is not stale."""
 _MARKS = frozenset(
     {
         "qweight", "qzeros", "g_idx", "absmax", "nested_absmax", "quant_map", "SCB",
@@ -32,11 +33,11 @@ _MARKS = frozenset(
 def clean_config(
     config: Mapping[str, Any], tensors: Iterable[TensorInfo], folder: Path
 ) -> dict[str, Any]:
-    """A config without quantization that is over and without `auto_map` to files of the folder.
+    """A config without stale quantization and without `auto_map` to files of the folder.
 
     Args:
-        config: what config.json holds.
-        tensors: of the folder's files.
+        config: the contents of config.json.
+        tensors: those of the folder's files.
         folder: for errors.
 
     Raises:
@@ -48,15 +49,15 @@ def clean_config(
     for method in methods:
         if method in _IN_THE_FORWARD_PASS:
             raise ModelError(
-                f"{folder}: config.json has its weights rounded whenever they are used "
-                f"({shown(method)}), which is not supported: take a model without it."
+                f"{folder}: according to config.json its weights are rounded whenever they are "
+                f"used ({shown(method)}), which is not supported: use a model without this."
             )
     info = next((info for info in tensors if _is_quantized(info, bool(declared))), None)
     if info is not None:
         by = f" by {shown(methods[0])}" if methods and methods[0] else ""
         raise ModelError(
-            f"{folder} is quantized{by} ({info.name} has the type {info.dtype}), so that it can't "
-            "be merged or cast: save it in bfloat16 first (dequantize() of transformers)."
+            f"{folder} is quantized{by} ({info.name} has the type {info.dtype}), so it can't be "
+            "merged or cast: save it in bfloat16 first (dequantize() of transformers)."
         )
     return {
         key: _cleaned(value) if isinstance(value, dict) else value
@@ -69,7 +70,7 @@ def _cleaned(part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_local_code(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the entries of `auto_map` that name files beside it; "org/name--file.Class" stays."""
+    """`data` without `auto_map` entries for files of the folder; "org/name--file.Class" stays."""
     result = dict(data)
     code = result.pop("auto_map", None)
     if isinstance(code, dict):
@@ -85,5 +86,5 @@ def _is_quantized(info: TensorInfo, declared: bool) -> bool:
         return True
     if info.dtype in ("BOOL", "BF16", "F16", "F32", "F64") or len(info.shape) < 2:
         return False
-    # masks of causal attention are integers in old files of GPT-2, and called bias
+    # in old GPT-2 files, causal attention masks are integers and called bias
     return leaf == "weight" or leaf.endswith("_blocks") or (declared and leaf[-4:] != "bias")

@@ -1,8 +1,9 @@
-"""How a model folder is read: which tensors count, where the layers are, what is tied.
+"""How a model folder is read: which tensors are used, where the layers are, what is tied.
 
-Names and shapes tell most, but not what transformers leaves out on load, nor what a config means
-that leaves it to a class. Whoever has transformers at hand gives a `Reader`. Models of a few types
-whose layers are all alike need none: `plain_reading` knows all names that they can have.
+Names and shapes tell most of this, but not which tensors transformers ignores on load, nor the
+defaults that a config leaves to its class. A `Reader`, which has transformers at hand, knows both.
+Models of a few types whose layers are all alike need none: `plain_reading` knows all tensor names
+that they can have.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from gptailor.errors import ModelError
 from gptailor.models.checkpoint import Checkpoint
 
 PLAIN_TYPES = ("llama", "mistral")
-"""Model types whose layers are alike, depend neither on index nor depth, and untie by default."""
+"""Model types whose layers are all alike, do not depend on index or depth, and whose head is untied
+by default."""
 
 _PLAIN_NAME = re.compile(
     r"model\.(embed_tokens|norm"
@@ -28,17 +30,18 @@ _PLAIN_HEAD, _PLAIN_EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class Reading:
-    """What counts in a model folder.
+    """What a loader would use of a model folder.
 
     Attributes:
-        ignored: tensors of the files that transformers leaves out; so are those of a head that is
-            an equal copy of tied embeddings.
+        ignored: tensors of the files that transformers ignores, and those of a head that is an
+            exact copy of tied embeddings.
         is_tied: the output head is the embedding matrix.
-        prefix: of the layers' tensors, up to the number; None for what has most bytes.
-        unties: config.json ties the head, but the files hold another one: the result's must not.
-        shared: a tensor that several layers have in common; empty where each has its own.
+        prefix: of the layers' tensors, up to the number; None for the group with the most bytes.
+        unties: config.json ties the head, but the files hold a different one, so the result's
+            config must not tie it.
+        shared: a tensor that several layers share; empty if each has its own.
         is_plain: a cut changes nothing in its config but the number of layers.
-        notes: what a person should know, a sentence each.
+        notes: what the user should know, a sentence each.
     """
 
     ignored: frozenset[str] = frozenset()
@@ -51,10 +54,10 @@ class Reading:
 
 
 class Reader(Protocol):
-    """Knows what a loader makes of a folder."""
+    """Knows how a loader would read a folder."""
 
     def read(self, checkpoint: Checkpoint, config: Mapping[str, Any]) -> Reading:
-        """Raises a `ModelError` if the folder can't be read as a model."""
+        """The reading of a folder; raises a `ModelError` if it can't be read as a model."""
 
     def cut_config(
         self, checkpoint: Checkpoint, config: Mapping[str, Any], src_layers: Sequence[int]
@@ -62,13 +65,14 @@ class Reader(Protocol):
         """A config.json for these layers, and notes.
 
         Raises:
-            UsageError: none can describe them: a layer would become one of another kind.
+            UsageError: no config can describe them: a layer would become one of another kind.
         """
 
     def check_result(
         self, config: Mapping[str, Any], tensors: Iterable[tuple[str, str, tuple[int, ...]]]
     ) -> None:
-        """Compares the names, types and shapes of a result with the model of its config.
+        """Compares the names, types and shapes of a result with the model that its config
+        describes.
 
         Raises:
             ModelError: something is missing, left over, or of another shape.
@@ -76,10 +80,10 @@ class Reader(Protocol):
 
 
 def plain_reading(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Reading | None:
-    """The reading of a model whose type and names leave nothing open; None for all others.
+    """The reading of a model whose type and tensor names settle everything; None for others.
 
     Raises:
-        ModelError: it lacks its output head.
+        ModelError: the output head is missing.
     """
     if config.get("model_type") not in PLAIN_TYPES or "quantization_config" in config:
         return None
@@ -98,7 +102,7 @@ def plain_reading(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Reading 
 
 
 def named_reading(checkpoint: Checkpoint) -> Reading:
-    """The reading by names alone, where nobody knows better: all tensors count."""
+    """The reading by names alone, without a `Reader`: all tensors are used."""
     heads = ("lm_head.weight", "embed_out.weight")
     return Reading(is_tied=not any(name.endswith(heads) for name in checkpoint.tensors))
 
@@ -108,14 +112,14 @@ def tied_reading(
 ) -> Reading:
     """Decides by config and files whether the head is the embedding matrix.
 
-    As transformers does on load: a config that ties is right unless the files hold two different
-    matrices. lm-eval and vLLM believe the config in each case, so that the result's has to say it.
+    This follows transformers: a config that ties is right unless the files hold two different
+    matrices. lm-eval and vLLM always believe the config, so the result's config has to be right.
 
     Args:
         checkpoint: the files.
-        ties: what the config means.
+        ties: whether the config ties the two.
         head, embeddings: names of the two matrices.
-        reading: what else is known.
+        reading: everything else that is known.
 
     Raises:
         ModelError: there is no head, and the config does not tie it.
@@ -127,8 +131,8 @@ def tied_reading(
         lacks = head if head not in tensors else embeddings
         raise ModelError(
             f"{folder} lacks {lacks}, and its config.json says that it is not tied "
-            "(tie_word_embeddings), so that a loader would make it up: set tie_word_embeddings to "
-            "true if it is, or download the model again."
+            "(tie_word_embeddings), so a loader would make it up: set tie_word_embeddings to true "
+            "if it is tied, or download the model again."
         )
     if not ties:
         return reading
@@ -141,7 +145,7 @@ def tied_reading(
             notes=(*reading.notes, note),
         )
     note = (
-        f"{folder}: config.json ties {head} to the embeddings, but the files hold another one: it "
-        "counts as untied, and results say so."
+        f"{folder}: config.json ties {head} to the embeddings, but the files hold a different one: "
+        "it is treated as untied, and configs of results are corrected."
     )
     return replace(reading, unties=True, notes=(*reading.notes, note))

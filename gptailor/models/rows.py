@@ -1,8 +1,8 @@
 """Rows of embeddings and output heads: one for each token, and padding that no token uses.
 
-Candidates of one vocabulary may have other numbers of rows: some tools pad them to a round number,
-some resize them to the tokenizer. What no token uses is no input, but its logits count in every
-probability.
+Candidates with the same vocabulary may have different numbers of rows: some tools pad them to a
+round number, some resize them to the tokenizer. A row that no token uses is never an input, but its
+logit counts in every probability.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gptailor.models.side_files import read_vocabulary
 
 
 def is_padding(name: str, candidate: Candidate, base: Candidate) -> bool:
-    """True if a tensor of two candidates is a vocabulary's, and differs in its rows only."""
+    """True if a tensor belongs to the vocabulary, and only its number of rows differs."""
     shapes = [one.tensors[name].shape for one in (candidate, base)]
     is_end = name in base.architecture.embeddings or name in base.architecture.head
     if not is_end or not all(shapes) or shapes[0][1:] != shapes[1][1:]:
@@ -27,7 +27,7 @@ def is_padding(name: str, candidate: Candidate, base: Candidate) -> bool:
 
 
 def uneven_tensors(candidates: Iterable[Candidate], base: Candidate) -> frozenset[str]:
-    """The tensors that don't have as many rows in all candidates of a family."""
+    """The tensors whose number of rows differs among the candidates of a family."""
     return frozenset(
         name
         for candidate in candidates
@@ -37,10 +37,10 @@ def uneven_tensors(candidates: Iterable[Candidate], base: Candidate) -> frozense
 
 
 def has_enough_rows(candidate: Candidate, base: Candidate) -> bool:
-    """Whether files tell that each token of the base's tokenizer has a row in the candidate, too.
+    """Whether the files show that each token of the base's tokenizer has a row in the candidate.
 
     Raises:
-        ModelError: a token has none.
+        ModelError: a token has no row.
     """
     if not _short(candidate, base):
         return True
@@ -59,9 +59,9 @@ def has_enough_rows(candidate: Candidate, base: Candidate) -> bool:
 
 
 def check_rows(candidate: Candidate, base: Candidate, num_tokens: int) -> None:
-    """Raises a `ModelError` unless each of so many tokens has a row in a candidate.
+    """Raises a `ModelError` unless each of `num_tokens` tokens has a row in the candidate.
 
-    It is not asked of one that has as many rows as the base or more.
+    A candidate with at least as many rows as the base always passes.
     """
     for name in _short(candidate, base):
         rows, base_rows = (one.tensors[name].shape[0] for one in (candidate, base))
@@ -74,6 +74,6 @@ def check_rows(candidate: Candidate, base: Candidate, num_tokens: int) -> None:
 
 
 def _short(candidate: Candidate, base: Candidate) -> list[str]:
-    """The tensors that have fewer rows than those of the base."""
+    """The tensors that have fewer rows than the base's."""
     uneven = sorted(uneven_tensors([candidate], base))
     return [n for n in uneven if candidate.tensors[n].shape[0] < base.tensors[n].shape[0]]

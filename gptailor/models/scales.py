@@ -1,8 +1,8 @@
-"""Models into whose layers a factor on a layer's output folds exactly.
+"""Model types for which a factor on a layer's output folds into its weights exactly.
 
-Each reader of the residual stream has to normalise it first, the final norm among them. Names of
-tensors can't tell: GPT and GPT-2 have the same ones, and in GPT the norms come behind. So the types
-are listed; each of them is compared with stock transformers by `python -m tools.sweep`.
+This requires that everything that reads the residual stream normalises it first. Tensor names can't
+tell: GPT and GPT-2 have the same ones, but in GPT the norms come last. So the types are listed;
+`python -m tools.sweep` compares each of them with stock transformers.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ NORMS_FIRST = frozenset((
     "phi3", "phi4_multimodal", "qwen2", "qwen3", "seed_oss", "smollm3", "stablelm", "starcoder2",
     "vaultgemma", "xglm",
 ))  # fmt: skip
-"""Model types of transformers."""
+"""`model_type`s of transformers in which norms come first."""
 
 _NORMS_LAST = {"do_layer_norm_before": False, "apply_residual_connection_post_layernorm": True}
-"""Settings with which some of them (OPT, BLOOM) read the stream otherwise."""
+"""Settings with which some of them (OPT, BLOOM) read the stream without a norm."""
 
 
 def check_scales(config: Mapping[str, Any], where: object) -> None:
-    """Raises a `UsageError` if a scale does not fold into models of this config.
+    """Raises a `UsageError` if a scale can't be folded into models with this config.
 
     Args:
-        config: what config.json holds.
+        config: the contents of config.json.
         where: the model, for the error.
     """
     text = text_config(dict(config))
@@ -41,6 +41,6 @@ def check_scales(config: Mapping[str, Any], where: object) -> None:
         return
     why = f"with {others[0]}" if others else "of this type"
     raise UsageError(
-        f"{where}: scale can't be folded into a model {why} ({kind}): its layers are not known to "
-        "read what the others wrote through a norm; take the layer without scale."
+        f"{where}: scale can't be folded into a model {why} ({kind}), because its layers may read "
+        "each other's output without a norm; take the layer without scale."
     )

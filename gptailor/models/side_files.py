@@ -1,6 +1,6 @@
-"""The small files of a model folder: what a tokenizer or processor is made of, licences.
+"""The small files of a model folder: those of tokenizers and processors, and licences.
 
-They are named one by one, so that nothing of a folder of unknown origin travels on by accident: no
+They are listed by name, so that nothing else of an untrusted folder is copied by accident: no
 pickle, no program.
 """
 
@@ -27,23 +27,23 @@ VOCABULARIES = (
     "vocab.bpe", "tiktoken.model", "prophetnet.tokenizer", "byte_maps.json", "dict.txt",
     "vocab-src.json",
 )  # fmt: skip
-"""Any of these is a tokenizer, as is a file `*.tiktoken`."""
+"""Each of these, or a file `*.tiktoken`, is a tokenizer."""
 
 _NAMES = (
     *VOCABULARIES,
-    # beside a vocabulary
+    # files that accompany a vocabulary
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
     "bpe.codes", "encoder.json", "target.spm", "target_vocab.json", "vocab-tgt.json",
     "normalizer.json", "emoji.json", "entity_vocab.json", "word_shape.json",
     "word_pronunciation.json", "chat_template.jinja", "chat_template.json", "SYSTEM_PROMPT.txt",
-    # processors of other inputs than text
+    # processors of inputs other than text
     "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
     "audio_tokenizer_config.json",
     "generation_config.json",
 )  # fmt: skip
 _SUFFIXES = (".tiktoken", ".jinja")
 _VERSIONED = "tokenizer.model."
-"""Mistral's names go on with a version, as tokenizer.model.v3."""
+"""Mistral appends a version, as in tokenizer.model.v3."""
 _TEMPLATES = "additional_chat_templates"
 _LICENCES = ("license", "licence", "notice", "use_policy")
 _PAGES = ("", ".txt", ".md")
@@ -52,9 +52,9 @@ HUB_PATTERNS = (
     "*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.spm", "*.bpe",
     "*.codes", "*.tokenizer", "tokenizer.model.*", "LICEN[SC]E*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
-"""What is downloaded of a model on the hub."""
+"""The files of a model on the hub that are downloaded."""
 HUB_IGNORED = ("*/*.safetensors", "*/*.json", "*/*.model", "*/*.txt")
-"""But not the other forms of a model in folders below: the same weights a second time."""
+"""Exceptions: other forms of the same weights in subfolders."""
 
 
 def side_files(folder: Path) -> list[str]:
@@ -77,15 +77,15 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def vocabulary_file(folder: Path) -> Path | None:
-    """The file that transformers would take the vocabulary from, as far as names tell."""
+    """The file from which transformers would take the vocabulary, judging by names."""
     named = [folder / name for name in VOCABULARIES if is_file(folder / name)]
     return next(iter([*named, *sorted(folder.glob("*.tiktoken"))]), None)
 
 
 def read_vocabulary(folder: Path) -> object:
-    """Something that is equal for equal vocabularies; None if the folder has no tokenizer.
+    """An object to compare vocabularies by; None if the folder has no tokenizer.
 
-    Different answers may mean one vocabulary in two formats.
+    Equal objects mean equal vocabularies; different ones may be one vocabulary in two formats.
 
     Raises:
         ModelError: the file can't be read, or holds no vocabulary.
@@ -105,10 +105,10 @@ def read_vocabulary(folder: Path) -> object:
 
 
 def copy_side_file(source: Path, target: Path) -> None:
-    """Copies a small file, without what it says about code that does not come along.
+    """Copies a small file, without `auto_map` entries for code that is not copied along.
 
     Raises:
-        ModelError: it is a link to a file of another name, too large, or a git-lfs pointer.
+        ModelError: it is a link to a file with another name, too large, or a git-lfs pointer.
     """
     check_link(source)
     data = read_bytes(source, MAX_TOKENIZER_BYTES)

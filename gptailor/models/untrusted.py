@@ -1,8 +1,8 @@
-"""Small files of a model folder, read as what they are: bytes that somebody unknown wrote.
+"""Reads small files of a model folder as untrusted input.
 
-Before a byte is read it is known that the file is a regular one (a FIFO would block, a device never
-end) and not too large; before JSON is parsed, that its values fit into memory. What is read goes
-into error messages only through `shown`, which is short and printable whatever it gets.
+Before a byte is read, the file must be a regular one (a FIFO would block, a device never end) and
+not too large; before JSON is parsed, its values must fit into memory. What was read goes into error
+messages only through `shown`, whose output is always short and printable.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from gptailor.errors import ModelError, UsageError, plain
 
 MAX_CONFIG_BYTES = 10_000_000
 MAX_TOKENIZER_BYTES = 200_000_000
-"""Three times the largest that is known: XLM-V's tokenizer.json, of a million tokens."""
+"""Three times the largest known: XLM-V's tokenizer.json with a million tokens."""
 MAX_JSON_CONTAINERS = 3_100_000
-"""Lists and objects in one file: a million tensors need that many. Each takes 100 to 250 bytes."""
+"""Lists and objects in one file; a million tensors need this many. Each takes 100 to 250 bytes."""
 MAX_JSON_VALUES = 12_000_000
 MAX_JSON_DEPTH = 100
 MAX_CONFIG_COUNT = 1024
@@ -35,12 +35,12 @@ _shown.maxlist = _shown.maxtuple = 8
 
 
 def shown(value: object) -> str:
-    """A value for an error message: at most some hundred characters, all printable."""
+    """A value for an error message: at most a few hundred characters, all printable."""
     return _shown.repr(value)
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Opens a regular file for reading; never waits for a FIFO's other end.
+    """Opens a regular file for reading; never waits for the other end of a FIFO.
 
     Raises:
         OSError: it can't be opened.
@@ -50,7 +50,7 @@ def open_regular(path: Path) -> BinaryIO:
     file = os.fdopen(fd, "rb", buffering=0) if stat.S_ISREG(os.fstat(fd).st_mode) else None
     if file is None:
         os.close(fd)
-        raise ModelError(f"{path} is no regular file.")
+        raise ModelError(f"{path} is not a regular file.")
     return file
 
 
@@ -58,8 +58,8 @@ def read_bytes(path: Path, limit: int) -> bytes:
     """All bytes of a small file.
 
     Raises:
-        ModelError: it is missing, no regular file, has more than `limit` bytes, or is what git
-            leaves in its place.
+        ModelError: it is missing, not a regular file, larger than `limit` bytes, or a git-lfs
+            pointer.
     """
     try:
         with open_regular(path) as file:
@@ -70,27 +70,27 @@ def read_bytes(path: Path, limit: int) -> bytes:
     except OSError as error:
         raise ModelError(f"{path} can't be read: {error.strerror}.") from error
     if max(n_bytes, len(data)) > limit:
-        raise ModelError(f"{path} has more than the {limit:,} bytes that such a file may have.")
+        raise ModelError(f"{path} is larger than the {limit:,} bytes allowed for such a file.")
     check_no_pointer(data, path)
     return data
 
 
 def check_no_pointer(data: bytes, path: Path) -> None:
-    """Raises a `ModelError` for what git leaves in the place of a large file without git-lfs.
+    """Raises a `ModelError` for the pointer that git leaves in place of a large file.
 
     Args:
-        data: the beginning of the file, 8 bytes at least.
+        data: the beginning of the file, at least 8 bytes.
         path: the file.
     """
     if data and _POINTER.startswith(data[: len(_POINTER)]) and len(data) >= 8:
         raise ModelError(
-            f"{path} is a git-lfs pointer, not the file that it stands for: fetch that with "
+            f"{path} is a git-lfs pointer, not the file itself: fetch the file with "
             "`git lfs pull`, or download the model again."
         )
 
 
 def read_up_to(file: BinaryIO, n_bytes: int) -> bytes:
-    """`n_bytes` bytes, or what there is before the file's end."""
+    """`n_bytes` bytes, or fewer if the file ends before."""
     data = bytearray()
     while piece := file.read(min(n_bytes - len(data), 1 << 24)):
         data += piece
@@ -98,7 +98,7 @@ def read_up_to(file: BinaryIO, n_bytes: int) -> bytes:
 
 
 def is_file(path: Path) -> bool:
-    """True for a regular file that is there; names that no file can have are not there."""
+    """True if there is a regular file; False for names that no file can have."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -106,7 +106,7 @@ def is_file(path: Path) -> bool:
 
 
 def is_folder(path: Path) -> bool:
-    """True for a folder that is there; names that no folder can have are not there."""
+    """True if there is a folder; False for names that no folder can have."""
     try:
         return path.is_dir()
     except (OSError, ValueError):
@@ -114,16 +114,16 @@ def is_folder(path: Path) -> bool:
 
 
 def home_expanded(ref: str) -> Path:
-    """`ref` as a path, `~` and `~user` replaced.
+    """`ref` as a path, with `~` and `~user` replaced.
 
     Raises:
-        UsageError: there is no such user, or the path leads in a circle.
+        UsageError: there is no such user, or the path is a loop of links.
     """
     try:
         path = Path(ref).expanduser()
         path.resolve()
     except (OSError, RuntimeError, ValueError) as error:
-        raise UsageError(f"{plain(ref)} is no path that can be followed.") from error
+        raise UsageError(f"{plain(ref)} is not a valid path.") from error
     return path
 
 
@@ -131,7 +131,7 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
     """The JSON object in a small file of a model folder.
 
     Raises:
-        ModelError: it can't be read, is too large, or is no JSON object.
+        ModelError: it can't be read, is too large, or is not a JSON object.
     """
     data = parse_json(read_bytes(path, limit), path, "it")
     check_depth(data, path)
@@ -145,10 +145,10 @@ def parse_json(raw: bytes, path: Path, what: str, *, unique: bool = False) -> di
         raw: the text.
         path: the file, for errors.
         what: the part of the file, for errors.
-        unique: a key that is there twice is an error; otherwise the last counts, as elsewhere.
+        unique: duplicate keys are an error; otherwise the last one counts, as is usual.
 
     Raises:
-        ModelError: it is no JSON object, or has more values than any such file needs.
+        ModelError: it is not a JSON object, or has more values than any such file needs.
     """
 
     def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def parse_json(raw: bytes, path: Path, what: str, *, unique: bool = False) -> di
 
 
 def check_depth(data: object, path: Path) -> None:
-    """Raises a `ModelError` if values are nested deeper than code that recurses would bear."""
+    """Raises a `ModelError` if values are nested too deeply for recursive code."""
     level = [data]
     for _ in range(MAX_JSON_DEPTH):
         level = [
@@ -188,13 +188,13 @@ def check_depth(data: object, path: Path) -> None:
 
 
 def check_config(config: dict[str, Any], num_tensors: int, path: Path) -> None:
-    """Refuses what no config has: text that is none, and counts of modules that the weights lack.
+    """Refuses invalid text, and counts of modules that the weights can't have.
 
-    Whoever builds a model from a config makes an object for each layer and expert before any
-    weight is looked at, so a count of 10**12 would take all memory.
+    Building a model from a config makes an object for each layer and expert before any weight is
+    read, so a count of 10**12 would take all memory.
 
     Raises:
-        ModelError: such a value is there.
+        ModelError: the config has such a value.
     """
     limit = max(MAX_CONFIG_COUNT, num_tensors)
     stack: list[tuple[str, object]] = [("", config)]
@@ -215,26 +215,26 @@ def check_config(config: dict[str, Any], num_tensors: int, path: Path) -> None:
 
 
 def check_text(text: str, path: Path) -> None:
-    """Raises a `ModelError` for half characters, which no file can be written with."""
+    """Raises a `ModelError` for unpaired surrogates, which can't be written to a file."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ModelError(f"{path} is corrupt: {shown(text)} is no text.") from None
+        raise ModelError(f"{path} is corrupt: {shown(text)} is not valid text.") from None
 
 
 def check_link(path: Path) -> None:
-    """Refuses a link that would carry some other file of this machine into a result.
+    """Refuses a link that would copy some unrelated file of this machine into a result.
 
-    Good are links to a file of the same name, as people set them, and those of the Hugging Face
-    cache into its blobs.
+    Allowed are links to a file of the same name, as people make them, and those of the Hugging Face
+    cache to its blobs.
 
     Raises:
-        ModelError: the file is another one under a false name.
+        ModelError: the link leads to a file with another name.
     """
     target, folder = path.resolve(), path.parent.resolve()
     blobs = [place.parent.parent / "blobs" for place in (folder, folder.parent)]  # of subfolders
     if target.name != path.name and target.parent not in blobs:
         raise ModelError(
-            f"{path} is a link to {target}, a file of another name, and is not copied: put the "
-            "file itself in its place."
+            f"{path} is a link to {target}, a file with another name, and is not copied: replace "
+            "the link by the file itself."
         )

@@ -1,4 +1,4 @@
-"""Recipes: what a stitched model is made of, layer by layer; pure data, no weights."""
+"""Recipes: descriptions of stitched models, layer by layer; pure data, no weights."""
 
 from gptailor.recipe.entry import NO_LAYER, Layer, Merge, Take
 from gptailor.recipe.recipe import (

@@ -1,8 +1,9 @@
-"""The canonical form of a recipe's entries: two that build the same have the same.
+"""The canonical form of a recipe's entries; two entries that build the same layer share one.
 
-Only canonical entries are built and hashed, so that equal hashes are equal bytes, the order in
-which sources are summed and the random numbers that each one gets included. Sources are sorted by
-what their names stand for; the rest is the rule that each method declares (`merging/simplify.py`).
+Only canonical entries are built and hashed, so equal hashes mean equal bytes, including the order
+in which sources are summed and the random numbers that each one gets. Sources are sorted by the
+references that their names stand for; the rest follows from the rule that each method declares
+(`merging/simplify.py`).
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ def canonical_layer(layer: Layer, base: str, refs: Mapping[str, str]) -> Layer:
     Args:
         layer: an entry.
         base: the recipe's base.
-        refs: the recipe's models: sources are sorted by what their names stand for, so that
-            another name changes nothing.
+        refs: the recipe's models: sources are sorted by reference, so renaming a model changes
+            nothing.
     """
     own = _canonical(replace(layer, modules=()), base, refs)
     parts: list[tuple[str, Layer]] = []
     for text, part in layer.modules:
-        if not any(earlier in text for earlier, _ in parts):  # else an earlier one always fits
+        if not any(earlier in text for earlier, _ in parts):  # else an earlier one always matches
             parts.append((text, _canonical(part, base, refs)))
     while parts and parts[-1][1] == replace(own, scale=1.0):
         parts.pop()
@@ -36,7 +37,7 @@ def canonical_layer(layer: Layer, base: str, refs: Mapping[str, str]) -> Layer:
 
 
 def canonical_end(end: str | Layer, base: str, refs: Mapping[str, str]) -> str | Layer:
-    """The simplest description of the same embeddings or head: a model's name if that is all."""
+    """The simplest description of the same embeddings or head; a model's name if that suffices."""
     if isinstance(end, str):
         return end
     built = canonical_layer(end, base, refs)
@@ -46,12 +47,12 @@ def canonical_end(end: str | Layer, base: str, refs: Mapping[str, str]) -> str |
 def hashed(
     layer: Layer, refs: Mapping[str, str], digest: Callable[[str, str], str] | None = None
 ) -> list[Any]:
-    """What a hash is made of: a canonical entry with references in the place of names.
+    """The contents of a hash: a canonical entry with references in place of names.
 
     Args:
         layer: the entry.
         refs: the recipe's models.
-        digest: (method, model) → which statistics a method that needs them has; None without.
+        digest: (method, model) → digest of the statistics; None if there are none.
     """
     entry: list[Any] = [layer.src_layer, layer.scale]
     if isinstance(layer, Take):

@@ -1,8 +1,8 @@
-"""What one output layer is made of: a model's layer as it is (`Take`), or a merge (`Merge`).
+"""The entry for one output layer: a model's layer unchanged (`Take`), or a merge (`Merge`).
 
-`layer` in a recipe is always a source layer, the 0-based index in the candidates. An entry may have
-other ingredients for some of the layer's tensors (`modules`). Embeddings and head have such entries
-too, without a layer.
+`layer` in a recipe is always a source layer, the 0-based index in the candidates. An entry may make
+some of the layer's tensors differently (`modules`). Embeddings and head can have such entries, too,
+without a layer.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class Take:
     """An output layer that is `model`'s layer `src_layer`.
 
     Attributes:
-        model: gives the layer.
+        model: the model that provides the layer.
         src_layer: the source layer.
         scale: factor on the layer's output.
         modules: (text, entry): tensors whose name within the layer contains the text are made by
-            that entry instead; the first that fits counts. The entries have this one's source
-            layer, no scale and no modules.
+            that entry instead; the first match counts. The entries have this one's source layer,
+            no scale and no modules.
     """
 
     model: str
@@ -51,7 +51,7 @@ class Take:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The models that the layer is made of, those of its modules not among them."""
+        """The models that the layer is made of, not counting those of its modules."""
         return (self.model,)
 
     @property
@@ -64,7 +64,7 @@ class Take:
         return _at(self, tensor_name)
 
     def to_dict(self) -> dict[str, Any]:
-        """The entry as `recipe.yaml` has it."""
+        """The entry as it is written in `recipe.yaml`."""
         return _framed(self, {"take": self.model})
 
 
@@ -75,7 +75,7 @@ class Merge(Parametrised):
     Attributes:
         method: a name in `merging.registry.METHODS`.
         src_layer: the source layer, the same in every model, the base included.
-        weights: (model, weight) in the recipe's order; weight 1.0 where the method has no weights.
+        weights: (model, weight) in the recipe's order; weight 1.0 if the method has no weights.
         parameters: (name, value) of every parameter of the method, in the registry's order;
             defaults are filled in. A value is a number (flags: 1.0 or 0.0), or a tuple with one
             for each source.
@@ -97,7 +97,7 @@ class Merge(Parametrised):
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The models that are merged, without the base, those of modules not among them."""
+        """The models that are merged, without the base, not counting those of its modules."""
         return tuple(model for model, _ in self.weights)
 
     @property
@@ -107,12 +107,12 @@ class Merge(Parametrised):
 
     @property
     def takes_base(self) -> bool:
-        """True if the recipe's base takes part in the formula."""
+        """True if the formula uses the recipe's base."""
         return get_method(self.method).takes_base(dict(self.parameters))
 
     @property
     def amounts(self) -> tuple[float, ...]:
-        """How much of each source there is: its weight, or what one parameter says of both."""
+        """The weight of each source, or the shares of two if a parameter determines them."""
         share = get_method(self.method).share
         if share is None:
             return tuple(weight for _, weight in self.weights)
@@ -124,7 +124,7 @@ class Merge(Parametrised):
         return _at(self, tensor_name)
 
     def to_dict(self) -> dict[str, Any]:
-        """The entry as `recipe.yaml` has it, defaults left out."""
+        """The entry as it is written in `recipe.yaml`, without defaults."""
         return _framed(self, _body(self, with_defaults=False))
 
 
@@ -132,7 +132,7 @@ Layer = Take | Merge
 
 
 def _as_parts(layer: Layer) -> tuple[tuple[str, Layer], ...]:
-    """A layer's modules with what they must have in common with it."""
+    """A layer's modules with the layer's source layer, no scale and no modules."""
     return tuple(
         (text, replace(part, src_layer=layer.src_layer, scale=1.0, modules=()))
         for text, part in layer.modules
@@ -152,7 +152,7 @@ def _used_models(layer: Layer) -> tuple[str, ...]:
 
 
 def _framed(layer: Layer, body: dict[str, Any]) -> dict[str, Any]:
-    """An entry with the keys that are of the whole layer."""
+    """An entry with the keys that belong to the whole layer."""
     (kind, name), *others = body.items()
     entry: dict[str, Any] = {kind: name}
     if layer.src_layer != NO_LAYER:
@@ -164,7 +164,7 @@ def _framed(layer: Layer, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _override(part: Layer, layer: Layer) -> dict[str, Any]:
-    """What a module has other than its layer; all of it where it is of another kind."""
+    """The keys in which a module differs from its layer; all keys if it is of another kind."""
     if isinstance(part, Take):
         return {"take": part.model}
     if isinstance(layer, Take) or layer.method != part.method:
@@ -199,7 +199,7 @@ def read_entry(
     """Reads an entry of a recipe.
 
     Args:
-        entry: what YAML gives.
+        entry: the parsed YAML.
         models: the recipe's models.
         base: the recipe's base.
         where: the place, for errors.
@@ -225,7 +225,7 @@ def read_entry(
     for text, override in overrides.items():
         place = f"{where}: modules: {text}"
         if not isinstance(text, str) or not text or not text.isprintable():
-            raise UsageError(f"{where}: modules: {text!r} is no part of a tensor's name.")
+            raise UsageError(f"{where}: modules: {text!r} is not part of a tensor's name.")
         mine = dict(as_mapping(override, place))
         if not ("take" in mine or "merge" in mine):
             mine = _inherited(entry, mine) | mine
@@ -234,7 +234,7 @@ def read_entry(
 
 
 def _inherited(entry: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
-    """What a module has from its layer: values for single sources only where it has those."""
+    """What a module inherits from its layer; per-source values only for sources that it has."""
     named = override.get("weights")
     if not isinstance(named, dict):
         return dict(entry)
@@ -264,7 +264,7 @@ def _read_body(
     where: str,
     frame: tuple[str, ...],
 ) -> Layer:
-    """An entry without the keys of the whole layer, whose names are in `frame`."""
+    """Reads an entry without the keys of the whole layer, whose names are in `frame`."""
     if kind == "take":
         model = as_model(entry["take"], models, where)
         for key in entry:
@@ -294,25 +294,25 @@ def _read_body(
 
 
 def _check_merge(merge: Merge, base: str, where: str) -> None:
-    """Raises for what no single value shows to be wrong."""
+    """Raises a `UsageError` if the values are valid separately but not together."""
     method = get_method(merge.method)
     is_mean = method.is_mean(dict(merge.parameters))
     if is_mean and abs(sum(weight for _, weight in merge.weights)) < _TINY:
         raise UsageError(
-            f"{where}: the weights of {merge.method} add up to zero, so they can't be a mean."
+            f"{where}: the weights of {merge.method} add up to zero, so they define no mean."
         )
     has_no_effect = method.weighted and method.uses_base  # its difference from itself is zero
     if merge.takes_base and base in merge.models and not has_no_effect:
         raise UsageError(
-            f"{where}: {base} is the base, which takes part in {merge.method} anyway: name only "
-            "the other models."
+            f"{where}: {base} is the base, which {merge.method} uses anyway: name only the other "
+            "models."
         )
 
 
 def _sources(
     entry: Mapping[str, Any], method: Method, models: Mapping[str, str], where: str
 ) -> tuple[tuple[str, float], ...]:
-    """The sources of a merge's entry, those with weights in the order of the recipe's models."""
+    """The sources of a merge; those with weights are in the order of the recipe's models."""
     key = "weights" if method.weighted else "models"
     if key not in entry:
         raise UsageError(f"{where}: the key {key!r} is missing.")
@@ -329,14 +329,14 @@ def _sources(
 
 
 def as_mapping(value: object, where: str) -> dict[Any, Any]:
-    """`value`, or a `UsageError` if it is no mapping."""
+    """`value`; raises a `UsageError` if it is not a mapping."""
     if not isinstance(value, dict):
         raise UsageError(f"{where} must be a mapping of keys to values.")
     return value
 
 
 def as_model(name: object, models: Mapping[str, str], where: str) -> str:
-    """`name`, or a `UsageError` if no model of the recipe is called that."""
+    """`name`; raises a `UsageError` if the recipe has no model of that name."""
     if isinstance(name, int) and not isinstance(name, bool):
         name = str(name)
     elif not isinstance(name, str) and isinstance(name, bool | float):

@@ -1,8 +1,8 @@
 """A recipe: the description of one stitched model, pure data, no weights.
 
 It reads and writes `recipe.yaml` (schema `gptailor/recipe/1`), checks every key and bound, and
-brings itself into the canonical form that is built and hashed: two recipes that build the same
-model have the same hash. What one layer is made of stands in `entry.py`.
+converts itself to the canonical form that is built and hashed: two recipes that build the same
+model have the same hash. The entry for one layer is in `entry.py`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from gptailor.strict_yaml import dump_yaml, load_yaml, read_text
 
 SCHEMA = "gptailor/recipe/1"
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-"""Names of recipes and of transformers → names of safetensors."""
+"""Names used in recipes and by transformers → names used by safetensors."""
 
 End = str | Layer
-"""Embeddings or head: the model that gives them, or an entry whose `src_layer` is `NO_LAYER`."""
+"""Embeddings or head: the model that provides them, or an entry whose `src_layer` is `NO_LAYER`."""
 
 _KEYS = ("schema", "models", "base", "calibration", "dtype", "embeddings", "head", "layers")
 
@@ -38,10 +38,10 @@ class Recipe:
 
     Attributes:
         models: name → reference (a folder, or a hub id), in the file's order.
-        base: the model that gives config, tokenizer and whatever no entry names.
+        base: the model that provides the config, the tokenizer, and whatever no entry names.
         layers: one entry for each output layer, bottom to top.
-        embeddings: what gives the token embeddings.
-        head: what gives final norm and output head.
+        embeddings: where the token embeddings come from.
+        head: where the final norm and output head come from.
         dtype: of every floating-point tensor in the result: a key of `DTYPES`.
         calibration: the statistics that `fisher` and `regmean` use; None if there are none.
     """
@@ -57,7 +57,7 @@ class Recipe:
 
     @property
     def num_layers(self) -> int:
-        """How many output layers there are."""
+        """The number of output layers."""
         return len(self.layers)
 
     @property
@@ -67,7 +67,7 @@ class Recipe:
 
     @property
     def used_models(self) -> dict[str, str]:
-        """The models that something is made of, and the base: the others need not be there."""
+        """The base and all models that contribute; the others need not exist."""
         used = {self.base}
         for entry in (self.embeddings, self.head, *self.layers):
             used.update((entry,) if isinstance(entry, str) else entry.used_models)
@@ -75,25 +75,25 @@ class Recipe:
 
     @property
     def used_statistics(self) -> tuple[tuple[str, str], ...]:
-        """(method, model) of all statistics that the model is made with, sorted."""
+        """(method, model) of all statistics that are used, sorted."""
         return tuple(sorted(set(_statistics_of(*_entries(self.canonical())))))
 
     def statistics_of(self, entry: Layer) -> tuple[str, ...]:
-        """What names the statistics that one canonical entry is made with; empty without any."""
+        """Folder and digests of the statistics that a canonical entry uses; empty if none."""
         used = list(_statistics_of(entry))
         if self.calibration is None or not used:
             return ()
         return (self.calibration.folder, *(self.calibration.digest(*pair) for pair in used))
 
     def canonical(self) -> Recipe:
-        """The same model in the form that is built: whatever has no effect is gone."""
+        """The same model in the form that is built, without anything that has no effect."""
         if "canonical" in self._cache:
             kept: Recipe = self._cache["canonical"]
             return kept
         known = self._cache.get("layers")
         layers = list(known or (canonical_layer(e, self.base, self.models) for e in self.layers))
         if layers[-1].scale != 1.0:
-            layers[-1] = replace(layers[-1], scale=1.0)  # the final norm does not see it
+            layers[-1] = replace(layers[-1], scale=1.0)  # the final norm cancels it
         ends = self._cache.get("ends") or tuple(
             canonical_end(end, self.base, self.models) for end in (self.embeddings, self.head)
         )
@@ -102,18 +102,18 @@ class Recipe:
         built = replace(self, **changed)
         if not any(_statistics_of(*_entries(built))):
             built = replace(built, calibration=None)
-        if known is None:  # else it is quickly made again, and a search keeps many recipes
+        if known is None:  # else it is quick to recompute, and a search keeps many recipes
             self._cache["canonical"] = built
         return built
 
     def remember_canonical(
         self, layers: Sequence[Layer], ends: tuple[End, End] | None = None
     ) -> None:
-        """Saves the work of `canonical` where its entries are known.
+        """Saves `canonical` the work of computing entries that are already known.
 
         Args:
-            layers: what `canonical_layer` gives for each of `layers`.
-            ends: what `canonical_end` gives for embeddings and head, if that is known, too.
+            layers: the result of `canonical_layer` for each of `layers`.
+            ends: the results of `canonical_end` for embeddings and head, if known, too.
         """
         self._cache["layers"] = tuple(layers)
         if ends is not None:
@@ -121,7 +121,7 @@ class Recipe:
 
     @property
     def hash(self) -> str:
-        """SHA-256 (64 hex digits) of what the recipe builds, whatever its models are called."""
+        """SHA-256 (64 hex digits) of what the recipe builds, regardless of its models' names."""
         if "hash" not in self._cache:
             built = self.canonical()
             refs = built.models
@@ -143,7 +143,7 @@ class Recipe:
         return self.hash[:8]
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as `recipe.yaml` has it."""
+        """The recipe as it is written in `recipe.yaml`."""
         calibration = self.calibration
         return {
             "schema": SCHEMA,
@@ -173,7 +173,7 @@ class Recipe:
         """Reads a recipe; `source` is the name used in errors.
 
         Raises:
-            UsageError: not YAML, an unknown or missing key, a value outside its bounds.
+            UsageError: invalid YAML, an unknown or missing key, or a value outside its bounds.
         """
         return cls.from_dict(load_yaml(text, source), source)
 
@@ -181,12 +181,12 @@ class Recipe:
     def from_dict(
         cls, data: object, source: str = "recipe", known: KnownLayers | None = None
     ) -> Recipe:
-        """Reads a recipe from what `to_dict` gives; raises like `from_yaml`.
+        """Reads a recipe from a result of `to_dict`; raises like `from_yaml`.
 
         Args:
-            data: what was parsed.
+            data: the parsed recipe.
             source: the name used in errors.
-            known: what was read before, where many recipes are read that have layers in common.
+            known: layers read before, for reading many recipes that share layers.
         """
         data = as_mapping(data, source)
         for key in data:
@@ -235,7 +235,7 @@ class Recipe:
         return recipe
 
     def with_models_relative_to(self, folder: Path) -> Recipe:
-        """The recipe with local folders (models, calibration) made absolute, seen from `folder`."""
+        """The recipe with local folders (models, calibration) as absolute paths, from `folder`."""
         models = {name: absolute_ref(ref, folder) for name, ref in self.models.items()}
         calibration = self.calibration
         if calibration is not None:
@@ -244,7 +244,7 @@ class Recipe:
         return replace(self, models=models, calibration=calibration, _cache={})
 
     def with_statistics_found(self) -> Recipe:
-        """The recipe bound to the statistics that are in its calibration folder now.
+        """The recipe with the digests of the statistics now in its calibration folder.
 
         Raises:
             UsageError: a model's statistics are missing.
@@ -257,11 +257,11 @@ class Recipe:
 
 
 MAX_KNOWN_LAYERS = 50_000
-"""Some 100 MB; the 61,000 recipes of an hour on a thousand workers have about as many."""
+"""About 100 MB; the 61,000 recipes of an hour on a thousand workers have about this many layers."""
 
 
 class KnownLayers:
-    """Layers that many recipes have in common, read and simplified once."""
+    """Layers that many recipes share, read and simplified once."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], tuple[Layer, Layer]] = {}
@@ -343,10 +343,10 @@ def absolute_ref(ref: str, folder: Path) -> str:
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """The recipe in a file, its local models seen from the file's folder.
+    """The recipe in a file; local models are relative to the file's folder.
 
     Raises:
-        UsageError: the file is missing or is no recipe.
+        UsageError: the file is missing or is not a recipe.
     """
     path = Path(path)
     try:

@@ -1,1 +1,1 @@
-"""From a recipe to tensors, and from tensors to a folder."""
+"""Turns a recipe into tensors, and tensors into a model folder."""

@@ -18,9 +18,9 @@ def model_card(recipe: Recipe, family: Family, notes: str = "") -> str:
     """The text of `README.md`, with the front matter that the Hugging Face hub reads.
 
     Args:
-        recipe: what was built.
+        recipe: the recipe that was built.
         family: the opened candidates.
-        notes: Markdown that is put before the layer map, for example scores.
+        notes: Markdown to put before the layer map, for example scores.
     """
     hub_ids = [ref for ref in recipe.models.values() if not is_folder(Path(ref))]
     front = {
@@ -42,17 +42,17 @@ def model_card(recipe: Recipe, family: Family, notes: str = "") -> str:
         "merged from the models below with gptailor, without training "
         "([arXiv 2506.20480](https://arxiv.org/abs/2506.20480)).",
         notes.strip(),
-        f"| model | source | layers it is part of |\n|---|---|---|\n{models}",
+        f"| model | source | layers it contributes to |\n|---|---|---|\n{models}",
         f"Config, tokenizer: {recipe.base}. Embeddings: {_end(recipe.embeddings)}. "
         f"Final norm and head: {_end(recipe.head)}.",
-        "Each line is an output layer, bottom to top; `gptailor_recipe.yaml` builds it again.",
+        "Each line is an output layer, bottom to top; `gptailor_recipe.yaml` rebuilds the model.",
         "```\n" + "\n".join(_layer_lines(recipe)) + "\n```",
     ]
     return "\n\n".join(line for line in lines if line) + "\n"
 
 
 def _shown(ref: str) -> str:
-    """A local folder by its name only: a card is published, and paths are private."""
+    """A model's reference; a local folder's name only, because a card is published."""
     path = Path(ref)
     return f"`{path.name}` (local)" if is_folder(path) else ref
 
@@ -70,7 +70,7 @@ def _layer_lines(recipe: Recipe) -> list[str]:
 
 
 def _what(entry: Layer) -> str:
-    """ "math", or "slerp(math, code; t 0.5)", with what is different for modules behind it."""
+    """ "math", or "slerp(math, code; t 0.5)", followed by what is different for modules."""
     what = entry.models[0]
     if isinstance(entry, Merge):
         sources, values = ", ".join(entry.models), []

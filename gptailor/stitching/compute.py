@@ -1,6 +1,6 @@
 """A computed tensor: merged, cast or scaled by the compiled engine, from the mapped sources.
 
-The one place where a plan meets `_C.Merge`, or `RegMean`, which is a linear solve. The writer
+Only this module calls `_C.Merge`, or `RegMean` for the method that is a linear solve. The writer
 computes a tensor in slices and the resident model as a whole, with the same bits.
 """
 
@@ -29,14 +29,14 @@ class ComputedTensor:
     """One tensor of a plan that is not a plain copy.
 
     Args:
-        tensor: what to compute.
-        family: holds the sources.
-        threads: 0 for as many as there are cores; their number changes no bit.
-        opened: gives the tensor of a source; default: a view on its mapped file.
+        tensor: the tensor to compute.
+        family: the candidates with the sources.
+        threads: 0 for as many as there are cores; the number does not change the result.
+        opened: returns the tensor of a source; default: a view of its mapped file.
 
     Raises:
         ModelError: a source of a merge holds NaN, or a number becomes too large for float16 (the
-            message names file and tensor), or a file changed or can't be read.
+            message names file and tensor), or a file has changed or can't be read.
         GptailorError: the engine was built for other merge methods.
     """
 
@@ -91,7 +91,7 @@ class ComputedTensor:
 
         Raises:
             ModelError: a source of a merge holds NaN, a number is too large for float16, or a file
-                changed or can't be read.
+                has changed or can't be read.
         """
         try:
             self._job.run(begin, count, out, 0)
@@ -141,11 +141,11 @@ def origin(tensor: OutTensor) -> str:
 
 
 class RegMean:
-    """What `_C.Merge` is, for the method that is a linear solve: done when first asked for.
+    """The counterpart of `_C.Merge` for the method that is a linear solve, done on first use.
 
     Args:
         sources, statistics: the matrices and the Gram matrices of their inputs.
-        out_dtype, weights, parameters, factor: as `_C.Merge` has them.
+        out_dtype, weights, parameters, factor: as for `_C.Merge`.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class RegMean:
         self._solved: torch.Tensor | None = None
 
     def run(self, begin: int, count: int, out: _C.Buffer, out_offset: int) -> None:
-        """As `_C.Merge.run`.
+        """Like `_C.Merge.run`.
 
         Raises:
             NanError: an input holds NaN or infinity.
@@ -177,7 +177,7 @@ class RegMean:
         memoryview(out)[out_offset : out_offset + len(data)] = data
 
     def write(self, begin: int, count: int, fd: int, offset: int) -> None:
-        """As `_C.Merge.write`; raises as `run`, or OSError."""
+        """Like `_C.Merge.write`; raises as `run` does, or OSError."""
         write_all(fd, self._bytes(begin, count), offset)
 
     def _bytes(self, begin: int, count: int) -> memoryview:
@@ -199,7 +199,7 @@ class RegMean:
         return data
 
     def _solve(self) -> torch.Tensor:
-        """The flattened result in float32, from which it is rounded as everything else is."""
+        """The flattened result in float32, from which it is rounded like everything else."""
         import torch.utils.dlpack
 
         from gptailor import _C
@@ -222,7 +222,7 @@ class RegMean:
 def merge_arguments(tensor: OutTensor) -> tuple[str, dict[str, Any]]:
     """The engine's method for a tensor, and its arguments `weights`, `parameters` and `factor`.
 
-    Rows of methods that work by row are the last dimension of the sources, as the engine has it.
+    For methods that work by row, a row is the last dimension of the sources, the engine's default.
     """
     merge = tensor.merge or Merge(LINEAR.name, NO_LAYER, (("", 1.0),), (("normalize", 0.0),))
     return merge.method, {

@@ -1,8 +1,8 @@
-"""Byte ranges of the sources → a file of the result: inside the kernel, holes kept.
+"""Copies byte ranges of the sources to a file of the result, inside the kernel, keeping holes.
 
-Where source and result are on one file system that can share blocks (XFS, Btrfs), whole blocks
-that have the same place within a block are shared, not copied; the kernel's copy_file_range does
-that by itself, if it is asked for whole blocks.
+If source and result are on a file system that can share blocks (XFS, Btrfs), whole blocks with the
+same alignment are shared, not copied; the kernel's copy_file_range does this if it is called for
+whole blocks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PIECE = 64 << 20
 _FOLIO = 64 << 10
 _READ_PIECE = 16 << 20
 _WRITE_PIECE = 1 << 20
-"""Larger writes ask the page cache for huge pages, which a fragmented memory gives slowly."""
+"""Larger writes make the page cache ask for huge pages, which is slow if memory is fragmented."""
 _FICLONERANGE = 0x4020940D  # linux/fs.h
 
 
@@ -35,9 +35,9 @@ def copy(source: _C.InputFile, part: Range, fd: int, written: Callable[[int, int
 
     Args:
         source: the file of the range.
-        part: what to copy.
-        fd: where to.
-        written: is told offset and length of each piece that was written.
+        part: the range.
+        fd: the destination.
+        written: called with offset and length of each piece that was written.
 
     Raises:
         OSError: reading or writing failed.
@@ -60,10 +60,11 @@ def stored_bytes(source: _C.InputFile, part: Range) -> int:
 
 
 def _pieces(source: _C.InputFile, part: Range, most: int) -> Iterator[tuple[int, int]]:
-    """(offset, length) of what is copied at once.
+    """(offset, length) of each piece to copy.
 
-    Whole blocks come by themselves, so that they can be shared. And the kernel copies pieces of 16
-    pages: the page cache makes them one folio each where they begin at a multiple in the result.
+    Whole blocks are pieces of their own, so that they can be shared. The kernel copies 16 pages at
+    a time, and the page cache makes them one folio if they start at a multiple of that in the
+    result.
     """
     aligned = (part.offset - part.out_offset) % BLOCK == 0
     shift = part.out_offset - part.offset
@@ -78,7 +79,7 @@ def _pieces(source: _C.InputFile, part: Range, most: int) -> Iterator[tuple[int,
 
 
 def _data(source: _C.InputFile, part: Range) -> Iterator[tuple[int, int]]:
-    """[begin, end) of what is no hole, within the range."""
+    """[begin, end) of the data, without holes, within the range."""
     fd, at, end = source.fileno(), part.offset, part.offset + part.n_bytes
     status = os.fstat(fd)
     if status.st_blocks * 512 >= status.st_size:
@@ -89,7 +90,7 @@ def _data(source: _C.InputFile, part: Range) -> Iterator[tuple[int, int]]:
             begin = os.lseek(fd, at, os.SEEK_DATA)
             stop = os.lseek(fd, begin, os.SEEK_HOLE)
         except OSError as error:
-            if error.errno != errno.ENXIO:  # not possible here: all is data
+            if error.errno != errno.ENXIO:  # SEEK_DATA is not supported: all is data
                 yield at, end
             return
         if begin < end:
@@ -105,7 +106,7 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
 
 
 class SharingProbe:
-    """Tells whether files in `folder` can share blocks with a source; asks once per file system."""
+    """Finds out whether files in `folder` can share blocks with a source, once per file system."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -137,10 +138,10 @@ class SharingProbe:
 
 
 class WriteBack:
-    """Has the disk write what is there already while the rest is made; a thread of its own.
+    """Starts write-back of finished bytes while the rest is computed, in its own thread.
 
-    Only the beginning: whoever needs the bytes on the disk still calls fsync, which then has
-    little to wait for.
+    It does not wait for the disk: to be sure that the bytes are there, fsync is still needed, but
+    it then has little to wait for.
     """
 
     def __init__(self, enabled: bool) -> None:
@@ -150,12 +151,12 @@ class WriteBack:
             self._thread.start()
 
     def __call__(self, fd: int, offset: int, n_bytes: int) -> None:
-        """These bytes were written; the descriptor must stay open until `finish`."""
+        """Reports written bytes; the descriptor must stay open until `finish`."""
         if self._thread is not None:
             self._queue.put((fd, offset, n_bytes))
 
     def finish(self) -> None:
-        """Waits until everything was begun."""
+        """Waits until write-back of everything has started."""
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join()
@@ -165,5 +166,5 @@ class WriteBack:
         from gptailor import _C
 
         while (item := self._queue.get()) is not None:
-            with contextlib.suppress(OSError):  # fsync tells
+            with contextlib.suppress(OSError):  # fsync reports it
                 _C.start_write_back(*item)

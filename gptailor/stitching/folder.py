@@ -1,4 +1,4 @@
-"""The folder of a result: it appears when it is whole, and whatever goes wrong leaves nothing."""
+"""The folder of a result: it appears once it is complete, and a failure leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from gptailor.models.family import Family
 
 
 def check_out(out: Path, family: Family) -> None:
-    """Raises a `UsageError` if `out` exists, or is, holds or lies in an input."""
+    """Raises a `UsageError` if `out` exists, or is, contains or is inside an input."""
     place = out.resolve()
     for candidate in family.candidates.values():
         if place == candidate.folder.resolve() or place in candidate.folder.resolve().parents:
             raise UsageError(f"The output {out} is also an input ({candidate.name}).")
         if candidate.folder.resolve() in place.parents:
-            raise UsageError(f"The output {out} lies inside an input ({candidate.folder}).")
+            raise UsageError(f"The output {out} is inside an input ({candidate.folder}).")
     if out.exists() or out.is_symlink():
-        raise UsageError(f"The output {out} exists already: name a folder that does not.")
+        raise UsageError(f"The output {out} already exists: name a folder that does not.")
 
 
 def check_space(folder: Path, n_bytes: int) -> None:
-    """Raises a `ResourceError` if the disk of `folder` has no room for that many bytes."""
+    """Raises a `ResourceError` if the disk of `folder` has no room for `n_bytes` bytes."""
     stats = os.statvfs(folder)
     free = stats.f_bavail * stats.f_frsize
     if free < n_bytes:
         there, needed = sizes(free, n_bytes)
         raise ResourceError(
             f"The disk of {folder.parent} has {there} free, but the model needs "
-            f"{needed}: free space or name another output."
+            f"{needed}: free some space or name another output."
         )
 
 
@@ -43,23 +43,23 @@ def check_space(folder: Path, n_bytes: int) -> None:
 def new_folder(
     out: Path, sync: bool, test: Callable[[Path], object] | None = None
 ) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` if all goes well, and vanishes if not.
+    """A temporary folder next to `out` that is renamed to `out` on success and removed on failure.
 
     Args:
         out: the folder to make.
         sync: flush everything to the disk before it gets its name.
-        test: is given the whole folder before that; what it raises makes it vanish.
+        test: called with the complete folder before that; raises to reject it.
 
     Raises:
-        UsageError: `out` appeared meanwhile.
-        ResourceError: the disk is full or refuses.
+        UsageError: `out` appeared in the meantime.
+        ResourceError: the folder can't be written, for example because the disk is full.
     """
     marker = f".{out.name}.tmp-{socket.gethostname()}-"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         for stale in out.parent.glob(f"{glob.escape(marker)}*"):
             pid = stale.name.removeprefix(marker)
-            # our own number: a dead process had it before, as it happens in containers
+            # our own pid: a dead process had it before, which happens in containers
             if pid == str(os.getpid()) or (pid.isdigit() and not Path(f"/proc/{pid}").exists()):
                 shutil.rmtree(stale, ignore_errors=True)
         folder = out.parent / f"{marker}{os.getpid()}"
@@ -93,7 +93,9 @@ def _fsync(path: Path) -> None:
 
 def _explained(error: OSError, out: Path) -> GptailorError:
     if is_disk_full(error):
-        return ResourceError(f"The disk of {out} is full: nothing was left behind; free space.")
+        return ResourceError(
+            f"The disk of {out} is full, nothing was left behind: free some space."
+        )
     if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-        return UsageError(f"The output {out} appeared while it was written: nothing was replaced.")
+        return UsageError(f"The output {out} appeared in the meantime: nothing was replaced.")
     return ResourceError(f"{out} can't be written: {error.strerror or error}.")

@@ -1,7 +1,7 @@
-"""The layout: which tensor lies in which file of the result, and at which byte.
+"""The layout: which tensor goes into which file of the result, and at which offset.
 
-It depends on the plan, the limit on a shard, and whether the file system of the result can share
-blocks with the sources; never on threads or on how files are read.
+It depends on the plan, the size limit of a shard, and whether the file system of the result can
+share blocks with the sources; never on threads or on how files are read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 @dataclass(frozen=True)
 class Range:
-    """Bytes that are copied as they are: [offset, offset + n_bytes) of `path` to `out_offset`."""
+    """Bytes that are copied: [offset, offset + n_bytes) of `path` to `out_offset`."""
 
     path: Path
     offset: int
@@ -41,10 +41,10 @@ class Shard:
     """One file of the result.
 
     Attributes:
-        name: of the file.
+        name: the file's name.
         tensors: in the order of their bytes.
-        header: all that comes before them.
-        offsets: where each tensor begins, then where the file ends.
+        header: everything before them.
+        offsets: where each tensor begins, and finally where the file ends.
     """
 
     name: str
@@ -59,20 +59,20 @@ class Shard:
 
     @property
     def copies(self) -> list[Range]:
-        """What is copied, neighbours in source and result joined to one range."""
+        """The ranges to copy; neighbours in both source and result are joined."""
         return coalesced(self.tensors, self.offsets)
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size as transformers and mergekit write it: 5GB, 500MB, 2GiB, 1000000.
+    """The bytes of a size as transformers and mergekit write it: 5GB, 500MB, 2GiB, 1000000.
 
     Raises:
-        UsageError: it is no size, or not above zero.
+        UsageError: it is not a size, or not above zero.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|)", text.strip(), re.IGNORECASE)
     n_bytes = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
     if n_bytes < 1:
-        raise UsageError(f"{text!r} is no size of a file: write it like 5GB, 500MB or 2GiB.")
+        raise UsageError(f"{text!r} is not a file size: write it like 5GB, 500MB or 2GiB.")
     return n_bytes
 
 
@@ -81,17 +81,17 @@ def lay_out(
     max_bytes: int,
     can_share: Callable[[Path], bool] = lambda path: False,
 ) -> list[Shard]:
-    """Puts tensors into files.
+    """Distributes tensors over files.
 
     Args:
-        tensors: of a plan, in its order.
-        max_bytes: of the tensors of a file; a tensor that is larger gets a file of its own.
-        can_share: tells of a source whether the result may share its blocks.
+        tensors: those of a plan, in its order.
+        max_bytes: of the tensors in a file; a larger tensor gets a file of its own.
+        can_share: whether the result can share blocks with a source file.
 
     Returns:
-        One `model.safetensors`, or `model-00001-of-0000N.safetensors` and so on. Where blocks can
-        be shared, copies whose place within a block agrees come together, whatever else there is
-        follows: this makes a few files more, as many as there are such places.
+        One `model.safetensors`, or `model-00001-of-0000N.safetensors` and so on. If blocks can be
+        shared, copies with the same alignment within a block are grouped into a file, and
+        everything else follows; this makes a few more files, one for each such alignment.
     """
     groups: list[_Group] = []
     rest: list[OutTensor] = []
@@ -109,7 +109,7 @@ def lay_out(
 
 
 def index_text(shards: Sequence[Shard]) -> str:
-    """`model.safetensors.index.json` of several shards."""
+    """The text of `model.safetensors.index.json` for several shards."""
     weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
     total = sum(tensor.n_bytes for shard in shards for tensor in shard.tensors)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -117,7 +117,7 @@ def index_text(shards: Sequence[Shard]) -> str:
 
 
 def coalesced(tensors: Iterable[OutTensor], offsets: Sequence[int]) -> list[Range]:
-    """The plain copies among `tensors`, neighbours in source and result joined to one range."""
+    """The plain copies among `tensors`; neighbours in both source and result are joined."""
     ranges: list[Range] = []
     for tensor, out_offset in zip(tensors, offsets, strict=False):
         if not tensor.is_copy or tensor.n_bytes == 0:
@@ -139,14 +139,14 @@ def coalesced(tensors: Iterable[OutTensor], offsets: Sequence[int]) -> list[Rang
 
 @dataclass
 class _Group:
-    """A shard whose copies all have the same place within a block as in their sources."""
+    """A shard whose copies all keep their alignment within a block."""
 
     shift: int
     tensors: list[OutTensor] = field(default_factory=list)
 
 
 def _runs(tensors: Sequence[OutTensor], max_bytes: int) -> list[list[OutTensor]]:
-    """Cuts tensors to sequences that lie side by side in one source, or that are not copied."""
+    """Splits tensors into runs of copies that are adjacent in one source, and single others."""
     runs: list[list[OutTensor]] = []
     end: tuple[Path, int] | None = None
     n_bytes = 0
@@ -174,7 +174,7 @@ def _is_shared(run: list[OutTensor], can_share: Callable[[Path], bool]) -> bool:
 
 
 def _group_for(run: list[OutTensor], groups: list[_Group], max_bytes: int) -> _Group | None:
-    """The shard in which the run keeps its place within a block; small runs get no new one."""
+    """The shard in which the run keeps its alignment within a block; a new one for large runs."""
     offset = run[0].sources[0].info.offset
     n_bytes = sum(t.n_bytes for t in run)
     for group in groups:
@@ -218,11 +218,11 @@ def _shard(name: str, tensors: tuple[OutTensor, ...]) -> Shard:
 
 
 def _data_begin(tensors: Sequence[OutTensor], relative: Sequence[int], least: int) -> int:
-    """Where the data begins: at least at `least`, a multiple of 8.
+    """Where the data begins: a multiple of 8, at least `least`.
 
-    Copies are fastest where source and result have the same place within a page, and can share
-    blocks only then; so the header is padded (the format allows spaces) until that is so for as
-    many copied bytes as can be.
+    Copies are fastest, and can share blocks, only if source and result have the same alignment
+    within a page. So the header is padded (the format allows spaces) to achieve that for as many
+    copied bytes as possible.
     """
     shifts: Counter[int] = Counter()
     for tensor, offset in zip(tensors, relative, strict=True):

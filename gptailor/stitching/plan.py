@@ -1,7 +1,7 @@
 """A plan: for each tensor of the stitched model, where its bytes come from.
 
-A recipe speaks of layers, a plan of tensors. The writer and the resident model both follow the
-same plan, so what the search scored is what the stitcher writes.
+A recipe describes layers, a plan describes tensors. The writer and the resident model follow the
+same plan, so the stitcher writes exactly what the search scored.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class OutTensor:
         name: its key in the result.
         dtype: as safetensors names it.
         shape: as in the sources.
-        sources: the tensors that it is made of, the base of a merge not among them.
+        sources: the tensors that it is made of, without the base of a merge.
         merge: how they are merged, canonical and without modules; None if the only source is
-            taken as it is (or cast).
-        base: the base's tensor, for methods whose formula has one.
+            copied (or cast).
+        base: the base's tensor, for methods whose formula uses it.
         factor: the result is multiplied by it (a folded layer scale).
-        key: names the source tensor to the generator of random masks, see `tensor_key`.
-        statistics: what belongs to each source, for methods that are calibrated.
+        key: identifies the source tensor for random masks, see `tensor_key`.
+        statistics: those of each source, for calibrated methods.
     """
 
     name: str
@@ -72,13 +72,13 @@ class OutTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe builds, tensor by tensor, in the order in which it is written.
+    """What a recipe builds, tensor by tensor, in the order of writing.
 
     Attributes:
         recipe: the canonical recipe.
-        config: of the result, cut to its layers.
-        tensors: of the result; sources that lie side by side stay side by side.
-        notes: what a person should know of the cut, a sentence each.
+        config: the result's config, cut to its layers.
+        tensors: the result's tensors; adjacent sources stay adjacent.
+        notes: what the user should know about the cut, a sentence each.
     """
 
     recipe: Recipe
@@ -99,9 +99,9 @@ def make_plan(recipe: Recipe, family: Family) -> Plan:
     """Resolves a recipe to tensors.
 
     Raises:
-        UsageError: a layer's index is out of range, a scale can't be folded, or a module names no
+        UsageError: a layer's index is out of range, a scale can't be folded, or a module matches no
             tensor.
-        ModelError: a tensor that is merged has a dtype that can't be.
+        ModelError: a tensor has a dtype that can't be merged or cast.
     """
     check_recipe(recipe, family)
     recipe = recipe.canonical()
@@ -120,12 +120,12 @@ def make_plan(recipe: Recipe, family: Family) -> Plan:
 
 
 def check_recipe(recipe: Recipe, family: Family) -> None:
-    """Checks that a recipe names layers, models and modules that there are.
+    """Checks that all layers, models and modules named in a recipe exist.
 
     Raises:
-        UsageError: it does not, a scale can't be folded, or a merge lacks statistics.
-        ModelError: statistics are corrupt, or belong to other weights; or it is open whether the
-            models fit together.
+        UsageError: one does not, a scale can't be folded, or a merge lacks statistics.
+        ModelError: statistics are corrupt, or belong to other weights; or it is not settled whether
+            the models fit together.
     """
     family.check_settled()
     if any(layer.scale != 1.0 for layer in recipe.layers):  # the canonical form drops the last one
@@ -140,14 +140,14 @@ def check_recipe(recipe: Recipe, family: Family) -> None:
 def plan_layer(
     layer: Layer, out_layer: int, recipe: Recipe, family: Family, factor: float = 1.0
 ) -> list[OutTensor]:
-    """The tensors of one output layer, in the order in which they lie in the first source.
+    """The tensors of one output layer, in the order of the first source's file.
 
     Args:
         layer: the entry, in canonical form.
         out_layer: its index in the result.
-        recipe: gives base and dtype.
+        recipe: provides base and dtype.
         family: the candidates.
-        factor: what the projections that write to the residual stream are multiplied by.
+        factor: on the projections that write to the residual stream.
     """
     architecture = family.architecture
     scaled = architecture.residual_writers(layer.src_layer) if factor != 1.0 else ()
@@ -170,9 +170,9 @@ def plan_layer(
 def scale_factors(recipe: Recipe) -> list[float]:
     """For each output layer, the factor on what it writes to the residual stream.
 
-    A layer's output times s is the same network as one in which every later layer writes 1/s of
-    what it did: the layers read through a norm that does not see a scale, and so does the final
-    norm (up to its epsilon).
+    Scaling a layer's output by s is equivalent to scaling what every later layer writes by 1/s:
+    layers and the final norm read the stream through a norm, which cancels a scale (up to its
+    epsilon).
     """
     factors, scale = [], 1.0
     for layer in recipe.layers:
@@ -188,12 +188,12 @@ def _stack(recipe: Recipe, family: Family) -> Iterator[OutTensor]:
 
 
 def plan_end(end: End, names: tuple[str, ...], recipe: Recipe, family: Family) -> list[OutTensor]:
-    """The tensors of embeddings or head, in the order in which they lie in the first source.
+    """The tensors of embeddings or head, in the order of the first source's file.
 
     Args:
         end: a model's name or an entry, in canonical form.
         names: the tensors' names.
-        recipe: gives base, dtype, and what the other end is made of, as both have equal rows.
+        recipe: provides base, dtype, and the other end, because both have equal rows.
         family: the candidates.
     """
     entry = _entry(end)
@@ -208,10 +208,10 @@ def plan_end(end: End, names: tuple[str, ...], recipe: Recipe, family: Family) -
 
 
 def vocabulary_rows(recipe: Recipe, family: Family) -> int | None:
-    """Rows of embeddings and output head; None where all candidates have as many.
+    """Rows of embeddings and output head; None if all candidates have the same number.
 
-    The fewest of all tensors that they are made of: what is left out is padding that no token uses.
-    So what is all of one model has that model's rows, and its scores.
+    It is the fewest of all tensors involved; the rows left out are padding that no token uses. So
+    embeddings and head that come from one model keep that model's rows, and its scores.
     """
     if not family.uneven:
         return None
@@ -230,7 +230,7 @@ def vocabulary_rows(recipe: Recipe, family: Family) -> int | None:
 
 
 def set_vocabulary(config: dict[str, Any], rows: int | None) -> None:
-    """Writes into a config what `vocabulary_rows` gives."""
+    """Writes the result of `vocabulary_rows` into a config."""
     if rows is not None:
         text_config(config)["vocab_size"] = rows
         if "vocab_size" in config:
@@ -248,9 +248,9 @@ def _entry(end: End) -> Layer:
 
 
 def tensor_key(name: str) -> int:
-    """What a source tensor's name is to the generator of random masks: 64 bits of its SHA-256.
+    """64 bits of the SHA-256 of a source tensor's name, the key for its random masks.
 
-    It is the source's name, so that a layer gets one mask wherever it stands in the result.
+    It is the source's name, so that a layer gets the same mask wherever it is in the result.
     """
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
 
@@ -264,7 +264,7 @@ def _made(
     factor: float = 1.0,
     rows: int | None = None,
 ) -> OutTensor:
-    """One tensor of the result: the tensor `name` of the models that an entry names."""
+    """One tensor of the result, made from the tensor `name` of the entry's models."""
     sources = tuple(_source(family, model, name, rows) for model in entry.models)
     merge = entry if isinstance(entry, Merge) else None
     if merge is not None and sources[0].info.dtype not in FLOAT_DTYPES:
@@ -272,7 +272,7 @@ def _made(
     statistics: tuple[TensorInfo, ...] = ()
     if merge is not None and get_method(merge.method).is_calibrated:
         statistics = _statistics(merge, sources, recipe, family)
-        if not statistics:  # no linear layer: regmean averages it
+        if not statistics:  # not a linear layer: regmean averages it
             total = math.fsum(weight for _, weight in merge.weights)
             shares = tuple((model, weight / total) for model, weight in merge.weights)
             merge = Merge(LINEAR.name, merge.src_layer, shares, (("normalize", 0.0),))
@@ -298,12 +298,12 @@ def _made(
 def _statistics(
     merge: Merge, sources: tuple[Source, ...], recipe: Recipe, family: Family
 ) -> tuple[TensorInfo, ...]:
-    """What belongs to each source; empty if the tensor is none that the method has statistics of.
+    """The statistics of each source; empty if the method has none for this tensor.
 
     Raises:
-        ModelError: one has statistics and another one does not.
+        ModelError: one source has statistics and another does not.
     """
-    assert recipe.calibration is not None  # check_recipe saw it
+    assert recipe.calibration is not None  # ensured by check_recipe
     folder = recipe.calibration.folder
     opened = [family.candidates[s.model].statistics(folder, merge.method) for s in sources]
     per_element = get_method(merge.method).statistics == "elements"
@@ -334,7 +334,7 @@ def _cut(info: TensorInfo, rows: int) -> TensorInfo:
 
 
 def _dtype(sources: Sequence[Source], recipe: Recipe, family: Family) -> str:
-    """The recipe's type, but for integers, and for what all models keep in float32 beside it."""
+    """The recipe's type, except for integers and for tensors that all models keep in float32."""
     dtype = DTYPES[recipe.dtype]
     if sources[0].info.dtype not in FLOAT_DTYPES:
         return sources[0].info.dtype
@@ -362,28 +362,28 @@ def _check_layers(recipe: Recipe, family: Family) -> None:
 
 
 def _check_shared(recipe: Recipe, family: Family) -> None:
-    """Raises where layers that have weights in common would be made of different ones."""
+    """Raises a `UsageError` if layers that share weights would be made differently."""
     shared = family.base.reading.shared
     models = {layer.model if isinstance(layer, Take) else None for layer in recipe.layers}
     parts = any(layer.modules or layer.scale != 1.0 for layer in recipe.layers)
     if shared and (len(models) > 1 or None in models or parts):
         raise UsageError(
-            f"Layers of {family.base.folder} have weights in common ({shared}), so that they can't "
-            "be merged or come from several models: take all layers from one."
+            f"Layers of {family.base.folder} share weights ({shared}), so they can't be merged or "
+            "come from several models: take all layers from one model."
         )
 
 
 def _check_opened(models: Iterable[str], where: str, family: Family) -> None:
     for model in models:
         if model not in family.candidates:
-            raise UsageError(f"{where} names the model {model}, which is not opened.")
+            raise UsageError(f"{where} names the model {model}, which is not open.")
 
 
 def _check_modules(recipe: Recipe, family: Family) -> None:
-    """Raises for a module whose text is in no tensor's name: it would be without effect."""
+    """Raises a `UsageError` for a module whose text is in no tensor's name: it has no effect."""
     entries = (*recipe.layers, recipe.embeddings, recipe.head)
     if not any(entry.modules for entry in entries if not isinstance(entry, str)):
-        return  # the resident model asks before each evaluation
+        return  # saves time: the resident model calls this before each evaluation
     architecture = family.architecture
     in_layers = dict.fromkeys(suffix for layer in architecture.layers for suffix in layer)
     places = [(f"layers[{i}]", layer, tuple(in_layers)) for i, layer in enumerate(recipe.layers)]
@@ -397,19 +397,19 @@ def _check_modules(recipe: Recipe, family: Family) -> None:
 
 
 def _check_statistics(recipe: Recipe, family: Family) -> None:
-    """Raises unless the statistics of all calibrated merges are there, and those of the recipe."""
+    """Raises unless all calibrated merges have their statistics, with the recipe's digests."""
     calibration = recipe.calibration
     for method, model in recipe.used_statistics:
         if calibration is None:
             raise UsageError(
-                f"The recipe merges {model} by {method}, which needs calibration data: make them "
-                "with `gptailor calibrate` and name their folder as calibration."
+                f"The recipe merges {model} by {method}, which needs calibration data: create it "
+                "with `gptailor calibrate`, and name its folder as calibration."
             )
         statistics = family.candidates[model].statistics(calibration.folder, method)
         if calibration.digests and calibration.digest(method, model) != statistics.digest:
             raise UsageError(
                 f"{statistics.path} is not the file that the recipe was made with: calibrate with "
-                "the same text, or leave the digests out of the recipe."
+                "the same text, or remove the digests from the recipe."
             )
 
 

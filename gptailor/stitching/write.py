@@ -1,8 +1,8 @@
-"""The writer: a plan becomes a Hugging Face folder that stock tools load.
+"""The writer: turns a plan into a Hugging Face folder that stock tools can load.
 
-Tensors that are not merged are copied as byte ranges inside the kernel, merged ones are computed
-and written piece by piece, so memory stays flat however large the model is. `layout` says where
-everything lies, `copying` how bytes get there, `folder` that it is all or nothing.
+Tensors that are not merged are copied as byte ranges inside the kernel; merged ones are computed
+and written piece by piece, so memory stays constant however large the model is. `layout` decides
+where everything goes, `copying` moves the bytes, and `folder` makes it all or nothing.
 """
 
 from __future__ import annotations
@@ -48,22 +48,23 @@ def write_model(
     """Writes the model that a recipe describes.
 
     Args:
-        recipe: what to build.
-        family: the opened candidates, by the recipe's names.
+        recipe: the recipe to build.
+        family: the opened candidates, under the recipe's names.
         out: the folder to make; it must not exist.
         notes: Markdown for the model card, for example scores.
         threads: for merging; 0 for as many as there are cores.
         sync: flush everything to the disk before the folder gets its name.
-        max_shard_size: no file of weights is larger, unless one tensor is; like 5GB or 500MiB.
-        test: is given the whole folder before it gets its name, and raises if it is unusable.
+        max_shard_size: the largest size of a weight file, unless a single tensor is larger; like
+            5GB or 500MiB.
+        test: called with the complete folder before it gets its name; raises if it is unusable.
 
     Returns:
         The plan that was followed.
 
     Raises:
         UsageError: `out` exists or is an input, or the recipe does not fit the models.
-        ModelError: a source is unusable, or changed meanwhile.
-        ResourceError: the disk is full or refuses.
+        ModelError: a source is unusable, or changed in the meantime.
+        ResourceError: the folder can't be written, for example because the disk is full.
     """
     out = Path(out)
     max_bytes = parse_size(max_shard_size)
@@ -104,18 +105,18 @@ def write_shards(
     threads: int = 0,
     flush: bool = False,
 ) -> None:
-    """Writes the files of weights into `folder`.
+    """Writes the weight files into `folder`.
 
     Args:
-        shards: what to write.
-        family: holds the sources.
-        folder: where to.
+        shards: the files to write.
+        family: the candidates with the sources.
+        folder: the destination.
         threads: for merging; 0 for as many as there are cores.
-        flush: have the disk begin at once, because fsync will follow.
+        flush: start write-back at once, because fsync will follow.
 
     Raises:
-        ModelError: a source changed meanwhile, can't be read, or holds NaN where it is merged.
-        OSError: the disk is full or refuses.
+        ModelError: a source has changed, can't be read, or is to be merged and holds NaN.
+        OSError: the files can't be written, for example because the disk is full.
     """
     sources = _Sources(family)
     for shard in shards:
@@ -136,7 +137,7 @@ def write_shards(
                     try:
                         copy(source.file(part.path), part, fd, written)
                     except OSError as error:
-                        source.check_intact()  # if that is the reason, it is the better message
+                        source.check_intact()  # a change is the more likely reason
                         if error.filename is None:
                             raise
                         raise read_error(error) from error
@@ -160,7 +161,7 @@ class _Sources:
 
 
 def _spared(shards: Sequence[Shard], sources: _Sources, can_share: SharingProbe) -> int:
-    """Bytes that need no room: holes, and whole blocks that are shared with a source."""
+    """Bytes that take no disk space: holes, and whole blocks that are shared with a source."""
     spared = 0
     for part in (part for shard in shards for part in shard.copies):
         if can_share(part.path) and (part.offset - part.out_offset) % BLOCK == 0:

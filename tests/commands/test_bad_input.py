@@ -219,7 +219,7 @@ def test_a_recipe_that_is_not_there(place: Path) -> None:
 
 @pytest.mark.parametrize(
     ("out", "message"),
-    [("full", "exists already"), ("red", "is also an input"), ("red/x", "lies inside an input")],
+    [("full", "already exists"), ("red", "is also an input"), ("red/x", "is inside an input")],
 )
 def test_output_folders(place: Path, out: str, message: str) -> None:
     write_recipe(place)

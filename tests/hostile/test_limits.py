@@ -68,7 +68,7 @@ HEADERS: dict[str, tuple[str, str]] = {
     "many empty objects": ('{"a":[' + "{}," * 900_000 + "0]}", "not exactly the keys"),
     "many numbers": ('{"a":[' + "1," * 6_000_000 + "1]}", "not exactly the keys"),
     "nesting": ('{"a":' + "[" * 2_000_000 + "]" * 2_000_000 + "}", "not valid JSON"),
-    "a long name": ("{" + entries(1, "1." * 2_000_000) + "}", "is no name of a tensor"),
+    "a long name": ("{" + entries(1, "1." * 2_000_000) + "}", "is not a valid tensor name"),
     "names of numbers": ("{" + entries(8_000, "{}." + "1.x." * 120) + "}", "have 8000"),
     "many tensors": ("{" + entries(60_000, "model.layers.0.x{}") + "}", "config.json"),
     "many layers": ("{" + entries(60_000, "model.layers.{}.x") + "}", "60000"),
@@ -103,9 +103,9 @@ def test_an_index(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("config.json", "more than the 10,000,000 bytes"),
-        ("tokenizer.json", "more than the 200,000,000 bytes"),
-        ("model.safetensors.index.json", "more than the 100,000,000 bytes"),
+        ("config.json", "larger than the 10,000,000 bytes"),
+        ("tokenizer.json", "larger than the 200,000,000 bytes"),
+        ("model.safetensors.index.json", "larger than the 100,000,000 bytes"),
     ],
 )
 def test_files_without_end(name: str, message: str, tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ CONFIGS: dict[str, tuple[str, str]] = {
     "nesting": ('"a": ' + "[" * 900 + "]" * 900, "nested more than 100 deep"),
     "more nesting": ('"a": ' + '{"a":' * 100_000 + "1" + "}" * 100_000, "not valid JSON"),
     "a list of layers": ('"mlp_only_layers": [' + "7," * 2_000_000 + "7]", "ok"),
-    "half a character": ('"a": "\\ud800"', "is no text"),
+    "half a character": ('"a": "\\ud800"', "is not valid text"),
     "a long number": ('"num_hidden_layers": ' + "9" * 5000, "not valid JSON"),
 }
 

@@ -82,7 +82,7 @@ def test_what_is_refused() -> None:
     assert "seed is -1, outside" in refused("dare_ties", two, seed=-1)
     assert "max_iter is True, but must be a number" in refused("karcher", two, max_iter=True)
     assert "filter_wise is 1, but must be true" in refused("model_stock", two, filter_wise=1)
-    together = "density 0.9 and epsilon 0.15 do not go together"
+    together = "density 0.9 and epsilon 0.15 do not fit together"
     assert together in refused("della", two, density=0.9)
     assert together in refused("della_linear", two, density={"a": 0.5, "b": 0.9})
     assert "density 0.1 and epsilon 0.1" in refused("della", two, density=0.1, epsilon=0.1)

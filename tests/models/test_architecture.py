@@ -255,7 +255,7 @@ def test_lists_that_only_have_the_same_length() -> None:
 
 def test_config_without_a_count() -> None:
     for broken in ({}, {"num_hidden_layers": "4"}, {"num_hidden_layers": None}):
-        with pytest.raises(ModelError, match="names no layer count"):
+        with pytest.raises(ModelError, match="has no layer count"):
             cut_config(broken, (0,))
 
 

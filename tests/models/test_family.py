@@ -104,7 +104,7 @@ def test_padded_vocabulary_without_a_tokenizer(base: Path, tmp_path: Path) -> No
     Family({"base": str(base), "bare": str(bare)}, "base")  # same size: nothing speaks against it
     padded = save_model(tmp_path / "padded", vocab=VOCAB + 12, tokenizer=False)
     text = refused(base, padded)
-    assert "has another vocabulary: its embeddings have another size" in text
+    assert "has another vocabulary: its embeddings differ in size" in text
     assert "make it the base" in text
 
 

@@ -85,7 +85,7 @@ def test_weights_that_are_quantized(tmp_path: Path, name: str) -> None:
     by = f" by {quantization['quant_method']!r}" if quantization else ""
     first = f" ({next(iter(tensors))} has the type {next(iter(tensors.values()))[0]})"
     assert text == (
-        f"{folder} is quantized{by}{first}, so that it can't be merged or cast: save it in "
+        f"{folder} is quantized{by}{first}, so it can't be merged or cast: save it in "
         "bfloat16 first (dequantize() of transformers)."
     )
 

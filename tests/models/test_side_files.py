@@ -128,5 +128,5 @@ def test_links(tmp_path: Path) -> None:
         copy_side_file(revision / name, tmp_path / "copy")
         assert (tmp_path / "copy").read_text() == "this is blobs/12ab"
     (revision / "merges.txt").symlink_to(tmp_path / "models--x" / "secret")
-    with pytest.raises(ModelError, match=r"merges\.txt is a link to .*secret, a file of another"):
+    with pytest.raises(ModelError, match=r"merges\.txt is a link to .*secret, a file with another"):
         copy_side_file(revision / "merges.txt", tmp_path / "copy")

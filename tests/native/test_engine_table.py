@@ -49,7 +49,7 @@ def test_a_stale_extension_is_refused(
     changed_to = {"ties": changed[change]} if change in changed else {}
     others_too = {name: m for name, m in METHODS.items() if name != "ties" or change != "gone"}
     monkeypatch.setattr(engine_table, "METHODS", others_too | changed_to)
-    with pytest.raises(GptailorError, match=r"built for other merge methods.*build it again"):
+    with pytest.raises(GptailorError, match=r"built for other merge methods.*rebuild it"):
         check_engine()
 
 

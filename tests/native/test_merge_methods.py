@@ -208,7 +208,7 @@ def test_wrong_parameters(method: str, parameters: dict[str, Any], message: str)
 def test_directions_that_cancel_have_no_mean() -> None:
     e = np.eye(3, dtype=np.float32)
     sources = [tensor(row, "F32") for row in (e[0], -e[0], 0 * e[1], 0 * e[2])]
-    with pytest.raises(ValueError, match="cancel each other"):
+    with pytest.raises(ValueError, match="cancel out"):
         run("multislerp", sources)
 
 

@@ -39,7 +39,7 @@ def test_sizes(text: str, n_bytes: int) -> None:
     "text", ["", "GB", "-5GB", "0", "0.1", "5 G B", "5GBs", "1e9", "nan", "५GX"]
 )
 def test_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(UsageError, match="is no size of a file: write it like 5GB"):
+    with pytest.raises(UsageError, match="is not a file size: write it like 5GB"):
         parse_size(text)
 
 
@@ -162,7 +162,7 @@ def test_transformers_loads_shards(tmp_path: Path) -> None:
 
 def test_a_size_that_is_none_leaves_nothing(tmp_path: Path) -> None:
     models = save_family(tmp_path / "in")
-    with pytest.raises(UsageError, match="'many' is no size"):
+    with pytest.raises(UsageError, match="'many' is not a file size"):
         write_model(
             recipe(models, Take("red", 1)), Family(models, "base"), tmp_path / "out",
             max_shard_size="many",

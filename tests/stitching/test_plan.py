@@ -192,7 +192,7 @@ def test_layers_that_are_not_there(numbered_models: dict[str, str]) -> None:
     with pytest.raises(UsageError, match=r"layers\[1\] names layer 6, but .* layers 0 to 5"):
         make_plan(made, family)
     few = Family({"base": numbered_models["base"]}, "base")
-    with pytest.raises(UsageError, match="names the model red, which is not opened"):
+    with pytest.raises(UsageError, match="names the model red, which is not open"):
         make_plan(recipe(numbered_models, Take("red", 0)), few)
 
 
@@ -274,7 +274,7 @@ def test_a_module_that_names_no_tensor(numbered_models: dict[str, str]) -> None:
         make_plan(recipe(numbered_models, Take("red", 0), head=head), family)
     other = Take("red", 0, modules=(("mlp", Take("blue", 0)),))
     few = Family({name: numbered_models[name] for name in ("base", "red")}, "base")
-    with pytest.raises(UsageError, match=r"layers\[0\] names the model blue, which is not opened"):
+    with pytest.raises(UsageError, match=r"layers\[0\] names the model blue, which is not open"):
         make_plan(recipe(numbered_models, other), few)
 
 

@@ -363,16 +363,16 @@ def test_places_that_are_refused(models: dict[str, str], tmp_path: Path) -> None
     (tmp_path / "to_red").symlink_to(models["red"])
     root = Path(models["base"]).parent
     cases = [
-        (tmp_path / "full", "exists already"),
-        (tmp_path / "file", "exists already"),
-        (tmp_path / "link", "exists already"),
+        (tmp_path / "full", "already exists"),
+        (tmp_path / "file", "already exists"),
+        (tmp_path / "link", "already exists"),
         (Path(models["base"]), r"is also an input \(base\)"),
         (Path(models["red"]), r"is also an input \(red\)"),
         (tmp_path / "to_red", r"is also an input \(red\)"),
         (root / "x" / ".." / "red", r"is also an input \(red\)"),
         (root, "is also an input"),
-        (Path(models["green"]) / "out", "lies inside an input"),
-        (tmp_path / "to_red" / "out", "lies inside an input"),
+        (Path(models["green"]) / "out", "is inside an input"),
+        (tmp_path / "to_red" / "out", "is inside an input"),
     ]
     for out, message in cases:
         with pytest.raises(UsageError, match=message):
@@ -569,7 +569,7 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(
 
     made = recipe(models, Take("red", 0))
     late = Late(made.models, made.base, made.layers, made.embeddings, made.head)
-    with pytest.raises(UsageError, match="appeared while it was written"):
+    with pytest.raises(UsageError, match="appeared in the meantime"):
         write_model(late, Family(models, "base"), out)
     assert [p.name for p in out.iterdir()] == ["sub"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -461,7 +461,7 @@ BREAKS: dict[str, tuple[int, Break, tuple[str, ...]]] = {
     ),
     "other weights": (
         3, other_weights,
-        ("clock.fisher.safetensors belongs to other weights than those of", "models/clock"),
+        ("clock.fisher.safetensors does not belong to the weights of", "models/clock"),
     ),
     "another shape": (
         3, again("regmean", changes={UP: np.eye(15)}),

@@ -1,16 +1,17 @@
-"""The merge formulas written down once more, slowly: the oracle for `csrc/formulas.h`.
+"""A slow reference implementation of the merge formulas, the oracle for `csrc/formulas.h`.
 
-Only numpy. By default everything is computed in float64; `dtype=np.float32` computes the same steps
-in the same order as the compiled code, which then agrees to the last bit for the elementwise
-methods (sums over a whole tensor or row are float64 in both). Nothing is rounded to a storage type
-here.
+It uses numpy only. By default everything is computed in float64; `dtype=np.float32` computes the
+same steps in the same order as the compiled code, which then agrees to the last bit for the
+elementwise methods (sums over a whole tensor or row are float64 in both). Nothing is rounded to a
+storage type here.
 
 Shapes: x_SN is S sources of any shape N, base_N the base, w_S the weights. Where rows or columns
 matter, R and C are their numbers; a row runs along the last dimension.
-Not a number is not looked for: it passes through.
+NaN is not checked for and passes through.
 
-`merge` takes any method by its name; beside it each formula is a function with its equation and its
-paper, which registers itself under the names of its methods. Every file of this folder is imported.
+`merge` takes any method by name. Each formula is also a function of its own, with its equation and
+its paper, that registers itself under the names of its methods. All files of this folder are
+imported.
 """
 
 import importlib

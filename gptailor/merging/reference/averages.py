@@ -13,7 +13,7 @@ from .formulas import computes
 Array = npt.NDArray[Any]
 
 TINY = 1e-8
-"""Sums of weights below this do not divide; norms up to this do not normalise."""
+"""Sums of weights below this and norms up to this are not divided by."""
 
 
 def weighted_sum(x_SN: Array, w_S: Array) -> Array:
@@ -44,7 +44,7 @@ def linear(
         x_SN: the sources.
         w_S: one weight for each.
         normalize: divide by the sum of the weights.
-        dtype: what to compute in.
+        dtype: the type to compute in.
 
     Raises:
         ValueError: the weights add up to zero and cannot be normalised.
@@ -65,6 +65,6 @@ def average(x_SN: Array, *, dtype: Any = np.float64) -> Array:
 
     Args:
         x_SN: the sources.
-        dtype: what to compute in.
+        dtype: the type to compute in.
     """
     return linear(x_SN, [1.0] * len(x_SN), dtype=dtype)

@@ -28,9 +28,9 @@ def fisher(
         x_SN: the sources.
         fisher_SN: F, the diagonal of each source's Fisher information: the mean of the squared
             gradients of its log-likelihood.
-        w_S: one weight for each; None is 1.
-        floor: where no source has any information, the sources are averaged.
-        dtype: what to compute in.
+        w_S: one weight for each; None means 1.
+        floor: the lower bound of F; where all sources are at it, they are averaged.
+        dtype: the type to compute in.
 
     Raises:
         ValueError: F has another shape than the sources or a negative element, or the weights add
@@ -63,16 +63,16 @@ def regmean(
 ) -> Array:
     """Match all models' outputs: Jin et al. 2022, Dataless Knowledge Fusion, arXiv 2212.09849.
 
-    yᵀ = (Σᵢ wᵢ Gᵢ)⁻¹ Σᵢ wᵢ Gᵢ Wᵢᵀ, after all elements of G off its diagonal were multiplied by the
+    yᵀ = (Σᵢ wᵢ Gᵢ)⁻¹ Σᵢ wᵢ Gᵢ Wᵢᵀ, after all off-diagonal elements of G are multiplied by the
     ratio. With a ratio of 1, y minimises Σᵢ wᵢ ‖(Wᵢ − y) Xᵢ‖². Columns of inputs that are always
-    zero are averaged: the limit of what a small addition to the diagonals gives.
+    zero are averaged: the limit for small additions to the diagonals.
 
     Args:
         x_SOI: W, the sources' matrices (outputs, inputs).
-        gram_SII: G = X Xᵀ / tokens of the inputs X that each source's layer sees.
-        w_S: one weight for each; None is 1.
+        gram_SII: G = X Xᵀ / tokens, with X the inputs of each source's layer.
+        w_S: one weight for each; None means 1.
         reduce_non_diagonal_ratio: the paper's α; 0 weights each column by the inputs' mean square.
-        dtype: what to compute in.
+        dtype: the type to compute in.
 
     Raises:
         ValueError: a shape does not fit, or Σᵢ wᵢ Gᵢ is singular.

@@ -1,4 +1,4 @@
-"""One call for every method, by the names of the registry: what tests of fast code loop over."""
+"""One function for all methods, by their names in the registry; tests of fast code use it."""
 
 from __future__ import annotations
 
@@ -27,20 +27,22 @@ def merge(
     statistics: Sequence[Array] | Array | None = None,
     dtype: Any = np.float64,
 ) -> Array:
-    """The result of any method; arrays of one shape in, one of that shape out.
+    """The result of any method; inputs and result have the same shape.
 
     Args:
-        method: a name of the registry.
+        method: a name in the registry.
         sources: the tensors, in the recipe's order; a list, or stacked.
-        base: where the method uses it.
-        weights: one for each source; None is 1 for each.
-        parameters: by the registry's names; flags as 0 or 1, per-source ones as a number or a list.
-        key: of the tensor, for random masks.
+        base: the base, if the method uses it.
+        weights: one for each source; None means 1 for each.
+        parameters: by their names in the registry; flags as 0 or 1, per-source ones as a number or
+            a list.
+        key: the tensor's key, for random masks.
         statistics: one for each source: fisher's information, regmean's Gram matrices.
         dtype: np.float64, or np.float32 for the steps of the compiled code.
 
     Raises:
-        ValueError: a name is unknown, something is missing or not taken, or the method refuses.
+        ValueError: a name is unknown, an argument is missing or not accepted, or the method
+            refuses its input.
     """
     if method not in METHODS:
         raise ValueError(f"there is no method {method}; there are {', '.join(METHODS)}")

@@ -1,4 +1,4 @@
-"""Which function is the reference of which method: each one registers itself where it stands."""
+"""Maps methods to their reference functions, each of which registers itself where it is defined."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ class Formula:
     """A function that computes a method.
 
     Attributes:
-        function: takes the sources, then the statistics of methods that need them; by name it takes
-            the parameters and, where it has such an argument, `base_N`, `w_S`, `key` and `dtype`.
-        arguments: argument → the parameter that it is, or a constant. Parameters of which nothing
-            is said are arguments of the same name.
+        function: takes the sources, then the statistics if the method needs them. Keyword arguments
+            are the parameters and, if it has them, `base_N`, `w_S`, `key` and `dtype`.
+        arguments: argument → the parameter passed as it, or a constant. All other parameters are
+            arguments of the same name.
     """
 
     function: Callable[..., Any]
     arguments: Mapping[str, object]
 
     def __call__(self, *args: Any, parameters: Mapping[str, Any], **others: Any) -> Any:
-        """The result; of `others`, the function gets those that it has arguments for."""
+        """The result; of `others`, the function gets those that it has an argument for."""
         taken = inspect.signature(self.function).parameters
         named: dict[str, Any] = {k: value for k, value in others.items() if k in taken}
         renamed = {value: key for key, value in self.arguments.items() if isinstance(value, str)}

@@ -1,4 +1,4 @@
-"""Philox4x32-10, the counter-based generator of the random masks: the same number everywhere.
+"""Philox4x32-10, the counter-based generator of the random masks, with the same numbers everywhere.
 
 Salmon et al. 2011, Parallel Random Numbers: As Easy as 1, 2, 3, SC'11. A number depends only on
 the seed, the tensor's key, the source's index and the element's index, never on the order of work.
@@ -46,7 +46,7 @@ def philox4x32(counter_4M: npt.ArrayLike, key: tuple[int, int]) -> npt.NDArray[n
 def key_words(seed: int, key: int) -> tuple[int, int]:
     """Return the two words of the generator's key: low and high half of splitmix64(seed + G key).
 
-    G is 2^64 divided by the golden ratio; everything modulo 2^64.
+    G is 2^64 divided by the golden ratio; everything is modulo 2^64.
     """
     mixed = splitmix64(seed + _GOLDEN * key)
     return mixed & 0xFFFFFFFF, mixed >> 32
@@ -55,9 +55,9 @@ def key_words(seed: int, key: int) -> tuple[int, int]:
 def words(
     seed: int, key: int, source: int, n_elements: int, begin: int = 0
 ) -> npt.NDArray[np.uint32]:
-    """Return one random word for each of the elements `begin` to `begin + n_elements`, uint32.
+    """Return one random word, uint32, for each of the elements `begin` to `begin + n_elements`.
 
-    Element e has the output word e % 4 of the counter (low32(e / 4), high32(e / 4), source, 0).
+    Element e gets the output word e % 4 of the counter (low32(e / 4), high32(e / 4), source, 0).
     """
     first, last = begin // 4, -(-(begin + n_elements) // 4)
     block = np.arange(first, max(first, last), dtype=np.uint64)
@@ -68,7 +68,7 @@ def words(
 
 
 def below(u: npt.NDArray[np.uint32], probability: Any) -> npt.NDArray[np.bool_]:
-    """True where the word falls below ceil(probability · 2^32); probabilities are float64."""
+    """True where the word is below ceil(probability · 2^32); probabilities are float64."""
     threshold = np.ceil(np.asarray(probability, np.float64) * 2.0**32).astype(np.uint64)
     mask: npt.NDArray[np.bool_] = u.astype(np.uint64) < threshold
     return mask

@@ -1,4 +1,4 @@
-"""Methods that choose, element by element, whose value counts: sce, ram, nearswap, arcee_fusion."""
+"""Methods that select among sources for each element: sce, ram, nearswap, arcee_fusion."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SCE_FLAT = 1e-6
 """Below this sum of mean squares, sce gives all sources the same weight."""
 
 SCE_LEAST = 1e-6
-"""sce divides by this at least."""
+"""The smallest number that sce divides by."""
 
 NEAR = 1e-6
-"""Differences below this count as this in nearswap."""
+"""nearswap raises smaller differences to this."""
 
 ARCEE_FLOOR = 1e-8
 """What arcee_fusion adds to each probability."""
@@ -26,8 +26,8 @@ ARCEE_FLOOR = 1e-8
 def sce(x_SN: Array, base_N: Array, *, select_topk: float = 1.0, dtype: Any = np.float64) -> Array:
     """Select, calculate, erase: Wan et al. 2024, FuseChat, arXiv 2408.07990.
 
-    δᵢ = xᵢ − b. Select: of the n elements where the sources differ, the int(topk · n) of largest
-    variance over the sources stay, with all of the smallest one's variance; δ is 0 elsewhere.
+    δᵢ = xᵢ − b. Select: of the n elements where the sources differ, the int(topk · n) with the
+    largest variance over the sources stay, and ties with the last of them; δ is 0 elsewhere.
     Calculate: wᵢ = mean(δᵢ²) / Σⱼ mean(δⱼ²), or 1 / S where that sum is below 1e-6.
     Erase: A = {i : sign(δᵢ) = s}, s = +1 where Σᵢ δᵢ ≥ 0 and −1 elsewhere.
     y = b + Σ_{i ∈ A} wᵢ δᵢ / max(Σ_{i ∈ A} wᵢ, 1e-6).
@@ -36,7 +36,7 @@ def sce(x_SN: Array, base_N: Array, *, select_topk: float = 1.0, dtype: Any = np
         x_SN: the sources.
         base_N: b, the model that they were finetuned from.
         select_topk: 1 or more selects everything, 0 or less nothing.
-        dtype: what to compute in; the mean squares are always float64.
+        dtype: the type to compute in; the mean squares are always float64.
     """
     base = np.asarray(base_N, dtype)
     delta_SN = np.asarray(x_SN, dtype) - base
@@ -63,7 +63,8 @@ def sce(x_SN: Array, base_N: Array, *, select_topk: float = 1.0, dtype: Any = np
 
 
 def _most_varied(delta_SN: Array, select_topk: float) -> Array:
-    """Which elements `sce` selects; differences from the first source, so that equals give 0."""
+    """Which elements `sce` selects; variances are relative to the first source, so that equal
+    sources give exactly 0."""
     shifted_SN = delta_SN - delta_SN[0]
     off_SN = shifted_SN - np.mean(shifted_SN, axis=0)
     variance_N = np.mean(off_SN * off_SN, axis=0)
@@ -76,7 +77,7 @@ def _most_varied(delta_SN: Array, select_topk: float) -> Array:
 
 @computes("ram")
 def ram(x_SN: Array, base_N: Array, *, epsilon: float = 1e-5, dtype: Any = np.float64) -> Array:
-    """Average the differences of those that differ: Reinforced Agent Merging, arXiv 2601.13572.
+    """Average the differences that are not zero: Reinforced Agent Merging, arXiv 2601.13572.
 
     y = b + Σ_{i ∈ A} δᵢ / |A|, A = {i : |δᵢ| > ε}, δ = x − b; y = b where A is empty.
 
@@ -84,7 +85,7 @@ def ram(x_SN: Array, base_N: Array, *, epsilon: float = 1e-5, dtype: Any = np.fl
         x_SN: the sources.
         base_N: b, the model that they were trained from.
         epsilon: ε.
-        dtype: what to compute in.
+        dtype: the type to compute in.
     """
     base = np.asarray(base_N, dtype)
     sum_N, count_N = np.zeros_like(base), np.zeros_like(base)
@@ -101,13 +102,13 @@ def ram(x_SN: Array, base_N: Array, *, epsilon: float = 1e-5, dtype: Any = np.fl
 def nearswap(x_SN: Array, base_N: Array, *, t: float, dtype: Any = np.float64) -> Array:
     """Take the source where it is near the base: alchemonaut 2024, QuartetAnemoi-70B-t0.0001.
 
-    y = w x + (1 − w) b, w = t / max(|b − x|, 1e-6), held within [0, 1].
+    y = w x + (1 − w) b, w = t / max(|b − x|, 1e-6), clipped to [0, 1].
 
     Args:
         x_SN: exactly one source.
         base_N: b.
-        t: differences up to this are taken over whole.
-        dtype: what to compute in.
+        t: differences up to this are taken whole.
+        dtype: the type to compute in.
     """
     (x,) = np.asarray(x_SN, dtype)
     base = np.asarray(base_N, dtype)
@@ -139,16 +140,16 @@ def arcee_threshold(score_N: Array) -> np.float32:
 
 @computes("arcee_fusion")
 def arcee_fusion(x_SN: Array, base_N: Array, *, dtype: Any = np.float64) -> Array:
-    """Take over what stands out: mergekit's Arcee Fusion.
+    """Take over the elements that stand out: mergekit's Arcee Fusion.
 
     y = x where the score is at least median + 1.5 (q₃ − q₁) of the tensor's scores, b elsewhere
     (as b + (x − b)). score = |x − b| · KL(p ‖ q) of the element's row, p and q the softmax of the
-    row of x and of b, each plus 1e-8. A tensor of one dimension is one row.
+    row of x and of b, each plus 1e-8. A one-dimensional tensor is one row.
 
     Args:
         x_SN: exactly one source.
         base_N: b.
-        dtype: what to compute in; scores and threshold are those of `arcee_scores`.
+        dtype: the type to compute in; the score's types are those of `arcee_scores`.
     """
     (x,) = np.asarray(x_SN, dtype)
     base = np.asarray(base_N, dtype)

@@ -1,4 +1,4 @@
-"""What a sparsifier keeps of one difference, by magnitude or by chance, and the rescaling after it.
+"""Sparsifiers, which keep part of a difference by magnitude or at random, and the rescaling after.
 
 All take a difference delta_N of any shape and return one of the same shape and type. A density of
 1 or more keeps everything and rescales nothing.
@@ -23,7 +23,7 @@ def kept(density: float, n_elements: int) -> int:
 def trim(delta_N: Array, density: float) -> Array:
     """Set all but the largest magnitudes to zero.
 
-    `kept(density, N)` elements stay, and with the smallest of them all others of its magnitude.
+    `kept(density, N)` elements stay, and all others with the magnitude of the smallest of them.
     """
     k = kept(density, delta_N.size)
     if k >= delta_N.size:
@@ -33,10 +33,10 @@ def trim(delta_N: Array, density: float) -> Array:
 
 
 def cut_outliers(delta_N: Array, density: float, gamma: float) -> Array:
-    """Set the largest and the smallest magnitudes to zero: what breadcrumbs keeps.
+    """Set the largest and the smallest magnitudes to zero, as breadcrumbs does.
 
-    int(density · N) elements stay. Above them int(γ · N) are dropped, or as many as there are when
-    fewer are left. Elements as large as the smallest or the largest that stays do, too.
+    int(density · N) elements stay. The int(γ · N) larger ones are dropped, or as many as there are
+    if fewer. Elements equal in magnitude to the smallest or the largest that stay are kept, too.
     """
     if density >= 1:
         return delta_N
@@ -53,7 +53,7 @@ def cut_outliers(delta_N: Array, density: float, gamma: float) -> Array:
 
 
 def drop(delta_N: Array, density: float, *, seed: int, key: int, source: int) -> Array:
-    """Keep each element with probability `density`: what dare keeps, before rescaling."""
+    """Keep each element with probability `density`, as dare does before rescaling."""
     if density >= 1:
         return delta_N
     u_N = words(seed, key, source, delta_N.size).reshape(delta_N.shape)
@@ -61,9 +61,9 @@ def drop(delta_N: Array, density: float, *, seed: int, key: int, source: int) ->
 
 
 def magnitude_ranks(delta_N: Array) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-    """Return each element's rank in its row, 0 for the smallest magnitude; equal ones by index.
+    """Return each element's rank in its row, 0 for the smallest magnitude; ties go by index.
 
-    A row is the last dimension; a tensor of one dimension is one row.
+    A row is the last dimension; a one-dimensional tensor is one row.
     """
     order_N = np.argsort(np.abs(delta_N), axis=-1, kind="stable")
     return np.argsort(order_N, axis=-1, kind="stable")
@@ -72,7 +72,7 @@ def magnitude_ranks(delta_N: Array) -> np.ndarray[tuple[int, ...], np.dtype[np.i
 def keep_probabilities(delta_N: Array, density: float, epsilon: float) -> Array:
     """della's probability of each element: (ρ − ε) + 2 ε r / (n − 1), r its rank in a row of n.
 
-    A row of one element has ρ. float64.
+    For a row of one element it is ρ. float64.
 
     Raises:
         ValueError: ρ − ε or ρ + ε is outside (0, 1).
@@ -92,12 +92,12 @@ def keep_probabilities(delta_N: Array, density: float, epsilon: float) -> Array:
 def drop_by_magnitude(
     delta_N: Array, density: float, epsilon: float, *, seed: int, key: int, source: int
 ) -> Array:
-    """Keep each element with a probability that grows with its rank: della, before rescaling.
+    """Keep each element with a probability that grows with its rank, as della does first.
 
     A density of 0 drops everything.
 
     Raises:
-        ValueError: as `keep_probabilities`.
+        ValueError: as `keep_probabilities` does.
     """
     if density >= 1:
         return delta_N
@@ -110,7 +110,7 @@ def drop_by_magnitude(
 
 
 def rescaled(sparse_N: Array, delta_N: Array) -> Array:
-    """Return sparse_N times Σ|δ| / Σ|sparse|: what is left has the magnitude of the whole again.
+    """Return sparse_N times Σ|δ| / Σ|sparse|, which restores the sum of magnitudes.
 
     Unchanged if either sum is below 1e-7. The sums are float64; the factor is rounded to the type
     of the differences.

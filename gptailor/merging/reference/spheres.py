@@ -1,8 +1,8 @@
-"""Methods that see a tensor as a direction and a length: slerp, nuslerp, multislerp, karcher.
+"""Methods that treat a tensor as a direction and a length: slerp, nuslerp, multislerp, karcher.
 
-model_stock, which only measures angles, is here too. Norms, dot products and what follows from them
-are float64 whatever `dtype` is; `dtype` is what the last sum is computed in (slerp) or the type of
-the result (the others).
+model_stock, which only measures angles, is here, too. Norms, dot products and everything derived
+from them are float64 whatever `dtype` is; `dtype` is the type in which the last sum is computed
+(slerp) or the type of the result (the others).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ NUSLERP_PARALLEL = 1e-6
 """Below this sine, nuslerp interpolates linearly."""
 
 NUSLERP_SHORT = 1e-7
-"""Norms below this count as this in nuslerp."""
+"""nuslerp raises smaller norms to this."""
 
 CANCELLED = 1e-7
 """Below this length of the mean direction (or ε, if larger), multislerp has no direction."""
 
 STOCK_SHORT = 1e-6
-"""Products of norms below this count as this in model_stock."""
+"""model_stock raises smaller products of norms to this."""
 
 STOCK_SINGULAR = 1e-6
 """Below this |1 + (S − 1) cos θ|, model_stock returns the base."""
@@ -64,7 +64,7 @@ def slerp(x_SN: Array, *, t: float, dtype: Any = np.float64) -> Array:
     Args:
         x_SN: exactly two sources.
         t: 0 gives the first, 1 the second.
-        dtype: what to compute in, once the two weights are known.
+        dtype: the type to compute in, once the two weights are known.
     """
     x0_N, x1_N = np.asarray(x_SN, dtype)
     w = np.asarray(slerp_weights(x0_N, x1_N, t), dtype)
@@ -178,12 +178,13 @@ def karcher(
     uᵢ = xᵢ / ‖xᵢ‖ for the sources with ‖xᵢ‖ > tol; u starts as the direction of Σ uᵢ (u₁ if that
     is below tol) and moves, `max_iter` times or until ‖T‖ < tol, along
     T = Σ aᵢ (θᵢ / sin θᵢ) (uᵢ − u cos θᵢ), cos θᵢ = u·uᵢ, by u ← u cos‖T‖ + (T / ‖T‖) sin‖T‖.
-    Sources with θᵢ < tol or θᵢ > π − tol add nothing to T: the way to an antipode has no direction.
-    y = (Σ ‖xᵢ‖ / S) u over all sources; zero if all are short. One source is returned as it is.
+    Sources with θᵢ < tol or θᵢ > π − tol add nothing to T: there is no unique direction to an
+    antipode. y = (Σ ‖xᵢ‖ / S) u over all sources; zero if all are short. One source is returned as
+    it is.
 
     Args:
         x_SN: the sources.
-        max_iter: steps at most.
+        max_iter: the maximum number of steps.
         tol: see above.
         dtype: of the result.
     """
@@ -225,7 +226,7 @@ def model_stock(
     Over whole tensors, or with one c for each row (along the last dimension) if `filter_wise`.
 
     The paper has one angle for all pairs and does not say how to estimate it for more than two
-    sources; the mean of the pairs is mergekit's choice. `stock` in the paper's code is this method
+    sources; the mean over pairs is mergekit's choice. `stock` in the paper's code is this method
     over whole tensors.
 
     Args:

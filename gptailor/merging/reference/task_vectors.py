@@ -34,7 +34,7 @@ def _add(
 def _add_elected(
     delta_SN: Array, base_N: Array, w_S: Array, *, lam: float, normalize: bool, dtype: Any
 ) -> Array:
-    """Each element: only the sources whose wᵢ δᵢ has the sign of their sum; 0 counts as plus."""
+    """Adds, for each element, only the wᵢ δᵢ that have the sign of their sum; 0 counts as plus."""
     weighted_SN = [w * delta_N for w, delta_N in zip(w_S, delta_SN, strict=True)]
     total = np.zeros_like(base_N)
     for delta_N in weighted_SN:
@@ -98,7 +98,7 @@ def task_arithmetic(
         w_S: one weight for each.
         lam: λ.
         normalize: divide by the sum of the weights.
-        dtype: what to compute in.
+        dtype: the type to compute in.
     """
     w, base = np.asarray(w_S, dtype), np.asarray(base_N, dtype)
     return _add(np.asarray(x_SN, dtype) - base, base, w, lam=lam, normalize=normalize, dtype=dtype)
@@ -125,11 +125,11 @@ def ties(
         x_SN: the sources.
         base_N: b, the model that they were finetuned from.
         w_S: one weight for each.
-        densities: the part of each difference that is kept, one for each source; None keeps all.
+        densities: the fraction of each difference to keep, one for each source; None keeps all.
         lam: λ.
-        normalize: divide by the sum of the weights that took part.
-        rescale: give each trimmed difference its old sum of magnitudes.
-        dtype: what to compute in.
+        normalize: divide by the sum of the weights used.
+        rescale: restore each trimmed difference's sum of magnitudes.
+        dtype: the type to compute in.
     """
     density = _each(densities, 1.0, len(x_SN))
     return _merge(
@@ -166,10 +166,10 @@ def dare(
         elect: elect signs as `ties` does (dare_ties), or just add up (dare_linear).
         densities: ρ, one for each source; None keeps all.
         lam: λ.
-        normalize: divide by the sum of the weights (of those that took part).
-        rescale: give each sparse difference its old sum of magnitudes.
+        normalize: divide by the sum of the weights (of those used).
+        rescale: restore each sparse difference's sum of magnitudes.
         seed, key: of the random mask; the key is the tensor's.
-        dtype: what to compute in.
+        dtype: the type to compute in.
     """
     density = _each(densities, 1.0, len(x_SN))
     return _merge(
@@ -206,13 +206,13 @@ def della(
         base_N: b, the model that they were finetuned from.
         w_S: one weight for each.
         elect: elect signs as `ties` does (della), or just add up (della_linear).
-        normalize: divide by the sum of the weights (of those that took part).
+        normalize: divide by the sum of the weights (of those used).
         densities: ρ, one for each source; None keeps all.
         epsilons: ε, one for each source; None is 0.15.
         lam: λ.
-        rescale: give each sparse difference its old sum of magnitudes.
+        rescale: restore each sparse difference's sum of magnitudes.
         seed, key: of the random mask; the key is the tensor's.
-        dtype: what to compute in.
+        dtype: the type to compute in.
 
     Raises:
         ValueError: ρ − ε or ρ + ε is outside (0, 1).
@@ -254,9 +254,9 @@ def breadcrumbs(
         densities: ρ, one for each source; None keeps all.
         gammas: γ, one for each source; None is 0.01.
         lam: λ.
-        normalize: divide by the sum of the weights (of those that took part).
-        rescale: give each sparse difference its old sum of magnitudes.
-        dtype: what to compute in.
+        normalize: divide by the sum of the weights (of those used).
+        rescale: restore each sparse difference's sum of magnitudes.
+        dtype: the type to compute in.
     """
     density, gamma = _each(densities, 1.0, len(x_SN)), _each(gammas, 0.01, len(x_SN))
     return _merge(

@@ -16,7 +16,7 @@ def importance(
     """The scores of S sources for C columns: softmax over the sources, or the calibration value.
 
     A source's columns whose significance is above `ratio` times its mean get `calibration`; `mean`
-    is that of all sources where it is known exactly.
+    is the mean of every source if it is known exactly.
     """
     e_SC = np.exp(significance_SC - np.max(significance_SC, axis=0))
     soft_SC = e_SC / np.sum(e_SC, axis=0)
@@ -28,7 +28,7 @@ def importance(
 def column_changes(x_RC: Array, base_RC: Array) -> tuple[Array, Array]:
     """How much the length and the direction of each column changed: |‖x‖ − ‖b‖| and 1 − cos θ.
 
-    Equal columns give 0 exactly; where one of the two is zero, 1 − cos θ is 1.
+    Equal columns give exactly 0; if one of the two is zero, 1 − cos θ is 1.
     """
     xx_C, bb_C = np.sum(x_RC * x_RC, axis=0), np.sum(base_RC * base_RC, axis=0)
     length_C = np.abs(np.sqrt(xx_C) - np.sqrt(bb_C))
@@ -39,7 +39,7 @@ def column_changes(x_RC: Array, base_RC: Array) -> tuple[Array, Array]:
 
 
 def rank_shares(change_SC: Array) -> Array:
-    """Each column's rank within its source, 0 for the smallest, over C; equal ones by index."""
+    """Each column's rank within its source, 0 for the smallest, divided by C; ties go by index."""
     order_SC = np.argsort(change_SC, axis=1, kind="stable")
     share_SC: Array = np.argsort(order_SC, axis=1, kind="stable") / change_SC.shape[1]
     return share_SC
@@ -59,20 +59,20 @@ def widen(
 
     y = b + Σᵢ gᵢ (xᵢ − b). For matrices gᵢ belongs to a column and is the mean of two scores, one
     for the change of the column's length, one for that of its direction. With r the rank of the
-    change among the columns of its source, over their number, the score is exp(rᵢ) / Σⱼ exp(rⱼ),
-    or the calibration value where rᵢ > ratio · mean over the columns of rᵢ. For vectors there is
-    one score for each element, with r = |x − b| itself.
+    change among the columns of its source, divided by their number, the score is
+    exp(rᵢ) / Σⱼ exp(rⱼ), or the calibration value where rᵢ > ratio · mean over the columns of rᵢ.
+    For vectors there is one score for each element, with r = |x − b| itself.
 
     Matrices are (out, in), so a column belongs to an input. The paper's code transposes the token
-    embedding first: `by_rows`, so that each token has its scores. Dimensions before the last count
-    as one.
+    embedding first, so that each token has its scores; `by_rows` does the same. All dimensions but
+    the last are flattened into one.
 
     Args:
         x_SN: the sources.
         base_N: b, the model that they were finetuned from.
         above_average_value_ratio: the ratio above.
         score_calibration_value: the calibration value above.
-        by_rows: the roles of rows and columns change places.
+        by_rows: swap the roles of rows and columns.
         dtype: of the result; everything is computed in float64.
     """
     x, base = np.asarray(x_SN, np.float64), np.asarray(base_N, np.float64)
@@ -87,7 +87,7 @@ def widen(
         x_SRC, base_RC = x_SRC.swapaxes(1, 2), base_RC.T
     changes = [column_changes(x_RC, base_RC) for x_RC in x_SRC]
     columns = x_SRC.shape[-1]
-    mean = (columns - 1) / 2 / columns  # the middle one of an odd number of columns lies on it
+    mean = (columns - 1) / 2 / columns  # exact: of an odd number of columns, the middle one has it
     length_SC, direction_SC = (
         importance(rank_shares(np.stack(change)), ratio, calibration, mean)
         for change in zip(*changes, strict=True)
