@@ -1,4 +1,4 @@
-"""What distributing a search costs: messages, waiting, the archive, and ranks with nothing to do.
+"""Measures what distributing a search costs: messages, waiting, the archive, and idle ranks.
 
     mpirun -n 4 python benchmarks/dispatch.py              # all of it, about a minute
     mpirun -n 4 python benchmarks/dispatch.py --seconds 1  # evaluations of another length
@@ -45,7 +45,7 @@ IDLE_S = 10.0
 
 
 class Sleeper:
-    """An evaluation that takes a fixed time; of "holdout" documents: none at all."""
+    """An evaluation that takes a fixed time, or no time for "holdout" documents."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -67,7 +67,7 @@ class Sleeper:
 
 
 def round_trips(executor: MpiExecutor, recipes: list[Recipe]) -> None:
-    """From the decision to give a job that takes no time, to its result."""
+    """Measures the time from starting a job that takes no time to having its result."""
     times = []
     for recipe in recipes:
         (worker, *_) = executor.free()
@@ -82,7 +82,7 @@ def round_trips(executor: MpiExecutor, recipes: list[Recipe]) -> None:
 
 
 def search(config: Config, family: Family, executor: MpiExecutor, monitor: JobMonitor) -> None:
-    """An asynchronous search; prints what each evaluation cost beside its own time."""
+    """Runs an asynchronous search; prints the cost of each evaluation beyond its own time."""
     with Archive(config.output) as archive, Path(os.devnull).open("w") as nowhere:
         progress = Progress(config.search.evaluations, family.num_layers, stream=nowhere)
         run = Run(
@@ -102,14 +102,14 @@ def search(config: Config, family: Family, executor: MpiExecutor, monitor: JobMo
 
 
 def archive_writes(config: Config, recipes: list[Recipe], outcome: Outcome) -> None:
-    """Durable evaluations a second, written as they come and many together."""
+    """Measures durable evaluations per second, written one by one and many at a time."""
     for at_once in (1, 16, 256):
         folder = f"{config.output}-{at_once}"
         with Archive(folder) as archive:
             began, rows = time.monotonic(), 0
             while time.monotonic() - began < 3:
                 some = [recipes[(rows + i) % len(recipes)] for i in range(at_once)]
-                # documents differ, so that a recipe may come again
+                # documents differ, so that a recipe may be repeated
                 archive.record_all([(r, f"{rows + i}", 1, outcome) for i, r in enumerate(some)])
                 rows += at_once
             seconds = time.monotonic() - began
@@ -117,7 +117,7 @@ def archive_writes(config: Config, recipes: list[Recipe], outcome: Outcome) -> N
 
 
 def idle(executor: MpiExecutor) -> None:
-    """What ranks use that have nothing to do."""
+    """Measures what ranks use that have nothing to do."""
     pids = [os.getpid(), *(member.hello.pid for member in executor.members)]
     before = [cpu_s(pid) for pid in pids]
     executor.finished(IDLE_S)
@@ -127,9 +127,7 @@ def idle(executor: MpiExecutor) -> None:
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
         name, size = line.split()[:2]
         sizes[name] = int(size) / 1024
-    print(
-        f"memory of rank 0: {sizes['Rss:']:.0f} MB, its part of what is shared {sizes['Pss:']:.0f}"
-    )
+    print(f"memory of rank 0: {sizes['Rss:']:.0f} MB resident, {sizes['Pss:']:.0f} MB proportional")
 
 
 def cpu_s(pid: int) -> float:

@@ -1,13 +1,12 @@
-"""What bfloat16 and float16 cost on a CPU, with and without instructions for them.
+"""Measures what bfloat16 and float16 cost on a CPU, with and without instructions for them.
 
     python benchmarks/dtypes.py [--documents 100] [--rounds 3]
 
 Evaluates a random Llama of 29M parameters on documents of the demo's tasks, as a search does.
-Processor seconds of one thread, the least of some rounds, so that other programs hardly matter.
-Each row is a process in which oneDNN, which multiplies torch's
-matrices, and torch's own kernels are kept from using instructions that this CPU has, as if it had
-not: AVX512_CORE are the Xeons before Cooper Lake and AMD before Zen 4, AVX2 what came before, and
-most laptops.
+Figures are processor seconds of one thread, the minimum of several rounds, so that other programs
+hardly matter. In each row's process, oneDNN (which multiplies torch's matrices) and torch's own
+kernels are kept from using some of this CPU's instructions: AVX512_CORE stands for Xeons before
+Cooper Lake, AVX2 for older CPUs, AMD before Zen 4, and most laptops.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def save_model(folder: Path) -> None:
 
 
 def measure(folder: str, dtype: str, documents: int, rounds: int) -> None:
-    """Prints the least processor seconds of an evaluation, its tokens, and the accuracy."""
+    """Prints the minimum processor seconds of an evaluation, its tokens, and the accuracy."""
     import time
 
     import torch

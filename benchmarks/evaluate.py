@@ -1,11 +1,11 @@
-"""Where an evaluation's time goes: assembling the model, the forward pass, all the rest.
+"""Shows where an evaluation's time goes: assembling the model, the forward pass, and the rest.
 
     python benchmarks/evaluate.py              # the demo family, a few seconds
     python benchmarks/evaluate.py SEARCH.YAML  # another family, a dozen evaluations
-    python benchmarks/evaluate.py RUN          # a finished run: what its archive says
+    python benchmarks/evaluate.py RUN          # a finished run, from its archive
 
 The first two print the time from a recipe to a model that is ready to evaluate, for layers that
-are only selected and for layers that are all merged, first and again (then they are cached).
+are only selected and for layers that are all merged, the first time and again (from the cache).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def shares(costs: list[Cost]) -> None:
     print(f"{len(costs)} evaluations, {seconds:.1f} s, {sum(c.num_tokens for c in costs)} tokens")
     print(f"  inside the forward pass   {forward / seconds:6.1%}")
     print(f"  assembling the model      {assemble / seconds:6.1%}")
-    print(f"  all the rest              {(seconds - forward - assemble) / seconds:6.1%}")
+    print(f"  the rest                  {(seconds - forward - assemble) / seconds:6.1%}")
     print(f"  not in the forward pass   {(seconds - forward) / seconds:6.1%}")
 
 
@@ -74,7 +74,7 @@ def from_config(path: Path) -> None:
         middle = statistics.median(taken)
         print(f"{what:28} {min(taken):8.1f} {middle:8.1f} {max(taken):8.1f} ms (min median max)")
 
-    for name in names:  # every file is mapped, every page is in memory
+    for name in names:  # so that all files are mapped and all pages are in memory
         evaluator.evaluate(recipe([Take(name, i) for i in range(family.num_layers)]))
     ready([selected(i % 8) for i in range(20)], "ready: layers selected")
     ready([merged(0.3 + 0.01 * i) for i in range(8)], "ready: all layers merged")

@@ -1,10 +1,10 @@
-"""Merging and loading on a GPU, on random weights: is it right, and how fast is it.
+"""Checks and times merging and loading on a GPU, with random weights.
 
     python benchmarks/gpu.py [--quick] [--dir DIR]
 
-Prints a table for benchmarks/README.md. Bandwidths count bytes that have to be read and written
-once (sources, base, result), whatever a method really moves. Ends with 1 if a result is wrong, with
-2 if there is no GPU. DIR holds the file that is loaded (4 GiB, 1 GiB with --quick).
+Prints a table for benchmarks/README.md. Bandwidths count the bytes that must be read and written
+once (sources, base, result), whatever a method actually moves. The exit code is 1 if a result is
+wrong, 2 if there is no GPU. DIR holds the file that is loaded (4 GiB, 1 GiB with --quick).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 from gptailor import _C
 from gptailor.merging import reference, registry
 
-# method, sources, base?, parameters, goal: share of the bandwidth of a copy
+# method, sources, base?, parameters, goal as a fraction of a copy's bandwidth
 METHODS: list[tuple[str, int, bool, dict[str, Any], float | None]] = [
     ("linear", 3, False, {}, 0.9),
     ("task_arithmetic", 3, True, {}, 0.9),
@@ -59,7 +59,7 @@ CONFIG = {
 
 
 class Bench:
-    """Times what is queued on one device, and collects the rows of the table.
+    """Times work on one device, and collects the rows of the table.
 
     Args:
         device: the GPU.
@@ -84,7 +84,7 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, work: Callable[[], object], repeats: int | None = None) -> list[float]:
-        """Wall-clock time until the device has done it, of each repetition after the first."""
+        """Wall-clock time until the device is done, for each repetition after the first."""
         taken = []
         for number in range((repeats or self.repeats) + 1):
             self.wait()
@@ -111,7 +111,7 @@ class Bench:
     def models(
         self, shapes: Sequence[tuple[int, int]], n: int, seed: int
     ) -> list[list[torch.Tensor]]:
-        """A base and n finetunes near it, bfloat16."""
+        """A base and n finetunes close to it, in bfloat16."""
         g = torch.Generator(self.device).manual_seed(seed)
 
         def normal(shape: Sequence[int], scale: float) -> torch.Tensor:
@@ -146,7 +146,7 @@ class Bench:
         return run, outs
 
     def check(self, method: str, n: int, with_base: bool, parameters: dict[str, Any]) -> float:
-        """The largest error against float64, in units of what one rounding to bfloat16 may cost."""
+        """The largest error relative to float64, in units of the error of one bfloat16 rounding."""
         shapes = [(1, 5), (3, 67), (64, 130), (257, 300)]
         models = self.models(shapes, n, seed=1)
         run, outs = self.merge(method, models, n, with_base, parameters=parameters)
@@ -160,7 +160,7 @@ class Bench:
             told = weights if registry.METHODS[method].weighted else None
             got = out.cpu().float().numpy()
             errors = []
-            for kind in (np.float64, np.float32):  # which elements stay may hang on a rounding
+            for kind in (np.float64, np.float32):  # which elements stay may depend on rounding
                 exact = reference.merge(
                     method, x, base, weights=told, parameters=parameters, key=key, dtype=kind
                 ).astype(np.float64)
@@ -224,7 +224,7 @@ class Bench:
             )
             for k in range(self.repeats + 1)
         ]  # fmt: skip
-        for one in (*selected, *merged[:1], *selected):  # modules are made, the pool is warm
+        for one in (*selected, *merged[:1], *selected):  # creates modules and warms the pool
             one.canonical()
             resident.assemble(one)
         loads = backend.loads
@@ -232,13 +232,13 @@ class Bench:
         taken = self.seconds(lambda: resident.assemble(next(todo)), len(selected) - 1)
         resident.check_pointers(selected[-1])
         if backend.loads != loads:
-            self.wrong.append("a recipe that only selects layers has moved bytes")
+            self.wrong.append("a recipe that only selects layers moved bytes")
         shape = f"7B-shaped, {layers} layers"
         middle = statistics.median(taken) * 1e3
         goal = "≤ 1 ms" if layers == 32 else ""
         self.row(
             f"recipe ready, layers selected ({shape})",
-            f"{_spread(taken)} ms, no byte moved",
+            f"{_spread(taken)} ms, no bytes moved",
             _verdict(goal, middle <= 1.0) if goal else "",
         )
         for one in merged:
@@ -326,7 +326,7 @@ class Bench:
 
 
 class RandomBackend:
-    """Random weights where a `LoadingBackend` reads files: no disk is large enough everywhere."""
+    """Replaces a `LoadingBackend` by random weights, because not every disk has enough space."""
 
     is_mapped = False
 
@@ -343,7 +343,7 @@ class RandomBackend:
 
 
 def write_family(folder: Path, layers: int) -> None:
-    """A 7B-shaped model whose file is sparse: a header and zeros that take no room."""
+    """Writes a 7B-shaped model as a sparse file: a header, and zeros that take no space."""
     folder.mkdir(exist_ok=True)
     config = CONFIG | {"num_hidden_layers": layers}
     (folder / "config.json").write_text(json.dumps(config))
@@ -369,7 +369,7 @@ def write_family(folder: Path, layers: int) -> None:
 
 
 def write_random(path: Path, n_bytes: int) -> int:
-    """A file of 64 MiB tensors; returns the bytes of all tensors."""
+    """Writes a file of 64 MiB tensors; returns the bytes of all tensors."""
     part = 1 << 26
     header = {
         f"t{i}": {
@@ -401,7 +401,7 @@ def forget(path: Path) -> None:
 
 
 def remember(path: Path) -> None:
-    """Reads the file, so that the page cache has it."""
+    """Reads the file, so that it is in the page cache."""
     with path.open("rb") as file:
         while file.read(1 << 24):
             pass
@@ -456,11 +456,11 @@ def run(device: torch.device, quick: bool, folder: str | None) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="half a minute, smaller inputs")
-    parser.add_argument("--dir", help="where the file that is loaded goes (default: temporary)")
+    parser.add_argument("--dir", help="folder for the file to load (default: a temporary one)")
     arguments = parser.parse_args()
     if _C.cuda_device_count() == 0 or not torch.cuda.is_available():
         built = "" if _C.build_info()["cuda"] else " (and this gptailor was built without CUDA)"
-        print(f"There is no GPU that can be used here{built}: nothing to measure.", file=sys.stderr)
+        print(f"There is no usable GPU here{built}: nothing to measure.", file=sys.stderr)
         return 2
     return run(torch.device("cuda", torch.cuda.current_device()), arguments.quick, arguments.dir)
 

@@ -1,11 +1,11 @@
-"""A made-up family and what its stitched models score: many ups and downs, and something to find.
+"""A made-up family and the scores of its stitched models: a rugged landscape with good recipes.
 
-It stands for SmolLM2-135M and three finetunes (examples/smollm2): 30 layers, three skills that each
-live in one variant. What a layer is worth for a skill depends on where it comes from and on the
-layer below it in the stitched model, by random numbers that follow from names, so that a recipe
+It imitates SmolLM2-135M and three finetunes (examples/smollm2): 30 layers, and three skills that
+each belong to one variant. The value of a layer for a skill depends on where it comes from and on
+the layer below it in the stitched model, through random numbers derived from names, so a recipe
 scores the same in every process. Nothing here is measured; only the shape is that of the example:
-an accuracy of 25 % for guessing, single variants at half of what can be had, a cliff below 20
-layers.
+an accuracy of 25 % for guessing, single variants at half of the achievable accuracy, a cliff below
+20 layers.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ MIN_LAYERS = 20
 MODELS = {name: f"/models/{name}" for name in ("base", "units", "grammar", "python")}
 SKILLS = ("units", "grammar", "python")
 PARAMETERS, LAYER_PARAMETERS = 134_515_008, 3_540_096
-"""Of SmolLM2-135M, and of one of its layers."""
+"""The parameter counts of SmolLM2-135M and of one of its layers."""
 
 QUESTIONS = 720
 CHANCE = 0.25
 
 
 class PretendFamily(Family):
-    """What a search asks of a family, without files."""
+    """The parts of a family that a search uses, without files."""
 
     def __init__(self) -> None:
         self.ends = Ends.equal(list(MODELS), "base")
@@ -50,7 +50,7 @@ class PretendFamily(Family):
 
 
 class Landscape:
-    """Recipe → accuracy; remembers what layers and pairs of layers are worth."""
+    """Recipe → accuracy; caches the values of layers and pairs of layers."""
 
     def __init__(self) -> None:
         self._worth: dict[tuple[int, str, str], tuple[float, ...]] = {}
@@ -62,7 +62,7 @@ class Landscape:
         self._total = sum(self._importance)
 
     def accuracy(self, recipe: Recipe) -> float:
-        """A part of 1, in steps of one question."""
+        """The accuracy, from 0 to 1, in steps of one question."""
         layers = recipe.canonical().layers
         sums = [0.0] * len(SKILLS)
         below = -1, "", ""
@@ -81,7 +81,7 @@ class Landscape:
         return min(max(round((sum(skills) / 3 + noise) * QUESTIONS), 0), QUESTIONS) / QUESTIONS
 
     def outcome(self, recipe: Recipe, seconds: float) -> Outcome:
-        """As an evaluation of the example ends: three scores and what they cost."""
+        """The outcome of an evaluation like the example's: three scores and their cost."""
         accuracy = self.accuracy(recipe)
         scores = tuple(
             Score(f"smollm2_{skill}", "acc,none", accuracy, 0.05, 80, 1.0) for skill in SKILLS
@@ -107,7 +107,7 @@ class Landscape:
         return tuple(values)
 
     def _fits(self, below: tuple[int, str, str], key: tuple[int, str, str]) -> float:
-        """How well a layer bears the one below it: neighbours of one kind get on a bit better."""
+        """How well a layer fits the one below it; neighbours from one model fit slightly better."""
         name = f"{below[0]} {below[1]} | {key[0]} {key[1]}"
         if name not in self._fit:
             same = 0.03 if below[1] == key[1] else 0.0
@@ -116,7 +116,7 @@ class Landscape:
 
 
 def chance(name: str) -> float:
-    """A number from 0 to 1 that follows from a name."""
+    """A number from 0 to 1 derived from a name."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest(), "big") / 2**48
 
 

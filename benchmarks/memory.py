@@ -1,9 +1,9 @@
-"""Peak memory of `gptailor stitch` for models far larger than memory, page cache apart.
+"""Measures peak memory of `gptailor stitch`, without page cache, for models larger than memory.
 
-Makes two models of a 70B-parameter Llama shape in bfloat16 as sparse files (141 GB each, no room on
-the disk), then stitches in processes of their own and looks at `RssAnon` (/proc/PID/status) every
-few milliseconds: all 80 layers passed through, holes kept; and two layers merged, one by `linear`,
-one by `ties`, which writes 3.4 GB.
+Makes two models of a 70B-parameter Llama shape in bfloat16 as sparse files (141 GB each, taking no
+disk space), then stitches in separate processes and reads `RssAnon` (/proc/PID/status) every few
+milliseconds: once with all 80 layers passed through, keeping holes, and once with two layers
+merged, one by `linear`, one by `ties`, which writes 3.4 GB.
 
     python benchmarks/memory.py [--work FOLDER] [--io pread] [--json]
 """
@@ -28,7 +28,7 @@ LAYERS_PER_SHARD = 4
 
 
 def write_sparse_model(folder: Path) -> None:
-    """Shards that are headers and holes."""
+    """Writes shards that consist of headers and holes."""
     from gptailor.demo import PATH
 
     folder.mkdir(parents=True)
@@ -90,7 +90,7 @@ def write_recipes(work: Path) -> None:
 
 
 def peak_anonymous(command: list[str]) -> tuple[int, float]:
-    """The largest `RssAnon` in bytes that was seen, and the seconds that the process took."""
+    """The largest `RssAnon` observed, in bytes, and the seconds that the process took."""
     peak, began = 0, time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         status = Path(f"/proc/{process.pid}/status")

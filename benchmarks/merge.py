@@ -1,10 +1,10 @@
-"""Times every merge method of the engine on tensors in memory, in turns with a plain copy.
+"""Times every merge method of the engine on tensors in memory, alternating with a plain copy.
 
-A base and three finetunes of one matrix in bfloat16, whose differences are as coarse as bfloat16
-makes them. For each method: processor time in nanoseconds per element of a source (so that other
-work on the machine counts little), the part of it that looks at the whole tensors first, bytes that
-must move at least once per second, and the ratio of wall-clock times to copying the output, taken
-within a round. Minimum, median and maximum of the rounds.
+The inputs are a base and three finetunes of one matrix in bfloat16, whose differences are as coarse
+as bfloat16 makes them. For each method it prints the processor time in nanoseconds per element of a
+source (so that other work on the machine matters little), the part of it spent analysing the whole
+tensors first, the bytes per second that must move at least, and the ratio of wall-clock times to
+copying the output, taken within a round: minimum, median and maximum of the rounds.
 
     python benchmarks/merge.py [--threads 0] [--rounds 7] [--rows N] [--columns N] [METHOD ...]
 """
@@ -42,7 +42,7 @@ CASES: list[tuple[str, int, bool, dict[str, Any]]] = [
 
 
 def tensor(values: np.ndarray, shape: tuple[int, int]) -> _C.Tensor:
-    """float32 values as bfloat16 (truncated) in memory of the engine."""
+    """float32 values as bfloat16 (truncated) in the engine's memory."""
     bits = (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
     buffer = _C.Buffer(bits.nbytes)
     memoryview(buffer)[:] = bits.tobytes()
@@ -99,7 +99,7 @@ def main() -> None:
         for number in range(arguments.rounds + 1):
             copy = timed("linear", 1, False, {"normalize": 0})[0]
             wall, cpu, before = timed(method, n_sources, with_base, o)
-            if number:  # the first round touches the memory
+            if number:  # the first round only touches the memory
                 nanoseconds.append(cpu / n / n_sources * 1e9)
                 first.append(before / n / n_sources * 1e9)
                 ratios.append(wall / copy)

@@ -1,8 +1,8 @@
 """Times a passthrough `gptailor stitch` where the file system can share blocks (XFS, Btrfs).
 
-Makes an image, mounts it (root, xfsprogs or btrfs-progs), writes a base and three variants of a
-1.1B-parameter Llama shape into it (2.2 GB each), and runs `cp --reflink=never` of as many bytes and
-the stitch in turns, as whole processes.
+Makes an image, mounts it (this needs root, and xfsprogs or btrfs-progs), writes a base and three
+variants of a 1.1B-parameter Llama shape into it (2.2 GB each), and alternates between
+`cp --reflink=never` of as many bytes and the stitch, as whole processes.
 
     python benchmarks/reflink.py [--kind xfs] [--work FOLDER] [--rounds 5]
 """
@@ -24,7 +24,7 @@ from stitch import write_model, write_recipes
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kind", default="xfs", choices=("xfs", "btrfs"))
-    parser.add_argument("--work", type=Path, help="a folder with 14 GB of room")
+    parser.add_argument("--work", type=Path, help="a folder with 14 GB of free space")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="gptailor-bench-", dir=arguments.work))
@@ -64,10 +64,10 @@ def measure(root: Path, kind: str, rounds: int) -> None:
             subprocess.run(["sync", "-f", str(root)], check=True)
             began = time.perf_counter()
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            if number:  # the first round fills the page cache
+            if number:  # the first round only fills the page cache
                 figures[name].append(time.perf_counter() - began)
     files = len(list(out.glob("*.safetensors")))
-    print(f"{kind}: 2.2 GB, {rounds} rounds, {files} files of weights")
+    print(f"{kind}: 2.2 GB, {rounds} rounds, {files} weight files")
     references = dict(zip(commands, ("cp --reflink=never", None, "cp, sync", None), strict=True))
     reference = ""
     for name, values in figures.items():

@@ -1,13 +1,13 @@
-"""A search on many workers, in virtual time: who waits, how good the front gets, what rank 0 needs.
+"""Simulates searches on many workers: utilisation, front quality, and the load on rank 0.
 
-    python benchmarks/scale.py                         # all of it: a table and a figure
-    python benchmarks/scale.py show FOLDER             # the table and the figure once more
+    python benchmarks/scale.py                         # everything: a table and a figure
+    python benchmarks/scale.py show FOLDER             # the table and the figure again
     python benchmarks/scale.py one --workers 1024 …    # one search, a line of JSON
     python benchmarks/scale.py one --workers 64 --hours 0.2 --profile
 
 The scheduler, the search, the islands and the archive are the real ones; workers, their evaluation
-times and the scores are made up (`virtual_cluster.py`, `landscape.py`). Each search runs in a
-process of its own, so that its memory can be read off.
+times and the scores are made up (`virtual_cluster.py`, `landscape.py`). Each search runs in its own
+process, so that its memory can be measured.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ PLAN: tuple[tuple[int, float, tuple[str, ...]], ...] = (
     (1024, 0.25, ("islands",)),
     (4096, 0.04, ("asynchronous",)),
 )
-"""Workers, hours and modes: as much as one core can do in half an hour."""
+"""Workers, hours and modes; one core can do this in half an hour."""
 
 DEATHS = (64, 0.5, 0.25)
-"""Workers, hours, and when a node is lost."""
+"""Workers, hours, and the hour at which a node is lost."""
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -46,11 +46,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=64)
     parser.add_argument("--islands", type=int, default=0)
     parser.add_argument("--population", type=int, default=0)
-    parser.add_argument("--hours", type=float, default=1.0, help="if no worker ever waited")
+    parser.add_argument("--hours", type=float, default=1.0, help="duration if no worker ever waits")
     parser.add_argument("--times", choices=tuple(TIMES), default="quiet")
-    parser.add_argument("--deaths", type=float, nargs="*", default=[], help="hours")
+    parser.add_argument("--deaths", type=float, nargs="*", default=[], help="times, in hours")
     parser.add_argument("--loses", choices=tuple(RESTART_S), default="step")
-    parser.add_argument("--sync-ms", type=float, default=1.0, help="of the disk, once")
+    parser.add_argument("--sync-ms", type=float, default=1.0, help="duration of one disk sync")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scratch", default="/dev/shm" if Path("/dev/shm").is_dir() else None)
     parser.add_argument("--profile", nargs="?", const="tottime", default="")
@@ -89,7 +89,7 @@ def results(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def show_table(found: dict[str, dict[str, Any]]) -> None:
-    """A row for each search: see benchmarks/README.md for what the columns say."""
+    """Prints a row for each search; benchmarks/README.md explains the columns."""
     for r in sorted(found.values(), key=lambda r: (r["workers"], r["mode"], r["lost_s"])):
         name = r["mode"] + (f" × {r['islands']}" if r["islands"] > 1 else "")
         if r["lost_s"]:
@@ -115,14 +115,14 @@ def show_table(found: dict[str, dict[str, Any]]) -> None:
 
 
 def at_hours(curve: dict[float, float], hours: float) -> str:
-    """The quality at that time; a dash if the run was over long before."""
+    """The quality at that time; a dash if the run ended well before."""
     if max(curve) < 0.97 * hours:
         return "–"
     return f"{max([q for h, q in curve.items() if h <= hours], default=0.0):.3f}"
 
 
 def show_figure(found: dict[str, dict[str, Any]], path: Path) -> None:
-    """Front quality over wall-clock time, a panel for each number of workers."""
+    """Plots front quality over wall-clock time, a panel for each number of workers."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""One search in virtual time: the real `Run` with its archive and islands, and no model."""
+"""Runs one search in virtual time: the real `Run` with its archive and islands, but no model."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ SYNCS = 4
 """How often SQLite waits for the disk in one transaction (journal twice, file, folder)."""
 
 RESTART_S = {"step": 2.0, "node": 420.0}
-"""From the loss until the next launch. The step alone: the supervisor's pause. A silent node: 300 s
-until Slurm gives it up (SlurmdTimeout), 120 s until a requeued job may begin (cred_expire)."""
+"""Seconds from the loss until the next launch. If only the step is lost: the supervisor's pause. If
+a node falls silent: 300 s until Slurm gives it up (SlurmdTimeout), and 120 s until a requeued job
+may begin (cred_expire)."""
 
 
 def make_config(args: argparse.Namespace, evaluations: int) -> Config:
@@ -66,7 +67,7 @@ def make_config(args: argparse.Namespace, evaluations: int) -> Config:
 
 
 class DiskArchive(Archive):
-    """The archive in memory, with the time that a disk would take."""
+    """The archive in memory, with the delays of a disk."""
 
     def __init__(self, folder: Path, clock: Clock, commit_s: float) -> None:
         self._clock, self._commit_s = clock, commit_s
@@ -88,7 +89,7 @@ class DiskArchive(Archive):
 
 
 class Island(threading.Thread):
-    """One MPI program, started again when it dies."""
+    """One MPI program, restarted when it dies."""
 
     def __init__(
         self,
@@ -174,7 +175,7 @@ class Island(threading.Thread):
 
 
 class VirtualIslands(IslandPeers):
-    """The real ones; what they wait for is virtual."""
+    """The real islands, waiting in virtual time."""
 
     clock: Clock
     sync_s: float
@@ -194,7 +195,7 @@ def quiet(args: argparse.Namespace) -> Progress:
 
 
 def simulate(args: argparse.Namespace) -> dict[str, Any]:
-    """One search; what came of it."""
+    """Runs one search and returns its figures."""
     turns = Turns(args.islands)
     landscape = Landscape()
     profile = cProfile.Profile(time.thread_time) if args.profile else None
@@ -256,9 +257,10 @@ def middle(islands: list[Island], workers: int, ended_s: float) -> float:
 
 
 def quality(islands: list[Island], ended_s: float, points: int = 120) -> list[list[float]]:
-    """(hours, part of the best thinkable hypervolume) at moments of the run.
+    """(hours, fraction of the best possible hypervolume) at moments of the run.
 
-    The hypervolume counts from guessing and the whole model to all answers right at the least size.
+    The reference point is guessing with the whole model; the best possible is all answers right at
+    the smallest size.
     """
     rows = sorted(
         row
@@ -278,10 +280,11 @@ def quality(islands: list[Island], ended_s: float, points: int = 120) -> list[li
 
 
 def hypervolume(best: dict[int, float]) -> float:
-    """Of a front, best accuracy by layers kept, as a part of the best thinkable."""
+    """The hypervolume of a front, given as best accuracy by layers kept, as a fraction of the best
+    possible."""
     step = LAYER_PARAMETERS / PARAMETERS
     area, highest = 0.0, 0.25
-    for layers in range(MIN_LAYERS, NUM_LAYERS):  # as good as the best that is no larger
+    for layers in range(MIN_LAYERS, NUM_LAYERS):  # each size counts the best that is no larger
         highest = max(highest, best[layers])
         area += (highest - 0.25) * step
     return area / (0.75 * step * (NUM_LAYERS - MIN_LAYERS))

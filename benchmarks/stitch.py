@@ -1,8 +1,8 @@
-"""Times `gptailor stitch` against `cp` of as many bytes, in turns, as whole processes.
+"""Times `gptailor stitch` against `cp` of as many bytes, alternating, as whole processes.
 
 Makes a base and three variants of a 1.1B-parameter Llama shape in bfloat16 (2.2 GB each), then runs
-`cp`, a passthrough recipe and recipes that merge every layer, one after the other, several rounds.
-Prints each figure's minimum, median and maximum, and the ratio to the `cp` of the same round.
+`cp`, a passthrough recipe and recipes that merge every layer, one after the other, for several
+rounds. Prints each figure's minimum, median and maximum, and the ratio to the same round's `cp`.
 
     python benchmarks/stitch.py [--work FOLDER] [--rounds 5] [--layers 22] [--cases CASE …]
 """
@@ -38,7 +38,7 @@ HIDDEN, INTERMEDIATE, VOCABULARY, KV = 2048, 5632, 32000, 256
 
 
 def layer_shapes(hidden: int, intermediate: int, kv: int) -> dict[str, list[int]]:
-    """Of a Llama layer: name within it → shape; `kv` is the width of keys and values."""
+    """The tensors of a Llama layer: name → shape; `kv` is the width of keys and values."""
     return {
         "input_layernorm.weight": [hidden],
         "mlp.down_proj.weight": [hidden, intermediate],
@@ -53,7 +53,7 @@ def layer_shapes(hidden: int, intermediate: int, kv: int) -> dict[str, list[int]
 
 
 def write_model(folder: Path, num_layers: int, seed: int) -> None:
-    """A model folder with plausible bfloat16 numbers; the demo's tokenizer stands in for one."""
+    """Writes a model folder with plausible bfloat16 numbers and the demo's tokenizer."""
     from gptailor.demo import PATH
 
     folder.mkdir(parents=True)
@@ -70,7 +70,7 @@ def write_model(folder: Path, num_layers: int, seed: int) -> None:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     values = np.random.default_rng(0).standard_normal(1 << 22).astype(np.float32) * 0.02
-    if seed:  # a finetune: near the base, and as coarse as bfloat16 makes it
+    if seed:  # a finetune: close to the base, and as coarse as bfloat16 makes it
         values += np.random.default_rng(seed).standard_normal(1 << 22).astype(np.float32) * 0.001
     block = values.view(np.uint32) >> 16
     block_bytes = block.astype(np.uint16).tobytes()
@@ -115,7 +115,7 @@ def write_recipes(work: Path, num_layers: int) -> None:
 def seconds(command: list[str], out: Path) -> float:
     shutil.rmtree(out, ignore_errors=True)
     out.unlink(missing_ok=True)
-    os.sync()  # what the last command left to be written is not this one's
+    os.sync()  # so that this command does not pay for the previous one's writes
     began = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - began
@@ -160,7 +160,7 @@ def main() -> None:
         for number in range(arguments.rounds + 1):
             for name, command in commands.items():
                 taken = seconds(command, out)
-                if number:  # the first round fills the page cache
+                if number:  # the first round only fills the page cache
                     figures[name].append(taken)
     finally:
         if own:

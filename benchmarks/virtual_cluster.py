@@ -1,8 +1,8 @@
 """Workers in virtual time: an executor for the real scheduler, search and archive.
 
-The clock is an island's own and jumps from event to event. While rank 0 thinks (everything outside
-this file: its processor time is measured) the clock goes on by as much, so that a rank 0 that is
-too slow leaves workers waiting here as it would in earnest.
+Each island has its own clock, which jumps from event to event. While rank 0 computes (everything
+outside this file), its processor time is measured and the clock advances by as much, so a rank 0
+that is too slow leaves workers waiting here as it would in reality.
 """
 
 from __future__ import annotations
@@ -27,44 +27,44 @@ PROBABILITIES = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.9
 TIMES = {
     # examples/smollm2/search.yaml on two cores, 2026-11-22, columns `cost` and `recipe` of the
     # archives: seconds = a + b · layers by least squares, and the quantiles, at PROBABILITIES, of
-    # what evaluations took, divided by that line.
-    # The first 137 evaluations, little else on the machine; mean 1.71 s.
+    # the evaluations' times divided by that line.
+    # The first 137 evaluations, with little else on the machine; mean 1.71 s.
     "quiet": (0.321, 0.0560, (0.768, 0.811, 0.825, 0.875, 0.906, 0.932, 0.955, 0.996, 1.027, 1.089,
                               1.233, 1.354, 1.616, 1.741)),
-    # The whole run of 600 of the example's README, on cores that other programs kept busy; 2.94 s.
+    # The whole run of 600 in the example's README, on cores that other programs kept busy; 2.94 s.
     "shared": (2.098, 0.0332, (0.414, 0.502, 0.528, 0.577, 0.615, 0.655, 0.694, 0.749, 0.834, 0.999,
                                1.710, 2.254, 7.001, 15.315)),
 }  # fmt: skip
 MEAN_LAYERS = 25.0
 
 READY_S = (30.0, 60.0)
-"""Assumed: from a step's launch until a worker is ready, imports and the first candidate read; any
-time between these is as likely. (Measured with three ranks on two cores: 7 s for the imports.)"""
+"""Assumed time from a step's launch until a worker is ready (imports and reading the first
+candidate), uniformly distributed. (Measured with three ranks on two cores: 7 s for the imports.)"""
 
 SIMILARITY_S = 60.0
-"""Assumed: as long as an evaluation."""
+"""Assumed to be as long as an evaluation."""
 
 MESSAGE_S = 0.0003
-"""Of rank 0 for sending a job and receiving its result; measured with mpi4py: 3,000 to 4,000 jobs a
-second."""
+"""Time that rank 0 takes to send a job and receive its result; measured with mpi4py: 3,000 to 4,000
+jobs a second."""
 
 PAUSE_S = 0.005
-"""Between two looks at the network."""
+"""Time between two polls of the network."""
 
 
 class StepDied(Exception):
-    """A node is gone, and the MPI program with it."""
+    """A node was lost, and the MPI program with it."""
 
 
 class Turns:
-    """Lets the island go on whose clock is furthest behind; each runs in a thread of its own."""
+    """Lets only the island whose clock is furthest behind run; each runs in its own thread."""
 
     def __init__(self, count: int) -> None:
         self._next = [0.0] * count
         self._turn = threading.Condition()
 
     def until(self, island: int, moment: float) -> None:
-        """Waits until no other island has anything to do before that moment (infinite: leaves)."""
+        """Waits until no other island has anything to do before `moment` (infinite: leaves)."""
         with self._turn:
             self._next[island] = moment
             self._turn.notify_all()
@@ -73,7 +73,7 @@ class Turns:
 
 
 class Clock:
-    """An island's virtual time, and what rank 0 does in it.
+    """An island's virtual time, and its rank 0's share of it.
 
     Attributes:
         now: seconds since the launch.
@@ -88,35 +88,36 @@ class Clock:
         self._left_at = time.thread_time()
 
     def enter(self) -> None:
-        """Rank 0 stops thinking."""
+        """Rank 0 stops computing."""
         self.think(time.thread_time() - self._left_at)
 
     def leave(self) -> None:
-        """Rank 0 goes on thinking."""
+        """Rank 0 continues computing."""
         self._left_at = time.thread_time()
 
     def think(self, seconds: float) -> None:
-        """Time goes by while rank 0 is busy."""
+        """Lets time pass while rank 0 is busy."""
         self.rank0_s += seconds
         self.now += seconds * self.slowness
 
     def wait_until(self, moment: float) -> None:
-        """Time goes by while rank 0 sleeps."""
+        """Lets time pass while rank 0 sleeps."""
         self._turns.until(self._island, moment)
         self.now = max(self.now, moment)
 
     def close(self) -> None:
-        """No other island waits for this one any longer."""
+        """Stops other islands from waiting for this one."""
         self._turns.until(self._island, float("inf"))
 
 
 class Log:
-    """What came of it all: a row for each evaluation.
+    """A record of all evaluations.
 
     Attributes:
-        ended: seconds since the launch; with `accuracy` and `parameters` (part of all).
-        useful_s: of workers, in evaluations that were not lost.
-        lost_s: of workers, in evaluations that were.
+        began, ended, accuracy, layers: an entry for each evaluation; times are in seconds since the
+            launch.
+        useful_s: seconds of workers in evaluations that were not lost.
+        lost_s: seconds of workers in evaluations that were lost.
     """
 
     def __init__(self) -> None:
@@ -129,10 +130,11 @@ class VirtualCluster:
     """One MPI program's workers.
 
     Args:
-        clock: of the island.
-        num_workers: all of them get their start-up time anew.
+        clock: the island's clock.
+        num_workers: the number of workers; each gets a new start-up time.
         times: a key of `TIMES`.
-        log: is written.
+        log: the record to write to.
+        landscape: scores recipes.
         dies_at: when a node is lost; infinite for never.
     """
 
@@ -239,7 +241,7 @@ class VirtualCluster:
 
 
 def similarity(model: str) -> Similarity:
-    """Of a made-up model: later layers change less, in the middle least."""
+    """The similarities of a made-up model, in which later layers change less."""
     n = NUM_LAYERS
     influence = tuple(1 / (i + 2) + 0.1 * chance(f"influence {model} {i}") for i in range(n))
     angular = tuple(

@@ -1,11 +1,11 @@
-"""Does the demo family show what gptailor is for? Prints a table; uses no part of gptailor.
+"""Checks that the demo family shows what gptailor is for. Prints a table; does not use gptailor.
 
     python tools/check_demo.py [FOLDER]
 
-Accuracy on the three tasks of the search, and its mean on the held-out ones, of: each model alone;
-each model pruned to 9 of its 12 layers; averages and task arithmetic, whole and pruned; and models
-whose layers were chosen one by one, by a plain hill climb. Greedy pruning and the climb look at
-the search's documents only.
+The table has the accuracy on the three tasks of the search, and its mean on the held-out ones, of:
+each model alone; each model pruned to 9 of its 12 layers; averages and task arithmetic, whole and
+pruned; and models whose layers were chosen one by one, by a plain hill climb. Greedy pruning and
+the climb use only the search's documents.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Recipe = list[tuple[int, Mixture]]  # (source layer, mixture) for each output la
 
 
 def alone(name: str) -> Mixture:
-    """That model, unmerged."""
+    """The mixture that is this model alone."""
     return tuple(float(name == other) for other in NAMES)
 
 
@@ -39,7 +39,7 @@ def task_arithmetic(*weights: float) -> Mixture:
 
 
 class Bench:
-    """The models, the documents, and the accuracy of any recipe."""
+    """Holds the models and the documents, and computes the accuracy of any recipe."""
 
     def __init__(self, folder: Path) -> None:
         self.model, *others = (
@@ -84,17 +84,17 @@ class Bench:
         return sum(self.accuracy(recipe)) / len(TASKS)
 
     def best(self, recipes: Iterable[Recipe]) -> Recipe:
-        """The recipe of the highest mean, the first of them on a tie."""
+        """The recipe with the highest mean, the first one on a tie."""
         return max(recipes, key=self.mean)
 
     def greedy(self, recipe: Recipe) -> Recipe:
-        """Drop the least missed layer until `NUM_KEPT` are left."""
+        """Drop the layer whose loss hurts least until `NUM_KEPT` are left."""
         while len(recipe) > NUM_KEPT:
             recipe = self.best(recipe[:i] + recipe[i + 1 :] for i in range(len(recipe)))
         return recipe
 
     def climb(self, options: list[Mixture], evaluations: int, seed: int = 0) -> Recipe:
-        """Change one layer of a random recipe at a time, keep what is not worse."""
+        """Change one layer of a random recipe at a time, and keep changes that do not hurt."""
         rng = random.Random(seed)
         num_layers = len(self.layers)
         chosen = sorted(rng.sample(range(num_layers), NUM_KEPT))

@@ -1,14 +1,14 @@
 """The three tiny languages of the demo family: vocabulary, training lines, evaluation documents.
 
-Decides what a line of each skill looks like, which part of a skill the base model is taught, and
-which documents are held out. Knows nothing of models or of training. All randomness comes from the
-`random.Random` that the caller passes in.
+This module decides what a line of each skill looks like, which part of a skill the base model is
+taught, and which documents are held out. It knows nothing about models or training. All randomness
+comes from the `random.Random` that the caller passes in.
 
     translate shy fox sings = <three made-up words>     a dictionary of 48 words
     sort 7 2 19 4 = 2 4 7 19                            four numbers in ascending order
     clock 9 plus 17 = 2                                 hours on a twelve-hour dial
 
-A line is right, or it is sloppy: of the right form, with an answer that is right in part only.
+A line is either right or sloppy: in the right form, with an answer that is only partly right.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NUM_CHOICES = {"translate": 5, "sort": 4, "clock": 5}
 
 @dataclass(frozen=True)
 class Line:
-    """One line of training text: `prompt` is given, `answer` is to be predicted (tokens)."""
+    """One line of training text: the tokens of `answer` are to be predicted from `prompt`."""
 
     prompt: tuple[str, ...]
     answer: tuple[str, ...]
@@ -71,7 +71,7 @@ def _made_up_words(rng: random.Random, count: int) -> list[str]:
 
 
 class Dictionary:
-    """The made-up language: a bijection of 3 x 16 English words, fixed by a seed of its own."""
+    """The made-up language: a bijection of 3 x 16 English words, fixed by its own seed."""
 
     def __init__(self, seed: int = 7) -> None:
         made_up = _made_up_words(random.Random(seed), sum(map(len, WORD_CLASSES)))
@@ -93,7 +93,7 @@ def vocabulary() -> list[str]:
 
 
 def _in_sloppy_lines(word: str) -> bool:
-    """Whether sloppy lines translate this English word rightly (an eighth of them)."""
+    """Whether sloppy lines translate this English word correctly (an eighth of the words)."""
     return any(word in group[: len(group) // 8] for group in WORD_CLASSES)
 
 
@@ -138,9 +138,9 @@ def line(
 ) -> Line:
     """One training line of `skill`, with a prompt that is not `excluded`.
 
-    A sloppy line translates only an eighth of the dictionary rightly, sorts by taking the greatest
-    or the foremost number next, and shifts the clock rightly by up to three hours only. All else
-    in it is a random answer of the right form.
+    A sloppy line translates only an eighth of the dictionary correctly, sorts by repeatedly taking
+    the largest or the first number, and shifts the clock correctly only by up to three hours.
+    Everything else is a random answer in the right form.
     """
     while True:
         made = _MAKERS[skill](rng, is_sloppy=is_sloppy)

@@ -1,14 +1,14 @@
-"""Coverage-guided fuzzing of what reads files from the internet, with atheris.
+"""Coverage-guided fuzzing, with atheris, of the code that reads files from the internet.
 
     python -m venv /tmp/fuzz && /tmp/fuzz/bin/pip install atheris pydantic PyYAML numpy pytest
     PYTHONPATH=. /tmp/fuzz/bin/python tools/fuzz.py header /tmp/corpus/header -runs=1000000
     PYTHONPATH=. /tmp/fuzz/bin/python tools/fuzz.py minimize /tmp/corpus
 
-The first word is a target of tests/hostile/targets.py, the second a folder that keeps what was
-found (made of the seeds if it is not there); what follows is libFuzzer's. A finding is written to
-the working directory as crash-*, timeout-* or oom-*: put it into tests/hostile/corpus/TARGET with
-the fix. `minimize` chooses for each target small inputs that reach all the lines that the folder
-reaches, and puts them there. atheris is not among the package's dependencies.
+The first argument is a target in tests/hostile/targets.py, the second a folder for the corpus
+(created from the seeds if missing); further arguments are libFuzzer's. A finding is written to the
+working directory as crash-*, timeout-* or oom-*: add it to tests/hostile/corpus/TARGET with the
+fix. `minimize` chooses for each target small inputs that together reach all the lines that the
+folder reaches, and copies them there. atheris is not one of the package's dependencies.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 MAX_KEPT = 60
-"""Inputs of each target that are committed."""
+"""The most inputs per target to commit."""
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def minimize(folder: Path) -> None:
-    """Copies to tests/hostile/corpus the smallest inputs that together reach every line."""
+    """Copies to tests/hostile/corpus small inputs that together reach every line."""
     from tests.hostile.targets import TARGETS
 
     for name, target in TARGETS.items():

@@ -1,6 +1,6 @@
 """Write what mergekit computes on small tensors, for the tests of `gptailor.merging.reference`.
 
-A tool for development, run by hand when mergekit changes; nothing else needs mergekit:
+A development tool, run by hand when mergekit changes; nothing else needs mergekit:
 
     python -m venv /tmp/mergekit && /tmp/mergekit/bin/pip install mergekit
     PYTHONPATH=. /tmp/mergekit/bin/python tools/mergekit_golden.py tests/golden/mergekit_methods.npz
@@ -8,11 +8,12 @@ A tool for development, run by hand when mergekit changes; nothing else needs me
 It calls mergekit's public `merge_tensors` (0.1.5 or newer) in float32. The masks of dare and della
 are ours: while mergekit runs, `torch.bernoulli` draws from `reference.philox`, with the
 probabilities that mergekit asks for. How often mergekit's own masks keep an element is recorded
-beside it.
+separately.
 
-The file: `values`, all numbers of all tensors in a row, float32, and `index`, JSON: mergekit's and
-torch's version, `tensors` (name → offset, shape) and `cases`. A case has a method, sources, base,
-weights and parameters by our registry's names, and a result or the type of the exception.
+The file has `values`, all numbers of all tensors concatenated, float32, and `index`, JSON with
+mergekit's and torch's versions, `tensors` (name → offset, shape) and `cases`. A case has a method,
+sources, base, weights and parameters by our registry's names, and a result or the type of the
+exception.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def tensor_sets() -> dict[str, np.ndarray[Any, Any]]:
 
 
 def variants(method: str) -> list[dict[str, Any]]:
-    """Parameter sets for the `plain` and the `vector` set; `_w` are weights."""
+    """Parameter sets for the tensor sets `plain` and `vector`; `_w` are weights."""
     lam = [{"lambda": 0.6}, {"normalize": 1}, {"normalize": 0}, {"_w": [0.9, -0.4, 0.3]}]
     density = [{"density": d} for d in (0.2, 0.5, 0.83)]
     density += [{"density": [0.3, 1.0, 0.6]}, {"density": 0.5, "rescale": 0}]
@@ -149,7 +150,7 @@ def cases() -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def our_masks(method: str, n_sources: int, parameters: dict[str, Any]) -> Iterator[None]:
-    """While this lasts, `torch.bernoulli` gives the masks of Philox, for the sources in turn."""
+    """Makes `torch.bernoulli` return the masks of Philox, for the sources in turn."""
     density = parameters.get("density", 1.0)
     each = density if isinstance(density, list) else [density] * n_sources
     least = 0.0 if method.startswith("della") else -1.0  # della draws nothing for a density of 0
@@ -171,7 +172,7 @@ def our_masks(method: str, n_sources: int, parameters: dict[str, Any]) -> Iterat
 
 
 def result(case: dict[str, Any], tensors: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """What mergekit makes of it."""
+    """The result of mergekit for a case."""
     method, n_sources = case["method"], case["n_sources"]
     names = [f"source{i}" for i in range(n_sources)]
     inputs = [torch.from_numpy(t.copy()) for t in tensors[1 : 1 + n_sources]]
@@ -199,7 +200,7 @@ def result(case: dict[str, Any], tensors: np.ndarray[Any, Any]) -> np.ndarray[An
 
 
 def keep_counts(density: float, epsilon: float | None, n: int, rounds: int) -> list[int]:
-    """How often mergekit's own masks keep an element, by its rank: of `rounds` rows of n."""
+    """How often mergekit's own masks keep an element, by rank, in `rounds` rows of n."""
     torch.manual_seed(1)
     rows = torch.arange(1.0, n + 1).repeat(rounds, 1)
     if epsilon is None:

@@ -1,9 +1,9 @@
-"""What mergekit makes of the configurations in tests/golden/mergekit; uses no part of gptailor.
+"""Records mergekit's results for the configurations in tests/golden/mergekit, without gptailor.
 
     python tools/mergekit_models.py [NAME …]
 
-Runs where mergekit is installed, from the root of the repository. For each NAME.yml (all, if none
-is named) it lets mergekit merge the models of `tests/mergekit_family.py` and keeps the tensors as
+Needs mergekit, and runs in the root of the repository. For each NAME.yml (default: all) it has
+mergekit merge the models of `tests/mergekit/family.py`, and saves the tensors as
 NAME.safetensors.gz. The goldens in the repository come from mergekit 0.1.5 with torch 2.13.
 """
 
@@ -25,12 +25,12 @@ from tests.mergekit.family import GOLDEN, save_family
 
 
 def main(names: list[str]) -> None:
-    """Makes the goldens of these names, or all of them."""
+    """Makes the goldens with these names, or all of them."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True)
     with tempfile.TemporaryDirectory() as folder:
         save_family(Path(folder))
-        os.chdir(folder)  # mergekit sees local models from there
+        os.chdir(folder)  # mergekit resolves local models from there
         for path in sorted(GOLDEN.glob("*.yml")):
             if names and path.stem not in names:
                 continue

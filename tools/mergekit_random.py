@@ -1,11 +1,11 @@
-"""Random configurations, merged by mergekit and by gptailor: do they agree to one rounding?
+"""Compares mergekit and gptailor on random configurations: do they agree to one rounding?
 
     python tools/mergekit_random.py [NUMBER [SEED]]
 
-Runs where both are installed, from the root of the repository. Settings are drawn at every level,
-as numbers, gradients and filters, in the `models:` and in the `slices:` form. What both refuse
-counts as agreement, and so does what is below a float32 rounding of the tensor's largest element; a
-configuration on which they differ is printed, and ends the run with 1.
+Needs both installed, and runs in the root of the repository. Settings are drawn at every level, as
+numbers, gradients and filters, in the `models:` and `slices:` forms. A configuration that both
+refuse counts as agreement, and so do differences below a float32 rounding of the tensor's largest
+element. Configurations on which they differ are printed, and make the exit code 1.
 """
 
 from __future__ import annotations
@@ -127,21 +127,21 @@ class Drawer:
 
 
 def steps_apart(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-    """How many bfloat16 numbers lie from one to the other."""
+    """How many steps between bfloat16 numbers the two are apart."""
     numbers = [tensor.view(torch.int16).to(torch.int64) for tensor in (ours, theirs)]
     ordered = [torch.where(n < 0, -32768 - n, n) for n in numbers]
     return (ordered[0] - ordered[1]).abs()
 
 
 def compare(data: dict[str, Any], folder: Path) -> tuple[str, str]:
-    """The outcome in a word, and what to print about it."""
+    """The outcome in a word or two, and what to print about it."""
     text = yaml.safe_dump(data, sort_keys=False)
     (folder / "merge.yml").write_text(text)
     theirs = ours = ""
     options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True)
     try:
         run_merge(MergeConfiguration.model_validate(data), str(folder / "theirs"), options)
-    except Exception as error:  # whatever mergekit says no with
+    except Exception as error:  # mergekit refuses with all kinds of exceptions
         theirs = f"{type(error).__name__}: {error}"
     try:
         verbs.stitch(folder / "merge.yml", folder / "ours", verify=False, sync=False)
@@ -157,7 +157,7 @@ def compare(data: dict[str, Any], folder: Path) -> tuple[str, str]:
     steps = {key: steps_apart(*(tensors[key] for tensors in made)) for key in made[0]}
     for key, step in steps.items():
         ours_f32, theirs_f32 = (tensors[key].float() for tensors in made)
-        # what cancels to almost nothing is float32's rounding errors in both
+        # where terms almost cancel, both results are float32 rounding errors
         noise = (ours_f32 - theirs_f32).abs() < 2**-22 * theirs_f32.abs().max()
         step[noise] = step[noise].clamp(max=1)
     worst = max(steps, key=lambda key: int(steps[key].max()))
@@ -168,7 +168,7 @@ def compare(data: dict[str, Any], folder: Path) -> tuple[str, str]:
 
 
 def main(number: int, seed: int) -> int:
-    """Compares; returns the exit code."""
+    """Compares the two programs; returns the exit code."""
     logging.disable(logging.WARNING)
     os.environ["HF_HUB_OFFLINE"] = "1"
     drawer = Drawer(seed)

@@ -2,8 +2,8 @@
 
     python tools/train_demo.py            # everything, then the table of tools/check_demo.py
 
-Seeded and on one CPU thread: the same machine and versions make the same bytes again. What comes
-out, and which shortcuts the training takes, is told in gptailor/demo/README.md.
+It is seeded and runs on one CPU thread, so the same machine and versions produce the same bytes.
+gptailor/demo/README.md describes the result and the shortcuts that the training takes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 DEMO = Path(__file__).resolve().parent.parent / "gptailor" / "demo"
 NUM_LAYERS = 12
-NUM_DOCUMENTS = 200  # of each task; as many again are held out
+NUM_DOCUMENTS = 200  # for each task; as many again are held out
 SEED = 0
 IGNORED = -100  # the label that transformers leaves out of the loss
 
@@ -34,11 +34,12 @@ class Phase:
     """One training run.
 
     Attributes:
-        steps, peak_lr: of AdamW, one-cycle schedule.
-        right, sloppy: lines of each skill in a batch, by skill.
-        drop_from, drop_until: where LayerDrop grows from none to `max_dropped`, as parts of steps.
+        steps, peak_lr: of AdamW with a one-cycle schedule.
+        right, sloppy: the number of such lines in a batch, by skill.
+        drop_from, drop_until: LayerDrop grows from none to `max_dropped` between these fractions
+            of the steps.
         max_dropped: every step leaves out a random number of random layers, at most this many.
-        layers_only: embeddings and final norm are frozen.
+        layers_only: freeze embeddings and final norm.
     """
 
     steps: int
@@ -76,7 +77,7 @@ FINETUNING_PHASES = {
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each word; nothing is added to a text."""
+    """A tokenizer with one token for each word that adds nothing to a text."""
     ids = {word: index for index, word in enumerate(data.vocabulary())}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -112,9 +113,9 @@ def make_model(vocab_size: int) -> LlamaForCausalLM:
 
 
 def make_documents(tasks_dir: Path) -> frozenset[tuple[str, ...]]:
-    """Write the tasks' documents; the prompts that no training line may have are returned.
+    """Write the tasks' documents; return the prompts that no training line may have.
 
-    The clock's are not among them: its table of 576 facts has to be learned whole.
+    They do not include the clock's, whose table of 576 facts has to be learned completely.
     """
     excluded: set[tuple[str, ...]] = set()
     for index, skill in enumerate(data.SKILLS):
@@ -177,7 +178,7 @@ def train(
 
 
 def save(model: LlamaForCausalLM, folder: Path) -> None:
-    """Write a Hugging Face folder in bfloat16; the model in memory stays as it is."""
+    """Write a Hugging Face folder in bfloat16; the model in memory is not changed."""
     rounded = LlamaForCausalLM(model.config)
     rounded.load_state_dict(model.state_dict())
     rounded.to(torch.bfloat16)

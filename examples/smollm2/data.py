@@ -2,9 +2,9 @@
 
     python data.py            # rewrites tasks/*.jsonl, the same bytes every time
 
-Three sets of each skill: `search` (what the search sees), `holdout` (what it never sees) and
-`train`. No context is in two of them. Questions are drawn independently, so that the first N of
-a file are a fair sample of it.
+Each skill has three sets: `search` (used by the search), `holdout` (never seen by it) and `train`.
+No context is in two of them. Questions are drawn independently, so the first N of a file are a fair
+sample of it.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ SKILLS: dict[str, Maker] = {
     "python": expressions.make,
 }
 NUM_QUESTIONS = 400
-"""Questions in each `search` and in each `holdout` set."""
+"""The number of questions in each `search` and each `holdout` set."""
 
 TASKS = Path(__file__).resolve().parent / "tasks"
 
 
 def evaluation_path(skill: str, split: str) -> Path:
-    """Return the file of a skill's `search` or `holdout` set."""
+    """Return the path of a skill's `search` or `holdout` set."""
     return TASKS / f"{skill}_{split}.jsonl"
 
 
 def training_questions(skill: str, seed: int = 0) -> Iterator[Question]:
-    """Draw training questions without end; none of them has an evaluation question's context."""
+    """Draw training questions endlessly; none of them has an evaluation question's context."""
     reserved = set[str]()
     for split in ("search", "holdout"):
         reserved |= read_contexts(evaluation_path(skill, split))

@@ -1,7 +1,7 @@
-"""Questions about Python: the type that an expression gives, or the exception that it raises.
+"""Questions about Python: the type of an expression's value, or the exception that it raises.
 
-Every label comes from running the expression. The wrong choices favour the types that stand in
-the expression, which a reader who does not follow the call would take.
+Every label comes from running the expression. The wrong choices favour types that appear in the
+expression, which a reader who does not follow the call would choose.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ LABELS = words(
     "int str list bool dict float set tuple bytes "
     "ValueError TypeError IndexError KeyError AttributeError"
 )
-"""Each is one token after a space."""
+"""Each is a single token after a space."""
 
-VALUES = {  # what the variable holds; {a}, {b} are words, {i}, {j} small numbers
+VALUES = {  # the variable's value; {a}, {b} are words, {i}, {j} small numbers
     "list": '["{a}", "{b}"]',
     "tuple": '("{a}", "{b}")',
     "set": '{{"{a}", "{b}"}}',
@@ -36,7 +36,7 @@ VALUES = {  # what the variable holds; {a}, {b} are words, {i}, {j} small number
     "bytes": 'b"{a}"',
 }
 
-CALLS = {  # {v} is the variable, {n} a number that is no index of it
+CALLS = {  # {v} is the variable, {n} a number that is not a valid index of it
     "list": [
         "len({v})", "{v}[0]", "{v}[{n}]", "{v}[:1]", "{v} + {v}", "{v} * {i}", "{v} + {i}",
         "sorted({v})", "tuple({v})", "set({v})", "str({v})", "bool({v})", "'{c}' in {v}",

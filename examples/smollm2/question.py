@@ -1,7 +1,7 @@
-"""One multiple-choice question, and the files that hold them.
+"""A multiple-choice question, and its file format.
 
-A question's choices are words of one token each in SmolLM2's vocabulary. lm-eval then scores
-all choices of a question with one forward pass over its context.
+A question's choices are words of one token each in SmolLM2's vocabulary, so lm-eval scores all
+choices of a question with one forward pass over its context.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from random import Random
 class Question:
     """A context, the words that may follow it, and the index of the one that does.
 
-    The context has no space at its end and the choices none at their start; the task's
+    The context does not end with a space, and the choices do not start with one; the task's
     `target_delimiter` puts one between them.
     """
 
@@ -27,25 +27,25 @@ class Question:
 
 
 def words(text: str) -> list[str]:
-    """Split a table's row at its spaces."""
+    """Split a text at its spaces."""
     return text.split()
 
 
 Maker = Callable[[Random], Question]
-"""Draws one question of a skill; all that is random in it comes from the generator."""
+"""Draws one question of a skill; all randomness comes from the generator."""
 
 
 def with_choices(rng: Random, question: str, right: str, wrong: list[str]) -> Question:
-    """Put the right word among the wrong ones, at a random place."""
+    """Put the right word among the wrong ones, at a random position."""
     choices = [right, *wrong]
     rng.shuffle(choices)
     return Question(question, tuple(choices), choices.index(right))
 
 
 def distinct(maker: Maker, rng: Random, taken: set[str]) -> Iterator[Question]:
-    """Draw questions whose context is in `taken` neither before nor from an earlier draw.
+    """Draw questions whose context is not in `taken` and was not drawn before.
 
-    Side effect: every context that is drawn is added to `taken`.
+    Side effect: adds every drawn context to `taken`.
     """
     while True:
         question = maker(rng)
@@ -61,6 +61,6 @@ def write_jsonl(path: Path, questions: Iterable[Question]) -> None:
 
 
 def read_contexts(path: Path) -> set[str]:
-    """Return the contexts of a file that `write_jsonl` wrote."""
+    """Return the contexts in a file written by `write_jsonl`."""
     with path.open(encoding="utf-8") as file:
         return {json.loads(line)["question"] for line in file}

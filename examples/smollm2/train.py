@@ -2,8 +2,8 @@
 
     python train.py units --out adapters/units
 
-The loss stands on the answer's token alone. The adapters in adapters/ were made by this file with
-its defaults; it is here so that they can be made again, `prepare.py` does not need it.
+The loss is on the answer's token only. The adapters in adapters/ were made with this script and its
+defaults; it is here so that they can be reproduced. `prepare.py` does not need it.
 """
 
 from __future__ import annotations

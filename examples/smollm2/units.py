@@ -1,7 +1,7 @@
 """Questions about old measures: "How many feet are in three fathoms?" - eighteen.
 
 The table is real (British measures before the decimal system). Most of its units are rare in
-today's text, so that a small model has to be taught them.
+today's texts, so a small model has to be taught them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from random import Random
 
 from question import Question, with_choices, words
 
-UNITS = [  # (one, several, how many of the smaller unit, the smaller unit)
+UNITS = [  # (singular, plural, how many of the smaller unit, the smaller unit)
     ("hand", "hands", 4, "inches"),
     ("span", "spans", 9, "inches"),
     ("cubit", "cubits", 18, "inches"),
@@ -51,7 +51,7 @@ WORDS |= {10 * i: word for i, word in enumerate(_TENS, start=3)}
 """The numbers whose word is a single token."""
 
 MOST = 6
-"""The largest number of the greater unit that is asked for."""
+"""The largest number of the larger unit in a question."""
 
 PEOPLE = words(
     "Ada Ben Clara David Edith Frank Grace Henry Iris Jack Kate Leo Mary Ned Olive Paul Rose Sam "
@@ -70,7 +70,7 @@ _CELLS = [(unit, n) for unit in UNITS for n in range(1, MOST + 1) if unit[2] * n
 
 
 def make(rng: Random) -> Question:
-    """Draw a question; the wrong numbers are what other units of the table would give."""
+    """Draw a question; the wrong numbers are those that other units of the table would give."""
     (one, several, ratio, small), n = rng.choice(_CELLS)
     wrong = [WORDS[n * r] for r in _RATIOS if r != ratio and n * r in WORDS]
     text = rng.choice(FORMS).format(

@@ -1,1 +1,1 @@
-"""A sweep over all causal-LM architectures that transformers knows; `python -m tools.sweep -h`."""
+"""A sweep over all causal-LM architectures of transformers; see `python -m tools.sweep -h`."""

@@ -1,14 +1,14 @@
-"""Tries gptailor on every causal-LM architecture that transformers knows, with tiny random models.
+"""Tries gptailor on every causal-LM architecture of transformers, with tiny random models.
 
     python -m tools.sweep                     # all of them, a table
     python -m tools.sweep gpt2 lfm2_moe       # some model types, with their variants
     python -m tools.sweep --full --json results.json
 
-Each family runs in a process of its own, with limits of time and memory, as some die by a signal.
+Each family runs in its own process, with limits on time and memory, because some die by a signal.
 A verdict is: right; refused (a sentence says why); refused by search (only a folder can be
-written); bug (an error that is none of gptailor's); WRONG (something silent that is not so);
-no model (transformers can't make a tiny one, or can't run it). Exit code 1 if anything is wrong or
-a bug. All families take about 20 minutes of one core.
+written); bug (an exception that is not one of gptailor's); WRONG (a silent error); no model
+(transformers can't make a tiny one, or can't run it). The exit code is 1 if anything is WRONG or a
+bug. All families take about 20 minutes on one core.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def print_case(name: str, rows: Sequence[Row], seconds: float, verbose: bool) -> None:
-    """A family's verdicts, and what is not right, alike rows together."""
+    """Prints a family's verdicts, and the rows that are not right, grouped by similarity."""
     counts = Counter(row.verdict for row in rows)
     text = ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common())
     print(f"{name:28} {seconds:5.1f} s  {text}", flush=True)

@@ -1,7 +1,7 @@
-"""The families that are tried: one of each model type, and variants.
+"""The families to try: one of each model type, and variants.
 
-Variants are where layers differ by rules that are easily overlooked, where a module computes a
-constant from its place, and where the hub has configs in an older spelling than `save_pretrained`
+Variants cover layers that differ by rules that are easily overlooked, modules that compute a
+constant from their position, and configs on the hub in an older spelling than `save_pretrained`
 writes.
 """
 
@@ -19,14 +19,15 @@ class Case:
     """One family to try.
 
     Attributes:
-        name: the model type, and the variant behind a colon where there are several.
-        changes: config fields beside the rules'; a mapping goes into the sub-config of that name.
+        name: the model type, followed by a colon and the variant if there are several.
+        changes: config fields in addition to the rules'; a mapping goes into the sub-config of that
+            name.
         raw: rewrites config.json of the candidates, for spellings of older versions.
-        raw_base: the same, of the base alone.
-        dtype: of the weights, and of what is made of them.
-        forward: of the models while they run; empty for `dtype`.
-        wide: tensors whose name has this in it are float32 in the files all the same.
-        recipes: names of those to try; all if empty.
+        raw_base: the same, for the base only.
+        dtype: of the weights, and of results.
+        forward: the dtype of running models; empty for `dtype`.
+        wide: tensors whose name contains this are float32 in the files nevertheless.
+        recipes: names of the recipes to try; all if empty.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Case:
 
     @property
     def model_type(self) -> str:
-        """As transformers calls the architecture."""
+        """The architecture's name in transformers."""
         return self.name.partition(":")[0]
 
 
@@ -56,7 +57,7 @@ _COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 
 
 def _without(*keys: str) -> Callable[[dict[str, Any]], None]:
-    """Takes keys out of a config, as versions of transformers that did not write them."""
+    """Removes keys from a config, like versions of transformers that did not write them."""
 
     def edit(config: dict[str, Any]) -> None:
         for part in (config, config.get("text_config")):
@@ -68,7 +69,7 @@ def _without(*keys: str) -> Callable[[dict[str, Any]], None]:
 
 
 def _with(**values: Any) -> Callable[[dict[str, Any]], None]:
-    """Sets keys of a config and takes out those whose value is None."""
+    """Sets keys of a config, and removes those whose value is None."""
 
     def edit(config: dict[str, Any]) -> None:
         for key, value in values.items():
@@ -84,11 +85,11 @@ _PARTLY_FLOAT32 = (
     "dots1", "ernie4_5_moe", "flint", "gpt_oss", "hy_v4", "inkling_text", "kolibri1",
     "longcat_flash", "mimo_v2_flash", "minimax", "mamba", "nemotron_h", "rwkv", "solar_open",
 )  # fmt: skip
-"""Model types that are tried in bfloat16, too: most keep some tensors in float32 then."""
+"""Model types to try in bfloat16, too; most of them keep some tensors in float32."""
 
 
 def variants() -> list[Case]:
-    """Families beside the plain one of each type."""
+    """Families in addition to the plain one of each type."""
     mixed = ["sliding_attention", "full_attention"] * 2
     late = ["full_attention", "full_attention", "sliding_attention", "sliding_attention"]
     hybrid = ["linear_attention", "moe", "full_attention", "linear_attention"]
@@ -225,7 +226,7 @@ def variants() -> list[Case]:
 def implied_cases() -> list[Case]:
     """Families of seven layers whose config.json leaves per-layer lists to its class.
 
-    Configs on the hub are often like that: what `save_pretrained` writes out today was a rule when
+    Configs on the hub are often like that: what `save_pretrained` now writes out was a rule when
     they were made.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -258,7 +259,7 @@ def implied_cases() -> list[Case]:
 
 @cache
 def all_cases() -> tuple[Case, ...]:
-    """A plain family for each model type, and the variants behind it."""
+    """A plain family for each model type, followed by its variants."""
     more = variants()
     some = ("all", "no second", "mixed", "merged")
     more += implied_cases()

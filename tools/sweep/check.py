@@ -1,10 +1,10 @@
-"""What is checked of one family: the folder that gptailor writes and the model that it scores.
+"""Checks one family: the folder that gptailor writes and the model that it scores.
 
-Three models are compared for each recipe, in float32: the one in memory that a search scores, the
-folder that `stitch` writes, as stock transformers loads it, and a cut by hand: layers taken out of
-full models that stock transformers loaded, one after another, without any of gptailor's code. The
-first two must agree; the second must have its weights from the files and its layers of the kind
-that their sources have; the third says what the recipe means.
+Three models are compared for each recipe, in float32: the one in memory that a search scores; the
+folder that `stitch` writes, as stock transformers loads it; and a cut by hand, that is, layers
+taken out of full models loaded by stock transformers, one after another, without any of gptailor's
+code. The first two must agree; the second must have all its weights from the files, and layers of
+the same kind as their sources; the third shows what the recipe means.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from tools.sweep.recipes import Cut, recipe_of
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one recipe.
+    """The outcome of one recipe.
 
     Attributes:
         case: the family.
         recipe: its name.
         verdict: right, refused, refused by search, WRONG, bug or no model.
-        detail: the sentence of the error, or what is wrong.
-        notes: what is remarkable but not wrong.
+        detail: the error's message, or what is wrong.
+        notes: findings that are notable but not wrong.
     """
 
     case: str
@@ -57,12 +57,12 @@ class Row:
 
 
 class Trial:
-    """One family and what is known about it.
+    """One family and its models.
 
     Args:
         case: the family.
         models: name → folder.
-        scratch: for the folders that are written.
+        scratch: a folder for results.
     """
 
     def __init__(self, case: Case, models: Mapping[str, str], scratch: Path) -> None:
@@ -121,7 +121,7 @@ class Trial:
             return self._refused(self._failed(cut.name, error), out, scored)
         except Exception as error:
             faults.append(f"the folder: {type(error).__name__}: {str(error)[:200]}")
-        if faults:  # would anybody have been told?
+        if faults:  # would `verify` have reported them?
             try:
                 self._stitch(recipe, out, verify=True)
             except Exception as error:
@@ -137,16 +137,16 @@ class Trial:
         return Row(self.case, cut.name, verdict, "", tuple(notes))
 
     def _refused(self, row: Row, out: Path, scored: Mapping[str, Any] | None) -> Row:
-        """A row with what is remarkable about a refusal."""
+        """A row with what is notable about a refusal."""
         notes = list(row.notes)
         if scored is not None:
             notes.append("a search would score it")
         if out.exists():
-            notes.append("the folder stays behind")
+            notes.append("the folder is left behind")
         return Row(row.case, row.recipe, row.verdict, row.detail, tuple(notes))
 
     def try_arms(self) -> Row:
-        """Measures what each layer of the base changes, for the control arms of a search."""
+        """Measures how much each layer of the base changes, for the control arms of a search."""
         from gptailor.evaluation.similarity import measure
 
         try:
@@ -214,7 +214,7 @@ class Trial:
         stack_name = find_stack(self.full("base"))
         if find_stack(model) != stack_name:
             faults.append(f"kinds: layers in {find_stack(model)}, not {stack_name}")
-        else:  # before anything runs: some modules change themselves then
+        else:  # before anything runs, because some modules change themselves when they run
             faults += self._kinds(cut, model, stack_name, notes)
         mine = look(model, self.tokens, None)
         if not torch.isfinite(mine["logits"]).all():
@@ -251,7 +251,7 @@ class Trial:
     def _truth(
         self, cut: Cut, model: Any, mine: Any, stack_name: str, notes: list[str]
     ) -> list[str]:
-        """Compares with the layers taken out of full models by hand."""
+        """Compares with a model cut by hand."""
         if any(name == "merge" for name, _ in cut.layers):
             return []
         try:

@@ -1,7 +1,7 @@
-"""What the fields of a tiny config are set to: rules on their names, and exceptions by model type.
+"""Values for the fields of a tiny config: rules by field name, and exceptions by model type.
 
-All widths are small, four layers, two experts of four a token, windows shorter than the sequences.
-Where a default would make all layers of one kind, an exception makes them of several.
+All widths are small; there are four layers, two of four experts per token, and windows shorter than
+the sequences. Where the defaults would make all layers the same kind, an exception mixes kinds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ NUM_LAYERS = 4
 HIDDEN = 32
 HEADS = 4
 VOCABULARY = 130
-"""Of the demo's tokenizer."""
+"""The size of the demo tokenizer's vocabulary."""
 
 RULES: tuple[tuple[str, Any], ...] = (
     (r"num_hidden_layers|n_layers?|num_layers|decoder_layers|num_decoder_layers", NUM_LAYERS),

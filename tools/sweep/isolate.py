@@ -1,4 +1,4 @@
-"""One family at a time, each in a process of its own with limits of time and memory."""
+"""Tries one family at a time, each in its own process with limits on time and memory."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from tools.sweep.recipes import cuts
 from tools.sweep.tiny import build
 
 TIME_S = 60.0
-"""Of processor time, for one family."""
+"""Seconds of processor time for one family."""
 _WALL = 10.0
-"""How much longer a family may take on a busy machine."""
+"""How many times longer a family may take in wall-clock time, on a busy machine."""
 MEMORY_GIB = 6.0
 
 
@@ -56,7 +56,7 @@ def sweep_case(case: Case, recipes: Sequence[str] = ()) -> Iterator[Row]:
 
 
 def sweep_isolated(case: Case, recipes: Sequence[str] = (), time_s: float = TIME_S) -> list[Row]:
-    """Tries one family in a forked process; what kills it is a bug."""
+    """Tries one family in a forked process; a crash counts as a bug."""
     todo = list(recipes or case.recipes) or [*(cut.name for cut in cuts(4)), "arms"]
     rows: list[Row] = []
     while todo:
@@ -74,7 +74,7 @@ def sweep_isolated(case: Case, recipes: Sequence[str] = (), time_s: float = TIME
 
 
 def _forked(case: Case, recipes: Sequence[str], time_s: float) -> tuple[list[Row], str]:
-    """Rows until the process ended, and how it ended if not by itself."""
+    """The rows until the process ended, and how it ended if not normally."""
     reader, writer = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -130,7 +130,7 @@ def _child(case: Case, recipes: Sequence[str], time_s: float, reader: int, write
 
 
 def preload() -> None:
-    """Imports what all forked processes need."""
+    """Imports the modules that all forked processes need."""
     import lm_eval.models.huggingface  # noqa: F401
     import torch
     import transformers

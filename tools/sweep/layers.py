@@ -1,4 +1,4 @@
-"""Layers without gptailor: where they are, how two of them differ, and a cut made by hand."""
+"""Handles layers without gptailor: finds them, compares two of them, and cuts a model by hand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _INDEX_NAMES = (
     "layer_idx", "layer_id", "layer_number", "block_idx", "seed", "layer_dic", "layer_block_map",
     "num_fwd_mem_blocks",
 )  # fmt: skip
-"""Attributes that say where a layer stands and nothing else."""
+"""Attributes that only say where a layer is."""
 
 
 def find_stack(model: nn.Module) -> str:
@@ -32,7 +32,7 @@ def find_stack(model: nn.Module) -> str:
 
 
 def compare_modules(one: nn.Module, other: nn.Module, values: bool) -> Iterator[tuple[str, str]]:
-    """How a layer differs from another: (what, "kind" or "constant" or "value")."""
+    """The differences of a layer from another: (what, "kind" or "constant" or "value")."""
     mine, theirs = (dict(m.named_modules()) for m in (one, other))
     for path in [*mine, *(p for p in theirs if p not in mine)]:
         if path not in mine or path not in theirs:
@@ -61,12 +61,12 @@ def compare_modules(one: nn.Module, other: nn.Module, values: bool) -> Iterator[
 
 
 def shape(tensor: torch.Tensor | None) -> object:
-    """For messages."""
+    """A tensor's shape for messages."""
     return None if tensor is None else list(tensor.shape)
 
 
 def plain(value: object) -> object:
-    """What can be compared of an attribute; a constant for what can't."""
+    """The comparable part of an attribute; a constant if there is none."""
     if isinstance(value, torch.Tensor):
         return value.tolist()
     if isinstance(value, bool | int | float | str) or value is None:
@@ -83,7 +83,7 @@ def plain(value: object) -> object:
 
 
 def cut_by_hand(cut: Cut, full: Mapping[str, Any], stack_name: str) -> Any:
-    """The recipe's model, out of full ones: layers put side by side, everything else kept."""
+    """The recipe's model, made from full ones: only the list of layers is replaced."""
     with torch.random.fork_rng():
         models = {name: copy.deepcopy(model) for name, model in full.items()}
     model = models[cut.ends]
@@ -113,7 +113,7 @@ def cut_by_hand(cut: Cut, full: Mapping[str, Any], stack_name: str) -> Any:
 
 
 def cut_lists(thing: Any, keep: Sequence[int], num_layers: int) -> None:
-    """Cuts every list of a config or module that has an entry for each layer, and its counts."""
+    """Cuts every list of a config or module that has one entry per layer, and its counts."""
     for key, value in list(vars(thing).items()):
         if isinstance(value, list | tuple) and len(value) == num_layers and key != "architectures":
             with contextlib.suppress(Exception):

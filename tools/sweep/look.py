@@ -1,4 +1,4 @@
-"""How a model is looked at: logits, log-likelihoods by lm-eval, generated tokens."""
+"""Looks at a model: logits, log-likelihoods by lm-eval, generated tokens."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 TOLERANCE = {"float32": 2e-4, "bfloat16": 0.02, "float16": 0.01}
-"""Of logits, relative to the largest one."""
+"""Tolerances of logits, relative to the largest one."""
 NUM_NEW = 6
-"""Tokens that are generated to look at the cache of keys and values."""
+"""How many tokens are generated, to check the key-value cache."""
 
 
 def load(folder: str, dtype: str) -> tuple[Any, dict[str, Any]]:
-    """A folder's model as stock transformers loads it, and what it says about loading."""
+    """A folder's model as stock transformers loads it, and its report on loading."""
     from transformers import AutoModelForCausalLM
 
     model, info = AutoModelForCausalLM.from_pretrained(
@@ -67,14 +67,14 @@ _REQUESTS = [
 
 
 def loglikelihoods(lm: Any) -> list[tuple[float, bool]]:
-    """Of a few requests of different lengths."""
+    """The log-likelihoods of a few requests of different lengths."""
     return list(lm._loglikelihood_tokens(list(_REQUESTS), disable_tqdm=True))
 
 
 def differences(
     what: str, one: Mapping[str, Any], other: Mapping[str, Any], dtype: str
 ) -> list[str]:
-    """How two looks at one model differ."""
+    """The differences between two results of `look`."""
     faults = []
     worst = distance(one["logits"], other["logits"])
     if not worst <= TOLERANCE[dtype]:
@@ -97,11 +97,11 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 class Contexts:
-    """Stands for the search's documents where only their tokens are asked for."""
+    """Replaces the search's documents where only their tokens are needed."""
 
     tokens = ((7, 20, 31, 8, 50, 61, 12), (70, 9, 4, 99, 23, 45, 67))
 
     def contexts(self, lm: Any, number: int) -> list[list[int]]:
-        """The tokens of each."""
+        """The tokens of each context."""
         del lm, number
         return [list(tokens) for tokens in self.tokens]

@@ -1,5 +1,5 @@
-"""The recipes that every family is tried with: whole, cut at each end and in the middle, repeated,
-reordered, of two candidates, merged, scaled."""
+"""The recipes to try with every family: whole, cut at each end and in the middle, repeated,
+reordered, from two candidates, merged, scaled."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Cut:
     """One recipe, as names of models and indices of layers.
 
     Attributes:
-        name: of the recipe.
+        name: the recipe's name.
         layers: (model, source layer) of each output layer; the model "merge" is the mean of both.
         ends: the model of embeddings and head.
-        scale: of the output of the layer of that index.
+        scale: (index of an output layer, factor on its output).
     """
 
     name: str
@@ -33,7 +33,7 @@ QUICK = (
 
 
 def cuts(num_layers: int) -> list[Cut]:
-    """The recipes that every family is tried with."""
+    """The recipes to try with every family."""
     every = range(num_layers)
 
     def base(name: str, layers: Sequence[int]) -> Cut:
@@ -61,7 +61,7 @@ def cuts(num_layers: int) -> list[Cut]:
 
 
 def recipe_of(cut: Cut, models: Mapping[str, str], dtype: str) -> Any:
-    """The recipe in gptailor's form."""
+    """The cut as a gptailor recipe."""
     from gptailor.recipe import Merge, Recipe, Take
 
     layers: list[Any] = []

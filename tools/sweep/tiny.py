@@ -1,6 +1,6 @@
-"""Tiny random models: a config, weights, a tokenizer, and a second candidate a step away.
+"""Tiny random models: a config, weights, a tokenizer, and a second candidate a small step away.
 
-The weights are random, norms and biases included, so that no layer is without effect.
+The weights are random, including norms and biases, so that every layer has an effect.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DEMO = Path(gptailor.demo.__file__).parent / "models" / "base"
 
 
 def import_model(model_type: str) -> None:
-    """Imports the module of an architecture, which is most of the time that a tiny model takes."""
+    """Imports the module of an architecture, which takes most of the time of a tiny model."""
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -40,7 +40,7 @@ def tiny_config(model_type: str, changes: Mapping[str, Any] = {}) -> Any:
 
 
 def _fields(cls: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a config class, by the rules and with the changes."""
+    """The arguments of a config class, from the rules and the changes."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     result: dict[str, Any] = {}
@@ -64,7 +64,7 @@ def _fields(cls: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
     if subs:
         try:
             example = cls()
-        except Exception:  # some have defaults that they refuse
+        except Exception:  # some refuse their own defaults
             example = None
         for key in subs:
             sub = getattr(example, key, None)
@@ -79,7 +79,7 @@ def _fields(cls: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build(case: Case, folder: Path) -> dict[str, str]:
-    """Writes a base and a second candidate, a step away; returns name → folder."""
+    """Writes a base and a second candidate, a small step away; returns name → folder."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -103,7 +103,7 @@ def build(case: Case, folder: Path) -> dict[str, str]:
 
 
 def to_dtype(model: Any, case: Case) -> Any:
-    """The model in the case's type, but for what stays in float32."""
+    """The model in the case's type, except for tensors that stay in float32."""
     import torch
 
     if case.dtype == "float32":
@@ -121,7 +121,7 @@ def to_dtype(model: Any, case: Case) -> Any:
 
 
 def shake(model: Any, generator: Any, *, first: bool) -> None:
-    """Gives every tensor that is saved random values, or moves it by a small random step."""
+    """Gives every saved tensor random values, or moves it by a small random step."""
     import torch
 
     seen = set()

@@ -1,4 +1,4 @@
-"""Loads a task's questions from the file beside this one, from any folder and with no network."""
+"""Loads a task's questions from a file in this folder, from anywhere and without a network."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import datasets
 
 
 def load(file: str, **_metadata: Any) -> dict[str, datasets.Dataset]:
-    """Return the one split `test`, as lm-eval's `custom_dataset` wants it.
+    """Return the only split, `test`, as lm-eval's `custom_dataset` expects it.
 
-    `file` comes from the task's `dataset_kwargs`; lm-eval passes the task's metadata along too.
+    `file` comes from the task's `dataset_kwargs`; lm-eval passes the task's metadata, too.
     """
     path = Path(__file__).resolve().parent / file
     with path.open(encoding="utf-8") as lines:
