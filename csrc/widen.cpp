@@ -54,7 +54,7 @@ bool find_widen_weights(MergeJob& job, const Method& method, int n_threads, std:
   const auto n_sources = static_cast<size_t>(n);
   Table sum;
   bool ok = true;
-  if (job.is_vector) {  // each element by itself
+  if (job.is_vector) {  // each element on its own
     Table change(n_sources, std::vector<double>(static_cast<size_t>(job.n_elements)));
     const int64_t piece = task_elements(job);
     Scratch scratch;

@@ -91,8 +91,8 @@ class InputFile:
     """A regular file that stays open for reading until the object and all its tensors are gone.
 
     It must not change for that long. If it became shorter, or the disk fails, `read`, merges and
-    `check_intact` raise an `OSError` (`ESTALE`). There is never a SIGBUS, but views then show zeros
-    until `check_intact` is called.
+    `check_intact` raise an `OSError` (`ESTALE`). There is never a SIGBUS; views read zeros instead,
+    which only `check_intact` reports.
     """
 
     @property
@@ -131,8 +131,8 @@ class MappedFile(InputFile):
 
     The first one installs a handler for SIGBUS in the process. A fault inside a mapping replaces
     the rest of it with zeros and marks it; other faults go to the previous handler, once. A library
-    that handles SIGBUS itself should install its handler before the first file is mapped; the next
-    mapping puts ours on top again.
+    that handles SIGBUS itself should install its handler before the first file is mapped; if it
+    does so later, the next mapping puts ours on top again.
 
     Raises:
         OSError: with errno and path; it is missing, unreadable or not a regular file.

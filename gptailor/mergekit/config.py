@@ -95,7 +95,7 @@ def needs_base(method: Method) -> bool:
 
 
 def merged_models(method: Method, models: Iterable[str], base: str | None) -> tuple[str, ...]:
-    """The models that a method merges; they include the base unless the formula uses it apart."""
+    """The models that a method merges, without the base if the formula uses it separately."""
     if base is None or not needs_base(method):
         return tuple(models)
     others = tuple(model for model in models if model != base)

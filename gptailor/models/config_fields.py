@@ -24,7 +24,7 @@ _HARMLESS = NAMES | {
     "_attn_implementation_internal", "_flash_attn_2_enabled", "experts_implementation",
     "_experts_implementation", "_experts_implementation_internal", "chunk_size_feed_forward",
     "num_logits_to_keep", "gradient_checkpointing",
-    # what is returned beside the logits
+    # what is returned besides the logits
     "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
     "use_return_dict", "torchscript",
     # training: initial weights, losses

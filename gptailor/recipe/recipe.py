@@ -336,7 +336,7 @@ def _read_end(value: object, models: Mapping[str, str], base: str, source: str, 
 
 
 def absolute_ref(ref: str, folder: Path) -> str:
-    """`ref` as an absolute path if it names a folder below or beside `folder`, else unchanged."""
+    """`ref` as an absolute path, resolved from `folder`, if it names a folder; else unchanged."""
     if ref.startswith(("./", "../", "/", "~")) or is_folder(folder / ref):
         return str((folder / home_expanded(ref)).resolve())
     return ref
