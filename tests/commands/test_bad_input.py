@@ -125,7 +125,7 @@ def test_index_that_escapes_its_folder(place: Path) -> None:
     write_recipe(place)
     (place / "red" / "model.safetensors").rename(place / "outside.safetensors")
     save_index(place / "red", {"x": "../outside.safetensors"})
-    fails(place, 3, "../outside.safetensors", "no file beside it")
+    fails(place, 3, "../outside.safetensors", "not a file in the same folder")
 
 
 def test_candidates_of_different_depth(place: Path) -> None:
