@@ -378,7 +378,7 @@ def test_check_tells_all_at_once(place: Path) -> None:
     a_file_where_the_output_belongs(place, config)
     (place / "base" / "tokenizer.json").unlink()
     found = verbs.check(write(place, config))
-    for part, problem in zip(("no folder", "has no tokenizer", "truncated"), found, strict=True):
+    for part, problem in zip(("not a folder", "has no tokenizer", "truncated"), found, strict=True):
         assert part in problem
 
 

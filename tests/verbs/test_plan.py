@@ -89,7 +89,7 @@ def test_probes_that_would_not_fit_are_refused(
 ) -> None:
     monkeypatch.setattr("gptailor.evaluation.memory.available_bytes", lambda: 100_000)
     path = config_file(tmp_path, models, tasks_dir)
-    with pytest.raises(ResourceError, match="leave the probes out with --no-probe"):
+    with pytest.raises(ResourceError, match="skip the probes with --no-probe"):
         verbs.plan(path)
     assert not verbs.plan(path, probe=False).probes
 

@@ -242,7 +242,7 @@ def test_cancel_says_what_does_not_end(tmp_path: Path, capsys: pytest.CaptureFix
         record = replace(running(), pid=stubborn.pid, started_at=time.time())
         record.write(tmp_path)
         assert cli.main(["cancel", str(tmp_path), "--wait", "0.3"]) == 5
-        assert f"not gone yet: {record.job_id}" in capsys.readouterr().out
+        assert f"still running: {record.job_id}" in capsys.readouterr().out
         stubborn.kill()
 
 
