@@ -48,8 +48,8 @@ def check_resumable(archive: Archive, config: Config, family: Family, documents:
     for key, what in (("fingerprint", "the model files"), ("documents", "the tasks' documents")):
         if before[key] != now[key]:
             raise UsageError(
-                f"The run in {archive.folder} can't be resumed, because {what} have changed since "
-                "it began: name another output."
+                f"The run in {archive.folder} can't be resumed, because {what} changed since it "
+                "began: name another output."
             )
     if archive.get_meta("ends") is None and not family.ends.are_equal:
         raise UsageError(
