@@ -8,6 +8,7 @@ import os
 
 from gptailor import exit_codes
 from gptailor.commands.command import Command, add_io, add_stage, add_workers, say
+from gptailor.run.layout import FRONT_JSON, PAGE
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -62,7 +63,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
     page = verbs.report(arguments.run_folder, arguments.out, note=say)
     if arguments.json:
-        print((page.parent.parent / "front.json").read_text())
+        print((page.parent.parent / FRONT_JSON).read_text())
     else:
         print(f"The report is {page}.")
     return 0
@@ -75,10 +76,10 @@ def _show_front(run: str | os.PathLike[str], as_json: bool) -> None:
     from gptailor.report.terminal import front_table
 
     if as_json:
-        print((Path(run) / "front.json").read_text())
+        print((Path(run) / FRONT_JSON).read_text())
         return
     print(front_table(load_report(Path(run))))
-    print(f"The report is {Path(run) / 'report' / 'index.html'}.")
+    print(f"The report is {Path(run) / PAGE}.")
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,6 @@ from gptailor.execution.executor import WorkerInfo
 from gptailor.execution.logs import log_path
 from gptailor.execution.slurm.exit_code_file import gained
 from gptailor.execution.stop import Stop
-from gptailor.run.island_folder import FOLDER
 from gptailor.run.job_record import (
     JobRecord,
     JobRecorder,
@@ -29,6 +28,7 @@ from gptailor.run.job_record import (
     job_id_here,
     read,
 )
+from gptailor.run.layout import ISLANDS
 
 WINDOW_S = 900.0
 """Evaluations per hour are measured over the last quarter of an hour."""
@@ -100,7 +100,7 @@ class JobMonitor:
     ) -> None:
         self._stop = stop
         self._run_folder = run_folder
-        self._logs_in = "" if island is None else f"{FOLDER}/{island}/"
+        self._logs_in = "" if island is None else f"{ISLANDS}/{island}/"
         self._first = JobRecord(
             job_id=job_id_here(),
             island=island,

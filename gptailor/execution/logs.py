@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-FOLDER = "logs"
+from gptailor.run.layout import LOGS
 
 _MAX_KEPT = 1000
 """The most lines that are kept until the file is opened."""
@@ -23,7 +23,7 @@ _MAX_KEPT = 1000
 
 def log_path(rank: int) -> str:
     """The path of a rank's log, relative to the run folder."""
-    return f"{FOLDER}/rank-{rank:03d}.log"
+    return f"{LOGS}/rank-{rank:03d}.log"
 
 
 class Log:

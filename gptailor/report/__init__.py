@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gptailor.report.front_model import Point, Report, load_report
 from gptailor.report.terminal import front_table
+from gptailor.run.layout import FRONT_PNG, PAGE
 
 __all__ = ["Point", "Report", "front_table", "load_report", "write_report"]
 
@@ -33,8 +34,8 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
 
     report = load_report(run)
     folder = Path(run if out is None else out)
-    index = folder / "report" / "index.html"
+    index = folder / PAGE
     write_front(report, folder)
-    write_atomically(folder / "front.png", front_png(report))
+    write_atomically(folder / FRONT_PNG, front_png(report))
     write_atomically(index, page_html(report).encode())
     return index

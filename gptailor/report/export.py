@@ -27,6 +27,7 @@ from gptailor.report.headline import headline
 from gptailor.report.ledger import Spent
 from gptailor.report.measured import Measured
 from gptailor.report.yardstick import Yardstick
+from gptailor.run.layout import FRONT_CSV, FRONT_JSON, RECIPES
 
 SCHEMA = "gptailor/front/1"
 _RECIPE_FILE = re.compile(r"[0-9a-f]{8}\.yaml")
@@ -42,9 +43,9 @@ def write_front(report: Report, out: Path) -> None:
         ResourceError: the disk is full.
         UsageError: `out` can't be written.
     """
-    write_atomically(out / "front.csv", front_csv(report).encode())
-    write_atomically(out / "front.json", to_json(front_dict(report), indent=1).encode() + b"\n")
-    recipes = out / "recipes"
+    write_atomically(out / FRONT_CSV, front_csv(report).encode())
+    write_atomically(out / FRONT_JSON, to_json(front_dict(report), indent=1).encode() + b"\n")
+    recipes = out / RECIPES
     for point in report.front:
         write_atomically(recipes / f"{point.id}.yaml", point.recipe.to_yaml().encode())
     _remove_stale(recipes, {point.id for point in report.front})

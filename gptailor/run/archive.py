@@ -22,6 +22,7 @@ from typing import Any
 from gptailor.errors import ResourceError, UsageError, is_disk_full
 from gptailor.evaluation.outcome import Evaluation, Outcome
 from gptailor.recipe import KnownLayers, Recipe
+from gptailor.run.layout import ARCHIVE
 from gptailor.run.pareto import most_small_layers
 
 SCHEMA = "gptailor/archive/1"
@@ -63,7 +64,7 @@ class Archive:
 
     def __init__(self, folder: str | Path, *, readonly: bool = False) -> None:
         self.folder = Path(folder)
-        self.path = self.folder / "archive.db"
+        self.path = self.folder / ARCHIVE
         self._lock_fd = -1
         if readonly and not self.path.is_file():
             raise UsageError(f"{self.folder} holds no run: {self.path} does not exist.")
@@ -280,7 +281,7 @@ def count_undisturbed(folder: str | Path) -> Counts | None:
     `Archive(readonly=True)` lets SQLite roll back what a killed writer left. Between nodes that is
     not safe: the writer may be alive, with a lock that is not visible here.
     """
-    path = Path(folder) / "archive.db"
+    path = Path(folder) / ARCHIVE
     try:
         uri = f"{path.resolve(strict=True).as_uri()}?mode=ro"
         with closing(sqlite3.connect(uri, uri=True, timeout=5)) as db:

@@ -20,9 +20,7 @@ from gptailor.models.family import Family
 from gptailor.recipe import DTYPES
 from gptailor.run.archive import Archive
 from gptailor.run.config_difference import dtype_of
-from gptailor.run.island_folder import FOLDER
-
-NAME = "dtype.json"
+from gptailor.run.layout import ARCHIVE, CONFIG, DTYPE, ISLANDS
 
 
 def choose_dtype(
@@ -42,7 +40,7 @@ def choose_dtype(
     """
     wanted, recipes = config.evaluation.dtype, config.space.dtype
     held = held_bytes(family)
-    shared = Path(config.output) / FOLDER / NAME if is_island else None
+    shared = Path(config.output) / ISLANDS / DTYPE if is_island else None
     kept = _of_archive(place)
     if shared and kept is None:
         kept = _of_run(Path(config.output)) or _read(shared, config)
@@ -56,7 +54,7 @@ def choose_dtype(
 
 def _of_archive(place: Path) -> str | None:
     """The dtype of a run that has begun."""
-    if not (place / "archive.db").is_file():
+    if not (place / ARCHIVE).is_file():
         return None
     with Archive(place, readonly=True) as archive:
         text = archive.get_meta("config")
@@ -65,7 +63,7 @@ def _of_archive(place: Path) -> str | None:
 
 def _of_run(run: Path) -> str | None:
     """The dtype of a run with islands, at least one of which has begun."""
-    path = run / "config.yaml"
+    path = run / CONFIG
     return dtype_of(read_config(path).model_dump()) if path.is_file() else None
 
 
@@ -83,7 +81,7 @@ def _publish(path: Path, config: Config, dtype: str) -> str:
 
     A choice that can't be written is not binding; the islands' journals are compared anyway.
     """
-    temporary = path.with_name(f".{NAME}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{DTYPE}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps({**_key(config), "dtype": dtype}) + "\n")

@@ -10,9 +10,10 @@ from typing import Any
 
 from gptailor.evaluation.outcome import Evaluation
 from gptailor.run.archive import Archive
-from gptailor.run.island_folder import FOLDER, island_folder, island_numbers
-from gptailor.run.journal import NAME, evaluations_in, read_journal
+from gptailor.run.island_folder import island_folder, island_numbers
+from gptailor.run.journal import evaluations_in, read_journal
 from gptailor.run.journal_entry import Header
+from gptailor.run.layout import ARCHIVE, ISLANDS, JOURNAL
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def read_run(run: str | Path) -> RunData:
     """
     run = Path(run)
     journals = journals_of(run)
-    if (run / "archive.db").is_file() or not journals:
+    if (run / ARCHIVE).is_file() or not journals:
         with Archive(run, readonly=True) as archive:
             return data_of(archive)
     paid: list[Evaluation] = []
@@ -84,7 +85,7 @@ def union(paid: Sequence[Evaluation]) -> list[Evaluation]:
 
 def journals_of(run: Path) -> list[Path]:
     """The existing journals of a run's islands."""
-    paths = [island_folder(run, i) / NAME for i in island_numbers(run / FOLDER)]
+    paths = [island_folder(run, i) / JOURNAL for i in island_numbers(run / ISLANDS)]
     return [path for path in paths if path.is_file()]
 
 

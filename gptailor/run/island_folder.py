@@ -6,13 +6,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from gptailor.errors import UsageError
-
-FOLDER = "islands"
+from gptailor.run.layout import ISLANDS
 
 
 def island_folder(run: Path, island: int) -> Path:
     """The folder with an island's archive and journal."""
-    return run / FOLDER / str(island)
+    return run / ISLANDS / str(island)
 
 
 def island_numbers(root: Path) -> list[int]:

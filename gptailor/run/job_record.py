@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from gptailor.files import write_whole
+from gptailor.run.layout import JOBS
 
 SCHEMA = "gptailor/job/1"
-FOLDER = "jobs"
 
 JobState = Literal["submitted", "starting", "running", "draining", "ended"]
 """In this order; "draining": asked to stop, starts nothing new."""
@@ -218,7 +218,7 @@ def read_all(run_folder: str | Path) -> list[JobRecord]:
     """The records of a run, earliest job first; skips files that are not whole records."""
     records = []
     with contextlib.suppress(OSError):
-        for path in (Path(run_folder) / FOLDER).glob("*.json"):
+        for path in (Path(run_folder) / JOBS).glob("*.json"):
             record = _read(path)
             if record is not None:
                 records.append(record)
@@ -232,7 +232,7 @@ def read(run_folder: str | Path, job_id: str) -> JobRecord | None:
 
 def path_of(run_folder: str | Path, job_id: str) -> Path:
     """The path of a job's record."""
-    return Path(run_folder) / FOLDER / f"{job_id}.json"
+    return Path(run_folder) / JOBS / f"{job_id}.json"
 
 
 def job_id_here(environ: Mapping[str, str] = os.environ) -> str:

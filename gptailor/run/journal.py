@@ -22,8 +22,7 @@ from gptailor.evaluation.outcome import Evaluation
 from gptailor.models.untrusted import open_regular, read_up_to
 from gptailor.recipe import KnownLayers
 from gptailor.run.journal_entry import Closed, Entry, Header, Measured
-
-NAME = "journal.jsonl"
+from gptailor.run.layout import JOURNAL
 
 MAX_LINE_BYTES = 1 << 23
 """A recipe of 200 layers with merges of eight models has about 10^5."""
@@ -53,7 +52,7 @@ class Journal:
         evaluations: Sequence[Evaluation] = (),
         measured: Sequence[Measured] = (),
     ) -> None:
-        self.path = folder / NAME
+        self.path = folder / JOURNAL
         reader = JournalReader(self.path)
         found = reader.read(torn=True)
         if reader.header is not None:

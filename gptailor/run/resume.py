@@ -15,7 +15,8 @@ from gptailor.evaluation.family import find_calibration
 from gptailor.models.family import Family
 from gptailor.run.archive import Archive
 from gptailor.run.config_difference import config_difference
-from gptailor.run.island_folder import FOLDER, island_numbers
+from gptailor.run.island_folder import island_numbers
+from gptailor.run.layout import ARCHIVE, CONFIG, ISLANDS
 
 
 def check_resumable(archive: Archive, config: Config, family: Family, documents: str) -> None:
@@ -83,7 +84,7 @@ def check_config_file(run: Path, config: Config) -> None:
     Raises:
         UsageError: the run searches something else; the message names the difference.
     """
-    path = run / "config.yaml"
+    path = run / CONFIG
     if not path.is_file():
         return
     different = config_difference(
@@ -99,12 +100,12 @@ def check_kind(run: Path, *, has_islands: bool) -> None:
     Raises:
         UsageError: the run is of the other kind.
     """
-    if has_islands and (run / "archive.db").exists():
+    if has_islands and (run / ARCHIVE).exists():
         raise UsageError(
             f"{run} holds a run without islands: continue it without --island, or name another "
             "output."
         )
-    if not has_islands and island_numbers(run / FOLDER):
+    if not has_islands and island_numbers(run / ISLANDS):
         raise UsageError(
             f"{run} holds a run with islands: continue it with --island I/K, or name another "
             "output."

@@ -21,9 +21,10 @@ from gptailor.errors import UsageError
 from gptailor.evaluation.outcome import Evaluation
 from gptailor.evaluation.similarity import Similarity
 from gptailor.run.archive import Archive
-from gptailor.run.island_folder import FOLDER, island_numbers
-from gptailor.run.journal import NAME, Journal, JournalReader
+from gptailor.run.island_folder import island_numbers
+from gptailor.run.journal import Journal, JournalReader
 from gptailor.run.journal_entry import Begun, Closed, Entry, Header, Key, Measured
+from gptailor.run.layout import ISLANDS, JOURNAL
 from gptailor.search.peers import NoPeers, Peers
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class IslandPeers:
     ) -> None:
         self.island = island
         self.count = count
-        self._root = run / FOLDER
+        self._root = run / ISLANDS
         self._note = note
         self._now = now
         self._others: dict[int, _Other] = {}
@@ -178,7 +179,7 @@ class IslandPeers:
                 continue
             other = self._others.get(island)
             if other is None:
-                path = self._root / str(island) / NAME
+                path = self._root / str(island) / JOURNAL
                 other = self._others[island] = _Other(JournalReader(path), began)
             try:
                 is_new |= self._listen(island, other)

@@ -15,6 +15,7 @@ from gptailor.evaluation.family import open_family
 from gptailor.models.candidate import Candidate
 from gptailor.models.family import Family, resolve
 from gptailor.patience import slowly
+from gptailor.run.layout import ARCHIVE
 
 if TYPE_CHECKING:
     from gptailor.config import Config
@@ -102,7 +103,7 @@ def check_place(config: Config, resume: bool, island: tuple[int, int] | None = N
     output = Path(config.output)
     place = output if island is None else island_folder(output, island[0])
     check_kind(output, has_islands=island is not None)
-    has_begun = (place / "archive.db").exists()
+    has_begun = (place / ARCHIVE).exists()
     if has_begun and not resume:
         raise UsageError(
             f"{place} already holds a run: continue it with --resume, or name another output."

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from gptailor.errors import UsageError
 from gptailor.patience import Say, slowly
+from gptailor.run.layout import JOBS
 
 if TYPE_CHECKING:
     from gptailor.config import Config
@@ -254,8 +255,8 @@ def _check_writable(output: Path) -> None:
     from gptailor.errors import ResourceError
 
     try:
-        (output / "jobs").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output / "jobs") as file:
+        (output / JOBS).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output / JOBS) as file:
             file.write(bytes(4096))
     except OSError as error:
         raise ResourceError(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from gptailor.evaluation.family import open_family
 from gptailor.patience import Say, slowly
+from gptailor.run.layout import CONFIG, ENVIRONMENT
 from gptailor.verbs.checks import check_place, check_space
 
 if TYPE_CHECKING:
@@ -192,8 +193,8 @@ def _note_run(config: Config, info: WorkloadInfo, place: Path, progress: Progres
     from gptailor.config import config_yaml
 
     output = Path(config.output)
-    _write_text(output / "config.yaml", config_yaml(config))
-    _write_text(output / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    _write_text(output / CONFIG, config_yaml(config))
+    _write_text(output / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
     documents = ", ".join(f"{n} {name}" for name, n in info.num_documents.items())
     progress.note(f"Documents: {documents}. Run folder: {place}.")
 

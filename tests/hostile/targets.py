@@ -37,9 +37,10 @@ from gptailor.report import load_report
 from gptailor.report.export import front_csv, front_dict, to_json
 from gptailor.run.archive import Archive
 from gptailor.run.island_folder import island_folder
-from gptailor.run.journal import NAME, read_journal
+from gptailor.run.journal import read_journal
 from gptailor.run.journal_entry import Begun, Closed, Entry, Measured
 from gptailor.run.journal_line import from_line, to_line
+from gptailor.run.layout import JOURNAL
 from gptailor.search.island_peers import IslandPeers
 from gptailor.search.population import genome_of
 from gptailor.search.space import SearchSpace
@@ -381,10 +382,10 @@ def _island() -> Archive:
 def journal(data: bytes) -> None:
     """The journal of island 1: read whole, read by island 0, reported."""
     mine = _island()
-    path = island_folder(PLACE / "run", 1) / NAME
+    path = island_folder(PLACE / "run", 1) / JOURNAL
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
-    (mine.folder / NAME).unlink(missing_ok=True)
+    (mine.folder / JOURNAL).unlink(missing_ok=True)
     with only(UsageError):
         _, entries = read_journal(path)
         for number, entry in enumerate(entries, start=1):

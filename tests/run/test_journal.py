@@ -20,7 +20,6 @@ from gptailor.recipe import Layer, Merge, Recipe, Take
 from gptailor.run import journal as module
 from gptailor.run.journal import (
     MAX_LINE_BYTES,
-    NAME,
     Journal,
     JournalReader,
     evaluations_in,
@@ -29,6 +28,7 @@ from gptailor.run.journal import (
 from gptailor.run.journal_entry import Begun, Closed, Entry, Header, Measured
 from gptailor.run.journal_line import from_line, to_line
 from gptailor.run.journal_schema import MAX_MODELS, MAX_REASON_CHARS
+from gptailor.run.layout import JOURNAL
 from tests.models.tiny import free_bytes, small_disk
 
 MODELS = {"base": "org/base", "red": "org/red"}
@@ -111,7 +111,7 @@ def test_very_many_documents_are_told_without_their_values() -> None:
 
 
 def test_written_and_read_on(tmp_path: Path) -> None:
-    reader = JournalReader(tmp_path / NAME)
+    reader = JournalReader(tmp_path / JOURNAL)
     assert reader.read() == []
     journal = Journal(tmp_path, HEADER)
     assert reader.read() == [HEADER]
@@ -122,17 +122,17 @@ def test_written_and_read_on(tmp_path: Path) -> None:
     journal.close()
     journal.close()
     assert reader.read() == [Closed()]
-    assert read_journal(tmp_path / NAME) == (HEADER, [HEADER, *ENTRIES[1:5], Closed()])
+    assert read_journal(tmp_path / JOURNAL) == (HEADER, [HEADER, *ENTRIES[1:5], Closed()])
 
 
 def test_torn_anywhere(tmp_path: Path) -> None:
     """Wherever a line broke off: readers wait, the owner mends, nobody sees anything twice."""
     rows = [evaluation(i) for i in range(3)]
     Journal(tmp_path, HEADER, rows[:2])
-    whole = (tmp_path / NAME).read_bytes()
+    whole = (tmp_path / JOURNAL).read_bytes()
     last = to_line(rows[2])
     for cut in [*range(0, len(last), 97), len(last) - 1]:
-        path = tmp_path / NAME
+        path = tmp_path / JOURNAL
         path.write_bytes(whole + last[:cut])
         reader = JournalReader(path)
         assert reader.read() == [HEADER, *rows[:2]]
@@ -146,7 +146,7 @@ def test_torn_anywhere(tmp_path: Path) -> None:
 def test_what_a_power_cut_leaves(rest: bytes, tmp_path: Path) -> None:
     rows = [evaluation(i) for i in range(3)]
     Journal(tmp_path, HEADER, rows[:1])
-    path = tmp_path / NAME
+    path = tmp_path / JOURNAL
     with path.open("ab") as file:
         file.write(rest)
     Journal(tmp_path, HEADER, rows, [Measured("red", Similarity((1.0,), ((0.0, 0.5),) * 2))])
@@ -160,7 +160,7 @@ def test_what_a_power_cut_leaves(rest: bytes, tmp_path: Path) -> None:
 def test_a_journal_that_was_replaced_or_shortened(tmp_path: Path) -> None:
     rows = [evaluation(i) for i in range(3)]
     Journal(tmp_path, HEADER, rows)
-    path = tmp_path / NAME
+    path = tmp_path / JOURNAL
     reader = JournalReader(path)
     assert reader.read() == [HEADER, *rows]
     path.rename(tmp_path / "old")
@@ -176,17 +176,17 @@ def test_a_long_journal_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Mo
     rows = [evaluation(*range(i % 5)) for i in range(60)]
     journal = Journal(tmp_path, HEADER)
     journal.append(rows)
-    reader = JournalReader(tmp_path / NAME)
+    reader = JournalReader(tmp_path / JOURNAL)
     assert len(reader.read()) < 10
-    assert evaluations_in(read_journal(tmp_path / NAME)[1]) == rows
+    assert evaluations_in(read_journal(tmp_path / JOURNAL)[1]) == rows
     distinct = list({(e.recipe.hash, e.documents): e for e in rows}.values())
     Journal(tmp_path, HEADER, distinct)
-    assert evaluations_in(read_journal(tmp_path / NAME)[1]) == rows
+    assert evaluations_in(read_journal(tmp_path / JOURNAL)[1]) == rows
 
 
 def test_a_reader_beside_a_writer(tmp_path: Path) -> None:
     rows = [evaluation(*range(i % 7)) for i in range(200)]
-    reader = JournalReader(tmp_path / NAME)
+    reader = JournalReader(tmp_path / JOURNAL)
     found: list[Entry] = []
 
     def read() -> None:
@@ -298,7 +298,7 @@ BITS = "bits:3:Aw=="
     ],
 )  # fmt: skip
 def test_hostile_lines(bad: bytes, message: str, tmp_path: Path) -> None:
-    path = tmp_path / NAME
+    path = tmp_path / JOURNAL
     path.write_bytes(to_line(HEADER) + bad + b"\n" + to_line(evaluation(0)))
     reader = JournalReader(path)
     assert reader.read() == [HEADER]  # what was good before is not lost
@@ -338,7 +338,7 @@ def test_a_line_full_of_errors_does_not_fill_the_memory(bad: bytes) -> None:
     "content", [b"x\n", b"{}\n", to_line(Closed()), to_line(evaluation(0)), b'{"a":1}\n', b"\n"]
 )
 def test_files_that_are_no_journals(content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / NAME
+    path = tmp_path / JOURNAL
     path.write_bytes(content)
     with pytest.raises(UsageError, match=r"journal\.jsonl"):
         read_journal(path)
@@ -348,26 +348,26 @@ def test_files_that_are_no_journals(content: bytes, tmp_path: Path) -> None:
 
 
 def test_no_regular_file(tmp_path: Path) -> None:
-    (tmp_path / "folder" / NAME).mkdir(parents=True)
+    (tmp_path / "folder" / JOURNAL).mkdir(parents=True)
     (tmp_path / "fifo").mkdir()
-    os.mkfifo(tmp_path / "fifo" / NAME)
+    os.mkfifo(tmp_path / "fifo" / JOURNAL)
     (tmp_path / "zero").mkdir()
-    (tmp_path / "zero" / NAME).symlink_to("/dev/zero")
+    (tmp_path / "zero" / JOURNAL).symlink_to("/dev/zero")
     (tmp_path / "circle").mkdir()
-    (tmp_path / "circle" / NAME).symlink_to(NAME)
+    (tmp_path / "circle" / JOURNAL).symlink_to(JOURNAL)
     for name in ("folder", "fifo", "zero", "circle"):
         for use in (
-            JournalReader(tmp_path / name / NAME).read,
+            JournalReader(tmp_path / name / JOURNAL).read,
             lambda n=name: Journal(tmp_path / n, HEADER),
         ):
             with pytest.raises(UsageError, match=r"journal\.jsonl"):
                 use()
-    assert JournalReader(tmp_path / "folder" / NAME / "x" / NAME).read() == []
+    assert JournalReader(tmp_path / "folder" / JOURNAL / "x" / JOURNAL).read() == []
 
 
 def test_a_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_LINE_BYTES", 4000)
-    path = tmp_path / NAME
+    path = tmp_path / JOURNAL
     path.write_bytes(to_line(HEADER) + b"x" * 4001)
     reader = JournalReader(path)
     assert reader.read() == [HEADER]
@@ -379,11 +379,11 @@ def test_a_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_journal_of_another_search_is_not_taken_over(tmp_path: Path) -> None:
     Journal(tmp_path, HEADER, [evaluation(0)])
-    before = (tmp_path / NAME).read_bytes()
+    before = (tmp_path / JOURNAL).read_bytes()
     other = Header(1, 3, {"search": {"seed": 1}}, "f", "d", {})
     with pytest.raises(UsageError, match=r"another configuration: search\.seed was 1, but is 0"):
         Journal(tmp_path, other)
-    assert (tmp_path / NAME).read_bytes() == before
+    assert (tmp_path / JOURNAL).read_bytes() == before
 
 
 @pytest.mark.system
@@ -398,8 +398,8 @@ def test_a_full_disk(tmp_path: Path) -> None:
                 rows = [evaluation(*range(i % 9)) for _ in range(5)]
                 journal.append(rows)
                 written += rows
-        assert read_journal(disk / NAME)[1] == written
+        assert read_journal(disk / JOURNAL)[1] == written
         (disk / "filler").unlink()
         journal.append([evaluation(1)])
-        assert read_journal(disk / NAME)[1] == [*written, evaluation(1)]
+        assert read_journal(disk / JOURNAL)[1] == [*written, evaluation(1)]
         journal.close()

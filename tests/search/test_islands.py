@@ -17,9 +17,10 @@ from gptailor.evaluation.outcome import Score
 from gptailor.execution.executor import EvaluationJob, SimilarityJob
 from gptailor.report import load_report
 from gptailor.run.folder import RunData, read_run
-from gptailor.run.island_folder import FOLDER, island_folder, parse_island
-from gptailor.run.journal import NAME, evaluations_in, read_journal
+from gptailor.run.island_folder import island_folder, parse_island
+from gptailor.run.journal import evaluations_in, read_journal
 from gptailor.run.journal_entry import Measured
+from gptailor.run.layout import ISLANDS, JOURNAL
 from gptailor.search import island_peers as module
 from gptailor.search.island_peers import IslandPeers
 from gptailor.search.migration import Migration
@@ -155,7 +156,7 @@ class Pair:
         return [e.recipe.hash for e in self.islands[island].refresh()]
 
     def journal(self, island: int) -> Path:
-        return island_folder(self.run, island) / NAME
+        return island_folder(self.run, island) / JOURNAL
 
 
 def test_news_come_once(tmp_path: Path) -> None:
@@ -274,7 +275,7 @@ def test_another_search(meta: dict[str, str], message: str, tmp_path: Path) -> N
         pytest.raises(UsageError, match=message),
     ):
         IslandPeers(tmp_path, 1, 2, archive)
-    assert not (island_folder(tmp_path, 1) / NAME).exists()
+    assert not (island_folder(tmp_path, 1) / JOURNAL).exists()
 
 
 def test_what_may_change(tmp_path: Path) -> None:
@@ -330,10 +331,10 @@ def test_scores_that_lack_an_objective_are_passed_over(tmp_path: Path) -> None:
 
 def test_folders_that_are_no_islands(tmp_path: Path) -> None:
     for name in ("x", "-1", "007", "9999999", "٣"):
-        (tmp_path / FOLDER / name).mkdir(parents=True)
-        (tmp_path / FOLDER / name / NAME).write_text("evil")
-    (tmp_path / FOLDER / "5").mkdir()
-    (tmp_path / FOLDER / "6").write_text("a file")
+        (tmp_path / ISLANDS / name).mkdir(parents=True)
+        (tmp_path / ISLANDS / name / JOURNAL).write_text("evil")
+    (tmp_path / ISLANDS / "5").mkdir()
+    (tmp_path / ISLANDS / "6").write_text("a file")
     pair = Pair(tmp_path)
     one = pair.evaluate(1, 0, 1)
     assert pair.look(0) == [one]

@@ -19,9 +19,10 @@ from gptailor.evaluation.outcome import Evaluation
 from gptailor.report import load_report
 from gptailor.run.archive import Archive
 from gptailor.run.folder import read_run
-from gptailor.run.island_folder import FOLDER, island_folder
-from gptailor.run.journal import NAME, evaluations_in, read_journal
+from gptailor.run.island_folder import island_folder
+from gptailor.run.journal import evaluations_in, read_journal
 from gptailor.run.journal_entry import Measured
+from gptailor.run.layout import ISLANDS, JOURNAL
 from tests.search.test_run import write_config
 
 COUNT = 3
@@ -87,7 +88,7 @@ class Fleet:
 
 
 def journal(run: Path, island: int) -> list[Evaluation]:
-    return evaluations_in(read_journal(island_folder(run, island) / NAME)[1])
+    return evaluations_in(read_journal(island_folder(run, island) / JOURNAL)[1])
 
 
 def archived(run: Path, island: int) -> list[Evaluation]:
@@ -165,7 +166,7 @@ def test_an_island_is_lost(
         mine = archived(run, island)
         assert keys(mine) == keys(journal(run, island))
         assert len([e for e in mine if e.documents == "search"]) >= 8  # both worked
-        _, entries = read_journal(island_folder(run, island) / NAME)
+        _, entries = read_journal(island_folder(run, island) / JOURNAL)
         measured = [entry for entry in entries if isinstance(entry, Measured)]
         # what the others did is none of its own progress
         assert fleet.gained(island).stat().st_size == len(mine) + len(measured)
@@ -188,7 +189,7 @@ def test_killed_and_resumed(models: dict[str, str], tasks_dir: Path, tmp_path: P
         fleet.wait_for(2, 8)
         fleet.kill(2)
         before = archived(run, 2)
-        path = island_folder(run, 2) / NAME
+        path = island_folder(run, 2) / JOURNAL
         lines = path.read_bytes().splitlines(keepends=True)
         written = [i for i, line in enumerate(lines) if line.startswith(b'{"evaluation"')]
         path.write_bytes(b"".join(lines[: written[-1]]) + lines[written[-1]][:100])  # torn
@@ -213,7 +214,7 @@ def test_a_run_is_of_one_kind(models: dict[str, str], tasks_dir: Path, tmp_path:
         verbs.search(config, resume=True)
     with pytest.raises(UsageError, match=r"another configuration: search.seed was 0, but is 7"):
         verbs.search(config, overrides=["search.seed=7"], island=(1, 2))
-    assert not (tmp_path / "run" / FOLDER / "1").exists()
+    assert not (tmp_path / "run" / ISLANDS / "1").exists()
     verbs.search(config, overrides=["search.evaluations=8"], island=(1, 2))
     searched = [e for e in read_run(tmp_path / "run").evaluations if e.documents == "search"]
     assert len(searched) == 8

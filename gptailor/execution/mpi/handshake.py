@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptailor.errors import UsageError
-from gptailor.execution.logs import FOLDER
 from gptailor.execution.mpi.messages import Hello
 from gptailor.execution.node.placement import Place
+from gptailor.run.layout import LOGS
 
 if TYPE_CHECKING:
     from gptailor.config import Config
@@ -122,7 +122,7 @@ def write_token(run_folder: Path) -> Path:
     Raises:
         OSError: the folder can't be written to.
     """
-    folder = run_folder / FOLDER
+    folder = run_folder / LOGS
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".shared-{secrets.token_hex(8)}"
     with path.open("w") as file:

@@ -20,6 +20,7 @@ from gptailor.errors import UsageError
 from gptailor.execution.slurm import queries as slurm
 from gptailor.run.archive import count_undisturbed
 from gptailor.run.job_record import JobRecord, read_all
+from gptailor.run.layout import ARCHIVE, ISLANDS
 from gptailor.run.pareto import most_small_layers
 
 STALE_S = 120.0
@@ -110,7 +111,7 @@ def look_at(run_folder: str | Path) -> RunStatus:
     """
     run = Path(run_folder)
     records = read_all(run)
-    if not records and not (run / "archive.db").is_file() and not (run / "islands").is_dir():
+    if not records and not (run / ARCHIVE).is_file() and not (run / ISLANDS).is_dir():
         raise UsageError(f"{run} holds no run: there is no archive, and no job was submitted.")
     jobs = job_states(records)
     evaluated = _evaluated(run, records)
@@ -218,11 +219,11 @@ def _silence(record: JobRecord) -> str:
 def _evaluated(run: Path, records: Sequence[JobRecord]) -> Evaluated:
     latest = max(records, key=lambda r: r.updated_at, default=None)
     total = latest.evaluations_total if latest is not None else 0
-    found = _in_journals(run) if (run / "islands").is_dir() else _in_archive(run)
+    found = _in_journals(run) if (run / ISLANDS).is_dir() else _in_archive(run)
     if found is None:
         done = max((r.evaluations_done for r in records), default=0)
         found = Evaluated(done=done, failed=sum(r.evaluations_failed for r in records))
-        if (run / "archive.db").exists() or (run / "islands").is_dir():
+        if (run / ARCHIVE).exists() or (run / ISLANDS).is_dir():
             found = replace(
                 found,
                 note="What was evaluated can't be read at the moment (it is being written, or a "

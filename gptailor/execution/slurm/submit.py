@@ -20,6 +20,7 @@ from typing import Any
 
 from gptailor.errors import UsageError, plain
 from gptailor.execution.slurm.supervisor import Supervisor
+from gptailor.run.layout import JOBS, LOGS
 
 OURS = (
     "array", "chdir", "cpus-per-task", "distribution", "error", "gpus-per-node", "job-name",
@@ -154,7 +155,7 @@ class JobRequest:
         """The parameters of submitit's Slurm executor, for one job or an array of several."""
         log = "job-%A_%a.log" if num_jobs > 1 else "job-%j.log"
         # one log for all turns of a job, next to those of the ranks
-        more: dict[str, Any] = {"requeue": True, "output": str(self.run_folder / "logs" / log)}
+        more: dict[str, Any] = {"requeue": True, "output": str(self.run_folder / LOGS / log)}
         more.update(self.slurm)
         if "no-requeue" in more:
             del more["requeue"]
@@ -186,7 +187,7 @@ class JobRequest:
     @property
     def submitit_folder(self) -> Path:
         """The folder of submitit's scripts and pickles."""
-        return self.run_folder / "jobs" / "submitit"
+        return self.run_folder / JOBS / "submitit"
 
 
 class SearchJob:
@@ -246,7 +247,7 @@ def submit(request: JobRequest, islands: Sequence[int | None]) -> list[str]:
     """
     import submitit
 
-    (request.run_folder / "logs").mkdir(parents=True, exist_ok=True)
+    (request.run_folder / LOGS).mkdir(parents=True, exist_ok=True)
     executor = submitit.SlurmExecutor(request.submitit_folder)
     executor.update_parameters(**request.parameters(len(islands)))
     functions = [SearchJob(request.command(island), request.max_requeues) for island in islands]
