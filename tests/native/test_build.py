@@ -139,5 +139,5 @@ def test_the_gpu_benchmark_says_that_there_is_no_gpu() -> None:
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
     assert re.fullmatch(
-        r"There is no GPU that can be used here.*: nothing to measure\.\n", done.stderr
+        r"There is no usable GPU here.*: nothing to measure\.\n", done.stderr
     )

@@ -124,7 +124,7 @@ def test_one_model_is_pure_pruning() -> None:
     ("layers", "words"),
     [
         ({"min": 9}, "min 9"),
-        ({"min": 5, "max": 4}, "min 5 and max 4"),
+        ({"min": 5, "max": 4}, "min 5 must not exceed max 4"),
         ({"max": 9}, "max 9"),
         ({"protect": [8]}, "layer 8"),
         ({"min": 1, "max": 1, "protect": [0, 1]}, "protect"),
