@@ -7,12 +7,14 @@ BIN := $(VENV)/bin
 TEST_PROCESSES ?= 3
 SOURCES := $(wildcard csrc/* gptailor/merging/*.py) setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test test-long test-slow sanitize lint typecheck bench clean
+.PHONY: demo test test-short test-long test-slow sanitize lint typecheck bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gptailor demo --workers 2
 
-test: lint typecheck
+test: lint typecheck test-short
+
+test-short: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not long and not slow and not gpu" -n $(TEST_PROCESSES) \
 		--dist loadfile --no-loadscope-reorder
 

@@ -390,6 +390,7 @@ def main_fails(capsys: pytest.CaptureFixture[str], exit_code: int, *words: objec
     return one_line("".join(lines))
 
 
+@pytest.mark.long  # reads the names of all tasks of lm-eval, to find a similar one
 def test_unknown_task(
     models: dict[str, str], tasks_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -138,6 +138,4 @@ def test_the_gpu_benchmark_says_that_there_is_no_gpu() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
-    assert re.fullmatch(
-        r"There is no usable GPU here.*: nothing to measure\.\n", done.stderr
-    )
+    assert re.fullmatch(r"There is no usable GPU here.*: nothing to measure\.\n", done.stderr)

@@ -158,7 +158,7 @@ def test_asynchronous_with_a_pool_uses_the_budget_and_goes_on(
     assert len([e for e in before if e.documents == "search"]) == 30
     assert len({e.recipe.hash for e in before if e.documents == "search"}) == 30
     assert {"dense", "paper"} <= {arm.partition(":")[0] for e in before for arm in e.arms}
-    verbs.search(config, overrides=["search.evaluations=40"], resume=True)
+    verbs.search(config, overrides=["search.evaluations=40"], resume=True)  # without the pool
     after = evaluations(tmp_path / "run")
     assert len({e.recipe.hash for e in after if e.documents == "search"}) == 40
     assert [e.number for e in after[: len(before)]] == [e.number for e in before]

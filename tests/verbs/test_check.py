@@ -329,7 +329,14 @@ def state(place: Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in sorted(place.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("name", BROKEN)
+LONG = "a_task_that_there_is_not"
+"""Reads the names of all tasks of lm-eval, to find a similar one."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.long if name == LONG else ()) for name in BROKEN],
+)
 def test_check_refuses_what_a_search_refuses(name: str, place: Path) -> None:
     change, sentence = BROKEN[name]
     config = good(place)
