@@ -30,6 +30,8 @@ from tests.cluster.settings import CLUSTER, Settings
 ROOT = Path(__file__).resolve().parents[2]
 NODE_MARK = "SLURMD_NODENAME"
 """Slurm sets it in tasks; slurmd and its step daemons have it from us."""
+ASK_EVERY_S = 0.5
+"""Between two looks at a job: each starts programs, and the searches need the processors."""
 UNFINISHED = {"", "PENDING", "RUNNING", "REQUEUED", "RESIZING", "SUSPENDED", "COMPLETING"}
 
 
@@ -154,7 +156,10 @@ class Cluster:
     def wait_past(self, job: str, state: str, timeout_s: float = 60) -> None:
         """Waits until a job once was in that state, as far as sacct knows (it lags behind)."""
         wait_until(
-            lambda: state in [past for past, _ in self.sacct(job)], timeout_s, f"{job}: {state}"
+            lambda: state in [past for past, _ in self.sacct(job)],
+            timeout_s,
+            f"{job}: {state}",
+            ASK_EVERY_S,
         )
 
     def cancel(self, job: str) -> None:
@@ -191,7 +196,8 @@ class Cluster:
             )
 
         try:
-            wait_until(reached, timeout_s, f"job {job} {' or '.join(states) or 'ends'}")
+            what = f"job {job} {' or '.join(states) or 'ends'}"
+            wait_until(reached, timeout_s, what, ASK_EVERY_S)
         except TimeoutError as error:
             raise TimeoutError(f"{error}; it is {self.sacct(job)}, {self.squeue(job)}") from None
         return now()

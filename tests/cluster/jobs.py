@@ -9,7 +9,7 @@ from tests.cluster.processes import wait_until
 from tests.cluster.searches import Search
 
 
-def submit(cluster: Cluster, search: Search, *options: str, ranks: int = 4) -> str:
+def submit(cluster: Cluster, search: Search, *options: str, ranks: int = 3) -> str:
     """`sbatch slurm/search.sh` on two nodes; returns the job's id."""
     gpus = [f"--gpus-per-node={cluster.settings.gpus}"]
     return cluster.submit(

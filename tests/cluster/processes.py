@@ -15,13 +15,15 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def wait_until(reached: Callable[[], object], timeout_s: float, what: str) -> None:
-    """Looks ten times a second; raises TimeoutError that says what was waited for."""
+def wait_until(
+    reached: Callable[[], object], timeout_s: float, what: str, every_s: float = 0.1
+) -> None:
+    """Looks every `every_s` seconds; raises TimeoutError that says what was waited for."""
     end = time.monotonic() + timeout_s
     while not reached():
         if time.monotonic() > end:
             raise TimeoutError(f"not within {timeout_s:g} s: {what}")
-        time.sleep(0.1)
+        time.sleep(every_s)
 
 
 def answers(*command: str, env: Mapping[str, str]) -> bool:

@@ -39,7 +39,7 @@ def test_a_node_dies(cluster: Cluster, tmp_path: Path, front: Front) -> None:
 
 def test_the_node_of_rank_0_dies(cluster: Cluster, tmp_path: Path, front: Front) -> None:
     search = make_search(tmp_path / "search", seconds=0.5)
-    job = submit(cluster, search, ranks=3)
+    job = submit(cluster, search)
     seen = search.wait_for(8)
     cluster.kill_node("n1")
     cluster.run("scontrol", "update", "nodename=n1", "state=down", "reason=no answer")  # at once
@@ -70,7 +70,7 @@ def test_the_time_limit(cluster: Cluster, tmp_path: Path) -> None:
 
 def test_preemption(cluster: Cluster, tmp_path: Path, front: Front) -> None:
     search = make_search(tmp_path / "search", seconds=0.5)
-    job = submit(cluster, search, ranks=3)
+    job = submit(cluster, search)
     seen = search.wait_for(8)
     high = cluster.submit("-N2", "--exclusive", "-p", "high", "--wrap", "sleep 3")
     assert cluster.wait(high) == "COMPLETED"
@@ -84,7 +84,7 @@ def test_preemption(cluster: Cluster, tmp_path: Path, front: Front) -> None:
 
 def test_scancel_and_resume(cluster: Cluster, tmp_path: Path, front: Front) -> None:
     search = make_search(tmp_path / "search", seconds=0.5)
-    job = submit(cluster, search, ranks=3)
+    job = submit(cluster, search)
     seen = search.wait_for(8)
     cluster.cancel(job)
     assert cluster.wait(job) == "CANCELLED"
@@ -92,7 +92,7 @@ def test_scancel_and_resume(cluster: Cluster, tmp_path: Path, front: Front) -> N
     check_status(cluster, search, job)
     later = search.rows()
     assert len(later) < search.evaluations
-    again = submit(cluster, search, ranks=3)
+    again = submit(cluster, search)
     assert cluster.wait(again, timeout_s=300) == "COMPLETED"
     search.check(seen, later)
     assert search.front() == front
@@ -141,7 +141,7 @@ def test_five_kills_each_after_a_new_result(
 
 def test_a_site_that_does_not_requeue(strict_cluster: Cluster, tmp_path: Path) -> None:
     search = make_search(tmp_path / "search", seconds=0.5, evaluations=48)
-    job = submit(strict_cluster, search, ranks=3)
+    job = submit(strict_cluster, search)
     seen = search.wait_for(8)
     strict_cluster.signal_ranks(job, signal.SIGUSR2)
     assert strict_cluster.wait(job) == "FAILED"
@@ -149,7 +149,7 @@ def test_a_site_that_does_not_requeue(strict_cluster: Cluster, tmp_path: Path) -
     assert "submit the same command again" in (tmp_path / "search" / "job.log").read_text()
     check_status(strict_cluster, search, job)
     later = search.rows()
-    again = submit(strict_cluster, search, ranks=3)
+    again = submit(strict_cluster, search)
     assert strict_cluster.wait(again, timeout_s=300) == "COMPLETED"
     search.check(seen, later)
 
@@ -176,7 +176,7 @@ def test_islands_of_which_one_is_lost(cluster: Cluster, tmp_path: Path) -> None:
 
 def test_a_crash_in_one_rank_ends_the_job(cluster: Cluster, tmp_path: Path) -> None:
     search = make_search(tmp_path / "search", seconds=0, crashes=True)
-    job = submit(cluster, search, ranks=3)
+    job = submit(cluster, search)
     assert cluster.wait(job) == "FAILED"
     assert cluster.sacct(job) == [("FAILED", 1)]
     text = (tmp_path / "search" / "job.log").read_text()

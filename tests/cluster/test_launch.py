@@ -147,7 +147,7 @@ def test_a_job_is_told_truly_from_its_submission_to_its_end(launcher: Launcher) 
 
     launcher.cluster.run("scontrol", "release", job)
     launcher.wait_for_ranks(job, 5)
-    wait_until(lambda: launcher.status()[job]["note"] == "", 20, "the record says running")
+    wait_until(lambda: launcher.status()[job]["note"] == "", 20, "the record says running", 0.5)
     told = launcher.status()[job]
     assert (told["state"], told["runs"]) == ("RUNNING", True)
     assert 1000 < told["time_left_s"] <= 1200
@@ -159,7 +159,7 @@ def test_a_job_is_told_truly_from_its_submission_to_its_end(launcher: Launcher) 
     code, said = launcher.gptailor("cancel", launcher.run)
     assert (code, said) == (0, f"Ended: {job}. `gptailor search … --resume` continues.\n")
     assert launcher.cluster.squeue(job)[0] in ("", "CANCELLED")
-    wait_until(lambda: not launcher.status()[job]["is_live"], 20, "sacct knows")
+    wait_until(lambda: not launcher.status()[job]["is_live"], 20, "sacct knows", 0.5)
     told = launcher.status()[job]
     assert (told["state"], told["exit_code"]) == ("CANCELLED", None)
     assert told["record"]["exit_code"] == 143
