@@ -1,4 +1,4 @@
-"""Statistics for tests that need some, whatever they say: written by hand, without a model run."""
+"""Made-up statistics for tests that need some: written directly, without running a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.models.tiny import Array, Entry, encoded, file_bytes, load_model
 
 
 def drawn_statistics(method: str, model: str, tensors: Mapping[str, Entry]) -> dict[str, Array]:
-    """Fisher information over a wide range, or Gram matrices of inputs that are correlated."""
+    """Fisher information over a wide range, or Gram matrices of correlated inputs."""
     result = {}
     for name, (_, shape, _) in tensors.items():
         rng = np.random.default_rng(zlib.crc32(f"{method}/{model}/{name}".encode()))
@@ -36,7 +36,7 @@ def save_statistics(
     changes: Mapping[str, Array | None] | None = None,
     **metadata: str,
 ) -> Path:
-    """Writes `NAME.METHOD.safetensors` for models; `changes` are other tensors, None drops one."""
+    """Writes NAME.METHOD.safetensors for each model; `changes` replaces tensors, None drops one."""
     folder.mkdir(exist_ok=True)
     for model, place in models.items():
         values: dict[str, Any] = drawn_statistics(method, model, load_model(Path(place)))

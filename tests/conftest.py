@@ -1,7 +1,7 @@
-"""What the tests share: a tiny family of real Llama models and tasks of every kind.
+"""Shared by the tests: a tiny family of real Llama models, and tasks of every kind.
 
-The family is random but not arbitrary: the variants are small steps away from the base, as
-finetunes are, and the tokenizer is a real one.
+The family is random but not arbitrary: the variants are small steps away from the base, like
+finetunes, and the tokenizer is a real one.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval's bootstrap: its pool can wait forever
-# Tests run side by side, one per core. Two threads each, on models this small, mostly wait.
+# Tests run side by side, one per core. With models this small, a second thread mostly waits.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TESTS = Path(__file__).parent
 LONGEST_FIRST = ("execution", "search", "cluster", "verbs", "commands", "docs", "evaluation")
-"""Folders whose files take longest: begun first, so that no process is left with one at the end."""
+"""Folders whose files take longest: started first, so none is left running alone at the end."""
 
 NUM_LAYERS = 6
 WORDS = [f"w{i:02d}" for i in range(90)]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For tests that run side by side, each file in one process (`--dist loadfile`)."""
+    """Puts long files first, for parallel runs that keep a file in one process (`loadfile`)."""
     order = {folder: number for number, folder in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: order.get(item.path.relative_to(TESTS).parts[0], len(order)))
 
@@ -127,7 +127,7 @@ _TASKS = {
         ],
     },
     "t_differing": {
-        # as winogrande: one context for each choice, one continuation for all
+        # like winogrande: one context for each choice, one continuation for all
         "output_type": "multiple_choice",
         "doc_to_text": "{{gold}}",
         "doc_to_choice": "{{contexts}}",

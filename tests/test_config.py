@@ -69,8 +69,8 @@ output: runs/smollm2
     assert config.search.arms[0] == "block_influence"
 
 
-def test_words_that_older_yaml_takes_for_truth_values(tmp_path: Path) -> None:
-    """Names stay names, and truth values may be written in either way."""
+def test_words_that_older_yaml_reads_as_booleans(tmp_path: Path) -> None:
+    """Names stay names, and booleans may be written either way."""
     path = tmp_path / "s.yaml"
     path.write_text(
         "models: {no: a/b, on: a/m, 2026-01-01: a/d}\nbase: no\nspace: {scale: off}\n"
@@ -255,7 +255,7 @@ def test_wrong_overrides(tmp_path: Path, override: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_paths_are_seen_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("local", "tasks"):
         (tmp_path / "a" / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -271,10 +271,10 @@ def test_paths_are_seen_from_the_file(tmp_path: Path, monkeypatch: pytest.Monkey
         "hub": "org/x@v2",
     }
     assert config.evaluation.include_path == str(tmp_path / "a" / "tasks")
-    assert config.output == "runs/x"  # seen from where the command runs
+    assert config.output == "runs/x"  # relative to where the command runs
 
 
-def test_include_path_must_be_there(tmp_path: Path) -> None:
+def test_include_path_must_exist(tmp_path: Path) -> None:
     path = written(tmp_path, changed("evaluation.include_path", "nowhere"))
     with pytest.raises(UsageError, match=f"include_path: the folder {tmp_path}/nowhere does not"):
         read_config(path)
@@ -295,7 +295,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert isinstance(again, Config)
 
 
-def test_files_that_are_no_configuration(tmp_path: Path) -> None:
+def test_unreadable_configurations(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere.yaml"):
         with pytest.raises(UsageError, match=f"The configuration {path} can't be read"):
             read_config(path)
@@ -312,8 +312,8 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
             read_config(path)
 
 
-def test_examples_are_turns_where_there_is_a_chat() -> None:
-    """As in lm-eval's command line."""
+def test_fewshot_examples_are_turns_of_a_chat() -> None:
+    """Like in lm-eval's command line."""
     chat = {"tasks": ["x"], "apply_chat_template": True}
     assert parse_evaluation(chat, "s.yaml").fewshot_as_multiturn
     assert not parse_evaluation({**chat, "fewshot_as_multiturn": False}, "s").fewshot_as_multiturn
@@ -354,7 +354,7 @@ def test_the_old_name_of_a_key_is_read_with_a_note(
     assert sentence in said
 
 
-def test_a_key_by_both_names_is_refused() -> None:
+def test_a_key_under_both_names_is_refused() -> None:
     data = {"search": {"seeds": ["random"], "arms": ["random"]}}
     with pytest.raises(UsageError, match=r"search\.seeds is now called search\.arms: leave"):
         parse_config(data, "s.yaml")

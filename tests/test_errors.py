@@ -1,4 +1,4 @@
-"""Exit codes, and names with the nearest right one."""
+"""Exit codes, and suggestions for misspelt names."""
 
 from __future__ import annotations
 

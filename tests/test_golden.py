@@ -1,13 +1,12 @@
-"""Whole results, recorded: same seeds, same recipes, archives, journals, bytes and reports.
+"""Recorded results: the same seeds give the same recipes, archives, journals, bytes and reports.
 
-A change that only moves code changes nothing here. One that means to change results blesses them
-anew, and says in its commit why:
+A change that only moves code changes nothing here. A change that is meant to alter results records
+them again, and its commit message says why:
 
     python -m tests.test_golden
 
-What is recorded has no float that depends on a processor's kernels: searches score recipes by a
-formula, in simulated time, and stitched weights are what the engine promises to be the same
-everywhere.
+The recorded results contain no float that depends on a processor's kernels: searches score recipes
+by a formula, in simulated time, and the engine promises the same stitched weights everywhere.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def digest(data: bytes | str) -> str:
 
 @contextmanager
 def counted_time() -> Iterator[None]:
-    """A clock that goes on by a second whenever it is asked."""
+    """A clock that advances by a second each time it is read."""
     clock = itertools.count(1_700_000_000)
     real = time.time
     time.time = lambda: float(next(clock))
@@ -70,7 +69,7 @@ def counted_time() -> Iterator[None]:
 
 
 def rows(archive: Archive) -> list[str]:
-    """What an archive holds, a line for each evaluation: with whom a difference begins is seen."""
+    """An archive as one line per evaluation, which shows where a difference begins."""
     return [
         f"{e.documents} {e.recipe.hash[:12]} {e.recipe.num_layers} {e.parameters} "
         f"{e.outcome.status} {e.outcome.accuracy} {' '.join(e.arms)}".rstrip()
@@ -100,7 +99,7 @@ def searched(
 
 
 def demo_score(recipe: Recipe) -> float | None:
-    """Layers are of use by depth and source; a few recipes fail."""
+    """A layer's use depends on its depth and source; a few recipes fail."""
     if recipe.hash.startswith("00"):
         return None
     value = 0.0
@@ -112,35 +111,35 @@ def demo_score(recipe: Recipe) -> float | None:
 
 
 def demo_generational(folder: Path) -> list[str]:
-    """The demo's own search, generation after generation."""
+    """The demo's own search, by generations."""
     config = read_config(DEMO / "search.yaml")
     assert config.search.schedule == "auto"
     family = Family(config.models, config.base)
-    # a hash has the models' references in it: no path of this machine
+    # hashes cover the models' references, which must not be paths of this machine
     named = config.model_copy(update={"models": {name: f"demo/{name}" for name in config.models}})
     return searched(folder, named, family, 2, demo_score)
 
 
 def asynchronous(folder: Path) -> list[str]:
-    """Seven workers for which children are made one by one."""
+    """Seven workers, with children made one at a time."""
     config = make_config(schedule="asynchronous", evaluations=120)
     return searched(folder, config, family_of(NUM_LAYERS), 7, lambda r: synthetic(r).accuracy)
 
 
 def differing_ends(folder: Path) -> list[str]:
-    """Models that differ in embeddings and head, so that these are genes, too."""
+    """Models that differ in embeddings and head, so these are genes, too."""
     apart = {name: name for name in MODELS}
     ends = Ends(apart, apart)
     return searched(folder, make_config(), family_of(NUM_LAYERS, ends), 1, demo_score)
 
 
 def islands(folder: Path) -> list[str]:
-    """Three islands after one another; each dies once, and goes on later: the journals' lines."""
+    """Three islands in turn, each of which dies once and resumes later: the journals' lines."""
     config = make_config(evaluations=90)
-    clock = itertools.count(step=40)  # whoever is not heard of for two looks is lost
+    clock = itertools.count(step=40)  # an island that is silent for two looks is lost
 
     class Mortal(Simulated):
-        """Dies after so many jobs."""
+        """Dies after `left` jobs."""
 
         left = 10**9
 
@@ -172,7 +171,7 @@ def islands(folder: Path) -> list[str]:
                 run.search()
                 run.holdout([e.recipe for e in worth_a_holdout(run.evaluations("search"))])
             except Lost:
-                return  # as kill -9: without a word to the others
+                return  # like kill -9: without notice to the others
             with others:
                 pass
 
@@ -191,7 +190,7 @@ def islands(folder: Path) -> list[str]:
 
 
 def entry(method: str, number: int, models: list[str], rng: np.random.Generator) -> Merge:
-    """A merge with some of the values that a method can have."""
+    """A merge with values drawn from those the method allows."""
     declared = METHODS[method]
     most = min(declared.max_sources, len(models))
     count = int(rng.integers(declared.min_sources, most + 1))
@@ -230,9 +229,9 @@ def canonical(folder: Path) -> list[str]:
 
 
 def stitched(folder: Path) -> list[str]:
-    """Every file of a folder that was stitched with every method."""
+    """Every file of folders stitched with each method."""
     before = Path.cwd()
-    os.chdir(folder)  # so that no name depends on the machine
+    os.chdir(folder)  # keeps names independent of the machine
     try:
         models = {n: f"models/{n}" for n in save_family(Path("models"), list(MODELS), num_layers=4)}
         for method in ("fisher", "regmean"):
@@ -260,7 +259,7 @@ def stitched(folder: Path) -> list[str]:
 
 
 def report(folder: Path) -> list[str]:
-    """Every file that a report has, but for pictures, whose bytes are matplotlib's."""
+    """Every file of a report except pictures, whose bytes depend on matplotlib."""
     run = make_run(folder / "run", seed=3, count=60)
     write_report(run)
     found = [p for p in sorted(run.rglob("*")) if p.suffix in (".html", ".csv", ".json", ".yaml")]
@@ -280,7 +279,7 @@ def test_results_are_as_recorded(made: Callable[[Path], list[str]], tmp_path: Pa
 
 
 def bless(folder: Path) -> None:
-    """Records what is there now."""
+    """Records the current results."""
     results = {}
     for made in RECORDED:
         place = folder / made.__name__

@@ -1,4 +1,4 @@
-"""What takes long says so, every ten seconds at first; what is quick says nothing."""
+"""Long steps report progress, every ten seconds at first; quick ones print nothing."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from tests.search.test_run import write_config
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seconds instead of tens of seconds."""
+    """A tenth of a second between lines instead of ten seconds."""
     monkeypatch.setattr(patience, "EVERY_S", 0.1)
 
 
-def test_a_quick_step_says_nothing() -> None:
+def test_a_quick_step_prints_nothing() -> None:
     said: list[str] = []
     with slowly("Working", said.append):
         pass
     assert said == []
 
 
-def test_a_long_step_says_what_it_is_at(quick: None) -> None:
+def test_a_long_step_reports_progress(quick: None) -> None:
     said: list[str] = []
     done = 0
     with slowly("Reading", said.append, lambda: f"{done} of 3 files"):
@@ -40,10 +40,10 @@ def test_a_long_step_says_what_it_is_at(quick: None) -> None:
     assert said[0] == "Reading: 1 of 3 files (0 s)"
     assert said[-1].startswith("Reading: 3 of 3 files (")
     time.sleep(0.2)
-    assert said[-1].startswith("Reading: 3")  # it is over
+    assert said[-1].startswith("Reading: 3")  # no more lines after its end
 
 
-def test_an_inner_step_takes_the_place_of_an_outer_one(quick: None) -> None:
+def test_an_inner_step_replaces_the_outer_one(quick: None) -> None:
     said: list[str] = []
     with Patience(said.append) as waiting, waiting.step("Outside"):
         with waiting.step(lambda: "Inside"):
@@ -55,7 +55,7 @@ def test_an_inner_step_takes_the_place_of_an_outer_one(quick: None) -> None:
     assert all(text.startswith("Outside (") for text in said[inside:])
 
 
-def test_nothing_is_added_while_others_speak(quick: None) -> None:
+def test_no_lines_while_others_print(quick: None) -> None:
     said: list[str] = []
     with Patience(said.append) as waiting, waiting.step("Working"):
         for _ in range(30):
@@ -64,7 +64,7 @@ def test_nothing_is_added_while_others_speak(quick: None) -> None:
     assert said == []
 
 
-def test_a_night_is_told_in_few_lines() -> None:
+def test_a_long_step_takes_few_lines() -> None:
     said: list[str] = []
     waiting = Patience(said.append)
     with waiting.step("Evaluating"):
@@ -79,8 +79,8 @@ def test_a_night_is_told_in_few_lines() -> None:
     assert len(lines) < 75
 
 
-def test_what_can_not_be_told_now_is_told_later(quick: None) -> None:
-    """What is looked at may change in that moment; an error in it must not end anything."""
+def test_an_error_while_looking_is_retried(quick: None) -> None:
+    """The state may change while it is read; an error there must not end anything."""
     said: list[str] = []
     looks = 0
 
@@ -103,7 +103,7 @@ def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_a_search_tells_how_far_a_candidate_is_measured(
+def test_a_search_reports_how_far_a_candidate_is_measured(
     quick: None,
     models: dict[str, str],
     tasks_dir: Path,

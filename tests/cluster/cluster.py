@@ -1,4 +1,4 @@
-"""A Slurm cluster of one's own: two virtual nodes on this machine, and what can befall them."""
+"""A private Slurm cluster: two virtual nodes on this machine, and faults to inject."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from tests.cluster.settings import CLUSTER, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 NODE_MARK = "SLURMD_NODENAME"
-"""Slurm sets it in tasks; slurmd and its step daemons have it from us."""
+"""Slurm sets it in tasks; we set it for slurmd and its step daemons."""
 ASK_EVERY_S = 0.5
-"""Between two looks at a job: each starts programs, and the searches need the processors."""
+"""Interval for polling jobs: each poll starts programs, and the searches need the cores."""
 UNFINISHED = {"", "PENDING", "RUNNING", "REQUEUED", "RESIZING", "SUSPENDED", "COMPLETING"}
 
 
@@ -43,7 +43,7 @@ class Cluster:
 
     Attributes:
         folder: configuration, logs and state.
-        env: the environment in which srun, sbatch, sacct and gptailor know this cluster.
+        env: the environment with which srun, sbatch, sacct and gptailor find this cluster.
     """
 
     def __init__(self, *, may_requeue: bool = True) -> None:
@@ -52,11 +52,11 @@ class Cluster:
         self.settings = Settings(self.folder, gpus=gpus, may_requeue=may_requeue)
         self.env = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PMI", "OMPI_"))},
-            "PATH": f"{Path(sys.executable).parent}:{PATH}",  # gptailor lies beside python
+            "PATH": f"{Path(sys.executable).parent}:{PATH}",  # gptailor is installed next to python
             "SLURM_CONF": str(self.settings.slurm_conf),
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
-            # the two nodes are one host, where Open MPI would try shared memory between them
+            # both nodes are one host, so Open MPI would try shared memory between them
             "OMPI_MCA_btl": "self,tcp",
             "OMPI_MCA_btl_tcp_if_include": "lo",
             "OMPI_MCA_pml": "ob1",
@@ -68,10 +68,10 @@ class Cluster:
         self._daemons: list[Daemon] = []
         self._slurmd: dict[str, Daemon] = {}
 
-    # life
+    # start and stop
 
     def start(self) -> None:
-        """Returns when both nodes are idle; raises with the log of the daemon that did not come."""
+        """Returns when both nodes are idle; raises with a daemon's log if it does not come up."""
         settings, folder = self.settings, self.folder
         own = [f"{kind}-{node}" for kind in ("spool", "tmp") for node in settings.nodes]
         for name in ("database", "tmp-database", "state", *own):
@@ -107,10 +107,10 @@ class Cluster:
             self._wait_for_node(node)
 
     def stop(self) -> None:
-        """Ends every daemon and every process of every job, and removes the folder."""
+        """Kills every daemon and every process of every job, and removes the folder."""
         try:
             for daemon in [*self._slurmd.values(), *self._daemons]:
-                daemon.kill()  # without a word: nothing of it will be used again
+                daemon.kill()  # no clean shutdown: none of its state is needed again
             kill_all(**self._mine)
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -134,7 +134,7 @@ class Cluster:
     def run(
         self, *command: str | os.PathLike[str], check: bool = True, timeout_s: float = 60
     ) -> str:
-        """Output of a command in this cluster's environment; stderr is in it, too."""
+        """Output of a command in this cluster's environment, including stderr."""
         done = subprocess.run(
             [str(word) for word in command],
             check=False,
@@ -154,7 +154,7 @@ class Cluster:
         return self.run("sbatch", "--parsable", *arguments).split(";")[0].split()[-1]
 
     def wait_past(self, job: str, state: str, timeout_s: float = 60) -> None:
-        """Waits until a job once was in that state, as far as sacct knows (it lags behind)."""
+        """Waits until sacct, which lags behind, has seen a job in that state."""
         wait_until(
             lambda: state in [past for past, _ in self.sacct(job)],
             timeout_s,
@@ -167,11 +167,11 @@ class Cluster:
         self.run("scancel", job)
 
     def jobs(self) -> list[str]:
-        """Ids of all jobs that wait, run or end."""
+        """Ids of all jobs that are waiting, running or ending."""
         return sorted(set(self.run("squeue", "-h", "-a", "-o", "%A").split()))
 
     def squeue(self, job: str) -> tuple[str, str]:
-        """State and reason of a job in the queue, for example PENDING and BeginTime."""
+        """State and reason of a queued job, for example PENDING and BeginTime."""
         text = self.run("squeue", "-h", "-j", job, "-o", "%T|%r", check=False)
         state, _, reason = text.strip().partition("|")
         return (state, reason) if reason else ("", "")
@@ -202,53 +202,53 @@ class Cluster:
             raise TimeoutError(f"{error}; it is {self.sacct(job)}, {self.squeue(job)}") from None
         return now()
 
-    # what happens to them
+    # faults
 
     def processes(self, job: str) -> list[int]:
         """Processes of a job on all nodes: batch shell, srun, ranks and their children."""
-        if "_" in job:  # an element of an array has a number of its own, too
+        if "_" in job:  # an element of an array also has its own number
             job = self.run("squeue", "-h", "-j", job, "-o", "%A").strip()
         return find(SLURM_JOB_ID=job, **self._mine)
 
     def ranks(self, job: str) -> dict[int, int]:
-        """Process ids of the MPI ranks that run now, by rank."""
+        """Process ids of the running MPI ranks, by rank."""
         found = {}
         for pid in self.processes(job):
             here = environment(pid)
-            # a batch shell and its srun have SLURM_PROCID 0, too
+            # a batch shell and its srun also have SLURM_PROCID 0
             if "SLURM_STEP_ID" in here and program(parent(pid)) == "slurmstepd":
                 found[int(here["SLURM_PROCID"])] = pid
         return found
 
     def kill_rank(self, job: str, rank: int) -> None:
-        """SIGKILL, as the kernel does when memory is exhausted."""
+        """SIGKILL, like the kernel's when memory is exhausted."""
         os.kill(self.ranks(job)[rank], signal.SIGKILL)
 
     def signal_ranks(self, job: str, number: int) -> None:
-        """What `--signal` does before the time limit: every rank gets it, the batch shell not."""
+        """Like `--signal` before the time limit: all ranks get it, the batch shell does not."""
         self.run("scancel", f"--signal={number}", job)
 
     def kill_node(self, node: str) -> None:
-        """A node without power: slurmd, step daemons and all tasks are gone at once."""
+        """Like a power cut: slurmd, step daemons and all tasks are gone at once."""
         self._slurmd[node].kill()
         kill_all(**{NODE_MARK: node}, **self._mine)
 
     def restart_node(self, node: str) -> None:
-        """Power again; does nothing to a node that is up."""
+        """Power is back; does nothing to a node that is up."""
         if not self._slurmd[node].alive:
             self._slurmd[node].start()
             self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
         self._wait_for_node(node)
 
     def node_state(self, node: str) -> str:
-        """For example "idle", "mixed", "down"; with a star where it does not answer."""
+        """For example "idle", "mixed", "down"; with a star if the node does not respond."""
         return self.run("sinfo", "-h", "-N", "-p", "main", "-n", node, "-o", "%T").strip()
 
     # parts
 
     @property
     def _mine(self) -> dict[str, str]:
-        """What every process of this cluster was started with, and of no other."""
+        """Environment that only this cluster's processes were started with."""
         return {"SLURM_CONF": self.env["SLURM_CONF"]}
 
     def _daemon(self, name: str, *options: str, env: Mapping[str, str] | None = None) -> Daemon:
@@ -262,7 +262,7 @@ class Cluster:
     def _start_database(self) -> Daemon:
         folder = self.folder
         common = ("--no-defaults", f"--datadir={folder}/database", f"--user={getpass.getuser()}")
-        # in a common folder, two that install at the same moment delete each other's files
+        # in a common folder, two installations at once delete each other's files
         install = ("env", f"TMPDIR={folder / 'tmp-database'}", "mariadb-install-db")
         self.run(*install, *common, "--skip-test-db", "--skip-name-resolve")
         (folder / "database.sql").write_text(self.settings.database_text())
@@ -271,14 +271,14 @@ class Cluster:
             *(*common, f"--socket={folder}/mariadb.sock", f"--pid-file={folder}/mariadbd.pid"),
             *("--bind-address=127.0.0.1", f"--port={self.settings.ports[2]}"),
             *(f"--init-file={folder}/database.sql", "--skip-name-resolve"),
-            # what slurmdbd asks for, and nothing that makes a throw-away database durable
+            # what slurmdbd asks for, and no durability for a throw-away database
             *("--innodb-buffer-pool-size=64M", "--innodb-lock-wait-timeout=900"),
             *("--innodb-log-file-size=16M", "--innodb-flush-log-at-trx-commit=0"),
             *("--sync-binlog=0", "--skip-log-bin", "--performance-schema=OFF"),
         )
 
     def _make_gpus(self, count: int) -> bool:
-        """Devices that do nothing: Slurm takes no plain files for GPUs. Only root can make them."""
+        """Dummy devices, as Slurm does not accept plain files as GPUs. Only root can make them."""
         try:
             for index in range(count):
                 mode = stat.S_IFCHR | 0o666
@@ -294,7 +294,7 @@ class Cluster:
 
 @contextmanager
 def running(cluster: Cluster) -> Iterator[Cluster]:
-    """Starts a cluster, and takes it down whatever happens."""
+    """Starts a cluster, and stops it whatever happens."""
     try:
         cluster.start()
         yield cluster

@@ -1,4 +1,4 @@
-"""The cluster of the test session; each test finds it without jobs and with all nodes up."""
+"""The test session's cluster; each test starts without jobs and with all nodes up."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def cluster(session_cluster: Cluster) -> Iterator[Cluster]:
 
 @pytest.fixture
 def strict_cluster(session_strict_cluster: Cluster) -> Iterator[Cluster]:
-    """The same at a site that refuses to requeue jobs."""
+    """The same, but it refuses to requeue jobs."""
     yield session_strict_cluster
     session_strict_cluster.reset()
 
 
 @pytest.fixture(scope="session")
 def front(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, float]]:
-    """What one process finds, from generation to generation, with the same seed."""
+    """The front that a single process finds, by generations, with the same seed."""
     search = make_search(tmp_path_factory.mktemp("alone") / "search", seconds=0)
     command = [sys.executable, "-m", "gptailor.cli", "search", str(search.config)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -56,7 +56,7 @@ def front(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, float]]:
 
 @pytest.fixture(autouse=True)
 def logs(tmp_path: Path) -> Iterator[None]:
-    """What the jobs said, shown with a test that fails."""
+    """The jobs' logs, shown when a test fails."""
     yield
     for log in [*tmp_path.rglob("*.log"), *tmp_path.rglob("*.out")]:
         print(
@@ -66,7 +66,7 @@ def logs(tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def mpich() -> Path:
-    """The library of MPICH, from its wheel, beside the Open MPI of the system."""
+    """MPICH's library, from its wheel, beside the system's Open MPI."""
     for folder in (Path(sys.prefix) / "mpich" / "lib", Path(sys.prefix) / "lib"):
         if (folder / "libmpi.so.12").exists():
             return folder / "libmpi.so.12"

@@ -1,4 +1,4 @@
-"""The two ways in which a person starts a search on the cluster, and how they look at it."""
+"""The two ways to start a search on the cluster, and checks of its status."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def launch(cluster: Cluster, search: Search, *options: str) -> list[str]:
 
 
 def check_status(cluster: Cluster, search: Search, job: str) -> None:
-    """Asserts that `gptailor status` tells of each turn of a job what Slurm's accounting has."""
+    """Asserts that `gptailor status` agrees with Slurm's accounting on each turn of a job."""
     data = json.loads(cluster.run("gptailor", "status", search.run, "--json"))
     (told,) = [entry for entry in data["jobs"] if entry["record"]["job_id"] == job]
     turns = cluster.sacct(job)
@@ -42,5 +42,5 @@ def check_status(cluster: Cluster, search: Search, job: str) -> None:
 
 
 def wait_for_ranks(cluster: Cluster, job: str, count: int = 4) -> None:
-    """Waits until all ranks of a job run."""
+    """Waits until all ranks of a job are running."""
     wait_until(lambda: len(cluster.ranks(job)) == count, 60, f"{count} ranks of job {job}")

@@ -1,7 +1,7 @@
 """Processes: daemons that end with the test run, and whatever a cluster's jobs left behind.
 
-Everything that a cluster starts inherits variables of the environment that say where it belongs; so
-jobs, their children and step daemons, which detach themselves, are found without their names.
+Everything that a cluster starts inherits environment variables that tell where it belongs. They let
+us find jobs, their children, and step daemons, which detach themselves.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 def wait_until(
     reached: Callable[[], object], timeout_s: float, what: str, every_s: float = 0.1
 ) -> None:
-    """Looks every `every_s` seconds; raises TimeoutError that says what was waited for."""
+    """Checks every `every_s` seconds; raises TimeoutError naming what it waited for."""
     end = time.monotonic() + timeout_s
     while not reached():
         if time.monotonic() > end:
@@ -27,7 +27,7 @@ def wait_until(
 
 
 def answers(*command: str, env: Mapping[str, str]) -> bool:
-    """Whether a command ends with 0 and within five seconds."""
+    """Whether a command exits with 0 within five seconds."""
     try:
         done = subprocess.run(command, check=False, env=env, capture_output=True, timeout=5)
         return done.returncode == 0
@@ -36,7 +36,7 @@ def answers(*command: str, env: Mapping[str, str]) -> bool:
 
 
 def environment(pid: int) -> dict[str, str]:
-    """What a running process was started with; empty once it ended."""
+    """The environment a running process was started with; empty once it has ended."""
     try:
         text = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
     except OSError:
@@ -45,13 +45,13 @@ def environment(pid: int) -> dict[str, str]:
 
 
 def find(**variables: str) -> list[int]:
-    """Running processes that were started with these variables of the environment."""
+    """Running processes that were started with these environment variables."""
     pids = [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
     return [pid for pid in pids if variables.items() <= environment(pid).items()]
 
 
 def program(pid: int) -> str:
-    """Name of what a process runs; empty once it ended."""
+    """Name of a process's program; empty once it has ended."""
     try:
         return Path(f"/proc/{pid}/comm").read_text().strip()
     except OSError:
@@ -59,7 +59,7 @@ def program(pid: int) -> str:
 
 
 def parent(pid: int) -> int:
-    """The process that started it; 0 once it ended."""
+    """Its parent process; 0 once it has ended."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
@@ -67,7 +67,7 @@ def parent(pid: int) -> int:
 
 
 def kill_all(**variables: str) -> None:
-    """SIGKILL for all that `find` finds, and for what they start meanwhile."""
+    """SIGKILL for all processes that `find` finds, and those they start meanwhile."""
     for _ in range(100):
         pids = find(**variables)
         if not pids:
@@ -104,7 +104,7 @@ class Daemon:
         return self._process is not None and self._process.poll() is None
 
     def kill(self) -> None:
-        """As a power failure."""
+        """Like a power failure."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()

@@ -1,4 +1,4 @@
-"""What a private cluster is started from: Debian's programs, and what to install without them."""
+"""Debian's programs that a private cluster needs, and the packages to install for them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
-"""Daemons lie in /usr/sbin, which is not on every user's path."""
+"""Daemons are in /usr/sbin, which is not on every user's path."""
 
 PACKAGES = {
     "munged": "munge",
@@ -22,20 +22,20 @@ PACKAGES = {
     "mpirun": "openmpi-bin",
     "setpriv": "util-linux",
 }
-"""Program: the Debian package that brings it. (slurmdbd wants slurm-wlm-mysql-plugin, too.)"""
+"""Program → the Debian package that has it. (slurmdbd also needs slurm-wlm-mysql-plugin.)"""
 
 
 def missing_packages() -> list[str]:
-    """The packages to install before a cluster can start."""
+    """The packages that must be installed before a cluster can start."""
     missing = [pack for name, pack in PACKAGES.items() if shutil.which(name, path=PATH) is None]
     return sorted({*missing, *(["slurm-wlm-mysql-plugin"] if "slurmdbd" in missing else [])})
 
 
 def skip_without(packages: Sequence[str], how: str = "apt-get install") -> None:
-    """Skips the test if there are any; on CI, where they are installed, it fails instead."""
+    """Skips the test if any packages are missing; fails on CI, which has them installed."""
     if not packages:
         return
     hint = f"{how} {' '.join(packages)}"
     if os.environ.get("CI") == "true":
-        pytest.fail(f"CI must have what this test needs: {hint}")
-    pytest.skip(f"needs a Slurm to start: {hint}")
+        pytest.fail(f"CI lacks a requirement of this test: {hint}")
+    pytest.skip(f"needs Slurm's programs: {hint}")

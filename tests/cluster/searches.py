@@ -1,7 +1,7 @@
-"""Searches for the cluster's tests: the demo family, slow evaluations, and what must hold.
+"""Searches for the cluster's tests: the demo family, slow evaluations, and checks of a run.
 
-The tasks are the demo's, but scoring a document takes a while without using a processor. So three
-workers on two cores are busy long enough to be hit in the middle of an evaluation.
+The tasks are the demo's, but scoring a document takes a while without using a processor. This keeps
+three workers on two cores busy long enough to be hit in the middle of an evaluation.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def results(document, answers):
 
 @dataclass(frozen=True)
 class Search:
-    """A configuration, and the run that it leads to.
+    """A configuration, and its run.
 
     Attributes:
         config: the `search.yaml`.
@@ -94,7 +94,7 @@ class Search:
         return sorted(path.parent for path in self.run.rglob("archive.db"))
 
     def rows(self) -> Rows:
-        """What the archives hold now."""
+        """The archives' current contents."""
         found: Rows = {}
         for folder in self.archives():
             with suppress(GptailorError), Archive(folder, readonly=True) as archive:
@@ -104,17 +104,17 @@ class Search:
         return found
 
     def wait_for(self, count: int, timeout_s: float = 200) -> Rows:
-        """The archives' rows, as soon as there are so many."""
+        """The archives' rows, as soon as there are at least `count`."""
         wait_until(lambda: len(self.rows()) >= count, timeout_s, f"{count} rows in {self.run}")
         return self.rows()
 
     def logged(self, folder: Path) -> Counter[str]:
-        """Points whose evaluation a rank's log tells, each as often as it was evaluated."""
+        """How often the ranks' logs mention an evaluation of each point."""
         logs = (folder / "logs").glob("rank-*.log")
         return Counter(point for log in logs for point in _EVALUATED.findall(log.read_text()))
 
     def busy(self, job: str) -> int:
-        """Waits until a rank of a job evaluates something, and returns it."""
+        """Waits until some rank of a job is evaluating, and returns that rank."""
         found: list[int] = []
 
         def is_busy() -> bool:
@@ -127,7 +127,7 @@ class Search:
         return found[0]
 
     def front(self) -> list[tuple[str, float]]:
-        """Point and accuracy of the models of the front, as `front.json` has them."""
+        """Point and accuracy of each model on the front, from `front.json`."""
         data = json.loads((self.run / "front.json").read_text())
         return [(point["point"], point["search"]["accuracy"]) for point in data["front"]]
 
@@ -135,9 +135,8 @@ class Search:
         """Asserts that the run is whole.
 
         Args:
-            before: rows of the archive that were there before something happened: none of them was
-                evaluated again, as each has its number, its time and its outcome still, and is in
-                the logs once.
+            before: the archives' rows before each fault. None of them was evaluated again: each
+                still has its number, time and outcome, and appears only once in the logs.
         """
         for folder in self.archives():
             logged = self.logged(folder)
@@ -154,7 +153,7 @@ class Search:
         evaluations = [e for e in read_run(self.run).evaluations if e.documents == "search"]
         if self.archives() == [self.run]:
             assert len(evaluations) == self.evaluations
-        else:  # islands end together, but not in the same moment
+        else:  # islands end together, but not at the same instant
             assert self.evaluations <= len(evaluations) <= self.evaluations + len(self.archives())
         assert {e.outcome.status for e in evaluations} == {"ok"}
         data = json.loads((self.run / "front.json").read_text())
@@ -164,7 +163,7 @@ class Search:
 
 
 def unbeaten(evaluations: Sequence[Evaluation]) -> list[tuple[int, float]]:
-    """Size and accuracy of all that no other evaluation beats, smallest first; each pair once."""
+    """Sizes and accuracies that no other evaluation beats, smallest first, without duplicates."""
     pairs = {(e.parameters, e.outcome.accuracy or 0.0) for e in evaluations}
     beaten = {a for a in pairs for b in pairs if a != b and b[0] <= a[0] and b[1] >= a[1]}
     return sorted(pairs - beaten)
@@ -181,11 +180,11 @@ def make_search(
     """Writes a configuration and its tasks into a folder that does not exist yet.
 
     Args:
-        folder: gets `search.yaml`, `tasks/`, later `run/`.
-        seconds: that an evaluation takes, beside its computations.
+        folder: for `search.yaml`, `tasks/`, and later `run/`.
+        seconds: that an evaluation takes in addition to its computations.
         evaluations: the budget.
         schedule: of the search.
-        crashes: instead of scoring anything, in a way that ends a worker.
+        crashes: whether scoring crashes, in a way that ends the worker.
     """
     tasks = folder / "tasks"
     tasks.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The configuration of a private cluster: two nodes that are one machine, and short clocks."""
+"""The configuration of a private cluster: two nodes on one machine, and short timeouts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PASSWORD = "only-on-this-machine"
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports on which nobody listens now, below those that outgoing connections are given."""
+    """Ports that are free now, below the range used for outgoing connections."""
     found: list[int] = []
     while len(found) < count:
         port = random.SystemRandom().randrange(20000, 32000)
@@ -28,10 +28,10 @@ def free_ports(count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Settings:
-    """Where a cluster lives and what it has.
+    """A cluster's folder, ports and resources.
 
     Attributes:
-        folder: all files of the cluster; a short path, as UNIX sockets allow 108 characters.
+        folder: holds all files of the cluster; a short path, as UNIX sockets allow 108 characters.
         nodes: names of the virtual nodes.
         cores: of each node, as Slurm counts them; the machine may have fewer.
         gpus: pretend GPUs of each node.
@@ -88,7 +88,7 @@ class Settings:
         )
 
     def submit_text(self) -> str:
-        """What a site's job_submit.lua does that forbids to requeue, whatever a script asks for."""
+        """A job_submit.lua of a site that forbids requeueing, whatever a script asks for."""
         return (
             "function slurm_job_submit(job, partitions, user)\n"
             "  job.requeue = 0\n"
@@ -114,7 +114,7 @@ class Settings:
             "SlurmctldPort": self.ports[0],
             "StateSaveLocation": self.folder / "state",
             "SlurmdSpoolDir": self.folder / "spool-%n",
-            # each its own: PMIx makes sockets there
+            # one per node: PMIx makes sockets there
             "TmpFS": self.folder / "tmp-%n",
             "SlurmctldPidFile": self.folder / "slurmctld.pid",
             "SlurmdPidFile": self.folder / "slurmd-%n.pid",
@@ -127,14 +127,14 @@ class Settings:
             "SlurmdParameters": "config_overrides",
             "AccountingStorageType": "accounting_storage/slurmdbd",
             "AccountingStorageHost": "127.0.0.1",
-            # sacct and sacctmgr look here for the munge socket, not in AuthInfo
+            # sacct and sacctmgr look for the munge socket here, not in AuthInfo
             "AccountingStoragePass": self.munge_socket,
             "AccountingStoragePort": self.ports[1],
             "AccountingStorageTRES": "gres/gpu",
             "JobAcctGatherType": "jobacct_gather/linux",
             "JobAcctGatherFrequency": "task=2",
             "SchedulerParameters": "sched_interval=1,bf_interval=1,batch_sched_delay=0",
-            # a node that does not answer for so long is down
+            # a node that does not respond for this long is down
             "SlurmdTimeout": 12,
             "SlurmctldTimeout": 10,
             "MessageTimeout": 5,

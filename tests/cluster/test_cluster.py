@@ -1,4 +1,4 @@
-"""The cluster that the other tests rely on is a real one."""
+"""The cluster that the other tests rely on behaves like a real one."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def script(folder: Path, *lines: str) -> Path:
     return path
 
 
-def test_it_has_two_nodes_with_gpus(cluster: Cluster) -> None:
+def test_the_cluster_has_two_nodes_with_gpus(cluster: Cluster) -> None:
     if not cluster.settings.gpus:
-        pytest.skip("only root can make pretend GPUs")
+        pytest.skip("only root can make dummy GPUs")
     out = cluster.run(
         *("srun", "-N2", "--ntasks-per-node=2", "--gpus-per-task=1"),
         *("bash", "-c", "echo $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES"),

@@ -1,4 +1,4 @@
-"""What befalls a search on a cluster for a night: nothing that was evaluated is evaluated again."""
+"""Faults that a long search on a cluster meets: no finished evaluation is repeated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.cluster.searches import make_search
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.timeout(900),
-    pytest.mark.long,  # Slurm looks at its clocks rarely, and each start loads the models again
+    pytest.mark.long,  # Slurm rarely checks its timers, and each start loads the models again
 ]
 
 Front = list[tuple[str, float]]
@@ -53,7 +53,7 @@ def test_the_node_of_rank_0_dies(cluster: Cluster, tmp_path: Path, front: Front)
 
 
 def test_the_time_limit(cluster: Cluster, tmp_path: Path) -> None:
-    # 30 s before the end: Slurm looks every 30 s, and signals 60 to 90 s after the start
+    # 30 s before the end: Slurm checks every 30 s, so it signals 60 to 90 s after the start
     search = make_search(tmp_path / "search", seconds=4, evaluations=66)
     job = submit(cluster, search, "--time=2", "--signal=USR2@30")
     seen = search.wait_for(3)
@@ -61,9 +61,9 @@ def test_the_time_limit(cluster: Cluster, tmp_path: Path) -> None:
     later = search.rows()
     assert cluster.wait(job, timeout_s=400) == "COMPLETED"
     search.check(seen, later)
-    assert search.logged(search.run).total() == len(search.rows())  # nothing begun was lost
+    assert search.logged(search.run).total() == len(search.rows())  # no evaluation was lost midway
     states = [state for state, _ in cluster.sacct(job)]
-    assert set(states[:-1]) <= {"REQUEUED"}, states  # it was never ended by Slurm
+    assert set(states[:-1]) <= {"REQUEUED"}, states  # Slurm never ended it
     assert len(states) > 1
     check_status(cluster, search, job)
 
@@ -103,7 +103,7 @@ def test_scancel_and_resume(cluster: Cluster, tmp_path: Path, front: Front) -> N
 def test_five_kills_each_after_a_new_result(
     cluster: Cluster, tmp_path: Path, front: Front, islands: int
 ) -> None:
-    """More than the three restarts in a row that a job has which gets nowhere."""
+    """That is more than the three restarts in a row that a job gets if it makes no progress."""
     if islands:
         search = make_search(
             tmp_path / "search", seconds=1, evaluations=120, schedule="asynchronous"
@@ -154,7 +154,7 @@ def test_a_site_that_does_not_requeue(strict_cluster: Cluster, tmp_path: Path) -
     search.check(seen, later)
 
 
-def test_islands_of_which_one_is_lost(cluster: Cluster, tmp_path: Path) -> None:
+def test_one_of_three_islands_is_lost(cluster: Cluster, tmp_path: Path) -> None:
     search = make_search(tmp_path / "search", seconds=1, evaluations=90, schedule="asynchronous")
     jobs = launch(cluster, search, "--islands=3", "--nodes=1", "--workers-per-node=1")
     assert len(jobs) == 3
@@ -168,7 +168,7 @@ def test_islands_of_which_one_is_lost(cluster: Cluster, tmp_path: Path) -> None:
     assert cluster.wait(jobs[1], timeout_s=60) == "COMPLETED"
     search.check(seen, later)
     data = read_run(search.run)
-    assert len(data.paid) - len(data.evaluations) <= 6  # done by two in the same moment
+    assert len(data.paid) - len(data.evaluations) <= 6  # evaluated by two at the same time
     assert {folder.name for folder in search.archives()} == {"0", "1", "2"}
     for job in jobs:
         check_status(cluster, search, job)

@@ -1,4 +1,4 @@
-"""`gptailor launch`, `status` and `cancel` with a real Slurm, and a small program as the search."""
+"""`gptailor launch`, `status` and `cancel` with a real Slurm and a small program for the search."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ class Launcher:
         return done.returncode, done.stdout
 
     def launch_words(self, *words: str) -> list[str]:
-        """On both nodes unless the words name a number of nodes."""
+        """The command line; on both nodes unless `words` sets their number."""
         nodes = [] if "--nodes" in words else ["--nodes", "2"]
         search = ("launch", str(DEMO / "search.yaml"), f"output={self.run}")
         shape = ("--cpus-per-worker", "2", "--gpus-per-node", "2", "--time", "20", "--mpi", "none")
         return [*search, *shape, *nodes, *words]
 
     def launch(self, *words: str, seconds: float = 60, code: int = 0) -> tuple[int, str]:
-        """With the small program as the search."""
+        """Launches the small program instead of a search."""
         self.run.mkdir(exist_ok=True)
         program = self.folder / "program.py"
         program.write_text(PROGRAM)
@@ -90,13 +90,13 @@ class Launcher:
         return jobs
 
     def status(self) -> dict[str, Any]:
-        """Of each job by its id."""
+        """The status of each job, by id."""
         code, said = self.gptailor("status", self.run, "--json")
         assert code == 0, said
         return {job["record"]["job_id"]: job for job in json.loads(said)["jobs"]}
 
     def wait_for_ranks(self, job: str, count: int) -> list[list[str]]:
-        """(rank, restart, node, local rank, cores, GPUs) of each rank that began."""
+        """(rank, restart, node, local rank, cores, GPUs) of each rank that has started."""
         place = self.run / f"{job}.ranks"
         wait_until(
             lambda: place.exists() and len(place.read_text().splitlines()) >= count,
@@ -113,8 +113,8 @@ def launcher(cluster: Cluster, tmp_path: Path) -> Iterator[Launcher]:
     yield Launcher(cluster, tmp_path)
 
 
-def test_ranks_gpus_and_cores_are_where_they_shall_be(launcher: Launcher) -> None:
-    """As many ranks on each node as it has GPUs, and one more on the first."""
+def test_ranks_gpus_and_cores_are_placed_as_asked(launcher: Launcher) -> None:
+    """One rank for each GPU of a node, and one more on the first node."""
     (job,) = launcher.submitted(seconds=0)
     ranks = launcher.wait_for_ranks(job, 5)
     places = [(int(rank), node, local) for rank, _, node, local, *_ in ranks]
@@ -128,7 +128,7 @@ def test_ranks_gpus_and_cores_are_where_they_shall_be(launcher: Launcher) -> Non
     assert "ended after" in log
 
 
-def test_the_dry_run_shows_what_is_submitted(launcher: Launcher) -> None:
+def test_the_dry_run_shows_the_submitted_script(launcher: Launcher) -> None:
     code, text = launcher.launch("--dry-run", "--slurm", "comment=it's a test", seconds=0)
     assert code == 0
     (job,) = launcher.submitted("--slurm", "comment=it's a test", seconds=0)
@@ -138,7 +138,7 @@ def test_the_dry_run_shows_what_is_submitted(launcher: Launcher) -> None:
 
 
 @pytest.mark.long  # a job of its own
-def test_a_job_is_told_truly_from_its_submission_to_its_end(launcher: Launcher) -> None:
+def test_the_status_of_a_job_is_right_from_submission_to_end(launcher: Launcher) -> None:
     (job,) = launcher.submitted("--slurm", "hold")
     told = launcher.status()[job]
     assert (told["state"], told["is_live"], told["runs"]) == ("PENDING", True, False)
@@ -167,7 +167,7 @@ def test_a_job_is_told_truly_from_its_submission_to_its_end(launcher: Launcher) 
 
 
 @pytest.mark.long  # a job of its own
-def test_the_exit_code_of_a_job_is_that_of_the_search(launcher: Launcher) -> None:
+def test_a_job_ends_with_the_exit_code_of_its_search(launcher: Launcher) -> None:
     (job,) = launcher.submitted("--nodes", "1", seconds=0, code=3)
     launcher.cluster.wait(job)
     told = launcher.status()[job]
@@ -203,8 +203,8 @@ def test_islands_join_a_run(launcher: Launcher) -> None:
 
 
 @pytest.mark.long  # Slurm's clocks
-def test_an_island_that_is_requeued_leaves_the_others_alone(launcher: Launcher) -> None:
-    """The last element has the array's number as its own: to requeue that is to requeue all."""
+def test_requeueing_an_island_leaves_the_others_alone(launcher: Launcher) -> None:
+    """The last element has the array's own number, and requeueing that would requeue them all."""
     jobs = launcher.submitted("--islands", "2", "--nodes", "1", seconds=60)
     for job in jobs:
         launcher.wait_for_ranks(job, 3)
@@ -238,14 +238,14 @@ def test_an_island_that_is_requeued_leaves_the_others_alone(launcher: Launcher) 
         (["output=/proc/run"], "/proc/run can't be written"),
     ],
 )
-def test_what_is_wrong_is_said_on_the_login_node(
+def test_mistakes_are_reported_on_the_login_node(
     launcher: Launcher,
     words: list[str],
     message: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In this process, so that the libraries are loaded once for all that is tried."""
+    """In this process, which loads the libraries only once for all cases."""
     for name, value in launcher.cluster.env.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(launcher.folder)
@@ -260,7 +260,7 @@ def test_what_is_wrong_is_said_on_the_login_node(
 
 @pytest.mark.long  # Slurm's clocks
 def test_preemption_with_time_to_end(launcher: Launcher) -> None:
-    """Slurm takes a job that ends in the time of grace for finished; the supervisor does not."""
+    """If a job ends within its grace time, Slurm thinks it finished; the supervisor does not."""
     cluster = launcher.cluster
     cluster.run("scontrol", "update", "partitionname=main", "gracetime=20")
     try:
@@ -277,8 +277,8 @@ def test_preemption_with_time_to_end(launcher: Launcher) -> None:
         cluster.run("scontrol", "update", "partitionname=main", "gracetime=0")
 
 
-@pytest.mark.long  # with the others it is long enough
-def test_a_launch_within_a_job_is_one_of_its_own(launcher: Launcher) -> None:
+@pytest.mark.long  # this file takes long enough without it
+def test_a_launch_within_a_job_is_independent_of_it(launcher: Launcher) -> None:
     inside = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "7", "SLURM_MEM_PER_NODE": "1"}
     old = dict(launcher.cluster.env)
     launcher.cluster.env.update(inside)

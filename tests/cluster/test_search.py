@@ -1,4 +1,4 @@
-"""A search on two nodes finds what one process finds, also if ranks are killed on the way."""
+"""A search on two nodes finds what one process finds, even if ranks are killed on the way."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.cluster.searches import make_search
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(600)]
 
 
-def test_sbatch_finds_the_same_front_though_ranks_are_killed(
+def test_sbatch_finds_the_same_front_despite_killed_ranks(
     cluster: Cluster, tmp_path: Path, front: list[tuple[str, float]]
 ) -> None:
     search = make_search(tmp_path / "search", seconds=0.3)
@@ -34,7 +34,7 @@ def test_launch_finds_the_same_front(
 ) -> None:
     search = make_search(tmp_path / "search", seconds=0.1)
     (job,) = launch(cluster, search, "--gpus-per-node=2")
-    wait_for_ranks(cluster, job, 5)  # one that searches, one for each GPU
+    wait_for_ranks(cluster, job, 5)  # one to search, and one for each GPU
     assert cluster.wait(job) == "COMPLETED"
     search.check()
     assert search.front() == front
@@ -59,7 +59,7 @@ def test_mpich_under_pmi2(
     [("RANKS=4,MPI_TYPE=smoke", "'smoke'"), ("RANKS=1", "rank")],
     ids=["unknown MPI", "one rank"],
 )
-def test_what_cannot_work_ends_at_once(
+def test_a_hopeless_job_ends_at_once(
     cluster: Cluster, tmp_path: Path, export: str, says: str
 ) -> None:
     search = make_search(tmp_path / "search", seconds=0)

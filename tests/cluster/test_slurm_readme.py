@@ -1,4 +1,4 @@
-"""Each command of slurm/README.md, as it stands, on a real Slurm with the demo family."""
+"""Each command of slurm/README.md, unchanged, on a real Slurm with the demo family."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BLOCKS = re.findall(
 
 
 def place(folder: Path) -> None:
-    """What a user has: a configuration with its models and tasks, and the batch scripts."""
+    """A user's files: a configuration with its models and tasks, and the batch scripts."""
     config = yaml.safe_load((DEMO / "search.yaml").read_text())
     config["search"] |= {"evaluations": 12, "population": 6, "arms": ["random"]}
     config["output"] = "runs/mine"
@@ -62,7 +62,7 @@ def test_every_command_of_the_page_does_what_it_says(cluster: Cluster, tmp_path:
         seen |= jobs
         for job in jobs:
             if "afternotok" in block and states and cluster.squeue(job)[1].startswith("Depend"):
-                continue  # its turn never comes, as the first one of the chain is done
+                continue  # it never runs, as the chain's first job succeeds
             states[job] = cluster.wait(job, timeout_s=300)
             logs = "".join(path.read_text() for path in tmp_path.rglob(f"*{job}*.log"))
             assert states[job] == "COMPLETED", (block, logs)

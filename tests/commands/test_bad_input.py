@@ -1,7 +1,7 @@
-"""The command line and what users do wrong: an exit code, one line that helps, nothing left behind.
+"""Users' mistakes on the command line: an exit code, one helpful line, nothing left behind.
 
-Everything runs as a user runs it, in a process of its own; only what needs lm-eval runs in this
-one, because importing it takes seconds.
+Everything runs as for a user, in a separate process. Only tests that need lm-eval run in this
+process, because importing it takes seconds.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LINEAR = {"merge": "linear", "layer": 1, "weights": {"red": 1.0, "green": 1.0}}
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder with a family that is fine: base, red, green."""
+    """A folder with a valid family: base, red, green."""
     save_family(tmp_path)
     return tmp_path
 
@@ -83,7 +83,7 @@ def state(place: Path) -> dict[str, tuple[int, int]]:
 
 
 def fails(place: Path, exit_code: int, *messages: str, out: str = "out") -> None:
-    """`gptailor stitch` of the recipe ends like that, and the folder is as it was."""
+    """Asserts that stitching the recipe fails this way, and leaves the folder unchanged."""
     before = state(place)
     done = gptailor("stitch", place / "recipe.yaml", place / out)
     text = one_line(done.stderr)
@@ -96,7 +96,7 @@ def fails(place: Path, exit_code: int, *messages: str, out: str = "out") -> None
 
 
 def test_the_recipe_is_fine(place: Path) -> None:
-    """What all tests below break does work, so that they fail for the reason they name."""
+    """The recipe that the tests below break works, so they fail for the reason they name."""
     done = gptailor("stitch", write_recipe(place), place / "out", "--no-verify", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"folder": str(place / "out")}
@@ -154,7 +154,7 @@ def test_only_pickles(place: Path) -> None:
     fails(place, 3, "pytorch_model.bin", "pickle", "safe_serialization")
 
 
-def test_a_model_that_is_not_there(place: Path) -> None:
+def test_a_missing_model(place: Path) -> None:
     write_recipe(place, models={"base": "./base", "red": "./rde", "green": "./green"})
     fails(place, 3, f"The model folder {place}/rde does not exist")
 
@@ -177,7 +177,7 @@ def test_nan_in_a_merged_tensor(place: Path, method: Method) -> None:
     fails(place, 3, f"{place}/green/model.safetensors: {name} can't be merged", "NaN")
 
 
-# Recipes and places: exit code 2
+# Recipes and paths: exit code 2
 
 
 RECIPES: list[tuple[list[dict[str, Any]], dict[str, Any], list[str]]] = [
@@ -208,12 +208,12 @@ def test_wrong_recipes(
 
 
 @pytest.mark.parametrize("text", ["", "a: 2001-99-99", "[" * 3000, "a: 1\na: 2", "a: \0", "\tx"])
-def test_files_that_are_no_recipes(place: Path, text: str) -> None:
+def test_files_that_are_not_recipes(place: Path, text: str) -> None:
     (place / "recipe.yaml").write_text(text)
     fails(place, 2, "recipe.yaml")
 
 
-def test_a_recipe_that_is_not_there(place: Path) -> None:
+def test_a_missing_recipe(place: Path) -> None:
     fails(place, 2, "recipe.yaml can't be read", "No such file")
 
 
@@ -305,7 +305,7 @@ def test_a_full_disk(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.system
-def test_a_disk_that_becomes_full(place: Path, tmp_path: Path) -> None:
+def test_a_disk_that_fills_up(place: Path, tmp_path: Path) -> None:
     write_recipe(place)
     with small_disk(tmp_path / "disk", 2 << 20) as disk:
         done = gptailor("stitch", place / "recipe.yaml", disk / "fits", "--no-verify")
@@ -371,7 +371,7 @@ def test_a_run_folder_in_use(place: Path) -> None:
         other.communicate(b"\n")
 
 
-# What needs lm-eval
+# Tests that need lm-eval
 
 
 def main_fails(capsys: pytest.CaptureFixture[str], exit_code: int, *words: object) -> str:
@@ -410,7 +410,7 @@ def test_unknown_metric(
     assert "unknown metric 'acc_nrom' in the task t_long: did you mean 'acc_norm'?" in text
 
 
-def test_a_search_that_never_began_does_not_refuse_the_next(
+def test_a_search_that_never_began_leaves_no_run_folder(
     models: dict[str, str], tasks_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tasks = {"tasks": [{"task": "t_long", "metric": "nothing"}]}

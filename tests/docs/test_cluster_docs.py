@@ -1,4 +1,4 @@
-"""docs/cluster.md is true: its figures follow from each other, its shapes are a real model's."""
+"""docs/cluster.md is right: its figures follow from each other, its shapes are a real model's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_the_arithmetic_is_right() -> None:
     assert failed == 0
 
 
-def test_its_parameters_are_those_of_the_model() -> None:
+def test_the_parameter_count_is_the_models() -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -35,7 +35,7 @@ def test_its_parameters_are_those_of_the_model() -> None:
     assert f"'{count:,}'" in PAGE.read_text()
 
 
-def test_figures_in_sentences_are_those_of_the_blocks() -> None:
+def test_figures_in_the_text_match_the_code_blocks() -> None:
     text = PAGE.read_text()
     prose = re.sub(r"^```python\n.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     blocks = "".join(re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE))

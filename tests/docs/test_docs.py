@@ -1,4 +1,4 @@
-"""The README is true: its configuration, its recipe and each of its commands run as they stand."""
+"""The README is right: its configuration, its recipe and each of its commands work unchanged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 
 NEEDS_SLURM = {"launch"}
-"""Verbs that are only tried here (`--dry-run`): tests/cluster runs them with a real Slurm."""
+"""Verbs that only get a `--dry-run` here: tests/cluster runs them with a real Slurm."""
 
 
 def blocks(language: str) -> list[str]:
@@ -100,7 +100,7 @@ def test_the_recipe_of_the_readme_builds(
     assert (tmp_path / "my-model" / "config.json").is_file()
 
 
-def test_make_has_what_the_readme_names() -> None:
+def test_make_has_the_targets_of_the_readme() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
@@ -110,7 +110,7 @@ PAGES = ["README.md", "slurm/README.md", *(f"docs/{p.name}" for p in (ROOT / "do
 
 
 @pytest.mark.parametrize("path", PAGES)
-def test_links_lead_somewhere(path: str) -> None:
+def test_links_have_targets(path: str) -> None:
     file = ROOT / path
     for target in re.findall(r"\]\(([^)#]+)\)", file.read_text()):
         if not target.startswith("http"):

@@ -1,4 +1,4 @@
-"""slurm/README.md: what can be said of it without a Slurm; tests/cluster runs its commands."""
+"""slurm/README.md: checks that need no Slurm; tests/cluster runs its commands."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def commands() -> list[str]:
     return [line for block in blocks for line in block.splitlines()]
 
 
-def test_every_launch_of_the_readme_makes_a_script(
+def test_every_launch_in_the_readme_makes_a_script(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "search.yaml").write_text((DEMO / "search.yaml").read_text())
@@ -36,7 +36,7 @@ def test_every_launch_of_the_readme_makes_a_script(
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_options_that_the_readme_names_are_those_of_the_verbs(
+def test_the_verbs_have_the_options_in_the_readme(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     shown = ""
@@ -51,7 +51,7 @@ def test_the_options_that_the_readme_names_are_those_of_the_verbs(
 
 
 @pytest.mark.parametrize("name", ["search.sh", "stitch.sh"])
-def test_batch_scripts_are_shell_and_can_be_run(name: str) -> None:
+def test_batch_scripts_are_executable_shell(name: str) -> None:
     path = ROOT / "slurm" / name
     subprocess.run(["bash", "-n", str(path)], check=True)
     assert path.stat().st_mode & 0o100
