@@ -34,7 +34,7 @@ class Settings:
         folder: holds all files of the cluster; a short path, as UNIX sockets allow 108 characters.
         nodes: names of the virtual nodes.
         cores: of each node, as Slurm counts them; the machine may have fewer.
-        gpus: pretend GPUs of each node.
+        gpus: dummy GPUs of each node.
         may_requeue: False for a site that refuses to requeue a job.
         ports: one each for slurmctld, slurmdbd, MariaDB and every node.
     """

@@ -1,4 +1,4 @@
-"""The record of a job: what its workers do; a job that gets nowhere, turn after turn, ends."""
+"""A job's record shows what its workers do; a job that makes no progress for two turns ends."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOTHING = SearchState(0, {}, num_done=0, num_new=0, num_gained=0, failures=())
 
 @dataclass
 class Search:
-    """A search that is as far as it is told, by a clock that began a while ago."""
+    """A search with a given state and time."""
 
     said: SearchState
     seconds: float = 0.0
@@ -34,7 +34,7 @@ class Search:
 
 
 def turn(folder: Path, results: int, error: Exception | None = None) -> None:
-    """A step of a job that gains so much, and ends: before its time limit, or by an error."""
+    """A job step with this many new results, which ends before its time limit or by an error."""
     with JobMonitor(Stop(), 100, folder) as monitor:
         monitor.begin()
         if results:
@@ -43,7 +43,7 @@ def turn(folder: Path, results: int, error: Exception | None = None) -> None:
         raise error or Requeue("stopped")
 
 
-def test_the_second_turn_in_a_row_without_a_result_is_the_last(
+def test_a_second_turn_in_a_row_without_a_result_is_the_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -61,17 +61,17 @@ def test_the_second_turn_in_a_row_without_a_result_is_the_last(
         turn(tmp_path, 0)
 
 
-def test_what_counts_is_the_turn_not_its_last_step(
+def test_the_whole_turn_counts_not_its_last_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rank was killed in a turn that had gained something: its last step need not gain more."""
+    """After a rank was killed, the last step of a turn with results need not gain any more."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("GPTAILOR_GAINED", str(tmp_path / "gained"))
     for restarts in (0, 1, 2):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
-        (tmp_path / "gained").write_bytes(b"")  # the supervisor's, of this turn
+        (tmp_path / "gained").write_bytes(b"")  # written by this turn's supervisor
         note_gain(2)
-        with pytest.raises(Interrupted):  # srun ends the others when a rank dies
+        with pytest.raises(Interrupted):  # when a rank dies, srun ends the others
             turn(tmp_path, 2, Interrupted(signal.SIGTERM))
         with pytest.raises(Requeue):
             turn(tmp_path, 0)
@@ -80,7 +80,7 @@ def test_what_counts_is_the_turn_not_its_last_step(
         assert (record.results, record.idle_turns) == (2, 0)
 
 
-def test_a_killed_step_does_not_hide_the_idle_turn_before(
+def test_a_killed_step_does_not_hide_an_idle_turn_before_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -93,14 +93,14 @@ def test_a_killed_step_does_not_hide_the_idle_turn_before(
         turn(tmp_path, 0)
 
 
-def test_gains_are_told_only_to_a_supervisor_that_is_there(
+def test_gains_are_reported_only_if_a_supervisor_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("GPTAILOR_GAINED", raising=False)
     note_gain(3)
     assert gained() is None
     monkeypatch.setenv("GPTAILOR_GAINED", str(tmp_path / "gained"))
-    note_gain(3)  # its folder has gone: nothing is made in its place
+    note_gain(3)  # the file does not exist, and is not created
     assert gained() is None
     assert not list(tmp_path.iterdir())
     (tmp_path / "gained").touch()
@@ -109,7 +109,7 @@ def test_gains_are_told_only_to_a_supervisor_that_is_there(
     assert gained() == 4
 
 
-def test_the_record_says_what_each_worker_does(
+def test_the_record_shows_what_each_worker_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -146,9 +146,7 @@ def test_the_record_says_what_each_worker_does(
     assert (record.state, record.exit_code) == ("ended", 0)
 
 
-def test_workers_of_one_machine_have_numbers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_workers_without_info_have_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     with JobMonitor(Stop(), 100, tmp_path) as monitor:
         monitor.begin()

@@ -1,4 +1,4 @@
-"""Faults on one machine: a worker that dies, signals; what was evaluated stays."""
+"""Faults on one machine: a worker that dies, signals; finished evaluations are kept."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CODES = {"worker": 5, "int": 130, "term": 143}
 
 
 def children(pid: int) -> list[int]:
-    """Worker processes of a pool, oldest first."""
+    """A pool's worker processes, oldest first."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -49,20 +49,20 @@ def count(run: Path) -> int:
     try:
         with Archive(run, readonly=True) as archive:
             return len(archive.evaluations())
-    except Exception:  # it is just being made
+    except Exception:  # it is being created
         return 0
 
 
 @pytest.mark.parametrize(
     "fault",
-    # the first two with a pool of two workers
+    # the first two use a pool of two workers
     [
         pytest.param("worker", marks=pytest.mark.long),
         pytest.param("int", marks=pytest.mark.long),
         "term",
     ],
 )
-def test_a_fault_ends_the_search_in_order(
+def test_a_fault_ends_the_search_cleanly(
     fault: str, models: dict[str, str], tasks_dir: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -92,7 +92,7 @@ def test_a_fault_ends_the_search_in_order(
     (said,) = [line for line in stderr.splitlines() if line.startswith("gptailor: ")]
     assert "kept" in said
     assert "Traceback" not in stderr
-    assert "resource_tracker" not in stderr  # semaphores that a worker left behind
+    assert "resource_tracker" not in stderr  # no leaked semaphores
     kept = count(run)
     assert kept >= 8
     with Archive(run) as archive:  # the lock is free again
@@ -100,16 +100,16 @@ def test_a_fault_ends_the_search_in_order(
 
 
 class Odd(Exception):
-    """As many libraries have them: it can be pickled, but not unpickled."""
+    """Like the errors of many libraries: it can be pickled, but not unpickled."""
 
     def __init__(self, what: str, where: str) -> None:
         super().__init__(f"{what} at {where}")
 
 
-def test_an_error_that_would_not_arrive_is_made_one_that_does(
+def test_an_error_that_cannot_be_unpickled_is_converted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Else the pool would say that a worker was killed."""
+    """Otherwise the pool would report that a worker was killed."""
     monkeypatch.setattr(processes, "_words", SimpleNamespace(value=b""), raising=False)
     with pytest.raises(TypeError):
         pickle.loads(pickle.dumps(Odd("no network", "the hub")))
@@ -123,10 +123,10 @@ def test_an_error_that_would_not_arrive_is_made_one_that_does(
         assert kept.value is error
 
 
-def test_workers_say_what_they_are_at(
+def test_workers_report_their_progress(
     models: dict[str, str], tasks_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through memory that they share: while they start, and in the midst of a job."""
+    """Through shared memory, while they start and in the middle of a job."""
     evaluation = {"tasks": ["t_long"], "include_path": str(tasks_dir), "device": "cpu"}
     config = parse_config({"models": models, "base": "base", "evaluation": evaluation}, "test")
     pool = LocalPool(config, 2)
@@ -155,7 +155,7 @@ def test_workers_say_what_they_are_at(
         (measured,) = finished
         assert isinstance(measured.result, Similarity)
         alone = InProcess(config)
-        for dtype in ("float32", "bfloat16"):  # it computes in the type that it was told
+        for dtype in ("float32", "bfloat16"):  # it computes in the type it was given
             alone.load(dtype)
             alone.start(0, measured.job)
             (one,) = alone.finished(0.0)

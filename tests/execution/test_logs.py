@@ -1,4 +1,4 @@
-"""Logs: whole lines in the order of events, and nothing that a full disk could break."""
+"""Logs: whole lines in the order of events; an unwritable folder or a full disk breaks nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_text_and_json(tmp_path: Path) -> None:
     assert "before" in (tmp_path / log_path(2)).read_text()
 
 
-def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
+def test_an_unwritable_folder(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("in the way")
     log = Log(0, "n1")
     log.open(tmp_path, as_json=True)
@@ -43,7 +43,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_does_not_end_what_prints(tmp_path: Path) -> None:
+def test_a_full_disk_does_not_end_a_program_that_prints(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / log_path(1)).symlink_to("/dev/full")
     program = (

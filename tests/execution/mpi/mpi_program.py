@@ -1,9 +1,9 @@
-"""A search by MPI whose workers invent their scores.
+"""A search with MPI whose workers invent their scores.
 
     python -m tests.execution.mpi.mpi_program search …
 
-Everything but the evaluation is the real program. What shall go wrong is in the environment,
-`TEST_FAULTS`, as JSON: {"seconds": of an evaluation, "worker": [rank, after how many jobs, what]}.
+Everything but the evaluation is the real program. The environment variable `TEST_FAULTS` holds the
+faults to inject, as JSON: {"seconds": of an evaluation, "worker": [rank, at which job, what]}.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from gptailor.patience import Say
 from tests.search.helpers import synthetic
 
 FAULTS = json.loads(os.environ.get("TEST_FAULTS", "{}"))
-if "words" in FAULTS:  # seconds between them
+if "words" in FAULTS:  # seconds between progress messages
     patience.EVERY_S = worker.WORDS_S = FAULTS["words"]
 
 
 class Inventor:
-    """Scores by a formula, after a while."""
+    """Scores by a formula, after a pause."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -80,7 +80,7 @@ def invented(
 
 
 def main() -> int:
-    """Rank 0 is the real command line, but for a fault; the others evaluate by a formula."""
+    """Rank 0 is the real command line, apart from a fault; the others evaluate by a formula."""
     channel = join("auto")
     if channel is not None and channel.rank > 0:
         run_worker(channel, invented)

@@ -1,4 +1,4 @@
-"""Starting MPI programs in tests: with the mpirun that is there."""
+"""Starts MPI programs in tests, with whichever mpirun is installed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROGRAM = ("-m", "tests.execution.mpi.mpi_program")
 
 @dataclass(frozen=True)
 class Ended:
-    """How an MPI program ended: exit code of mpirun, and what was on its screen."""
+    """How an MPI program ended: mpirun's exit code, and the program's output."""
 
     code: int
     stdout: str
@@ -33,19 +33,19 @@ class Ended:
 
     @property
     def sentences(self) -> list[str]:
-        """What the command line said of an error."""
+        """The command line's error messages."""
         return [line for line in self.stderr.splitlines() if line.startswith("gptailor: ")]
 
 
 def needs_mpi() -> None:
-    """Skips the test where there is no MPI to start."""
+    """Skips the test if no MPI is installed."""
     pytest.importorskip("mpi4py", reason="needs MPI: pip install 'gptailor[mpi]'")
     if shutil.which("mpirun") is None:
         pytest.skip("needs mpirun: apt-get install openmpi-bin, or pip install mpich")
 
 
 def clean_environment(**values: str) -> dict[str, str]:
-    """Without traces of another launcher."""
+    """The environment without traces of another launcher."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PMI", "OMPI_"))}
     return {
         **kept,
@@ -69,15 +69,15 @@ def start(
     parts: Sequence[Sequence[str]] = (),
     env: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[str]:
-    """mpirun with a program on each rank.
+    """Starts mpirun with a program on each rank.
 
     Args:
-        words: of the command line.
+        words: the program's arguments.
         ranks: how many.
-        program: Python's arguments before them.
+        program: Python's arguments that name the program.
         faults: for `mpi_program`.
-        parts: for ranks that are started otherwise: what comes before Python, for each further one.
-        env: more of the environment.
+        parts: one for each further rank: the words to put before Python there.
+        env: further environment variables.
     """
     needs_mpi()
     line = [sys.executable, *program, *words]
@@ -88,7 +88,7 @@ def start(
     return subprocess.Popen(
         command,
         env=clean_environment(**values),
-        cwd="/",  # `python -m` looks there first, and would find one package for all
+        cwd="/",  # `python -m` looks here first: in ROOT, all ranks would import the same package
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -97,18 +97,18 @@ def start(
 
 
 def wait(process: subprocess.Popen[str], timeout_s: float = 120) -> Ended:
-    """Waits for the end; a program that hangs is ended, and fails the test."""
+    """Waits for the end; a program that hangs is terminated, and fails the test."""
     try:
         stdout, stderr = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         process.terminate()
         stdout, stderr = process.communicate(timeout=30)
-        pytest.fail(f"hangs:\n{stdout}\n{stderr}")
+        pytest.fail(f"it hangs:\n{stdout}\n{stderr}")
     return Ended(process.returncode, stdout, stderr)
 
 
 def write_search(folder: Path, **search: object) -> Path:
-    """A search of a family without weights worth computing with; returns the search.yaml."""
+    """Writes a search.yaml and its family, whose weights are meaningless; returns the former."""
     models = folder / "family"
     if not models.exists():
         for name in NAMES:
@@ -134,7 +134,7 @@ def evaluations(run: Path) -> list[Evaluation]:
 def count(run: Path) -> int:
     try:
         return len(evaluations(run)) if (run / "archive.db").exists() else 0
-    except Exception:  # it is just being made
+    except Exception:  # it is being created
         return 0
 
 

@@ -1,4 +1,4 @@
-"""What has to be alike on all ranks; each difference is named with its nodes and values."""
+"""What must be the same on all ranks; a difference is reported with its nodes and values."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_digest_of_the_code(tmp_path: Path) -> None:
 
 
 def test_clocks() -> None:
-    assert clock_difference(100.0, 100.4, 101.0) == 0.0  # what the message took explains it
+    assert clock_difference(100.0, 100.4, 101.0) == 0.0  # explained by the message's travel time
     assert clock_difference(100.0, 107.0, 101.0) == 6.0
     assert clock_difference(100.0, 90.0, 101.0) == -10.0
     first, others = hello(0, "n1"), [hello(1, "n1"), hello(2, "n2")]

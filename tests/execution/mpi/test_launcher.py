@@ -1,4 +1,4 @@
-"""What the environment tells of a launcher, and whether an MPI library fits it."""
+"""Which launcher the environment reveals, and whether an MPI library fits it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPEN_MPI, MPICH = "Open MPI v4.1.4, package: Debian", "MPICH Version:      5.0.2
         ({**STEP, "PMIX_RANK": "2"}, LauncherInfo("srun", 4, 2)),
         ({**STEP, "PMI_SIZE": "4", "PMI_RANK": "2"}, LauncherInfo("srun", 4, 2)),
         ({"OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_RANK": "1"}, LauncherInfo("mpirun", 3, 1)),
-        # mpirun in an allocation starts its helpers, one for each node, by srun
+        # in an allocation, mpirun starts its helpers with srun, one for each node
         (
             {**STEP, "OMPI_COMM_WORLD_SIZE": "16", "OMPI_COMM_WORLD_RANK": "9"},
             LauncherInfo("mpirun", 16, 9),
@@ -39,7 +39,7 @@ def test_find_launcher(env: dict[str, str], expected: LauncherInfo | None) -> No
         (OPEN_MPI, "pmix", [], True),
         (OPEN_MPI, "pmi2", ["mca_pmix_ext3x.so"], False),
         (OPEN_MPI, "pmi2", ["mca_pmix_s2.so"], True),
-        (OPEN_MPI, "pmi2", [], True),  # nobody knows
+        (OPEN_MPI, "pmi2", [], True),  # unknown
         (OPEN_MPI, "none", [], False),
         (MPICH, "pmix", [], False),
         (MPICH + " --with-pmix", "pmix", [], True),

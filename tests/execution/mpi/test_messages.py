@@ -1,4 +1,4 @@
-"""What ends a worker ends the search: with the same sentence, and the same exit code."""
+"""An error that ends a worker ends the search with the same sentence and exit code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KINDS = [
 
 
 def arrived(error: BaseException) -> GptailorError:
-    """An error of a worker, as rank 0 has it."""
+    """A worker's error as rank 0 receives it."""
     try:
         raise error
     except BaseException as caught:
@@ -29,14 +29,14 @@ def arrived(error: BaseException) -> GptailorError:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_error_of_a_rank_is_ours(kind: type[GptailorError]) -> None:
+def test_a_gptailor_error_keeps_its_class_and_message(kind: type[GptailorError]) -> None:
     found = arrived(kind("the file is torn"))
     assert type(found) is kind
     assert str(found) == "rank 3 on n1: the file is torn"
     assert found.exit_code == kind.exit_code
 
 
-def test_a_subclass_travels_as_what_it_is_a_kind_of() -> None:
+def test_a_subclass_arrives_as_its_base_class() -> None:
     class Torn(ModelError):
         pass
 
@@ -45,7 +45,7 @@ def test_a_subclass_travels_as_what_it_is_a_kind_of() -> None:
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOSPC, "No space left on device")])
-def test_what_is_exhausted_is_no_bug(error: Exception) -> None:
+def test_exhausted_resources_are_not_a_bug(error: Exception) -> None:
     found = arrived(error)
     assert type(found) is ResourceError
     assert str(found).startswith("rank 3 on n1: ")
@@ -53,14 +53,14 @@ def test_what_is_exhausted_is_no_bug(error: Exception) -> None:
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("of this test"), SystemExit(3)])
-def test_what_nobody_expected_has_a_traceback(error: BaseException) -> None:
+def test_unexpected_errors_point_to_a_log(error: BaseException) -> None:
     found = arrived(error)
     assert type(found) is WorkerCrashed
     assert type(error).__name__ in str(found)
     assert "see logs/rank-003.log" in str(found)
 
 
-def test_a_foreign_class_with_the_name_of_one_of_ours_is_foreign() -> None:
+def test_a_foreign_class_with_one_of_our_names_is_a_crash() -> None:
     foreign = type("ModelError", (Exception,), {})
     assert type(arrived(foreign("of a library"))) is WorkerCrashed
 

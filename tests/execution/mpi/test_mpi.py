@@ -1,4 +1,4 @@
-"""Searches as MPI programs: real ranks, real messages; most with workers that invent scores."""
+"""Searches as MPI programs: real ranks, real messages; mostly with workers that invent scores."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def front(run: Path) -> list[str]:
     return [point["point"] for point in json.loads((run / "front.json").read_text())["front"]]
 
 
-@pytest.mark.long  # three ranks load everything
+@pytest.mark.long  # three ranks load models and libraries
 def test_real_evaluations_find_the_front_of_one_process(
     models: dict[str, str], tasks_dir: Path, tmp_path: Path
 ) -> None:
@@ -39,11 +39,11 @@ def test_real_evaluations_find_the_front_of_one_process(
     }  # fmt: skip
     path = tmp_path / "search.yaml"
     path.write_text(yaml.safe_dump(config))
-    scratch = tmp_path / "scratch"  # ranks evaluate with copies, and tell of the originals
+    scratch = tmp_path / "scratch"  # ranks evaluate with copies, but report the originals
     scratch.mkdir()
     words = ["search", str(path), "--stage", str(scratch), f"output={tmp_path / 'mpi'}"]
     words += ["--io", "pread"]
-    nonsense = {"GPTAILOR_IO": "nonsense", "GPTAILOR_STAGE": "/nowhere"}  # rank 0 says otherwise
+    nonsense = {"GPTAILOR_IO": "nonsense", "GPTAILOR_STAGE": "/nowhere"}  # overruled by rank 0
     ended = mpi.wait(mpi.start(words, 3, program=CLI, env=nonsense), 250)
     assert ended.code == 0, ended.stderr
     assert len(list(scratch.glob("*/*/model.safetensors"))) == len(models)
@@ -67,7 +67,7 @@ def test_an_asynchronous_search(tmp_path: Path) -> None:
     found = mpi.evaluations(run)
     assert len(found) == len({e.recipe.hash for e in found}) == 60
     assert ended.stdout.count("The report is") == 1
-    # the logs: one for each rank; what libraries print goes there, and not on the screen
+    # the logs, one for each rank: what libraries print goes there, not to the screen
     assert "60/60 evaluations" in mpi.log(run, 0)
     for rank in (1, 2, 3):
         assert f"Rank {rank} on" in mpi.log(run, rank)
@@ -85,8 +85,8 @@ def test_an_asynchronous_search(tmp_path: Path) -> None:
     assert (record.evaluations_done, record.evaluations_new) == (60, 60)
 
 
-def test_ranks_say_how_far_they_are(tmp_path: Path) -> None:
-    """On rank 0's screen, in its log and theirs, and in the job's record."""
+def test_ranks_report_their_progress(tmp_path: Path) -> None:
+    """On rank 0's screen, in its log, and in the job's record."""
     path = mpi.write_search(tmp_path, evaluations=4, schedule="asynchronous")
     process = mpi.start(["search", str(path)], 3, faults={"seconds": 2.0, "words": 0.2})
     seen: set[str] = set()
@@ -101,8 +101,8 @@ def test_ranks_say_how_far_they_are(tmp_path: Path) -> None:
     assert " (half of it)" in mpi.log(tmp_path / "run", 0)
 
 
-def test_all_ranks_compute_in_what_the_slowest_does_well(tmp_path: Path) -> None:
-    """One of three machines has no instructions for bfloat16, if the others have."""
+def test_all_ranks_use_the_type_that_suits_the_slowest(tmp_path: Path) -> None:
+    """One of the machines has no instructions for bfloat16, even if the others do."""
     path = mpi.write_search(tmp_path, evaluations=10)
     parts = [["env", "ONEDNN_MAX_CPU_ISA=AVX2"]]
     ended = mpi.wait(mpi.start(["search", str(path)], 3, parts=parts))
@@ -152,7 +152,7 @@ def test_an_error_does_not_wait_for_a_worker_that_is_busy(tmp_path: Path) -> Non
         faults={"seconds": 60, "slow": 2, "worker": [1, 1, "bug"]},
         env={"GPTAILOR_VERDICT": str(exit_code)},
     )
-    ended = mpi.wait(process, 25)  # rank 2 still loads
+    ended = mpi.wait(process, 25)  # rank 2 is still loading
     assert ended.code != 0
     assert len(ended.sentences) == 1, ended.stderr
     assert exit_code.read_text().strip() == "1"
@@ -172,12 +172,12 @@ def test_a_failed_evaluation_is_noted_with_its_log(tmp_path: Path) -> None:
     assert f"{failed.recipe.point}: failed: Traceback" in mpi.log(run, 2)
 
 
-def test_usr2_asks_to_be_requeued_and_resume_goes_on(tmp_path: Path) -> None:
+def test_usr2_asks_for_a_requeue_and_resume_continues(tmp_path: Path) -> None:
     path = mpi.write_search(tmp_path, schedule="asynchronous")
     process = mpi.start(["search", str(path)], 3, faults={"seconds": 0.2})
     run = tmp_path / "run"
     _wait_for(process, run, 6)
-    for pid in _pids(run):  # as Slurm does: to every rank
+    for pid in _pids(run):  # to every rank, like Slurm
         os.kill(pid, signal.SIGUSR2)
     ended = mpi.wait(process, 20)
     assert ended.code == 75, ended.stderr
@@ -189,7 +189,7 @@ def test_usr2_asks_to_be_requeued_and_resume_goes_on(tmp_path: Path) -> None:
     _resumed(path, run, kept)
 
 
-def test_term_waits_for_what_runs(tmp_path: Path) -> None:
+def test_term_waits_for_running_evaluations(tmp_path: Path) -> None:
     path = mpi.write_search(tmp_path, schedule="asynchronous")
     exit_code = tmp_path / "exit_code"
     env = {"GPTAILOR_VERDICT": str(exit_code)}
@@ -201,7 +201,7 @@ def test_term_waits_for_what_runs(tmp_path: Path) -> None:
         os.kill(pid, signal.SIGTERM)
     ended = mpi.wait(process, 20)
     assert ended.code == 143, ended.stderr
-    assert not exit_code.exists()  # whoever watches knows whether this was wanted
+    assert not exit_code.exists()  # the supervisor knows whether this was wanted
     assert mpi.count(run) >= before + 1
 
 
@@ -215,7 +215,7 @@ def test_a_killed_worker_ends_the_job_and_nothing_is_repeated(tmp_path: Path) ->
     os.kill(_pids(run)[-1], signal.SIGKILL)
     ended = mpi.wait(process, 20)
     assert ended.code != 0
-    assert not exit_code.exists()  # it was not meant
+    assert not exit_code.exists()  # this end was not intended
     kept = {e.recipe.hash: e.number for e in mpi.evaluations(run)}
     assert len(kept) >= 6
     _resumed(path, run, kept)
@@ -230,7 +230,7 @@ def _wait_for(process: subprocess.Popen[str], run: Path, evaluations: int) -> No
 
 
 def _pids(run: Path) -> list[int]:
-    """Of the ranks, in their order."""
+    """Process ids of the ranks, in order of rank."""
     (record,) = [record for record in read_all(run) if record.state != "ended"]
     return [record.pid, *(worker.pid for worker in record.workers)]
 
@@ -240,6 +240,6 @@ def _resumed(path: Path, run: Path, kept: dict[str, int]) -> None:
     assert ended.code == 0, ended.stderr
     found = {e.recipe.hash: e.number for e in mpi.evaluations(run)}
     assert len(found) == 60
-    assert kept.items() <= found.items()  # no evaluation came a second time
+    assert kept.items() <= found.items()  # no evaluation was repeated
     with Archive(run) as archive:
         assert archive._db.execute("PRAGMA integrity_check").fetchone() == ("ok",)

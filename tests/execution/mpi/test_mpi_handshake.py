@@ -1,4 +1,4 @@
-"""Ranks that don't belong together: refused before anything is evaluated, in one sentence."""
+"""Ranks that don't belong together are refused in one sentence, before anything is evaluated."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_clocks_that_differ(shift_s: int, code: int, tmp_path: Path) -> None:
 
 
 def test_models_that_differ(tmp_path: Path) -> None:
-    """A copy has other times, which is no matter; other weights of the same size are."""
+    """A copy's different timestamps don't matter; different weights of the same size do."""
     path = mpi.write_search(tmp_path, evaluations=12)
     family, copy = tmp_path / "family", tmp_path / "copy"
     shutil.copytree(family, copy)
@@ -73,7 +73,7 @@ def test_models_that_differ(tmp_path: Path) -> None:
     assert "does not exist" in sentence
 
 
-@pytest.mark.slow  # a file may take half a minute to be seen over NFS, so the refusal does
+@pytest.mark.slow  # over NFS a file can take half a minute to appear, so the refusal takes as long
 def test_a_run_folder_that_is_not_shared(tmp_path: Path) -> None:
     path = mpi.write_search(tmp_path)
     run = tmp_path / "run"
@@ -88,14 +88,14 @@ def test_a_run_folder_that_is_not_shared(tmp_path: Path) -> None:
 
 
 def hiding(mount: str) -> list[str]:
-    """What gives a rank another view of the file system."""
+    """Words to put before a command so that it sees another file system."""
     hide = ["unshare", "--mount"]
     if subprocess.run([*hide, "true"], check=False, capture_output=True).returncode != 0:
-        pytest.skip("needs the right to make mount namespaces")
+        pytest.skip("needs permission to create mount namespaces")
     return [*hide, "sh", "-c", f'{mount} && exec "$@"', "sh"]
 
 
-def test_a_mistake_is_said_once(tmp_path: Path) -> None:
+def test_a_mistake_is_reported_once(tmp_path: Path) -> None:
     path = mpi.write_search(tmp_path)
     for words, what in (
         (["search", str(path), "search.populaton=3"], "did you mean 'population'"),
@@ -124,5 +124,5 @@ def test_a_launcher_without_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"pip install 'gptailor\[mpi\]'"):
         launcher.join("auto")
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "3")
-    with pytest.raises(SystemExit):  # one of them says it
+    with pytest.raises(SystemExit):  # only one of them reports it
         launcher.join("auto")

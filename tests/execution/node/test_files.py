@@ -1,4 +1,4 @@
-"""A node's workers and the candidates' files: read once, copied whole, opened by all of them."""
+"""A node's workers share the candidates' files: one reads or copies them, and all open them."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def cold(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def test_what_is_absent_is_read_and_then_there(cold: list[Path]) -> None:
+def test_absent_parts_are_read_into_the_page_cache(cold: list[Path]) -> None:
     n_bytes = cold[2].stat().st_size
     expected = [(at * MIB, 8 * MIB) for at in (0, 8, 16)] + [(24 * MIB, n_bytes - 24 * MIB)]
     assert absent(cold[2]) == expected
     with cold[2].open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # nothing ahead
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no readahead
         os.pread(file.fileno(), 8 * MIB, 8 * MIB)
     left = absent(cold[2])
     assert left is not None and (8 * MIB, 8 * MIB) not in left and left[0] == (0, 8 * MIB)
@@ -70,9 +70,7 @@ def test_what_is_absent_is_read_and_then_there(cold: list[Path]) -> None:
     assert read_all(whole(cold[:2])) == sum(p.stat().st_size for p in cold[:2])
 
 
-def test_reading_ends_when_it_is_asked_to(
-    cold: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reading_stops_on_request(cold: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page_cache, "_PART_BYTES", MIB)
     real = os.preadv
 
@@ -101,7 +99,7 @@ print(share([Path(p) for p in sys.argv[2:]]))
 
 
 def start_all(code: str, count: int, go: Path, *words: str) -> list[str]:
-    """Starts processes, lets them go when all of them wait for `go`; gives what they print then."""
+    """Starts processes, releases them once all wait for `go`, and returns what they print then."""
     wait = "print(flush=True)\nwhile not Path(sys.argv[1]).exists():\n    time.sleep(0.002)\n"
     command = [sys.executable, "-c", code.replace("# go\n", wait), str(go), *words]
     pipe = subprocess.PIPE
@@ -121,7 +119,7 @@ def test_one_of_several_reads(cold: list[Path], tmp_path: Path) -> None:
     assert read == [0, 0, sum(path.stat().st_size for path in cold)]
 
 
-def test_files_that_memory_can_t_hold_are_left_alone(
+def test_files_too_large_for_memory_are_left_alone(
     cold: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(node_files, "available_bytes", lambda: 10 * MIB)
@@ -131,7 +129,7 @@ def test_files_that_memory_can_t_hold_are_left_alone(
     assert "read when they are needed" in notes[0]
 
 
-def test_where_the_kernel_does_not_tell_a_file_is_read_once_in_ten_minutes(
+def test_where_the_page_cache_is_unknown_files_are_read_every_ten_minutes(
     cold: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(node_files, "absent", lambda path: None)
@@ -142,7 +140,7 @@ def test_where_the_kernel_does_not_tell_a_file_is_read_once_in_ten_minutes(
     assert share(cold) > 0
 
 
-def test_a_lock_goes_with_its_holder(tmp_path: Path) -> None:
+def test_a_lock_ends_with_its_holder(tmp_path: Path) -> None:
     lock = own_folder(tmp_path) / "lock"
     code = "import sys, time\nfrom pathlib import Path\n"
     code += "from gptailor.execution.node.lock import node_lock\n"
@@ -173,7 +171,7 @@ def test_somebody_else_s_folder_is_not_used(tmp_path: Path) -> None:
         own_folder(tmp_path)
 
 
-def test_without_a_lock_files_are_read_all_the_same(
+def test_files_are_read_even_without_a_lock(
     cold: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / f"gptailor-{os.geteuid()}").write_text("in the way")
@@ -194,7 +192,7 @@ def inodes(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(folder)): p.stat().st_ino for p in sorted(folder.rglob("*.*"))}
 
 
-def test_copies_have_all_that_a_search_needs_and_the_original_names(
+def test_copies_are_complete_and_keep_the_original_references(
     models: dict[str, str], tasks_dir: Path, scratch: Path
 ) -> None:
     from gptailor.evaluation.evaluator import Evaluator
@@ -213,7 +211,7 @@ def test_copies_have_all_that_a_search_needs_and_the_original_names(
     assert outcomes[0].scores == outcomes[1].scores
 
 
-def test_copies_are_used_again_until_their_source_changes(tmp_path: Path, scratch: Path) -> None:
+def test_copies_are_reused_until_their_source_changes(tmp_path: Path, scratch: Path) -> None:
     models = {name: str(save_model(tmp_path / name, 2)) for name in ("base", "red")}
     config = config_of(models)
     first = open_candidates(config, stage=str(scratch))
@@ -230,7 +228,7 @@ def test_copies_are_used_again_until_their_source_changes(tmp_path: Path, scratc
     base = first.candidates["base"].folder
     kept = {name: n for name, n in before.items() if base.name in name}
     assert {Path(name).name: n for name, n in kept.items()} == inodes(base)
-    copied.unlink()  # as a site's cleaner does
+    copied.unlink()  # like a site's cleanup job
     third = open_candidates(config, stage=str(scratch))
     assert (third.candidates["red"].folder / "model.safetensors").read_bytes() == bytes(raw)
 
@@ -250,7 +248,7 @@ staging.staged([Candidate("base", sys.argv[1])], Path(sys.argv[2]))
 """
 
 
-def test_a_copy_that_was_left_half_way_is_made_again(tmp_path: Path, scratch: Path) -> None:
+def test_an_interrupted_copy_is_made_again(tmp_path: Path, scratch: Path) -> None:
     folder = save_model(tmp_path / "base", 2)
     command = [sys.executable, "-c", STAGE, str(folder), str(scratch)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
@@ -285,7 +283,7 @@ def test_one_of_several_copies(models: dict[str, str], scratch: Path, tmp_path: 
     assert len({tuple(counts[1:]) for counts in found}) == 1
 
 
-def test_copying_ends_when_it_is_asked_to(
+def test_copying_stops_on_request(
     models: dict[str, str], scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(staging, "_PIECE_BYTES", 100)
@@ -305,14 +303,14 @@ def test_copying_ends_when_it_is_asked_to(
     assert not [path for path in scratch.glob("*/*") if path.is_dir()]
 
 
-def test_a_folder_that_is_not_there_is_told(models: dict[str, str], tmp_path: Path) -> None:
+def test_a_missing_folder_is_reported(models: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--stage: .*/nowhere is not a folder on"):
         open_candidates(config_of(models), stage=str(tmp_path / "nowhere"))
     with pytest.raises(UsageError, match="--stage: scratch is not a folder"):
         open_candidates(config_of(models), stage="scratch")
 
 
-def test_a_source_that_changes_meanwhile_is_told(
+def test_a_source_that_changes_meanwhile_is_reported(
     tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = save_model(tmp_path / "base", 2)
@@ -328,10 +326,10 @@ def test_a_source_that_changes_meanwhile_is_told(
     assert not [p for p in scratch.glob("*/*") if p.is_dir()]
 
 
-# The way to read
+# How files are read
 
 
-def test_on_the_cpu_files_are_mapped_unless_another_way_was_asked_for(
+def test_on_the_cpu_files_are_mapped_unless_asked_otherwise(
     models: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("GPTAILOR_IO", raising=False)
@@ -351,11 +349,11 @@ def test_on_the_cpu_files_are_mapped_unless_another_way_was_asked_for(
         assert family.base.checkpoint._io == used, asked
 
 
-# On disks of their own
+# On separate disks
 
 
 @pytest.mark.system
-def test_a_full_disk_is_told(
+def test_a_full_disk_is_reported(
     tmp_path: Path, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with small_disk(tmp_path / "small", 300_000) as small:
@@ -367,7 +365,7 @@ def test_a_full_disk_is_told(
         with pytest.raises(ResourceError, match="is full, so"):
             open_candidates(config_of(models), stage=str(small))
         assert not list(small.glob("*/.new-*"))
-        for place in (p for p in small.glob("*/*") if p.is_dir()):  # whole or not at all
+        for place in (p for p in small.glob("*/*") if p.is_dir()):  # a complete copy or none
             assert (place / staging._MANIFEST).is_file()
 
 
@@ -398,7 +396,7 @@ print(json.dumps({"read": after - before, "own": own, "sum": total}))
 
 @pytest.mark.system
 def test_three_workers_read_the_disk_once(tmp_path: Path) -> None:
-    """Measured by the kernel: bytes that each process had fetched from the disk."""
+    """The kernel counts the bytes that it read from the disk for each process."""
     if shutil.which("mkfs.ext4") is None:
         pytest.skip("no mkfs.ext4: apt-get install e2fsprogs")
     image = tmp_path / "image"
@@ -409,14 +407,14 @@ def test_three_workers_read_the_disk_once(tmp_path: Path) -> None:
     with mounted(tmp_path / "disk", "-o", "loop", str(image)):
         for folder in models.values():
             save_big(Path(folder), 48 * MIB)
-    with mounted(tmp_path / "disk", "-o", "loop", str(image)):  # nothing of it is in memory
+    with mounted(tmp_path / "disk", "-o", "loop", str(image)):  # none of it is in memory yet
         size = sum(f.stat().st_size for p in models.values() for f in Path(p).glob("*.safetensors"))
         done = start_all(READ, 3, tmp_path / "go", json.dumps(models))
     found = [json.loads(text) for text in done]
     assert len({f["sum"] for f in found}) == 1
     read = sum(f["read"] for f in found)
     assert size <= read <= 1.05 * size, found
-    assert max(f["own"] for f in found) < size  # mapped, and not copied: 2 * 48 MiB are not there
+    assert max(f["own"] for f in found) < size  # mapped, not copied: less than 2 * 48 MiB
 
 
 def save_big(folder: Path, n_bytes: int) -> None:

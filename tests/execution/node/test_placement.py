@@ -1,4 +1,4 @@
-"""Who gets which GPU and which cores, for every way in which launchers bind."""
+"""Which GPUs and cores each worker gets, for every way in which launchers bind."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def place(node: str, cores: int | list[list[int]] = 8, gpus: list[str] | None = 
 def test_workers_of_a_node_divide_its_gpus_and_cores() -> None:
     places = [place("n1", 8, UUIDS)] * 3 + [place("n2", 8, UUIDS)] * 4
     found = place_workers(places, "auto")
-    # with a GPU less to evaluate on the first node, where rank 0 is, one worker sees two
+    # the first node has one worker less, because of rank 0, so one worker sees two GPUs
     assert [p.visible_devices for p in found] == ["0", "1", "2,3", "0", "1", "2", "3"]
     assert [p.sharing for p in found] == [1] * 7
     assert [p.threads for p in found] == [2, 3, 3, 2, 2, 2, 2]
@@ -46,7 +46,7 @@ def test_more_workers_than_gpus_share_them() -> None:
     assert [p.sharing for p in found] == [3, 3, 3, 2, 2]
 
 
-def test_what_the_launcher_has_bound_stays() -> None:
+def test_the_launchers_binding_is_kept() -> None:
     places = [place("n1", [[i]], [UUIDS[i]]) for i in range(3)]
     found = place_workers(places, "auto")
     assert [p.visible_devices for p in found] == ["0", "0", "0"]  # each sees only its own
@@ -56,7 +56,7 @@ def test_what_the_launcher_has_bound_stays() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:1"])
-def test_a_device_that_was_named_is_shared(device: str) -> None:
+def test_a_named_device_is_shared(device: str) -> None:
     found = place_workers([place("n1", 8, UUIDS)] * 2, device)
     assert [p.visible_devices for p in found] == [None, None]
     assert [p.sharing for p in found] == [2, 2]
@@ -67,9 +67,9 @@ def test_hardware_threads_of_a_core_stay_together() -> None:
     found = place_workers([place("n1", cores)] * 2, "cpu")
     assert [p.cpus for p in found] == [(0, 4, 1, 5), (2, 6, 3, 7)]
     assert [p.threads for p in found] == [2, 2]
-    found = place_workers([place("n1", cores)] * 6, "cpu")  # a thread each, two for some
+    found = place_workers([place("n1", cores)] * 6, "cpu")  # one hardware thread each, two for some
     assert sorted(cpu for p in found for cpu in p.cpus or ()) == list(range(8))
-    found = place_workers([place("n1", [[0], [1]])] * 3, "cpu")  # too few: nobody is bound
+    found = place_workers([place("n1", [[0], [1]])] * 3, "cpu")  # too few, so no worker is bound
     assert [p.cpus for p in found] == [None] * 3
     assert [p.threads for p in found] == [1] * 3
 
@@ -99,7 +99,7 @@ def test_visible_devices(value: str | None, expected: list[tuple[str, str]]) -> 
     assert [(device.token, device.identity) for device in found] == expected
 
 
-def test_without_a_driver_the_variable_is_believed() -> None:
+def test_without_a_driver_the_variable_is_trusted() -> None:
     found = visible_devices({"CUDA_VISIBLE_DEVICES": "0,3"}, None)
     assert [device.token for device in found] == ["0", "3"]
     assert visible_devices({}, None) == ()
@@ -133,7 +133,7 @@ const char* nvmlErrorString(int code) { return "of this test"; }
     [(0, 0, ["GPU-aa", "GPU-bb"]), (9, 0, []), (0, 15, [])],  # 9: no driver; 15: a GPU is lost
 )
 def test_the_driver_is_asked(init: int, uuid: int, expected: list[str], tmp_path: Path) -> None:
-    """By the maintained bindings, with a library in the driver's place."""
+    """Through the maintained bindings, with a stand-in for the driver's library."""
     source, library = tmp_path / "nvml.c", tmp_path / "libnvidia-ml.so.1"
     source.write_text(NVML)
     compiler = shutil.which("cc") or shutil.which("gcc")
@@ -153,7 +153,7 @@ def test_a_machine_without_a_driver_has_no_gpus(tmp_path: Path) -> None:
 
 
 def devices_seen(**environ: str) -> list[str]:
-    """The GPUs that another process finds, by their identities."""
+    """Identities of the GPUs that another process finds."""
     code = (
         "from gptailor.execution.node.placement import find_place\n"
         "print(*(device.identity for device in find_place().devices))"

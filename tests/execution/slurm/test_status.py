@@ -1,4 +1,4 @@
-"""Status and end of runs without Slurm; with a real Slurm in tests/cluster."""
+"""`status` and `cancel` of runs without Slurm; tests/cluster has them with a real Slurm."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def process() -> Iterator[subprocess.Popen[bytes]]:
-    """A search that was started by hand, as far as signals go."""
+    """A process that reacts to signals like a search started by hand."""
     code = "import time\ntime.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code]) as started:
         yield started
@@ -69,7 +69,7 @@ def a_run(folder: Path) -> Path:
 
 
 def running() -> JobRecord:
-    """The record of a search that has just said how it is."""
+    """The record of a search that has just reported."""
     now = time.time()
     return JobRecord(
         f"local-{HERE}-1",
@@ -91,15 +91,15 @@ def running() -> JobRecord:
     )
 
 
-def test_the_archive_tells_what_was_evaluated(tmp_path: Path) -> None:
+def test_evaluations_are_counted_in_the_archive(tmp_path: Path) -> None:
     evaluated = look_at(a_run(tmp_path)).evaluated
     assert (evaluated.done, evaluated.failed, evaluated.infeasible) == (5, 1, 1)
     assert (evaluated.holdout, evaluated.total, evaluated.best) == (1, 40, 0.6)
     assert evaluated.note == ""
 
 
-def test_status_and_progress_mean_the_same_best(tmp_path: Path) -> None:
-    """At most 75 % of the layers, whatever embeddings and layers of other sizes weigh."""
+def test_status_and_progress_agree_on_the_best(tmp_path: Path) -> None:
+    """With at most 75 % of the layers, whatever the sizes of embeddings and layers."""
     status = status_text(look_at(a_run(tmp_path)))
     progress = Progress(40, 9, io.StringIO())
     with Archive(tmp_path) as archive:
@@ -109,7 +109,7 @@ def test_status_and_progress_mean_the_same_best(tmp_path: Path) -> None:
     assert best in status and best in progress.line(0.0)
 
 
-def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UsageError, match="holds no run"):
         look_at(tmp_path)
     assert cli.main(["status", str(tmp_path)]) == 2
@@ -153,7 +153,7 @@ def test_a_search_that_was_killed(tmp_path: Path) -> None:
     assert job.note == "it was killed while it was running"
 
 
-def test_a_process_with_the_number_of_one_that_was_killed(
+def test_a_process_with_the_id_of_a_killed_one(
     tmp_path: Path, process: subprocess.Popen[bytes]
 ) -> None:
     replace(running(), pid=process.pid, started_at=time.time() - 86400).write(tmp_path)
@@ -170,7 +170,7 @@ def test_a_search_that_ended(tmp_path: Path) -> None:
     assert status.evaluations_per_hour is None
 
 
-def test_of_many_jobs_that_are_over_the_last_are_shown(
+def test_the_last_of_many_ended_jobs_are_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number in range(12):
@@ -185,7 +185,7 @@ def test_of_many_jobs_that_are_over_the_last_are_shown(
     assert "and 4 earlier ones" in out
 
 
-def test_a_search_on_another_machine_lives_as_long_as_it_says_something(tmp_path: Path) -> None:
+def test_a_search_on_another_machine_is_alive_while_it_reports(tmp_path: Path) -> None:
     there = replace(running(), job_id="local-far-7", host="far", pid=7, updated_at=time.time())
     there.write(tmp_path)
     assert look_at(tmp_path).jobs[0].runs
@@ -197,7 +197,7 @@ def test_a_search_on_another_machine_lives_as_long_as_it_says_something(tmp_path
     assert job.note == "it is on far, and it has said nothing for 3 min"
 
 
-def test_a_job_of_slurms_where_there_is_no_slurm(tmp_path: Path) -> None:
+def test_a_slurm_job_on_a_machine_without_slurm(tmp_path: Path) -> None:
     replace(running(), job_id="71", updated_at=time.time()).write(tmp_path)
     replace(running(), job_id="72", updated_at=time.time() - STALE_S - 60).write(tmp_path)
     replace(running(), job_id="73", state="submitted", updated_at=time.time()).write(tmp_path)
@@ -232,7 +232,7 @@ def test_cancel_ends_a_search_of_this_machine(
     assert "No job of" in capsys.readouterr().out
 
 
-def test_cancel_says_what_does_not_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cancel_reports_what_lives_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = "import signal, time; signal.signal(15, signal.SIG_IGN); print('x', flush=True)\n"
     with subprocess.Popen(
         [sys.executable, "-c", f"{code}time.sleep(60)"], stdout=subprocess.PIPE
@@ -250,11 +250,11 @@ def listing(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(p): (p.stat().st_mtime_ns, p.stat().st_ino) for p in [folder, *folder.rglob("*")]}
 
 
-def test_looking_writes_nothing_and_waits_for_nobody(tmp_path: Path) -> None:
+def test_status_writes_nothing_and_waits_for_nobody(tmp_path: Path) -> None:
     a_run(tmp_path)
     running().write(tmp_path)
     before = listing(tmp_path)
-    with Archive(tmp_path):  # whose lock is held
+    with Archive(tmp_path):  # holds the lock
         inside = listing(tmp_path)
         began = time.monotonic()
         look_at(tmp_path)
@@ -263,8 +263,8 @@ def test_looking_writes_nothing_and_waits_for_nobody(tmp_path: Path) -> None:
     assert before.keys() == listing(tmp_path).keys()
 
 
-def test_an_archive_that_was_killed_in_a_write_is_left_as_it_is(tmp_path: Path) -> None:
-    """A reader that mends it would be wrong where the writer lives on another node."""
+def test_an_archive_with_an_interrupted_write_is_left_alone(tmp_path: Path) -> None:
+    """A reader must not repair it, as the writer may be alive on another node."""
     a_run(tmp_path)
     running().write(tmp_path)
     code = (
@@ -280,14 +280,14 @@ def test_an_archive_that_was_killed_in_a_write_is_left_as_it_is(tmp_path: Path) 
     evaluated = look_at(tmp_path).evaluated
     assert listing(tmp_path) == before
     assert "can't be read at the moment" in evaluated.note
-    assert (evaluated.done, evaluated.total) == (30, 40)  # as the job says
-    with Archive(tmp_path) as archive:  # the next search mends it
+    assert (evaluated.done, evaluated.total) == (30, 40)  # from the job's record
+    with Archive(tmp_path) as archive:  # the next search repairs it
         assert len(archive.evaluations("search")) == 5
     assert look_at(tmp_path).evaluated.done == 5
 
 
 def test_islands_are_counted_together(tmp_path: Path) -> None:
-    """From their journals, as their archives may be written to on other nodes."""
+    """From their journals, as other nodes may be writing to their archives."""
     (tmp_path / "islands" / "0").mkdir(parents=True)
     assert look_at(tmp_path).evaluated.done == 0
     assert look_at(tmp_path).evaluated.note == ""
@@ -296,7 +296,7 @@ def test_islands_are_counted_together(tmp_path: Path) -> None:
         folder = tmp_path / "islands" / str(island)
         header = Header(island, 2, {"search": {"evaluations": 40}}, "f", "d", family)
         with Archive(folder) as archive:
-            archive.record(recipe(0), "search", 60, outcome("ok", 0.5))  # both, by accident
+            archive.record(recipe(0), "search", 60, outcome("ok", 0.5))  # in both, by coincidence
             archive.record(recipe(0, count=8), "search", 60, outcome("ok", 0.9))
             archive.record(recipe(1 + island), "search", 70, outcome("ok", 0.6 + island / 10))
             archive.record(recipe(5 + island), "search", 70, outcome("failed", None))
@@ -310,7 +310,7 @@ def test_islands_are_counted_together(tmp_path: Path) -> None:
     assert "can't be read at the moment" in look_at(tmp_path).evaluated.note
 
 
-def test_files_that_are_none_of_ours(tmp_path: Path) -> None:
+def test_foreign_files(tmp_path: Path) -> None:
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs" / "5.json").write_text("{")
     with sqlite3.connect(tmp_path / "archive.db") as db:

@@ -1,4 +1,4 @@
-"""What `gptailor launch` asks of Slurm. The text is compared whole: read it when it changes."""
+"""What `gptailor launch` asks of Slurm. Scripts are compared whole: review any change of them."""
 
 from __future__ import annotations
 
@@ -123,9 +123,9 @@ def test_the_script_of_islands() -> None:
     assert shown(request, 3) == ISLANDS
 
 
-def test_the_version_of_submitit_whose_private_parts_are_used() -> None:
-    """With another one, look at `_make_sbatch_string` and `_submit_command_str`, and at the tests
-    of tests/cluster/test_launch.py, before it is named here."""
+def test_the_version_of_submitit() -> None:
+    """gptailor uses private functions of submitit. Before naming another version here, look at its
+    `_make_sbatch_string` and `_submit_command_str`, and run tests/cluster/test_launch.py."""
     assert metadata.version("submitit") == "1.5.4"
 
 
@@ -174,7 +174,7 @@ REFUSED: list[tuple[Changes, str]] = [
 
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED)
-def test_what_cannot_be_is_said_before_slurm_is_asked(changes: Changes, message: str) -> None:
+def test_bad_requests_are_refused_before_slurm_is_asked(changes: Changes, message: str) -> None:
     REQUEST.check()
     with pytest.raises(UsageError, match=r"^[^\n]*$") as error:
         replace(REQUEST, **changes).check()
@@ -194,18 +194,18 @@ def test_what_cannot_be_is_said_before_slurm_is_asked(changes: Changes, message:
         ("10000", 10000),
     ],
 )
-def test_times_are_read_as_slurm_does(text: str, minutes: int) -> None:
+def test_times_are_read_the_way_slurm_reads_them(text: str, minutes: int) -> None:
     assert parse_minutes(text) == minutes
 
 
 @pytest.mark.parametrize("text", ["", "soon", "1h", "-5", "1:2:3:4", "0", "0:00", "1.5", "9" * 50])
-def test_what_is_no_time(text: str) -> None:
+def test_invalid_times(text: str) -> None:
     with pytest.raises(UsageError, match=r"is not a time|is zero"):
         parse_minutes(text)
 
 
-def test_a_job_of_submitit_ends_with_the_code_of_the_search(tmp_path: Path) -> None:
-    """submitit makes a result of what returns or raises; an exit it lets through."""
+def test_a_submitit_job_ends_with_the_searchs_exit_code(tmp_path: Path) -> None:
+    """submitit turns a return or an exception into a result, but lets SystemExit through."""
     code = "import pickle, sys; pickle.loads(bytes.fromhex(sys.argv[1]))()"
     for wanted in (0, 3):
         job = SearchJob([sys.executable, "-c", f"raise SystemExit({wanted})"], 100)

@@ -1,6 +1,6 @@
-"""The supervisor, with real child processes; real Slurm is in tests/cluster.
+"""The supervisor, with real child processes; tests/cluster has it with a real Slurm.
 
-Where a branch depends on what `srun` or `scontrol` says, small programs of that name say it.
+Where a branch depends on the output of `srun` or `scontrol`, small programs of that name stand in.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ exec(sys.argv[2])
 
 
 class Supervised:
-    """A supervisor whose child does what a line of Python says."""
+    """A supervisor whose child runs the given Python code."""
 
     def __init__(self, folder: Path, code: str, *options: str, **environ: str) -> None:
         self.folder = folder
@@ -72,11 +72,11 @@ class Supervised:
         ready = self.tries.with_suffix(".ready")
         until = time.monotonic() + 20
         while not ready.exists():
-            assert time.monotonic() < until, "the child never began"
+            assert time.monotonic() < until, "the child never started"
             time.sleep(0.01)
 
     def end(self) -> tuple[int, int, str]:
-        """(exit code, tries, what was said)."""
+        """(exit code, tries, stderr)."""
         _, said = self.process.communicate(timeout=30)
         assert not list((self.folder / "tmp").iterdir())
         tries = len(self.tries.read_text()) if self.tries.exists() else 0
@@ -93,17 +93,17 @@ def program(folder: Path, name: str, text: str) -> None:
 
 @pytest.mark.parametrize("code", [0, 1, 2, 3, 4, 5, 130, 143])
 def test_the_exit_code_file_is_final(tmp_path: Path, code: int) -> None:
-    """Whatever the command's own exit code is: a rank may have been killed afterwards."""
+    """It overrides the command's own exit code, as a rank may have been killed afterwards."""
     assert Supervised(tmp_path, f"mean({code}); os._exit(77)").end()[:2] == (code, 1)
 
 
 @pytest.mark.parametrize("code", [0, 2, 3, 4, 5, 75])
-def test_codes_of_gptailor_are_meant_without_the_file(tmp_path: Path, code: int) -> None:
-    """A usage error is met before the search begins, on all ranks."""
+def test_gptailors_exit_codes_are_final_without_the_file(tmp_path: Path, code: int) -> None:
+    """A usage error occurs before the search begins, on all ranks."""
     assert Supervised(tmp_path, f"os._exit({code})").end()[:2] == (code, 1)
 
 
-def test_a_killed_step_that_comes_back_is_done(tmp_path: Path) -> None:
+def test_a_killed_step_is_restarted(tmp_path: Path) -> None:
     dies = "os.kill(os.getpid(), signal.SIGKILL)"
     code, tries, said = Supervised(tmp_path, f"if number < 3: {dies}\nmean(0)").end()
     assert (code, tries) == (0, 3)
@@ -117,18 +117,18 @@ def test_the_file_of_an_earlier_try_does_not_count(tmp_path: Path) -> None:
     assert Supervised(tmp_path, code).end()[:2] == (3, 3)
 
 
-def test_what_always_dies_is_given_up(tmp_path: Path) -> None:
+def test_a_step_that_always_dies_is_given_up(tmp_path: Path) -> None:
     code, tries, said = Supervised(tmp_path, "os._exit(137)").end()
     assert (code, tries) == (5, 4)
     assert "after 3 restarts without one new result this is given up" in said
 
 
-def test_what_always_breaks_keeps_its_exit_code(tmp_path: Path) -> None:
+def test_a_step_that_always_fails_keeps_its_exit_code(tmp_path: Path) -> None:
     assert Supervised(tmp_path, "raise RuntimeError", "--max-restarts", "1").end()[:2] == (1, 2)
 
 
-def test_a_step_with_new_results_begins_the_count_anew(tmp_path: Path) -> None:
-    """Nine deaths, most of them after a result: never more than one in a row without any."""
+def test_new_results_reset_the_count_of_restarts(tmp_path: Path) -> None:
+    """Nine deaths, but never more than one in a row without a new result."""
     code = "if number % 2: gain(number)\nif number < 10: os._exit(137)\nmean(0)"
     result = Supervised(tmp_path, code, "--max-restarts", "2").end()
     assert result[:2] == (0, 10)
@@ -137,36 +137,36 @@ def test_a_step_with_new_results_begins_the_count_anew(tmp_path: Path) -> None:
     assert result[2].count("SIGKILL after 0 s and 0 new results; starts again in 0.1 s") == 4
 
 
-def test_a_step_that_gains_nothing_more_is_given_up(tmp_path: Path) -> None:
-    """However long it lives, and whatever the steps before it gained."""
+def test_a_step_without_new_results_is_given_up(tmp_path: Path) -> None:
+    """However long it runs, and whatever earlier steps gained."""
     code = "if number < 3: gain(7)\nelse: time.sleep(0.2)\nos._exit(137)"
     result = Supervised(tmp_path, code, "--max-restarts", "2").end()
     assert result[:2] == (5, 4)
     assert "after 2 restarts without one new result this is given up" in result[2]
 
 
-def test_a_search_that_can_not_tell_what_it_gained_is_started_again(tmp_path: Path) -> None:
-    """Somebody cleaned up: the supervisor puts the file back for the next try."""
+def test_a_search_whose_gains_file_was_deleted_is_restarted(tmp_path: Path) -> None:
+    """The supervisor creates the file again for the next try."""
     code = "os.unlink(os.environ['GPTAILOR_GAINED'])\nif number < 3: os._exit(137)\nmean(0)"
     assert Supervised(tmp_path, code).end()[:2] == (0, 3)
 
 
-def test_usr2_is_handed_on(tmp_path: Path) -> None:
+def test_usr2_is_forwarded(tmp_path: Path) -> None:
     run = Supervised(tmp_path, "on(signal.SIGUSR2, lambda: mean(75)); ready(); time.sleep(60)")
     run.started()
     run.process.send_signal(signal.SIGUSR2)
     code, tries, said = run.end()
     assert (code, tries) == (75, 1)
     assert "got SIGUSR2" in said
-    assert "start the same command again" in said  # no Slurm here that could requeue
+    assert "start the same command again" in said  # there is no Slurm to requeue it
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("says", [True, False])
-def test_an_end_from_outside_is_no_reason_to_start_again(
+def test_no_restart_after_an_end_from_outside(
     tmp_path: Path, number: int, code: int, says: bool
 ) -> None:
-    """The ranks get SIGTERM in both cases; they may or may not manage to write the file."""
+    """Either signal reaches the ranks as SIGTERM; they may or may not manage to write the file."""
     child = f"on(signal.SIGTERM, lambda: {says} and mean(143)); ready(); time.sleep(60)"
     run = Supervised(tmp_path, child)
     run.started()
@@ -174,8 +174,8 @@ def test_an_end_from_outside_is_no_reason_to_start_again(
     assert run.end()[:2] == (code, 1)
 
 
-def test_usr2_that_nobody_answers_ends_in_a_requeue(tmp_path: Path) -> None:
-    """The default action of SIGUSR2 is death: it came while the ranks were starting."""
+def test_usr2_without_a_handler_leads_to_a_requeue(tmp_path: Path) -> None:
+    """SIGUSR2 kills by default, for example while the ranks are starting."""
     run = Supervised(tmp_path, "ready(); time.sleep(60)")
     run.started()
     run.process.send_signal(signal.SIGUSR2)
@@ -199,8 +199,8 @@ def test_the_search_is_told_when_the_job_ends(tmp_path: Path, end: str, expected
     assert Supervised(tmp_path, code, SLURM_JOB_ID="71", TZ="UTC").end()[:2] == (0, 1)
 
 
-def test_a_requeue_is_asked_of_slurm(tmp_path: Path) -> None:
-    """Slurm ends a job that it requeues; here the stand-in does."""
+def test_slurm_is_asked_for_a_requeue(tmp_path: Path) -> None:
+    """Slurm kills a job that it requeues; here the stand-in does."""
     program(tmp_path, "scontrol", "[ $1 = requeue ] && kill $PPID")
     run = Supervised(tmp_path, "mean(75)", SLURM_JOB_ID="71")
     code, tries, said = run.end()
@@ -209,7 +209,7 @@ def test_a_requeue_is_asked_of_slurm(tmp_path: Path) -> None:
     assert "requeued" in said
 
 
-def test_of_an_array_one_element_is_requeued(tmp_path: Path) -> None:
+def test_only_one_element_of_an_array_is_requeued(tmp_path: Path) -> None:
     program(tmp_path, "scontrol", "echo no: $2 >&2; exit 1")
     element = {"SLURM_JOB_ID": "71", "SLURM_ARRAY_JOB_ID": "71", "SLURM_ARRAY_TASK_ID": "2"}
     assert "(no: 71_2)" in Supervised(tmp_path, "mean(75)", **element).end()[2]
@@ -234,9 +234,7 @@ PREEMPTED = "JobState=RUNNING StartTime=2026-11-22T07:22:11 PreemptTime={}"
 
 
 @pytest.mark.parametrize("child", ["mean(143)", "os._exit(143)"])
-def test_preemption_that_leaves_time_to_end_is_followed_by_a_requeue(
-    tmp_path: Path, child: str
-) -> None:
+def test_preemption_with_grace_time_leads_to_a_requeue(tmp_path: Path, child: str) -> None:
     shown = PREEMPTED.format("2026-11-22T07:22:15")
     program(tmp_path, "scontrol", f"[ $1 = requeue ] && kill $PPID || echo {shown}")
     code, tries, said = Supervised(tmp_path, child, SLURM_JOB_ID="71").end()
@@ -266,7 +264,7 @@ printf 'specific pmix plugin versions available: pmix_v4,pmix_v5\\n' >&2; exit; 
 """
 
 
-def test_an_unknown_kind_of_mpi_is_found_before_anything_starts(tmp_path: Path) -> None:
+def test_an_unknown_mpi_type_is_refused_before_anything_starts(tmp_path: Path) -> None:
     program(tmp_path, "srun", f"{LIST} exit 3")
     code, said = run_srun(tmp_path, "--mpi=openmpi", "gptailor", "search")
     assert code == 2
@@ -277,12 +275,12 @@ def test_an_unknown_kind_of_mpi_is_found_before_anything_starts(tmp_path: Path) 
         assert run_srun(tmp_path, known, "gptailor", "search")[0] == 3
 
 
-def test_an_srun_that_does_not_tell_is_believed(tmp_path: Path) -> None:
+def test_any_mpi_type_passes_if_srun_lists_none(tmp_path: Path) -> None:
     program(tmp_path, "srun", "[ $1 = --mpi=list ] && exit 1; exit 3")
     assert run_srun(tmp_path, "--mpi=pmix")[0] == 3
 
 
-def test_sruns_own_errors_are_told_from_the_programs(tmp_path: Path) -> None:
+def test_sruns_own_errors_are_recognized(tmp_path: Path) -> None:
     program(tmp_path, "srun", "exit $SLURM_EXIT_ERROR")
     code, said = run_srun(tmp_path, "gptailor", "search")
     assert said.count("srun could not start or finish the step") == 4
@@ -299,7 +297,7 @@ def test_a_missing_program_is_one_sentence(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_nothing_but_the_standard_library_is_imported() -> None:
+def test_only_the_standard_library_is_imported() -> None:
     code = (
         "import sys; before = set(sys.modules)\n"
         "import gptailor.execution.supervisor\n"
@@ -310,12 +308,12 @@ def test_nothing_but_the_standard_library_is_imported() -> None:
     assert done.stdout == "['gptailor']\n"
 
 
-def test_an_older_python_of_a_host_can_read_it() -> None:
+def test_a_hosts_older_python_can_parse_it() -> None:
     for module in (gptailor, execution, slurm, supervisor, variables, exit_codes):
         source = Path(str(module.__file__)).read_text()
         ast.parse(source, feature_version=(3, 8))
         if "->" in source:
-            assert "\nfrom __future__ import annotations\n" in source  # unions are no code then
+            assert "\nfrom __future__ import annotations\n" in source  # unions are not evaluated
 
 
 def test_the_mpi_type_is_read_from_the_srun_line() -> None:
@@ -326,6 +324,8 @@ def test_the_mpi_type_is_read_from_the_srun_line() -> None:
     assert mpi_type([]) is None
 
 
-def test_without_slurm_no_kinds_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_slurm_no_mpi_type_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert known_mpi_types() == []
