@@ -1,7 +1,7 @@
 """Mutations that know the format: a JSON tree (keys may appear twice), a header around it.
 
-Plain mutations of bytes rarely leave a file that is still a header; these change one thing of a
-good one, or glue two together. Everything is a function of the generator that is passed along.
+Random changes of bytes rarely leave a valid header; these change one thing in a good one, or glue
+two together. Everything depends only on the generator that is passed in.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KEYS = [
 
 
 class Pairs(list[Any]):
-    """A JSON object as (key, value) pairs, so that a key can be there twice."""
+    """A JSON object as (key, value) pairs, as keys may appear twice."""
 
 
 def parse(text: bytes) -> Any:
@@ -52,7 +52,7 @@ def _text(tree: Any) -> str:
 
 
 def mutate_tree(rng: random.Random, tree: Any) -> Any:
-    """The tree with one change somewhere; it is changed in place where it can be."""
+    """The tree with one change somewhere, made in place if possible."""
     places: list[tuple[Any, int | None]] = []
     stack = [tree]
     while stack and len(places) < 5000:
@@ -136,7 +136,7 @@ def mutate_bytes(rng: random.Random, data: bytes) -> bytes:
 
 
 def mutate_json(rng: random.Random, data: bytes) -> bytes:
-    """A JSON text with a few changes; now and then changed without regard to its form."""
+    """A JSON text with a few changes; now and then with changed bytes instead."""
     try:
         tree = parse(data)
     except (ValueError, RecursionError):
@@ -152,7 +152,7 @@ def mutate_json(rng: random.Random, data: bytes) -> bytes:
 
 
 def mutate_json_lines(rng: random.Random, data: bytes) -> bytes:
-    """Lines of JSON with a change in one, or lines moved, doubled, glued together."""
+    """Lines of JSON with one line changed, or with lines moved, doubled or joined."""
     lines = data.split(b"\n")
     i, j = rng.randrange(len(lines)), rng.randrange(len(lines))
     kind = rng.randrange(12)
@@ -172,7 +172,7 @@ def mutate_json_lines(rng: random.Random, data: bytes) -> bytes:
 
 
 def mutate_header(rng: random.Random, data: bytes) -> bytes:
-    """A safetensors file with a few changes: of its tree, its length, its data."""
+    """A safetensors file with a few changes to its tree, its length or its data."""
     n = int.from_bytes(data[:8], "little")
     if len(data) < 8 or n > len(data) - 8 or rng.random() < 0.1:
         return mutate_bytes(rng, data)
@@ -191,7 +191,7 @@ def mutate_header(rng: random.Random, data: bytes) -> bytes:
 
 
 def mutate_lines(rng: random.Random, data: bytes) -> bytes:
-    """YAML: lines moved, doubled, indented, and words that mean something in YAML put in."""
+    """YAML with lines moved, doubled or indented, and with words inserted that YAML interprets."""
     words = [
         b"&a ", b"*a", b"<<: ", b"!!int ", b"!!float ", b"!!bool ", b"!!timestamp ",
         b"!!binary ", b"!!set ", b"!!python/object:os.system ", b"? ", b"- ", b": ", b"{", b"}",

@@ -1,7 +1,7 @@
-"""What is fuzzed: each target takes bytes, gives them to our code as a file, judges the outcome.
+"""Fuzz targets: each takes bytes, gives them to our code as a file, and judges the outcome.
 
 Either a value comes back that keeps its promises, or a GptailorError of the documented kind with a
-message of one short line that a terminal can show. Anything else is an exception of the target.
+message of one short line that a terminal can show. In any other case, the target raises.
 Used by `test_replay.py` (a few seconds) and by `tools/fuzz.py` (hours, coverage-guided).
 """
 
@@ -66,12 +66,12 @@ A, B = "a.safetensors", "b.safetensors"
 
 @dataclass(frozen=True)
 class Target:
-    """Something that is fuzzed.
+    """Something to fuzz.
 
     Attributes:
-        run: judges one input; raises unless all is well.
-        mutate: changes an input in a way that fits its format.
-        seeds: good inputs to begin with.
+        run: judges one input; raises if something is wrong.
+        mutate: changes an input in a way that suits its format.
+        seeds: good inputs to start from.
     """
 
     run: Callable[[bytes], None]
@@ -81,7 +81,7 @@ class Target:
 
 @contextmanager
 def only(*kinds: type[GptailorError]) -> Iterator[None]:
-    """Lets errors of these kinds pass, if they say in one line what is wrong."""
+    """Lets errors of these kinds pass if their message is one good line."""
     try:
         yield
     except kinds as error:
@@ -94,7 +94,7 @@ def check_message(text: str) -> None:
 
 
 def check_tensors(tensors: dict[str, TensorInfo]) -> None:
-    """Every tensor lies within its file, whole, and shares no byte with another."""
+    """Every tensor lies wholly within its file, and shares no byte with another."""
     ends: dict[Path, int] = {}
     for name, t in sorted(tensors.items(), key=lambda item: (item[1].path, item[1].offset)):
         assert name == t.name
@@ -130,7 +130,7 @@ def header_seeds() -> list[bytes]:
 
 
 def statistics(data: bytes) -> None:
-    """Statistics of a model, which recipes name for fisher and regmean."""
+    """Statistics of a model, for fisher and regmean."""
     path = statistics_path(PLACE, "fisher", "x")
     path.write_bytes(data)
     with only(ModelError, UsageError):
@@ -149,7 +149,7 @@ _INDEX: dict[str, Path] = {}
 
 
 def index(data: bytes) -> None:
-    """An index beside two good shards, a FIFO, a folder and a link that leads nowhere."""
+    """An index beside two good shards, a FIFO, a folder and a dangling link."""
     folder = _INDEX.get("folder")
     if folder is None:
         folder = _INDEX["folder"] = PLACE / "index"
@@ -179,7 +179,7 @@ def index_seeds() -> list[bytes]:
 
 
 def config(data: bytes) -> None:
-    """A config.json beside good weights, read, and cut to fewer layers as a stitch does."""
+    """A config.json beside good weights: read, and reduced to fewer layers like in a stitch."""
     folder = _small("config")
     (folder / "config.json").write_bytes(data)
     with only(ModelError, UsageError):
@@ -207,7 +207,7 @@ def _good() -> Candidate:
 
 
 def _small(name: str) -> Path:
-    """A folder of a model with one tensor a layer, so that reading it takes no time."""
+    """A model folder with one tensor per layer, which makes it quick to read."""
     folder = PLACE / name
     if not folder.exists():
         save_model(folder, num_layers=2)
@@ -233,7 +233,7 @@ def config_seeds() -> list[bytes]:
 
 
 def tokenizer(data: bytes) -> None:
-    """A tokenizer.json that is compared with a good one, on either side."""
+    """A tokenizer.json, compared with a good one in both directions."""
     folder = _small("tokenizer")
     (folder / "tokenizer.json").write_bytes(data)
     good = _good()
@@ -253,7 +253,7 @@ def tokenizer_seeds() -> list[bytes]:
 
 
 def names(data: bytes) -> None:
-    """Names of tensors, one a line, in which the layers are looked for."""
+    """Names of tensors, one per line, in which layers are searched for."""
     lines = data.decode("utf-8", "replace").split("\n")
     tensors = {
         name: TensorInfo(name, "U8", (i % 7,), PLACE, 8, i % 7)
@@ -289,7 +289,7 @@ def _family() -> Family:
 
 
 def recipe(data: bytes) -> None:
-    """A recipe: read, simplified, hashed, written and read again, resolved to tensors."""
+    """A recipe: read, simplified, hashed, written, read again, and resolved to tensors."""
     with only(UsageError):
         found = Recipe.from_yaml(data.decode("utf-8", "replace"))
         found.with_models_relative_to(PLACE)
@@ -319,7 +319,7 @@ def recipe_seeds() -> list[bytes]:
 
 
 def mergekit(data: bytes) -> None:
-    """A mergekit YAML: read, made into a recipe of a family of those names, resolved to tensors."""
+    """A mergekit YAML: read, turned into a recipe for a family of those names, and resolved."""
     with only(UsageError):
         data_ = load_yaml(data.decode("utf-8", "replace"), "merge.yaml")
         if not isinstance(data_, dict):
@@ -380,7 +380,7 @@ def _island() -> Archive:
 
 
 def journal(data: bytes) -> None:
-    """The journal of island 1: read whole, read by island 0, reported."""
+    """The journal of island 1: read whole, read by island 0, and reported."""
     mine = _island()
     path = island_folder(PLACE / "run", 1) / JOURNAL
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Model folders with files that are none: links, FIFOs, devices, names that lead elsewhere."""
+"""Model folders with links, FIFOs and devices for files, and with names that lead elsewhere."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_fifo_as_shard(place: Path) -> None:
 
 @pytest.mark.parametrize("target", ["/dev/zero", "/dev/stdin", "nowhere", ".", "model.safetensors"])
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_links_to_what_is_no_file(place: Path, name: str, target: str) -> None:
+def test_links_to_something_other_than_a_file(place: Path, name: str, target: str) -> None:
     (place / "base" / name).unlink()
     (place / "base" / name).symlink_to(target)
     with pytest.raises(ModelError):
@@ -92,8 +92,8 @@ def test_a_link_carries_no_secret_into_the_result(place: Path, name: str) -> Non
     assert not (place / "out").exists()
 
 
-def test_links_as_people_set_them(place: Path) -> None:
-    """To a file of the same name, and as the Hugging Face cache does."""
+def test_ordinary_links(place: Path) -> None:
+    """To a file of the same name, and like those of the Hugging Face cache."""
     (place / "elsewhere").mkdir()
     (place / "base" / "tokenizer.json").rename(place / "elsewhere" / "tokenizer.json")
     (place / "base" / "tokenizer.json").symlink_to("../elsewhere/tokenizer.json")
@@ -181,7 +181,7 @@ def test_good_families_still_open(place: Path) -> None:
 
 
 @pytest.mark.parametrize("ref", ["x" * 300, "~nobody-of-that-name/x", "a\0b", "./" + "y/" * 3000])
-def test_references_that_no_path_can_be(place: Path, ref: str) -> None:
+def test_references_that_are_impossible_paths(place: Path, ref: str) -> None:
     text = json.dumps({"schema": "gptailor/recipe/1", "models": {"a": ref}, "base": "a",
                        "layers": [{"take": "a", "layer": 0}]})  # fmt: skip
     (place / "recipe.yaml").write_text(text)

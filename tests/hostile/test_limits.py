@@ -1,6 +1,6 @@
-"""Files made to take all memory or all time: refused in seconds, at a bounded price for a byte.
+"""Files made to exhaust memory or time: refused in seconds, with bounded memory per byte.
 
-Each case runs in a process of its own, whose memory can be told.
+Each case runs in a separate process, whose memory can be measured.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ print(json.dumps([outcome, time.process_time() - began, peak() - before]))
 
 
 def measured(kind: str, path: Path, n_bytes: int, *more: Path) -> str:
-    """The error's text, or "ok"; fails if it took too much."""
+    """The error's text, or "ok"; fails if it took too much time or memory."""
     done = run_python(MEASURE, kind, path, *more)
     assert done.returncode == 0, done.stderr[-2000:]
     outcome, seconds, n_memory = json.loads(done.stdout)
@@ -108,8 +108,8 @@ def test_an_index(tmp_path: Path) -> None:
         ("model.safetensors.index.json", "larger than the 100,000,000 bytes"),
     ],
 )
-def test_files_without_end(name: str, message: str, tmp_path: Path) -> None:
-    """A sparse file of 1 TB takes no room on the attacker's side."""
+def test_endless_files(name: str, message: str, tmp_path: Path) -> None:
+    """A sparse file of 1 TB costs an attacker no disk space."""
     shards = 2 if "index" in name else 1
     model = save_model(tmp_path / "model", num_layers=2, shards=shards)
     good = save_model(tmp_path / "good", num_layers=2)
@@ -150,7 +150,7 @@ MERGES = "a0: &a0 {k0: 1}\n" + "".join(
     f"a{i}: &a{i}\n  <<: [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 30)
 )
 HEAD = "schema: gptailor/recipe/1\nmodels: {a: x}\nbase: a\nlayers:\n"
-LONG = "".join(map(chr, range(0x4E00, 0x9000)))  # no two characters alike: difflib's worst
+LONG = "".join(map(chr, range(0x4E00, 0x9000)))  # all characters differ: difflib's worst case
 NUMBER = HEAD + "- {take: a, layer: "
 RECIPES: dict[str, tuple[str, str]] = {
     "a billion laughs": (LAUGHS, "too large once its aliases are expanded"),
@@ -186,7 +186,7 @@ def test_mergekit_with_many_models(tmp_path: Path) -> None:
     assert "more than 1000 models" in measured("mergekit", tmp_path / "m.yaml", 10 * len(text))
 
 
-def test_a_recipe_without_end(tmp_path: Path) -> None:
+def test_an_endless_recipe(tmp_path: Path) -> None:
     with (tmp_path / "recipe.yaml").open("wb") as file:
         file.truncate(10**12)
     done = run_python(

@@ -1,8 +1,8 @@
-"""The compiled extension, called with whatever comes to mind: a result, or a Python exception.
+"""The compiled extension, called with all sorts of arguments: a result, or a Python exception.
 
 A short seeded run here; `make sanitize` runs it under AddressSanitizer and
-UndefinedBehaviorSanitizer, where a step outside a buffer or an overflow ends the process.
-GPTAILOR_FUZZ_RUNS makes it longer, GPTAILOR_FUZZ_SEED starts elsewhere.
+UndefinedBehaviorSanitizer, where an access outside a buffer or an overflow ends the process.
+GPTAILOR_FUZZ_RUNS makes it longer, GPTAILOR_FUZZ_SEED changes its seed.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ DTYPES = [
     "X" * 1000,
 ]
 ENGINE = [name for name in METHODS if name not in ("average", "regmean")]
-"""What the engine knows by name: an average is a linear merge by then, regmean a linear solve."""
+"""Methods that the engine has under their names: average is its linear, regmean a linear solve."""
 OTHER_METHODS = ["", "average", "linaer", "passthrough", "linear\0", "regmean"]
 PARAMETERS = ["t", "lambda", "density", "epsilon", "seed", "eps", "max_iter", "odd", ""]
 
 
 class Chooser:
-    """Seeded choices of arguments, mostly possible ones."""
+    """Seeded choices of arguments, mostly valid ones."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -104,13 +104,13 @@ class Chooser:
         return self.random.choice(DTYPES if self.rarely(0.1) else DTYPES[:3])
 
     def tensor(self, n: int, dtype: str) -> _C.Tensor:
-        """n elements of random bits or ordinary values, at any byte of a buffer that ends there."""
+        """n elements, random bits or ordinary values, which end where their buffer ends."""
         size = {"F32": 4, "F16": 2, "BF16": 2}.get(dtype, 8)
         shift = self.random.choice([0, 0, 1, 2, 3, 4, 64])
         buffer = _C.Buffer(shift + n * size)
         if self.rarely(0.1):
             raw = self.random.randbytes(n * size)
-        else:  # exponents around 1, so that few are NaN
+        else:  # values around 1, as random exponents would give many NaNs
             high = b"\x3f" if size == 4 else b"\x3c"
             raw = b"".join(self.random.randbytes(size - 1) + high for _ in range(min(n, 64))) * (
                 n // 64 + 1
@@ -158,7 +158,7 @@ def test_views_of_files_and_buffers(tmp_path: Path) -> None:
 
 
 def read_all(tensor: _C.Tensor) -> None:
-    """Every byte through the engine, if it merges that type: ASan sees a byte too many."""
+    """Every byte goes through the engine, if it merges that type: ASan sees a read too far."""
     if tensor.dtype in DTYPES[:3]:
         merge = _C.Merge("linear", [tensor], out_dtype="F32", weights=[1.0], check_nan=False)
         merge.run(0, tensor.n_elements, _C.Buffer(4 * tensor.n_elements))
@@ -170,7 +170,7 @@ def test_buffers_of_any_size() -> None:
     for chooser in calls("buffers"):
         size = chooser.integer()
         if 2**30 < size < 2**46:
-            continue  # might be had
+            continue  # might be available
         try:
             assert memoryview(_C.Buffer(size)).nbytes == size
         except EXPECTED:
@@ -178,7 +178,7 @@ def test_buffers_of_any_size() -> None:
 
 
 def possible(chooser: Chooser, method: Method, n: int, dtype: str) -> dict[str, Any]:
-    """Arguments that `method` takes."""
+    """Valid arguments for `method`."""
     low = max(method.min_sources, 1)
     count = min(max(chooser.random.choice([1, 2, 2, 3, 4, 16]), low), method.max_sources)
     same = chooser.tensor(n, dtype) if chooser.rarely(0.1) else None  # no difference, no angle
@@ -203,7 +203,7 @@ def possible(chooser: Chooser, method: Method, n: int, dtype: str) -> dict[str, 
 
 
 def value_of(chooser: Chooser, parameter: Parameter, count: int) -> Any:
-    """Within the parameter's bounds, or at them; some with one for each source."""
+    """A value within or at the parameter's bounds, or sometimes one for each source."""
 
     def one() -> float:
         if parameter.kind == "flag":
@@ -218,7 +218,7 @@ def value_of(chooser: Chooser, parameter: Parameter, count: int) -> Any:
 
 
 def spoil(chooser: Chooser, words: dict[str, Any], n: int) -> None:
-    """Makes one argument something else."""
+    """Replaces one argument with something odd."""
     key = chooser.random.choice([*words, "factor", "row_length", "base", "statistics", "odd"])
     if key == "parameters":
         names = [*words["parameters"], *PARAMETERS]
@@ -269,7 +269,7 @@ def test_merges_of_anything() -> None:
 
 
 def run_slices(chooser: Chooser, merge: Any, n: int, out_dtype: str) -> int:
-    """A whole run and some odd slices, into buffers that end with the result."""
+    """Runs the whole merge and some odd slices, into a buffer that ends with the result."""
     size = {"F32": 4, "F16": 2, "BF16": 2}[out_dtype]
     shift = chooser.random.choice([0, 1, 2, 64])
     out = _C.Buffer(shift + n * size)
@@ -377,7 +377,7 @@ def test_loading_to_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "device", "nothing", "nul"])
-def test_files_that_are_none(kind: str, tmp_path: Path) -> None:
+def test_things_that_are_not_files(kind: str, tmp_path: Path) -> None:
     path: str | Path = tmp_path / "x"
     if kind == "fifo":
         os.mkfifo(path)
@@ -392,8 +392,8 @@ def test_files_that_are_none(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ENGINE)
-def test_every_method_keeps_its_bounds_of_sources(name: str) -> None:
-    """The engine, which must not rely on who calls it, and the registry agree on them."""
+def test_every_method_checks_its_number_of_sources(name: str) -> None:
+    """The engine agrees with the registry, and checks for itself instead of trusting its caller."""
     method = METHODS[name]
     for count in (method.min_sources - 1, method.max_sources + 1):
         words = possible(Chooser(0), method, 8, "F32")

@@ -1,6 +1,6 @@
-"""Folders that come with code: none of it runs, in no verb, and the error says what is wrong.
+"""Model folders that come with code: no verb runs any of it, and errors say what is wrong.
 
-The real transformers, and Python files that would leave a mark.
+With the real transformers, and Python files that would leave a mark.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def mark(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def evil(models: dict[str, str], tmp_path: Path, mark: Path) -> Path:
-    """A good model with code beside it that its config names."""
+    """A good model whose config names code beside it."""
     folder = tmp_path / "evil"
     shutil.copytree(models["base"], folder)
     code = EVIL.format(mark=str(mark))
@@ -63,7 +63,7 @@ def change(path: Path, **keys: Any) -> None:
 
 
 def of_unknown_kind(folder: Path) -> Path:
-    """The same, so that transformers can't load it without the code."""
+    """Makes it a model that transformers can't load without the code."""
     change(folder / "config.json", model_type="evil", architectures=["EvilForCausalLM"])
     change(folder / "tokenizer_config.json", tokenizer_class="EvilTokenizer")
     return folder
@@ -101,7 +101,7 @@ def recipe_yaml(place: Path, evil: Path) -> Path:
 def test_no_verb_runs_it(
     known: bool, evil: Path, mark: Path, tmp_path: Path, tasks_dir: Path
 ) -> None:
-    """A model that transformers knows is loaded by its own classes, another one is refused."""
+    """transformers' own classes load a model of a known type; any other is refused."""
     if not known:
         of_unknown_kind(evil)
     config = search_yaml(tmp_path, evil, tasks_dir)
@@ -121,7 +121,7 @@ def test_no_verb_runs_it(
         assert set(results.values()) == {"ok"}, results
     else:
         assert "gptailor never runs such code" in verbs.check(config)[0]
-        assert results.pop("check") == "ok"  # it tells problems, and raises none
+        assert results.pop("check") == "ok"  # it returns problems instead of raising
         for text in results.values():
             assert "gptailor never runs such code" in text
 
@@ -190,7 +190,7 @@ def test_tokenizers(name: str, text: str, evil: Path, mark: Path) -> None:
     assert not mark.exists()
 
 
-def test_a_generation_config_asks_for_too_much(evil: Path, mark: Path) -> None:
+def test_a_generation_config_that_asks_for_too_much(evil: Path, mark: Path) -> None:
     (evil / "generation_config.json").write_text(
         json.dumps({"num_beams": 10**9, "num_return_sequences": 10**9, "custom_generate": "."})
     )
@@ -198,7 +198,7 @@ def test_a_generation_config_asks_for_too_much(evil: Path, mark: Path) -> None:
     assert not mark.exists()
 
 
-def test_a_template_can_not_leave_its_sandbox(evil: Path, mark: Path) -> None:
+def test_a_template_cannot_leave_its_sandbox(evil: Path, mark: Path) -> None:
     template = (
         "{{ ''.__class__.__mro__[1].__subclasses__() }}"
         f"{{{{ cycler.__init__.__globals__.os.system('touch {mark}') }}}}"
@@ -211,7 +211,7 @@ def test_a_template_can_not_leave_its_sandbox(evil: Path, mark: Path) -> None:
 
 
 def test_a_panic_is_explained(evil: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tokenizers library ends in a BaseException of Rust where it has a bug."""
+    """A bug in the tokenizers library surfaces as a BaseException from Rust."""
     import transformers
 
     panic = type("PanicException", (BaseException,), {})

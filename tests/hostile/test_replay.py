@@ -1,6 +1,6 @@
 """The fuzz targets on the kept corpus and on seeded mutations: a few seconds, no atheris.
 
-GPTAILOR_FUZZ_RUNS and GPTAILOR_FUZZ_SEED make it longer and other. `tools/fuzz.py` is the
+GPTAILOR_FUZZ_RUNS makes it longer, GPTAILOR_FUZZ_SEED changes its seed. `tools/fuzz.py` does the
 coverage-guided run.
 """
 

@@ -37,14 +37,14 @@ def find_chromium() -> str | None:
 
 
 class Browser:
-    """One page of one browser; `problems` and `requests` tell what it said and asked for."""
+    """A browser with one page; `problems` and `requests` collect its messages and its requests."""
 
     def __init__(self, profile: Path, width: int = 1280, height: int = 900) -> None:
         to_child, self._write = _high_pipe()
         self._read, from_child = _high_pipe()
 
         command = [str(find_chromium()), *FLAGS, f"--user-data-dir={profile}"]
-        # the protocol wants exactly 3 and 4, which Popen itself may be using
+        # the protocol needs descriptors 3 and 4, which Popen itself may be using
         script = f'exec "$@" 3<&{to_child} 4>&{from_child}'
         self._process = subprocess.Popen(
             ["bash", "-c", script, "bash", *command, f"--window-size={width},{height}"],
@@ -153,7 +153,7 @@ class Browser:
 
 
 def _high_pipe() -> tuple[int, int]:
-    """A pipe whose ends are not 3 or 4, which the browser's ends become."""
+    """A pipe whose descriptors are not 3 or 4, as the browser gets these."""
     low = os.pipe()
     high = tuple(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in low)
     for fd in low:

@@ -1,4 +1,4 @@
-"""Runs that never happened but could have: seeded archives for the tests of the report."""
+"""Made-up but plausible runs: seeded archives for the tests of the report."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def score_of(
     *,
     keep: bool = True,
 ) -> Score:
-    """The score of these documents; without them where `keep` is False, as in old archives."""
+    """The score of these documents; without their values if not `keep`, like in old archives."""
     value = sum(values) / len(values)
     stderr = math.sqrt(value * (1 - value) / (len(values) - 1))
     score = Score(task, metric, value, stderr, len(values), weight)
@@ -58,7 +58,7 @@ def outcome(
     accuracies: dict[str, float],
     tasks: tuple[tuple[str, str, float], ...] = TASKS,
 ) -> Outcome:
-    """Answers of one model: a document that is hard for one is mostly hard for all."""
+    """One model's answers: a document that is hard for one model is mostly hard for all."""
     count = 400
     scores = []
     for task, metric, weight in tasks:
@@ -73,7 +73,7 @@ def outcome(
 
 
 def skill_of(recipe: Recipe, names: tuple[str, ...] = NAMES, loss: float = 1.0) -> dict[str, float]:
-    """Plausible accuracies: layers of the right variant help, cut layers hurt, ever more."""
+    """Plausible accuracies: the right variant's layers help, and each further cut hurts more."""
     cut = set(range(LAYERS)) - set(recipe.src_layers)
     harm = sum(0.02 + 0.10 * (layer < 2 or layer == LAYERS - 1) for layer in cut)
     harm = loss * (harm + 0.004 * len(cut) ** 2)
@@ -196,7 +196,7 @@ def add_holdout(archive: Archive, rng: random.Random, names: tuple[str, ...]) ->
 
 
 Sets = tuple[list[float], list[float] | None]
-"""What each document of the search and of the holdout gave."""
+"""The value of each document, of the search and of the holdout."""
 
 
 def make_small(
@@ -207,7 +207,7 @@ def make_small(
     tasks: tuple[str, str] = ("seen", "fresh"),
     keep: bool = True,
 ) -> Path:
-    """A run of a few models; the name of a control arm begins with its kind, "dense:math"."""
+    """A run of a few models; a name with a kind before it, like "dense:math", is a control arm."""
     with Archive(folder) as archive:
         for name, (recipe, sets) in models.items():
             if ":" in name:
@@ -222,7 +222,7 @@ def make_small(
 
 
 def right(count: int, of: int, begin: int = 0) -> list[float]:
-    """So many documents are right, from that one on."""
+    """Values of `of` documents: from `begin` on, `count` are right."""
     return [float((i - begin) % of < count) for i in range(of)]
 
 
@@ -231,7 +231,7 @@ CUT = recipe_of([Take("math", i + 3) for i in range(9)])
 
 
 def near_chance(level: int, less: int) -> dict[str, tuple[Recipe, Sets]]:
-    """On both sets another dense candidate is the best, and neither is clearly above chance."""
+    """Each set has another best dense candidate, and neither is clearly above chance."""
     return {
         "dense:math": (dense("math"), (right(level, 400), right(level - less, 400, 50))),
         "dense:code": (dense("code"), (right(level - less, 400, 9), right(level, 400))),

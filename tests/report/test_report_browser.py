@@ -1,4 +1,4 @@
-"""The page in a real browser: it draws, answers mouse and keyboard, and says nothing to anyone."""
+"""The page in a real browser: it draws, reacts to mouse and keyboard, and contacts nobody."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def show(browser: Browser, url: str) -> None:
 
 
 def chosen(browser: Browser) -> str:
-    """The chosen point, which chart, panel and table must agree on."""
+    """The chosen point; chart, panel and table must agree on it."""
     ids = {
         browser.evaluate("document.getElementById('detail').dataset.point"),
         browser.evaluate("document.querySelector('.mark.selected').dataset.point"),
@@ -164,7 +164,7 @@ def test_table_sorts_both_ways(browser: Browser, page: tuple[str, Report]) -> No
 
 
 def test_near_chance_no_percentage_is_shown(browser: Browser, tmp_path: Path) -> None:
-    """Neither in the panel, the table, the tooltip, nor at the chart's axis."""
+    """Neither in the panel, the table and the tooltip, nor on the chart's axis."""
     index = write_report(make_small(tmp_path, near_chance(100, 5), chance=0.25))
     show(browser, index.as_uri())
     kept = browser.evaluate("[...document.querySelectorAll('.kept div')].map((x) => x.textContent)")
@@ -208,8 +208,8 @@ def test_nothing_runs_over_the_edge(browser: Browser, page: tuple[str, Report], 
     browser.resize(1280, 900)
 
 
-def test_text_can_be_read_in_both_themes(browser: Browser, page: tuple[str, Report]) -> None:
-    """Contrast of ink, muted text and accents against the panels, by the formula of WCAG."""
+def test_text_is_legible_in_both_themes(browser: Browser, page: tuple[str, Report]) -> None:
+    """Contrast of ink, muted text and accents against the panels, by WCAG's formula."""
     script = """(() => {
       const style = getComputedStyle(document.documentElement);
       const luminance = (name) => {

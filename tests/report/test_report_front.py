@@ -1,4 +1,4 @@
-"""The numbers of a report against slow references."""
+"""The numbers of a report, against slow references."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_front_equals_brute_force(pairs: list[tuple[int, float]]) -> None:
 
 
 def slow_volume(pairs: list[tuple[int, float]], largest: int) -> float:
-    """The area column by column: parameter counts are integers."""
+    """The area, summed column by column, as parameter counts are integers."""
     columns = range(1, largest + 1)
     best = [max([a for size, a in pairs if size < column], default=0.0) for column in columns]
     return sum(best) / largest
@@ -74,12 +74,12 @@ def test_hypervolume_equals_column_sums_and_never_falls(pairs: list[tuple[int, f
         assert volume == pytest.approx(slow_volume(pairs[:i], 12), abs=1e-12)
 
 
-def test_a_larger_or_worse_than_nothing_model_adds_no_volume() -> None:
+def test_a_model_that_is_too_large_or_too_bad_adds_no_volume() -> None:
     assert hypervolume_history([(1, 12, 0.9), (2, 15, 0.9), (3, 4, -0.5)], 12)[-1] == (3, 0.0)
     assert hypervolume_history([], 12) == ()
 
 
-def test_retention_is_in_percent_of_the_best_dense_candidate(run: Path) -> None:
+def test_retention_is_a_percentage_of_the_best_dense_candidate(run: Path) -> None:
     report = load_report(run)
     candidates = [p for p in report.points if p.is_dense]
     assert len(candidates) == len(NAMES)
@@ -139,7 +139,7 @@ def add_one(folder: Path, result: Outcome, recipe: Recipe | None = None) -> Reci
     return recipe
 
 
-def test_without_meta_the_family_is_seen_in_the_recipes(tmp_path: Path) -> None:
+def test_without_meta_the_family_is_taken_from_the_recipes(tmp_path: Path) -> None:
     report = load_report(make_run(tmp_path, count=4, meta=False))
     assert (report.num_layers, report.largest_parameters) == (LAYERS, size_of(LAYERS))
     assert tuple(report.models) == NAMES
@@ -198,7 +198,7 @@ def test_same_archive_gives_the_same_bytes(run: Path, tmp_path: Path) -> None:
     assert written() == first
 
 
-def test_recipes_that_left_the_front_go_and_foreign_files_stay(run: Path, tmp_path: Path) -> None:
+def test_outdated_recipes_are_removed_and_foreign_files_kept(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "recipes"
     folder.mkdir()
     old = recipe_of([Take("code", 3)])
@@ -227,7 +227,7 @@ def test_layer_map_shows_what_is_built() -> None:
     assert [(s["model"], s["part"]) for s in second["sources"]] == [("math", 0.75), ("code", 0.25)]
 
 
-def test_layer_map_has_modules_and_each_source_s_values() -> None:
+def test_layer_map_has_modules_and_values_by_source() -> None:
     part = Merge("karcher", 0, (("math", 1.0), ("code", 1.0)))
     sparse = Merge("ties", 3, (("math", 1.0), ("code", 3.0)), (("density", (0.5, 0.25)),))
     (entry,) = layer_map(recipe_of([replace(sparse, modules=(("mlp", part),))]))
@@ -244,7 +244,7 @@ def test_layer_map_has_modules_and_each_source_s_values() -> None:
     assert found["head"]["sources"] == [{"model": "base", "part": 1.0}]
 
 
-def test_a_number_that_is_none_is_a_problem_and_no_score(tmp_path: Path) -> None:
+def test_infinity_and_nan_are_no_scores(tmp_path: Path) -> None:
     add_one(tmp_path, Outcome("ok", float("inf"), (), "", Cost()))
     report = load_report(tmp_path)
     assert report.points == () and report.num_failed == 1
@@ -287,7 +287,7 @@ def test_errors_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 class TestHeadline:
-    def test_compares_at_the_size_that_both_have(self, run: Path) -> None:
+    def test_compares_at_a_common_size(self, run: Path) -> None:
         found = headline(load_report(run))
         assert found.point is not None and found.control is not None
         assert found.point.layers == found.control.layers == 9

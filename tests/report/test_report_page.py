@@ -1,4 +1,4 @@
-"""The page and the table as text: nothing that a user named can become markup."""
+"""The page and the table as text: no name from a user can become markup."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from tests.report.report_runs import (
     right,
 )
 
-# On the search's documents math is the best dense candidate, on the holdout it knows nothing.
+# math is the best dense candidate on the search's documents, but knows nothing on the holdout.
 OTHER_IS_BEST: dict[str, tuple[Recipe, Sets]] = {
     "dense:math": (dense("math"), (right(300, 500), right(50, 2500))),
     "dense:code": (dense("code"), (right(200, 500), right(500, 2500))),
@@ -44,7 +44,7 @@ OTHER_IS_BEST: dict[str, tuple[Recipe, Sets]] = {
 
 
 def test_the_holdout_has_its_own_best_dense_candidate(tmp_path: Path) -> None:
-    """What once read "they keep 940 % and 140 %" are 94 % and 14 % of the best there is."""
+    """What once read "they keep 940 % and 140 %" is 94 % and 14 % of the holdout's own best."""
     report = load_report(make_small(tmp_path, OTHER_IS_BEST))
     assert (report.search.name, report.holdout.name) == ("math", "code")
     found = headline(report)
@@ -63,7 +63,7 @@ def test_the_holdout_has_its_own_best_dense_candidate(tmp_path: Path) -> None:
     assert row.split()[6:9] == ["93.3", "0.188", "94.0"]
 
 
-def test_the_same_tasks_are_not_called_others(tmp_path: Path) -> None:
+def test_the_same_tasks_are_not_called_other_tasks(tmp_path: Path) -> None:
     report = load_report(make_small(tmp_path, OTHER_IS_BEST, tasks=("same", "same")))
     assert headline(report).note.startswith("On the holdout documents, which had no part in the")
 
@@ -105,7 +105,7 @@ def test_near_chance_there_are_no_percentages(
             assert (measured["above_chance_points"] is None) == (chance is None)
 
 
-def test_clearly_above_chance_percentages_are_of_accuracy(tmp_path: Path) -> None:
+def test_percentages_are_of_accuracy_if_it_is_clearly_above_chance(tmp_path: Path) -> None:
     report = load_report(make_small(tmp_path, OTHER_IS_BEST, chance=0.05))
     assert not report.search.is_near_chance
     point = next(p for p in report.points if p.id == NINE.point)
@@ -113,8 +113,8 @@ def test_clearly_above_chance_percentages_are_of_accuracy(tmp_path: Path) -> Non
     assert point.search.above_chance == pytest.approx(51.0)
 
 
-def test_a_task_is_held_against_the_candidate_that_is_best_at_it(tmp_path: Path) -> None:
-    """And has no percentage where that one is near chance, though the accuracy has."""
+def test_a_task_is_compared_with_the_candidate_that_is_best_at_it(tmp_path: Path) -> None:
+    """It has no percentage if that candidate is near chance, even if the accuracy has one."""
     values = {
         "dense:math": (dense("math"), right(300, 400), right(101, 400), right(9, 400)),
         "dense:code": (dense("code"), right(90, 400), right(200, 400), right(4, 400)),
@@ -137,7 +137,7 @@ def test_a_task_is_held_against_the_candidate_that_is_best_at_it(tmp_path: Path)
     assert kept == [pytest.approx(90.0), pytest.approx(95.0), None]
 
 
-def test_a_holdout_that_is_under_way_has_no_best_yet(tmp_path: Path) -> None:
+def test_an_unfinished_holdout_has_no_best_yet(tmp_path: Path) -> None:
     """The best of some of the dense candidates may not be the best of all."""
     recipe, (search, _) = OTHER_IS_BEST["dense:code"]
     report = load_report(
@@ -148,18 +148,18 @@ def test_a_holdout_that_is_under_way_has_no_best_yet(tmp_path: Path) -> None:
     note = headline(report).note
     assert "the stitched model has an accuracy of 0.188 ± 0.008, the pruning has" in note
     assert "Not every dense candidate has been scored there yet, so there are no perc" in note
-    with Archive(tmp_path) as archive:  # one that can't be scored is not waited for
+    with Archive(tmp_path) as archive:  # no waiting for one that can't be scored
         add(archive, recipe, "holdout", Outcome("failed", None, (), "no", Cost()))
     assert load_report(tmp_path).holdout.name == "math"
 
 
-# How sure it is
+# Standard errors
 
 Leaves = tuple[tuple[int, float], ...]
 
 
 def measured(rng: np.random.Generator, skill: float, leaves: Leaves) -> Measured:
-    """A task whose leaves have weights, and one of another weight; hard is hard for all."""
+    """A task with weighted leaves, and one of another weight; a hard document is hard for all."""
     scores = []
     for task, weight, parts in (("a", 1.0, leaves), ("b", 3.0, ((150, 1.0),))):
         values: list[float] = []
@@ -179,7 +179,7 @@ def measured(rng: np.random.Generator, skill: float, leaves: Leaves) -> Measured
 
 
 def resampled(rng: np.random.Generator, models: list[Measured], leaves: Leaves) -> np.ndarray:
-    """Accuracies of all models on the same documents, drawn again from each leaf."""
+    """Accuracies of all models on the same documents, resampled within each leaf."""
     total = np.zeros(len(models))
     for i, (weight, parts) in enumerate(((0.25, leaves), (0.75, ((150, 1.0),)))):
         values = np.array([m.scores[i].values for m in models])
@@ -191,7 +191,7 @@ def resampled(rng: np.random.Generator, models: list[Measured], leaves: Leaves) 
     return total
 
 
-def test_errors_are_those_of_a_bootstrap_over_the_documents() -> None:
+def test_errors_match_a_bootstrap_over_the_documents() -> None:
     leaves = ((60, 0.5), (200, 0.5))
     rng = np.random.default_rng(0)
     one, other, best = (measured(rng, skill, leaves) for skill in (0.55, 0.4, 0.7))
@@ -205,7 +205,7 @@ def test_errors_are_those_of_a_bootstrap_over_the_documents() -> None:
     both = figure((a - b) / c, [(1 / c, one), (-1 / c, other), (-(a - b) / c**2, best)])
     assert both.stderr == pytest.approx(((drawn[:, 0] - drawn[:, 1]) / drawn[:, 2]).std(), rel=0.06)
     alone = [figure(m.accuracy, [(1.0, m)]).stderr or 0.0 for m in (one, other)]
-    assert (difference.stderr or 1.0) < 0.7 * math.hypot(*alone)  # that is what pairing is worth
+    assert (difference.stderr or 1.0) < 0.7 * math.hypot(*alone)  # the gain from pairing
 
 
 def test_the_paired_error_is_that_of_the_differences(tmp_path: Path) -> None:
@@ -225,8 +225,8 @@ def test_a_model_against_itself_has_no_error(tmp_path: Path) -> None:
         assert kept is not None and (kept.value, kept.stderr) == (100.0, 0.0)
 
 
-def test_leaves_of_one_document_are_taken_together() -> None:
-    """A rung of few documents has one of each of many tasks; lm-eval gives no error then."""
+def test_leaves_of_one_document_are_pooled() -> None:
+    """A small rung may have one document of each of many tasks; lm-eval has no error then."""
     values = [(0.0, 1.0, 1.0, 0.0, 1.0), (0.0, 0.0, 1.0, 0.0, 0.0)]
     leaves = ((1, 0.4), (1, 0.3), (3, 0.3))
     scores = [
@@ -239,8 +239,8 @@ def test_leaves_of_one_document_are_taken_together() -> None:
     assert found.stderr == pytest.approx(weighted.std(ddof=1) / np.sqrt(5))
 
 
-def test_without_values_models_are_independent_and_that_is_said(tmp_path: Path) -> None:
-    """As in archives from before documents had values."""
+def test_without_values_models_are_called_independent(tmp_path: Path) -> None:
+    """Like in archives from before documents had values."""
     old = load_report(make_small(tmp_path / "old", OTHER_IS_BEST, keep=False))
     new = load_report(make_small(tmp_path / "new", OTHER_IS_BEST))
     said = "Its error treats the two models as independent"
@@ -281,8 +281,8 @@ def test_what_is_noise() -> None:
     assert not Figure(0.0, None).is_noise
 
 
-def test_the_noise_of_the_holdout_is_told(tmp_path: Path) -> None:
-    """The search chose its model on its own documents, so its difference flatters."""
+def test_a_difference_within_the_holdouts_noise_is_called_that(tmp_path: Path) -> None:
+    """The search chose its model on its own documents, so the difference on them flatters it."""
     models = dict(OTHER_IS_BEST)
     models["search"] = (NINE, (right(280, 500), right(74, 2500, 30)))
     note = headline(load_report(make_small(tmp_path, models))).note
@@ -290,7 +290,7 @@ def test_the_noise_of_the_holdout_is_told(tmp_path: Path) -> None:
     assert "That difference is within the noise (two standard errors)." in note
 
 
-def test_of_equal_models_the_one_with_a_holdout_is_spoken_of(tmp_path: Path) -> None:
+def test_of_equal_models_the_headline_has_the_one_with_a_holdout(tmp_path: Path) -> None:
     twin = recipe_of([Take("code", i + 3) for i in range(9)])
     models = {"random:0.75@code": (twin, (right(150, 500), None)), **OTHER_IS_BEST}
     found = headline(load_report(make_small(tmp_path, models)))
@@ -299,7 +299,7 @@ def test_of_equal_models_the_one_with_a_holdout_is_spoken_of(tmp_path: Path) -> 
 
 
 def test_what_is_scored_on_the_holdout(tmp_path: Path) -> None:
-    """All dense candidates, also those that failed; the best stitched model and arm of a size."""
+    """All dense candidates, even failed ones, and the best stitched model and arm of a size."""
     weak = recipe_of([Take("chat", i) for i in range(9)])
     models: dict[str, tuple[Recipe, Sets]] = {
         **{name: (recipe, (sets[0], None)) for name, (recipe, sets) in OTHER_IS_BEST.items()},
@@ -328,8 +328,8 @@ def test_names_in_the_headline_are_plain(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("odd", [1e300, -1e300, 5e-324, 0.0])
 @pytest.mark.parametrize("accuracy", [1e300, 5e-324, 0.5])
-def test_numbers_out_of_all_bounds_end_nothing(tmp_path: Path, odd: float, accuracy: float) -> None:
-    """An island's journal may be anybody's."""
+def test_absurd_numbers_break_nothing(tmp_path: Path, odd: float, accuracy: float) -> None:
+    """Anybody may have written an island's journal."""
     with Archive(tmp_path) as archive:
         for recipe, arm, values in (
             (dense("math"), "dense:math", (odd, 1.0, 1.0)),

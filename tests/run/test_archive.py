@@ -1,4 +1,4 @@
-"""The archive: what was reported as recorded is there, whatever happened afterwards."""
+"""The archive: what was reported as recorded stays there, whatever happens afterwards."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_what_is_recorded_is_found(tmp_path: Path) -> None:
     assert one.finished_at == pytest.approx(time.time(), abs=60)
 
 
-def test_it_is_found_by_what_it_builds(tmp_path: Path) -> None:
+def test_a_recipe_is_found_by_the_model_it_builds(tmp_path: Path) -> None:
     merge = Merge("linear", 1, (("red", 0.3),), (("normalize", 1.0),))
     written = Recipe(MODELS, "base", (Take("red", 0), merge), "base", "base")
     with Archive(tmp_path) as archive:
@@ -85,7 +85,7 @@ VALUES: list[tuple[float, ...]] = [
 
 
 @pytest.mark.parametrize("values", VALUES, ids=len)
-def test_what_each_document_gave_is_found(values: tuple[float, ...], tmp_path: Path) -> None:
+def test_values_of_documents_are_kept(values: tuple[float, ...], tmp_path: Path) -> None:
     leaves = ((1, 0.25), (len(values) - 1, 0.75)) if len(values) > 1 else ()
     score = Score("t", "acc,none", 0.5, 0.1, len(values), 2.0, values, leaves, 0.25)
     outcome = Outcome("ok", 0.5, (score,), "", Cost())
@@ -122,7 +122,7 @@ def test_what_each_document_gave_is_found(values: tuple[float, ...], tmp_path: P
         "zip:AA==",
     ],
 )
-def test_values_that_are_none(text: str, tmp_path: Path) -> None:
+def test_corrupt_values(text: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         document_values.decode(text)
     with Archive(tmp_path) as archive:
@@ -135,7 +135,7 @@ def test_values_that_are_none(text: str, tmp_path: Path) -> None:
 
 
 def test_an_archive_from_before_documents_had_values(tmp_path: Path) -> None:
-    """It is read as it was: without values, and nobody knows what guessing gives."""
+    """It reads unchanged: without values, and with an unknown score for guessing."""
     old = (
         '[{"task": "piqa", "metric": "acc,none", "value": 0.625, "stderr": 0.01,'
         ' "num_documents": 100, "weight": 1.0}, {"task": "x", "metric": "ppl", "value": 3.5,'
@@ -158,7 +158,7 @@ def test_a_second_record_is_refused(tmp_path: Path) -> None:
         assert archive.record(recipe(1), "search", 10, OK) in archive.evaluations()
 
 
-def test_a_status_that_there_is_not(tmp_path: Path) -> None:
+def test_an_unknown_status(tmp_path: Path) -> None:
     wrong = Outcome("crashed", None, (), "", Cost())  # type: ignore[arg-type]  # no Status
     with Archive(tmp_path) as archive:
         with pytest.raises(UsageError, match="CHECK constraint"):
@@ -213,7 +213,7 @@ def test_two_searches_in_one_folder(tmp_path: Path) -> None:
         archive.record(recipe(0), "search", 10, OK)
 
 
-def test_a_lock_that_is_given_up_soon_is_waited_for(tmp_path: Path) -> None:
+def test_waits_for_a_lock_that_is_released_soon(tmp_path: Path) -> None:
     notes: list[str] = []
     with Archive(tmp_path), pytest.raises(UsageError, match="in use by another search"):
         Archive.check_not_in_use(tmp_path, wait_s=0.2, note=notes.append)
@@ -281,7 +281,7 @@ def test_another_schema(tmp_path: Path) -> None:
             Archive(tmp_path, readonly=readonly)
 
 
-def test_a_file_that_is_no_archive(tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_archive(tmp_path: Path) -> None:
     path = tmp_path / "archive.db"
     path.write_bytes(b"not a database at all" * 100)
     for readonly in (True, False):
@@ -293,7 +293,7 @@ def test_a_file_that_is_no_archive(tmp_path: Path) -> None:
     Archive(tmp_path).close()  # an empty file is an empty database
 
 
-# Whatever happens
+# Crashes and full disks
 
 
 WRITE = """
@@ -331,8 +331,8 @@ def test_kill_9_loses_nothing_that_was_reported(tmp_path: Path) -> None:
     assert integrity(tmp_path / "archive.db") == "ok"
 
 
-def test_the_disk_is_waited_for(tmp_path: Path) -> None:
-    """No test can cut the power; write-ahead logs do not hold on network file systems."""
+def test_a_record_waits_for_the_disk(tmp_path: Path) -> None:
+    """No test can cut the power; and write-ahead logs are unsafe on network file systems."""
     with Archive(tmp_path) as archive:
         pragmas = [
             archive._db.execute(f"PRAGMA {name}").fetchone()[0]
@@ -360,7 +360,7 @@ with Archive(run) as archive:
 
 @pytest.mark.parametrize("readonly", [True, False])
 def test_kill_9_in_the_middle_of_a_transaction(readonly: bool, tmp_path: Path) -> None:
-    """Readers must be able to roll back what the dead writer had begun."""
+    """Readers must be able to roll back the dead writer's transaction."""
     with Archive(tmp_path / "run") as archive:
         one = archive.record(recipe(0), "search", 10, OK)
     done = run_python(HOT, tmp_path / "run", tmp_path / "dead")
@@ -372,8 +372,8 @@ def test_kill_9_in_the_middle_of_a_transaction(readonly: bool, tmp_path: Path) -
     assert integrity(tmp_path / "dead" / "archive.db") == "ok"
 
 
-def test_kill_9_while_it_is_made(tmp_path: Path) -> None:
-    """Every prefix of what opening writes can be opened again."""
+def test_kill_9_during_creation(tmp_path: Path) -> None:
+    """After any number of steps, the archive can be opened again."""
     code = (
         "import os, sqlite3, sys; from gptailor.run import archive\n"
         "n = [int(sys.argv[2])]\n"

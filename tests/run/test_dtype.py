@@ -1,4 +1,4 @@
-"""A run has one type of the forward pass, whatever machines it goes on at."""
+"""A run computes the forward pass in one type, whatever machines it continues on."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SLOW = Ability("n2", "cpu", ("bfloat16", "float16"), 1 << 40)
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without instructions for bfloat16; its other processes, too."""
+    """A machine without instructions for bfloat16, also for child processes."""
     monkeypatch.setattr(forward_dtype, "cpu_flags", frozenset)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
 
@@ -44,7 +44,7 @@ def config(models: dict[str, str], tasks_dir: Path, tmp_path: Path) -> Path:
 
 
 def stored(place: Path, run: Path | None = None) -> tuple[str, str]:
-    """As the archive and, if there is one, config.yaml of the run folder have it."""
+    """The type in the archive, and in the run folder's config.yaml if there is one."""
     with Archive(place, readonly=True) as archive:
         kept = json.loads(archive.get_meta("config") or "{}")
     path = (run or place) / "config.yaml"
@@ -52,7 +52,7 @@ def stored(place: Path, run: Path | None = None) -> tuple[str, str]:
     return kept["evaluation"]["dtype"], written
 
 
-def test_it_is_chosen_once_and_kept(
+def test_the_type_is_chosen_once_and_kept(
     slow: None,
     config: Path,
     models: dict[str, str],
@@ -63,7 +63,7 @@ def test_it_is_chosen_once_and_kept(
     said = capsys.readouterr().err
     assert said.count("Evaluations are computed in float32, as the CPU of") == 1
     assert stored(run) == ("float32", "float32")
-    # what workers measured shows every rounding
+    # every rounding shows in what workers measured
     parsed, measured = read_config(config), {}
     for dtype in ("float32", "bfloat16"):
         evaluation = parsed.computed_in(dtype).evaluation
@@ -73,7 +73,7 @@ def test_it_is_chosen_once_and_kept(
         found = json.loads(archive.get_meta("similarity") or "{}")["red"]["block_influence"]
     assert found == pytest.approx(measured["float32"], abs=1e-6)
     assert found != pytest.approx(measured["bfloat16"], abs=1e-6)
-    # it goes on at a machine that is good at bfloat16
+    # it continues on a machine that is good at bfloat16
     monkeypatch.setattr(forward_dtype, "cpu_flags", lambda: frozenset({"avx512_bf16"}))
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
     capsys.readouterr()
@@ -87,7 +87,7 @@ def test_it_is_chosen_once_and_kept(
 
 
 def test_too_little_memory_for_float32(config: Path, models: dict[str, str]) -> None:
-    """The recipes' type then, which the candidates have in their files."""
+    """The recipes' type is used then, which is that of the candidates' files."""
     parsed, family = read_config(config), Family(models, "base")
     needed = held_bytes(family)("float32")
     for share, dtype in ((0.99, "bfloat16"), (1.01, "float32")):
@@ -96,10 +96,10 @@ def test_too_little_memory_for_float32(config: Path, models: dict[str, str]) -> 
         assert choice.dtype == dtype, choice.sentence
 
 
-def test_a_run_of_an_earlier_version_goes_on_in_the_recipes_type(
+def test_a_run_of_an_earlier_version_continues_in_the_recipes_type(
     config: Path, models: dict[str, str]
 ) -> None:
-    """They kept "auto", which was that."""
+    """Earlier versions stored "auto", which meant that type."""
     parsed, family, run = read_config(config), Family(models, "base"), config.parent / "run"
     with Archive(run) as archive:
         check_resumable(archive, parsed, family, "documents")
@@ -118,7 +118,7 @@ def test_islands_take_the_type_of_the_first(
     run = verbs.search(config, island=(0, 2))
     assert stored(run / "islands" / "0", run) == ("float32", "float32")
     parsed, family = read_config(config), Family(models, "base")
-    for name in ("islands/dtype.json", "config.yaml"):  # each of them is enough
+    for name in ("islands/dtype.json", "config.yaml"):  # either is enough
         (run / name).rename(run / "aside")
         place = run / "islands" / "1"
         choice = choose_dtype(parsed, family, place, [FAST], is_island=True)
@@ -128,8 +128,8 @@ def test_islands_take_the_type_of_the_first(
         verbs.search(config, island=(1, 2), overrides=["evaluation.dtype=bfloat16"])
 
 
-def test_islands_that_begin_together_agree(config: Path, models: dict[str, str]) -> None:
-    """Each on a machine that would choose otherwise."""
+def test_islands_that_start_together_agree(config: Path, models: dict[str, str]) -> None:
+    """Even on machines that would choose differently."""
     parsed, family = read_config(config), Family(models, "base")
     islands = Path(parsed.output) / "islands"
     barrier = threading.Barrier(8)
@@ -154,10 +154,8 @@ def test_islands_that_begin_together_agree(config: Path, models: dict[str, str])
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"dtype": "float32"}', '{"dtype": 7}'])
-def test_what_is_no_choice_of_this_run_is_replaced(
-    text: str, config: Path, models: dict[str, str]
-) -> None:
-    """Torn, or of a run that never began, with other recipes or another device."""
+def test_an_invalid_choice_is_replaced(text: str, config: Path, models: dict[str, str]) -> None:
+    """A torn file, or one from a run that never began, with other recipes or another device."""
     parsed, family = read_config(config), Family(models, "base")
     path = Path(parsed.output) / "islands" / "dtype.json"
     path.parent.mkdir(parents=True)
@@ -174,7 +172,7 @@ def test_what_is_no_choice_of_this_run_is_replaced(
     )
 
 
-def test_keys_that_are_new_do_not_tell_runs_apart(config: Path) -> None:
+def test_new_keys_make_no_difference_between_runs(config: Path) -> None:
     new = json.loads(read_config(config).model_dump_json())
     old = json.loads(json.dumps(new))
     for task in old["evaluation"]["tasks"]:
@@ -184,7 +182,7 @@ def test_keys_that_are_new_do_not_tell_runs_apart(config: Path) -> None:
     assert config_difference(old, new) == "evaluation.tasks.0.weight was 3.0, but is 1.0"
 
 
-def test_auto_is_what_the_run_has(config: Path) -> None:
+def test_auto_matches_the_type_of_the_run(config: Path) -> None:
     new = yaml.safe_load(config.read_text())
     old = {**new, "evaluation": {**new["evaluation"], "dtype": "float32"}}
     assert config_difference(old, new) == ""

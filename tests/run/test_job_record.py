@@ -1,4 +1,4 @@
-"""Records of jobs: written whole or not at all, read whatever lies beside them."""
+"""Records of jobs: written whole or not at all, and read whatever else is in their folder."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ FULL = JobRecord(
 )
 
 
-def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+def test_round_trip(tmp_path: Path) -> None:
     assert FULL.write(tmp_path)
     assert read_all(tmp_path) == [FULL]
     assert json.loads(path_of(tmp_path, "71_2").read_text())["schema"] == "gptailor/job/1"
     assert [p.name for p in (tmp_path / "jobs").iterdir()] == ["71_2.json"]
 
 
-def test_records_come_in_the_order_in_which_jobs_began(tmp_path: Path) -> None:
+def test_records_are_in_the_order_in_which_jobs_began(tmp_path: Path) -> None:
     for job_id, started_at in (("9", 30.0), ("10", 20.0), ("8", 10.0)):
         JobRecord(job_id, started_at=started_at).write(tmp_path)
     assert [r.job_id for r in read_all(tmp_path)] == ["8", "10", "9"]
@@ -88,14 +88,14 @@ def test_a_run_without_jobs_has_no_records(tmp_path: Path) -> None:
         "\udcff",
     ],
 )
-def test_what_is_no_record_is_passed_over(tmp_path: Path, text: str) -> None:
+def test_invalid_records_are_skipped(tmp_path: Path, text: str) -> None:
     FULL.write(tmp_path)
     path_of(tmp_path, "5").write_bytes(text.encode(errors="surrogateescape"))
     (tmp_path / "jobs" / "folder.json").mkdir()
     assert read_all(tmp_path) == [FULL]
 
 
-def test_a_record_of_a_later_version_is_read_as_far_as_it_is_known(tmp_path: Path) -> None:
+def test_unknown_keys_of_a_later_version_are_ignored(tmp_path: Path) -> None:
     data = {**JobRecord("5").to_dict(), "mood": "fine"}
     path = path_of(tmp_path, "5")
     path.parent.mkdir()
@@ -103,8 +103,8 @@ def test_a_record_of_a_later_version_is_read_as_far_as_it_is_known(tmp_path: Pat
     assert read_all(tmp_path) == [JobRecord("5")]
 
 
-def test_a_full_disk_is_no_exception(tmp_path: Path) -> None:
-    """A limit on file sizes in place of a quota: both make write(2) fail."""
+def test_a_full_disk_raises_nothing(tmp_path: Path) -> None:
+    """A limit on file sizes stands in for a full disk: both make write(2) fail."""
     code = (
         "import resource, signal, sys\n"
         "from gptailor.run.job_record import JobRecord, JobRecorder\n"
@@ -118,7 +118,7 @@ def test_a_full_disk_is_no_exception(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
     )
     assert done.stdout == "False\n"
-    assert [r.state for r in read_all(tmp_path)] == ["starting"]  # the last whole one
+    assert [r.state for r in read_all(tmp_path)] == ["starting"]  # the last complete one
     assert [p.name for p in (tmp_path / "jobs").iterdir()] == ["5.json"]
 
 
@@ -156,7 +156,7 @@ def test_a_recorder_writes_at_most_every_two_seconds(tmp_path: Path) -> None:
     assert read_all(tmp_path)[0].evaluations_done == 3
 
 
-def test_the_last_word_of_a_job(tmp_path: Path) -> None:
+def test_the_final_record_of_a_job(tmp_path: Path) -> None:
     recorder = JobRecorder(tmp_path, JobRecord("5", workers=FULL.workers), lambda: 0.0)
     for number in range(MAX_FAILURES + 5):
         recorder.failed(f"{number:08x}", "Traceback\n  File …\nValueError: no\n", "logs/a.log")

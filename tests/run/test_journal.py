@@ -1,4 +1,4 @@
-"""The journal: whole lines only, whatever happened to the file; nothing that is no journal."""
+"""The journal: only whole lines are read, whatever happened to it; other files are refused."""
 
 from __future__ import annotations
 
@@ -70,15 +70,15 @@ ENTRIES: list[Entry] = [
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: type(entry).__name__)
-def test_there_and_back(entry: Entry) -> None:
+def test_round_trip(entry: Entry) -> None:
     line = to_line(entry)
     assert line.count(b"\n") == 1
     assert line.endswith(b"\n")
     assert from_line(line[:-1], Path("j"), 1 if entry is HEADER else 2) == entry
 
 
-def test_what_an_outcome_may_hold_can_be_told() -> None:
-    """Whatever a crash says is written so that it can be read."""
+def test_any_outcome_can_be_written_and_read() -> None:
+    """Whatever text a crash leaves, the line can be read again."""
     long = evaluation(0, reason="x" * MAX_REASON_CHARS + "\ud800the end")
     found = from_line(to_line(long)[:-1], Path("j"), 2)
     assert isinstance(found, Evaluation)
@@ -88,7 +88,7 @@ def test_what_an_outcome_may_hold_can_be_told() -> None:
     odd = Evaluation(0, odd.recipe, "search", Outcome("ok", math.nan, (), "", Cost()), 1, (), 0.0)
     found = from_line(to_line(odd)[:-1], Path("j"), 2)
     assert isinstance(found, Evaluation)
-    assert found.outcome.accuracy is None  # as SQLite has it
+    assert found.outcome.accuracy is None  # like in SQLite
 
 
 def test_a_score_from_before_documents_had_values() -> None:
@@ -97,8 +97,8 @@ def test_a_score_from_before_documents_had_values() -> None:
     assert found.outcome.scores == (Score("t", "m", 1.0, None, 1),)
 
 
-def test_very_many_documents_are_told_without_their_values() -> None:
-    """A line has a bound, and an evaluation is worth more than what each document gave."""
+def test_too_many_values_of_documents_are_left_out() -> None:
+    """A line's length is limited, and an evaluation matters more than its documents' values."""
     values = tuple(0.1 * (i % 7) for i in range(100_000))
     scores = (Score("t", "m", 0.3, 0.1, 100_000, 1.0, values, ((1, 0.5), (99_999, 0.5)), 0.25),)
     one = evaluation(0)
@@ -110,7 +110,7 @@ def test_very_many_documents_are_told_without_their_values() -> None:
     assert found.outcome.scores == (replace(scores[0], values=(), leaves=()),)
 
 
-def test_written_and_read_on(tmp_path: Path) -> None:
+def test_a_reader_follows_a_writer(tmp_path: Path) -> None:
     reader = JournalReader(tmp_path / JOURNAL)
     assert reader.read() == []
     journal = Journal(tmp_path, HEADER)
@@ -125,8 +125,8 @@ def test_written_and_read_on(tmp_path: Path) -> None:
     assert read_journal(tmp_path / JOURNAL) == (HEADER, [HEADER, *ENTRIES[1:5], Closed()])
 
 
-def test_torn_anywhere(tmp_path: Path) -> None:
-    """Wherever a line broke off: readers wait, the owner mends, nobody sees anything twice."""
+def test_a_line_torn_anywhere(tmp_path: Path) -> None:
+    """Wherever a line broke off, readers wait, its owner repairs it, and no line is read twice."""
     rows = [evaluation(i) for i in range(3)]
     Journal(tmp_path, HEADER, rows[:2])
     whole = (tmp_path / JOURNAL).read_bytes()
@@ -301,7 +301,7 @@ def test_hostile_lines(bad: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / JOURNAL
     path.write_bytes(to_line(HEADER) + bad + b"\n" + to_line(evaluation(0)))
     reader = JournalReader(path)
-    assert reader.read() == [HEADER]  # what was good before is not lost
+    assert reader.read() == [HEADER]  # good entries before it are not lost
     for _ in range(2):
         with pytest.raises(UsageError, match=message) as caught:
             reader.read()
@@ -327,7 +327,7 @@ MANY = range(200_000)
     ids=range(8),
 )
 def test_a_line_full_of_errors_does_not_fill_the_memory(bad: bytes) -> None:
-    """Pydantic makes an object of each error that it meets."""
+    """Pydantic creates an object for each error that it finds."""
     with pytest.raises(UsageError, match=r"^j, line 2, ") as caught:
         from_line(bad, Path("j"), 2)
     assert isinstance(caught.value.__cause__, ValidationError)
@@ -337,17 +337,17 @@ def test_a_line_full_of_errors_does_not_fill_the_memory(bad: bytes) -> None:
 @pytest.mark.parametrize(
     "content", [b"x\n", b"{}\n", to_line(Closed()), to_line(evaluation(0)), b'{"a":1}\n', b"\n"]
 )
-def test_files_that_are_no_journals(content: bytes, tmp_path: Path) -> None:
+def test_files_that_are_not_journals(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / JOURNAL
     path.write_bytes(content)
     with pytest.raises(UsageError, match=r"journal\.jsonl"):
         read_journal(path)
     with pytest.raises(UsageError, match=r"journal\.jsonl"):
         Journal(tmp_path, HEADER)
-    assert path.read_bytes() == content  # what is not ours is not mended
+    assert path.read_bytes() == content  # foreign files are not repaired
 
 
-def test_no_regular_file(tmp_path: Path) -> None:
+def test_paths_that_are_not_regular_files(tmp_path: Path) -> None:
     (tmp_path / "folder" / JOURNAL).mkdir(parents=True)
     (tmp_path / "fifo").mkdir()
     os.mkfifo(tmp_path / "fifo" / JOURNAL)
@@ -365,7 +365,7 @@ def test_no_regular_file(tmp_path: Path) -> None:
     assert JournalReader(tmp_path / "folder" / JOURNAL / "x" / JOURNAL).read() == []
 
 
-def test_a_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_LINE_BYTES", 4000)
     path = tmp_path / JOURNAL
     path.write_bytes(to_line(HEADER) + b"x" * 4001)
@@ -388,7 +388,7 @@ def test_a_journal_of_another_search_is_not_taken_over(tmp_path: Path) -> None:
 
 @pytest.mark.system
 def test_a_full_disk(tmp_path: Path) -> None:
-    """What does not fit is not there, and what comes when there is room stands behind it."""
+    """Entries that do not fit leave nothing behind, and later ones follow once there is room."""
     with small_disk(tmp_path / "disk", 256 << 10) as disk:
         journal = Journal(disk, HEADER)
         (disk / "filler").write_bytes(b"\1" * (free_bytes(disk) - (8 << 10)))

@@ -1,4 +1,4 @@
-"""What a run is made of is written down, and compared when it goes on."""
+"""A run stores what it was made from, and compares that on resume."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def begin(archive: Archive, models: dict[str, str]) -> None:
 
 
 def forget_ends(archive: Archive) -> None:
-    """As versions left it that gave every recipe the base's embeddings and head."""
+    """Like archives of versions that gave every recipe the base's embeddings and head."""
     archive._db.execute("DELETE FROM meta WHERE key = 'ends'")
     archive._db.commit()
 
 
-def test_an_old_run_goes_on_where_all_have_the_same_ends(tmp_path: Path) -> None:
+def test_an_old_run_continues_if_all_have_the_same_ends(tmp_path: Path) -> None:
     same = {n: t for n, t in llama_tensors("base").items() if ".layers." not in n}
     models = save_family(tmp_path, ["base"]) | save_family(tmp_path, ["red"], tensors=same)
     with Archive(tmp_path / "run") as archive:
@@ -35,7 +35,7 @@ def test_an_old_run_goes_on_where_all_have_the_same_ends(tmp_path: Path) -> None
         begin(archive, models)
 
 
-def test_an_old_run_whose_arms_are_not_what_they_name_is_refused(tmp_path: Path) -> None:
+def test_an_old_run_with_wrongly_named_arms_is_refused(tmp_path: Path) -> None:
     models = save_family(tmp_path, ["base", "red"])
     with Archive(tmp_path / "run") as archive:
         begin(archive, models)

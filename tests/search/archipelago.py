@@ -1,4 +1,4 @@
-"""Islands without models: real archives and journals, recipes that are scored by a formula."""
+"""Islands without models: real archives and journals, but a formula scores the recipes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def make_config(**search: object) -> Config:
 
 
 def open_archive(run: Path, island: int, searched: Config, /, **meta: str) -> Archive:
-    """An island's archive as `check_resumable` leaves it."""
+    """An island's archive, in the state in which `check_resumable` leaves it."""
     archive = Archive(island_folder(run, island))
     family = {"num_layers": NUM_LAYERS, "models": MODELS, "parameters": dict.fromkeys(MODELS, 1000)}
     values = {
@@ -63,7 +63,7 @@ def outcome(accuracy: float = 0.5, seconds: float = 1.0) -> Outcome:
 
 
 class Sleeper:
-    """Workers that sleep instead of evaluating; with `fails_at`, one dies after so many jobs."""
+    """Workers that sleep instead of evaluating; one dies after `fails_at` jobs, if given."""
 
     def __init__(self, num_workers: int, seconds: float, fails_at: int | None = None) -> None:
         self.num_workers = num_workers
@@ -115,7 +115,7 @@ class Sleeper:
 
 
 class Lost(Exception):
-    """An island dies here."""
+    """Raised where an island dies."""
 
 
 def search(
@@ -139,13 +139,13 @@ def search(
             made.holdout([e.recipe for e in worth_a_holdout(made.evaluations("search"))])
         except Lost:
             assert dies
-            return  # without a word to the others, like kill -9
+            return  # without notice to the others, like kill -9
         with others:
             pass
 
 
 def in_threads(*calls: Callable[[], None]) -> None:
-    """All at the same time; raises what one of them raises."""
+    """Makes all calls at the same time, and raises the first error."""
     errors: list[BaseException] = []
 
     def guarded(call: Callable[[], None]) -> None:
@@ -165,7 +165,7 @@ def in_threads(*calls: Callable[[], None]) -> None:
 
 
 def paid_twice(data: RunData) -> list[Evaluation]:
-    """What more than one island evaluated, without the first time."""
+    """Repeated evaluations of the same recipe on the same documents, without the first of each."""
     seen: set[tuple[str, str]] = set()
     twice = []
     for e in sorted(data.paid, key=lambda e: e.finished_at):

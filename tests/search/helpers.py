@@ -67,7 +67,7 @@ def asked(searcher: Searcher, n: int | None = None) -> list[Recipe]:
 
 
 def told(searcher: Searcher, rounds: int, n: int | None = None) -> list[Recipe]:
-    """All that a searcher asks for in so many rounds, each told with its scores."""
+    """All recipes that a searcher asks for in some rounds, each of which is told its scores."""
     found: list[Recipe] = []
     for _ in range(rounds):
         new = asked(searcher, n)

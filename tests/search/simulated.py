@@ -26,7 +26,7 @@ def similarity(num_layers: int, shift: float) -> Similarity:
 
 
 def family_of(num_layers: int, ends: Ends | None = None) -> Any:
-    """What a search asks of a family, without files."""
+    """The parts of a family that a search uses, without files."""
     return SimpleNamespace(
         num_layers=num_layers,
         parameters=lambda layers=(), rows=None: 100 * len(layers or range(num_layers)),
@@ -36,7 +36,7 @@ def family_of(num_layers: int, ends: Ends | None = None) -> Any:
 
 
 class Simulated:
-    """Workers that take as long as `seconds` says, and score as `score` says."""
+    """Workers that take `seconds(job)` for a job and score it with `score(job)`."""
 
     def __init__(
         self,

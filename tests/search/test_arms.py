@@ -37,7 +37,7 @@ def test_angular_drops_the_nearest_contiguous_block() -> None:
     assert gone[1] == gone[0] + 1
 
 
-def test_every_arm_is_there_for_every_size_and_has_it() -> None:
+def test_every_arm_exists_in_every_size() -> None:
     space = make_space()
     arms = control_arms(
         space, KINDS, (0.75, 0.5, 0.1), {n: similarity() for n in space.names}, seed=0

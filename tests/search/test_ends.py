@@ -33,7 +33,7 @@ ends_of_all_kinds = st.sampled_from([BOTH, TOKENS, HEAD, FEW, Ends(SOME, OWN)])
 
 
 def objectives(recipe: Recipe) -> list[float]:
-    """Best are red's embeddings below green's head."""
+    """Red's embeddings together with green's head are best."""
     right = (recipe.embeddings == "red") + (recipe.head == "green")
     return [-(synthetic(recipe).accuracy or 0.0) - 0.2 * right, recipe.num_layers / 8]
 
@@ -50,8 +50,8 @@ def digest(recipes: Sequence[Recipe]) -> str:
 # Equal ends
 
 
-def test_a_search_without_differing_ends_is_what_it_was() -> None:
-    """Recorded before embeddings and head could be genes."""
+def test_a_search_with_equal_ends_is_unchanged() -> None:
+    """Results recorded before embeddings and head could be genes."""
     for space in (make_space(), make_space(ends=Ends.equal(list(MODELS), "base"))):
         assert space.shape == (8, 7)
         assert space.log10_size() == pytest.approx(23.84002697266997)
@@ -91,18 +91,18 @@ def test_genome_and_recipe_round_trip(seed: int, ends: Ends) -> None:
     flat = genome_of(space, recipe)
     assert flat is not None
     assert space.decode(flat.reshape(space.shape)).hash == recipe.hash
-    again = Recipe.from_yaml(recipe.to_yaml())  # remembers no canonical form
+    again = Recipe.from_yaml(recipe.to_yaml())  # has no cached canonical form
     assert again == recipe
     assert again.hash == recipe.hash
     assert again.canonical() == recipe.canonical()
 
 
 def test_a_recipe_names_the_first_of_equals() -> None:
-    """So that nothing is evaluated twice; and what is equal can't be merged."""
+    """This way nothing is evaluated twice, and equal ends are never merged."""
     space = make_space(ends=FEW)
     genome = space.blank()
     genome[0, SOURCE] = 1
-    assert space.decode(genome).embeddings == "base"  # red's are the same
+    assert space.decode(genome).embeddings == "base"  # red has the same
     genome[0, SOURCE] = 3
     assert space.decode(genome).embeddings == "green"
     genome[0, METHOD:] = [1 + ALL.index("linear"), 0, 4, 2, 4]
@@ -129,7 +129,7 @@ def test_the_size_of_the_space() -> None:
 
 
 @given(seeds, ends_of_all_kinds)
-def test_ends_are_always_kept_and_no_layers(seed: int, ends: Ends) -> None:
+def test_ends_are_always_kept_and_are_not_counted_as_layers(seed: int, ends: Ends) -> None:
     space = make_space(low=4, high=7, protect=(0, 7), ends=ends)
     rng = np.random.default_rng(seed)
     genome = space.blank()
@@ -167,7 +167,7 @@ def test_crossover_moves_embeddings_with_the_bottom_and_the_head_with_the_top() 
     for seed in range(100):
         for child in cross_depth(first, second, np.random.default_rng(seed)):
             sources = child[:, SOURCE]
-            assert np.count_nonzero(np.diff(sources)) in (1, 2)  # runs of rows, in their order
+            assert np.count_nonzero(np.diff(sources)) in (1, 2)  # contiguous runs of rows
     children = [cross_depth(first, second, np.random.default_rng(s))[0] for s in range(100)]
     recipes = [space.decode(child) for child in children]
     assert all(recipe.embeddings == "base" for recipe in recipes)
@@ -202,7 +202,7 @@ def test_arms_are_the_models_that_they_name() -> None:
             assert [recipe.embeddings, recipe.head] == expected, arm
 
 
-def test_merged_arms_merge_the_ends_as_they_merge_layers() -> None:
+def test_merged_arms_merge_ends_like_layers() -> None:
     space = make_space(ends=BOTH)
     for arm, recipe in arms_of(space).items():
         if arm.startswith(("uniform", "paper")):
@@ -216,10 +216,10 @@ def test_merged_arms_merge_the_ends_as_they_merge_layers() -> None:
                 )  # fmt: skip
             assert Recipe.from_yaml(recipe.to_yaml()) == recipe
             flat = genome_of(space, recipe)
-            assert arm.startswith("paper") or flat is not None  # a third is not on the grid
+            assert arm.startswith("paper") or flat is not None  # 1/3 is not on the grid
 
 
-def test_equal_ends_count_in_an_average_as_often_as_they_are_there() -> None:
+def test_an_average_counts_equal_ends_as_often_as_they_occur() -> None:
     arms = arms_of(make_space(ends=FEW))
     uniform, paper = arms["uniform:0.75"], arms["paper:0.75"]
     assert isinstance(uniform.embeddings, Merge) and isinstance(paper.embeddings, Merge)

@@ -1,4 +1,4 @@
-"""Islands: what they tell each other, what they leave to each other, what a lost one leaves."""
+"""Islands: they share results, leave running work to each other, and take over a lost one's."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_paid_once(data: RunData) -> None:
-    """What was evaluated twice was begun at the same time, and that is rare on a busy machine."""
+    """Only what was begun at the same time is evaluated twice, which is rare on a busy machine."""
     first = {(e.recipe.hash, e.documents): e for e in data.evaluations}
     twice = paid_twice(data)
     for again in twice:
@@ -78,7 +78,7 @@ def test_three_islands_use_one_budget(schedule: str, num_workers: int, tmp_path:
     check_paid_once(data)
     measured = Counter(j.model for x in executors for j in x.done if isinstance(j, SimilarityJob))
     assert set(measured) == set(MODELS)
-    if num_workers == 1:  # with four, each island begins with all of them in the same moment
+    if num_workers == 1:  # with four, each island begins with all of them at once
         assert sum(measured.values()) <= len(MODELS) + 2
     per_island = [sum(isinstance(j, EvaluationJob) for j in x.done) for x in executors]
     assert min(per_island) >= 5, per_island
@@ -88,7 +88,7 @@ def test_three_islands_use_one_budget(schedule: str, num_workers: int, tmp_path:
         & {a.recipe.hash for a in arms}
         for x in executors
     ]
-    assert sum(map(bool, begun)) >= 2  # they were shared
+    assert sum(map(bool, begun)) >= 2  # the arms were shared out
     held = {e.recipe.hash for e in data.evaluations if e.documents == "holdout"}
     report = load_report(tmp_path)
     assert {p.recipe.hash for p in report.front} <= held
@@ -111,11 +111,11 @@ def test_the_share_of_a_lost_island_is_done(schedule: str, tmp_path: Path) -> No
     again = [Sleeper(2, 0.02), Sleeper(2, 0.02)]
     search(tmp_path, 0, 2, again[0], config)
     search(tmp_path, 1, 2, again[1], config)
-    assert again[0].done == again[1].done == []  # nothing was left, and nothing is repeated
+    assert again[0].done == again[1].done == []  # nothing was left to do, and nothing is repeated
     assert len(read_run(tmp_path).paid) == len(data.paid)
 
 
-def test_an_island_that_comes_later_gets_all(tmp_path: Path) -> None:
+def test_a_late_island_gets_all_results(tmp_path: Path) -> None:
     config = make_config(schedule="asynchronous", evaluations=30)
     search(tmp_path, 0, 2, Sleeper(1, 0.0), config)
     more = make_config(schedule="asynchronous", evaluations=40)
@@ -159,7 +159,7 @@ class Pair:
         return island_folder(self.run, island) / JOURNAL
 
 
-def test_news_come_once(tmp_path: Path) -> None:
+def test_each_result_arrives_once(tmp_path: Path) -> None:
     pair = Pair(tmp_path)
     one = pair.evaluate(1, 0, 1)
     assert pair.look(0) == [one]
@@ -169,7 +169,7 @@ def test_news_come_once(tmp_path: Path) -> None:
     assert pair.look(0) == [two, three]
 
 
-def test_what_is_under_way_is_left_to_the_other(tmp_path: Path) -> None:
+def test_running_work_is_left_to_the_other(tmp_path: Path) -> None:
     pair = Pair(tmp_path)
     key = (recipe_of(0, 1).hash, "search")
     other = (recipe_of(0, 2).hash, "search")
@@ -192,7 +192,7 @@ def test_what_is_under_way_is_left_to_the_other(tmp_path: Path) -> None:
     assert pair.islands[0].num_under_way("search") == 0
 
 
-def test_a_lost_island_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_islands_work_is_free_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PATIENCE_S", 60.0)
     pair = Pair(tmp_path)
     pair.evaluate(0, 0, 3, seconds=30.0)
@@ -200,15 +200,15 @@ def test_a_lost_island_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     pair.islands[1].begin([key])
     pair.look(0)
     pair.time += 80.0
-    assert pair.islands[0].is_under_way(key)  # three times the longest evaluation
+    assert pair.islands[0].is_under_way(key)  # under three times the longest evaluation
     pair.time += 11.0
     assert not pair.islands[0].is_under_way(key)
     pair.evaluate(1, 0, 2)
     pair.look(0)
-    assert pair.islands[0].is_under_way(key)  # it was only slow
+    assert pair.islands[0].is_under_way(key)  # it was not lost, only slow
 
 
-def test_a_search_that_begins_again_has_nothing_under_way(tmp_path: Path) -> None:
+def test_a_restarted_search_has_nothing_under_way(tmp_path: Path) -> None:
     pair = Pair(tmp_path)
     key = (recipe_of(0, 1).hash, "search")
     pair.islands[1].begin([key])
@@ -218,7 +218,7 @@ def test_a_search_that_begins_again_has_nothing_under_way(tmp_path: Path) -> Non
     assert not pair.islands[0].is_under_way(key)
 
 
-def test_both_at_once_counts_once_and_costs_twice(tmp_path: Path) -> None:
+def test_an_evaluation_by_both_counts_once_and_costs_twice(tmp_path: Path) -> None:
     pair = Pair(tmp_path)
     pair.evaluate(1, 0, 1)
     time.sleep(0.01)
@@ -241,7 +241,7 @@ def test_both_at_once_counts_once_and_costs_twice(tmp_path: Path) -> None:
     assert report.config["search"]["population"] == 12
 
 
-def test_an_archive_that_was_lost_is_in_the_journal(tmp_path: Path) -> None:
+def test_a_lost_archive_is_restored_from_the_journal(tmp_path: Path) -> None:
     pair = Pair(tmp_path)
     one = pair.evaluate(0, 0, 1)
     for archive in pair.archives:
@@ -278,7 +278,7 @@ def test_another_search(meta: dict[str, str], message: str, tmp_path: Path) -> N
     assert not (island_folder(tmp_path, 1) / JOURNAL).exists()
 
 
-def test_what_may_change(tmp_path: Path) -> None:
+def test_what_may_differ_between_islands(tmp_path: Path) -> None:
     config = make_config(evaluations=7)
     with open_archive(tmp_path, 0, CONFIG) as archive:
         IslandPeers(tmp_path, 0, 2, archive)
@@ -287,7 +287,7 @@ def test_what_may_change(tmp_path: Path) -> None:
 
 
 def test_a_bad_journal_among_good_ones(tmp_path: Path) -> None:
-    """A new island refuses it; one that searches goes on without it, until it is mended."""
+    """A new island refuses to start; a running one ignores that journal until it is repaired."""
     pair = Pair(tmp_path)
     with pair.journal(1).open("ab") as file:
         file.write(b"what?\n")
@@ -307,7 +307,7 @@ def test_a_bad_journal_among_good_ones(tmp_path: Path) -> None:
     assert pair.look(0) == [one]
 
 
-def test_recipes_of_other_models_are_passed_over(tmp_path: Path) -> None:
+def test_recipes_of_other_models_are_skipped(tmp_path: Path) -> None:
     pair = Pair(tmp_path)
     pair.evaluate(1, 0, 99)
     text = pair.journal(1).read_text()
@@ -317,7 +317,7 @@ def test_recipes_of_other_models_are_passed_over(tmp_path: Path) -> None:
     assert pair.look(0) == []
 
 
-def test_scores_that_lack_an_objective_are_passed_over(tmp_path: Path) -> None:
+def test_scores_that_lack_an_objective_are_skipped(tmp_path: Path) -> None:
     config = make_config()
     config = config.model_copy(update={"objectives": ("t", "parameters")})
     with open_archive(tmp_path, 0, config) as mine, open_archive(tmp_path, 1, config) as archive:
@@ -329,7 +329,7 @@ def test_scores_that_lack_an_objective_are_passed_over(tmp_path: Path) -> None:
         assert [e.recipe for e in IslandPeers(tmp_path, 0, 2, mine).refresh()] == [good.recipe]
 
 
-def test_folders_that_are_no_islands(tmp_path: Path) -> None:
+def test_folders_that_are_not_islands(tmp_path: Path) -> None:
     for name in ("x", "-1", "007", "9999999", "٣"):
         (tmp_path / ISLANDS / name).mkdir(parents=True)
         (tmp_path / ISLANDS / name / JOURNAL).write_text("evil")
@@ -357,7 +357,7 @@ def test_orders_and_seeds_differ(tmp_path: Path) -> None:
     assert len(seeds) == 200
 
 
-def test_looking_costs_little(tmp_path: Path) -> None:
+def test_looking_at_other_islands_is_cheap(tmp_path: Path) -> None:
     pair = Pair(tmp_path)
     journal = pair.journal(1)
     pair.evaluate(1, 0, 1)

@@ -38,7 +38,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 class Fleet:
-    """Islands as processes, each with a log."""
+    """Islands as processes, each with its own log."""
 
     def __init__(self, config: Path, run: Path) -> None:
         self.config, self.run = config, run
@@ -59,7 +59,7 @@ class Fleet:
             )
 
     def gained(self, island: int) -> Path:
-        """Where the island tells its supervisor what it gained."""
+        """The file in which an island counts its new results for its supervisor."""
         path = self.config.parent / f"gained-{island}"
         path.touch()
         return path
@@ -74,7 +74,7 @@ class Fleet:
             assert code == 0, (self.config.parent / f"log-{island}").read_text()[-3000:]
 
     def wait_for(self, island: int, evaluations: int) -> None:
-        """Until the island's journal has so many."""
+        """Waits until the island's journal has this many evaluations."""
         deadline = time.monotonic() + 120
         while len(journal(self.run, island)) < evaluations:
             assert time.monotonic() < deadline
@@ -102,7 +102,7 @@ def keys(evaluations: list[Evaluation]) -> list[tuple[str, str]]:
 
 
 def check_whole(run: Path) -> None:
-    """The budget, the front with its holdout, and a report that has all of it."""
+    """Asserts that the budget was used, the front has its holdout, and the report has it all."""
     found = read_run(run).evaluations
     assert [e.number for e in found] == list(range(1, len(found) + 1))
     searched = [e for e in found if e.documents == "search"]
@@ -119,9 +119,9 @@ def check_whole(run: Path) -> None:
 
 
 def check_paid_once(run: Path) -> None:
-    """What was evaluated twice was chosen by both islands at the same time.
+    """Asserts that a recipe was evaluated twice only if two islands chose it at the same time.
 
-    Between the choice and the evaluation lies a wait for the disk, which may be busy.
+    Between choice and evaluation they wait for the disk, which may be busy.
     """
     paid = read_run(run).paid
     times: dict[tuple[str, str], list[Evaluation]] = {}
@@ -165,15 +165,15 @@ def test_an_island_is_lost(
     for island in (0, 2):
         mine = archived(run, island)
         assert keys(mine) == keys(journal(run, island))
-        assert len([e for e in mine if e.documents == "search"]) >= 8  # both worked
+        assert len([e for e in mine if e.documents == "search"]) >= 8  # both did their part
         _, entries = read_journal(island_folder(run, island) / JOURNAL)
         measured = [entry for entry in entries if isinstance(entry, Measured)]
-        # what the others did is none of its own progress
+        # results of other islands are not counted as its own
         assert fleet.gained(island).stat().st_size == len(mine) + len(measured)
     seen = Counter(key for island in range(COUNT) for key in keys(journal(run, island)))
     arms = [e for e in read_run(run).evaluations if e.arms and e.documents == "search"]
     assert len(arms) > 12
-    assert sum(seen[e.recipe.hash, "search"] - 1 for e in arms) <= 4  # they were shared
+    assert sum(seen[e.recipe.hash, "search"] - 1 for e in arms) <= 4  # the arms were shared out
 
 
 @pytest.mark.slow  # three whole programs
@@ -205,7 +205,7 @@ def test_killed_and_resumed(models: dict[str, str], tasks_dir: Path, tmp_path: P
     assert len(keys(journal(run, 2))) == len(after)
 
 
-def test_a_run_is_of_one_kind(models: dict[str, str], tasks_dir: Path, tmp_path: Path) -> None:
+def test_a_run_has_islands_or_none(models: dict[str, str], tasks_dir: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, models, tasks_dir, tmp_path / "run", evaluations=5)
     verbs.search(config, island=(0, 2))
     with pytest.raises(UsageError, match=r"islands/0 already holds a run"):

@@ -1,4 +1,4 @@
-"""NSGA-II by generations: what a generation is made of, and who enters it."""
+"""NSGA-II by generations: what a generation is made of, and which recipes enter it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from gptailor.search.searcher import Scored
 from tests.search.helpers import asked, dense, make_space, scored, settings, synthetic, told
 
 
-def test_it_finds_better_recipes_than_random_ones() -> None:
-    """At the same number of evaluations, at six of eight layers."""
+def test_it_finds_better_recipes_than_random_search() -> None:
+    """With as many evaluations, and at most six of eight layers."""
     space = make_space()
     rng = np.random.default_rng(0)
 

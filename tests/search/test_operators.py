@@ -68,7 +68,7 @@ def test_each_mutation_changes_the_size_as_its_name_says(name: str, change: int)
     getattr(operators, name)(genome, space, rng)
     assert len(space.kept(genome)) - len(space.kept(before)) == change
     assert (genome != before).any()
-    assert (genome[:, 1:] == before[:, 1:]).all()  # a layer comes back as it was
+    assert (genome[:, 1:] == before[:, 1:]).all()  # a restored layer is unchanged
 
 
 def test_every_mutation_does_something_sooner_or_later() -> None:

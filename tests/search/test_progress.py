@@ -40,7 +40,7 @@ def test_plain_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None
     assert f"layers: {best:.3f}" in lines[-1]
 
 
-def test_one_line_that_is_rewritten_on_a_terminal() -> None:
+def test_a_terminal_shows_one_line_that_is_rewritten() -> None:
     stream = Terminal()
     progress = Progress(3, 8, stream)
     progress.note("Hello.")
@@ -52,7 +52,7 @@ def test_one_line_that_is_rewritten_on_a_terminal() -> None:
     assert "1 from the archive" in text
 
 
-def test_a_step_on_a_terminal_is_one_line_that_is_rewritten(
+def test_a_step_on_a_terminal_rewrites_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(patience, "EVERY_S", 0.05)
@@ -64,11 +64,11 @@ def test_a_step_on_a_terminal_is_one_line_that_is_rewritten(
         assert "\n" not in stream.getvalue()
     text = stream.getvalue()
     assert text.count("\r\x1b[KLoading: half of it (0 s)") >= 2
-    assert text.endswith("\r\x1b[K")  # what follows has a line of its own
+    assert text.endswith("\r\x1b[K")  # later output starts on a clean line
     assert logged[0] == "Loading: half of it (0 s)"
 
 
-def test_a_step_without_a_terminal_is_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_without_a_terminal_prints_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patience, "EVERY_S", 0.05)
     stream = io.StringIO()
     with Progress(3, 8, stream) as progress, progress.step("Loading"):
@@ -76,7 +76,7 @@ def test_a_step_without_a_terminal_is_lines(monkeypatch: pytest.MonkeyPatch) -> 
     assert stream.getvalue().splitlines()[:2] == ["Loading (0 s)"] * 2
 
 
-def test_a_long_log_stays_short(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_of_a_long_search_stays_short(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     stream = io.StringIO()

@@ -98,7 +98,7 @@ def test_kill_9_and_resume_find_the_same_front(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Meanwhile a supervisor is told what the archive gains, by both parts of the run."""
+    """Both parts of the run also report to a supervisor what the archive gains."""
     gained = tmp_path / "gained"
     gained.touch()
     monkeypatch.setenv("GPTAILOR_GAINED", str(gained))
@@ -110,13 +110,13 @@ def test_kill_9_and_resume_find_the_same_front(
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
-        if archive.exists() and _count(archive) >= 45:  # in the midst of the generations
+        if archive.exists() and _count(archive) >= 45:  # in the middle of the generations
             break
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     before = _count(archive)
     assert 45 <= before < EVALUATIONS, (tmp_path / "log").read_text()
-    # and four candidates that were measured; it may have been killed between disk and word
+    # and four measured candidates; the kill may have come between writing a result and reporting it
     assert before + 4 - 1 <= gained.stat().st_size <= before + 4
     numbers = {(e.recipe.hash, e.documents): e.number for e in evaluations(tmp_path / "run")}
     verbs.search(config, resume=True)
@@ -147,7 +147,7 @@ def test_a_pool_finds_the_same_front(
     assert front(tmp_path / "run") == front(finished)
 
 
-def test_asynchronous_with_a_pool_uses_the_budget_and_goes_on(
+def test_asynchronous_with_a_pool_uses_the_budget_and_resumes(
     models: dict[str, str], tasks_dir: Path, tmp_path: Path
 ) -> None:
     config = write_config(
@@ -164,7 +164,7 @@ def test_asynchronous_with_a_pool_uses_the_budget_and_goes_on(
     assert [e.number for e in after[: len(before)]] == [e.number for e in before]
 
 
-def test_usr2_ends_in_good_order_and_resume_completes(
+def test_usr2_ends_cleanly_and_resume_completes(
     models: dict[str, str], tasks_dir: Path, tmp_path: Path
 ) -> None:
     config = write_config(tmp_path, models, tasks_dir, tmp_path / "run", evaluations=60)
@@ -186,7 +186,7 @@ def test_usr2_ends_in_good_order_and_resume_completes(
     assert len([e for e in evaluations(tmp_path / "run") if e.documents == "search"]) == 60
 
 
-def test_more_evaluations_go_on(models: dict[str, str], tasks_dir: Path, tmp_path: Path) -> None:
+def test_a_larger_budget_resumes(models: dict[str, str], tasks_dir: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, models, tasks_dir, tmp_path / "run", evaluations=12)
     verbs.search(config)
     with pytest.raises(UsageError, match="already holds a run"):
@@ -221,7 +221,7 @@ def crashing_task(folder: Path, tasks_dir: Path, condition: str) -> Path:
     return folder
 
 
-def test_a_crash_is_a_failed_trial_and_no_score(
+def test_a_crash_is_a_failed_evaluation_without_a_score(
     models: dict[str, str], tasks_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     condition = "doc['ctx'][:1] == 'w' and round(scores[0] * 1e4) % 40 == 0"
@@ -245,7 +245,7 @@ def test_a_crash_is_a_failed_trial_and_no_score(
 def test_when_everything_fails_the_search_stops_and_says_why(
     models: dict[str, str], tasks_dir: Path, tmp_path: Path
 ) -> None:
-    # all that a model says, not what is tried before any model is asked
+    # true for all of a model's results, but not for a trial without a model
     tasks = crashing_task(tmp_path / "tasks", tasks_dir, "scores[0] != -1.2345678")
     config = write_config(tmp_path, models, tasks, tmp_path / "run")
     only = ["evaluation.tasks=[t_crash]", "evaluation.holdout=null"]

@@ -1,4 +1,4 @@
-"""The scheduler in simulated time: every job once, no worker idle without reason, a clean stop."""
+"""The scheduler in simulated time: each job once, no worker idle needlessly, a clean stop."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_merges_made_before_count_as_held() -> None:
 
 
 @pytest.mark.parametrize("slope", [2.0, -0.2])
-def test_what_took_long_is_expected_to_take_long(slope: float) -> None:
+def test_durations_are_learned_from_finished_jobs(slope: float) -> None:
     executor = Simulated(1, 8, lambda job: 0.5, lambda job: 3.0 + slope * job.recipe.num_layers)
     scheduler = Scheduler(executor, Stop())
     assert scheduler.more_is_longer("search")
@@ -101,7 +101,7 @@ def test_a_search_waits_for_its_first_worker(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
-def test_stop_waits_for_what_runs_and_starts_nothing(number: int) -> None:
+def test_stop_waits_for_running_jobs_and_starts_none(number: int) -> None:
     executor, stop = simulated(2), Stop()
     found, ask, tell = feed([job(8) for _ in range(10)])
     scheduler = Scheduler(executor, stop)
@@ -117,7 +117,7 @@ def test_stop_waits_for_what_runs_and_starts_nothing(number: int) -> None:
     assert not scheduler.running
 
 
-def test_what_cannot_end_in_time_is_given_back() -> None:
+def test_stop_does_not_wait_for_jobs_that_cannot_end_in_time() -> None:
     executor, stop = simulated(2), Stop(job_ends_at=0.0)
     found, ask, tell = feed([job(3), job(8)])
     scheduler = Scheduler(executor, stop)

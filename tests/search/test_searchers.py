@@ -1,5 +1,5 @@
-"""What every search algorithm must hold, under both schedules; a new one is tested by its line in
-`ALGORITHMS`."""
+"""What every search algorithm must fulfil, under both schedules. Its line in `ALGORITHMS` is all
+that a new algorithm needs for these tests."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ KINDS = [
 each = pytest.mark.parametrize(("make", "n"), KINDS)
 
 
-def test_the_configuration_knows_them() -> None:
+def test_the_configuration_knows_all_algorithms() -> None:
     annotation = SearchConfig.model_fields["algorithm"].annotation
     assert set(get_args(annotation)) == set(ALGORITHMS)
 
@@ -86,7 +86,7 @@ def test_what_was_told_is_not_asked_for(make: Make, n: int | None) -> None:
     space = make_space()
     known = told(make(space, settings(seed=(0,))), 4, n)
     searcher = make(space, settings(seed=(5,)))
-    first = asked(searcher, n)  # a batch may begin before anything is told
+    first = asked(searcher, n)  # a batch may start before any results are told
     searcher.tell([scored(recipe) for recipe in first])
     searcher.tell([Scored(known[0], None), *map(scored, known[1:])])
     searcher.tell([scored(known[0])])
@@ -95,7 +95,7 @@ def test_what_was_told_is_not_asked_for(make: Make, n: int | None) -> None:
 
 
 @each
-def test_it_goes_on_without_scores(make: Make, n: int | None) -> None:
+def test_it_continues_without_scores(make: Make, n: int | None) -> None:
     searcher = make(make_space(), settings())
     first = asked(searcher, n)
     searcher.tell([scored(recipe) for recipe in first])
@@ -117,7 +117,7 @@ def test_an_exhausted_space_ends(make: Make, n: int | None) -> None:
         found |= {recipe.hash for recipe in new}
         searcher.tell([scored(recipe) for recipe in new])
     assert asked(searcher, n) == []
-    assert len(found) == 9  # all eight layers, or one of eight gone
+    assert len(found) == 9  # all eight layers, or one of them dropped
 
 
 @pytest.mark.parametrize("schedule", ["generational", "asynchronous"])
@@ -139,6 +139,6 @@ def test_a_whole_search_uses_its_budget(algorithm: str, schedule: str, tmp_path:
 
     first = search(40)
     assert len(set(first)) == len(first) == 40
-    whole = search(70)  # goes on where it ended
+    whole = search(70)  # continues where it stopped
     assert whole[:40] == first
     assert len(set(whole)) == len(whole) == 70

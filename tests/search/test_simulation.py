@@ -1,4 +1,4 @@
-"""The simulation of benchmarks/scale.py, small: whole searches in virtual time."""
+"""A small run of the simulation in benchmarks/scale.py: whole searches in virtual time."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def test_nobody_waits_for_long(mode: str) -> None:
     islands = ("--islands", "2") if mode == "islands" else ()
     found = simulate("--mode", mode, "--workers", "16", "--hours", "0.25", *islands)
     assert found["evaluations"] >= 240
-    # not busy: the start, the end, and at the end of each generation the workers that are done
+    # idle at the start and the end, and for workers that wait for the end of a generation
     assert found["utilisation"] > (0.6 if mode == "generational" else 0.75)
     assert found["middle"] > (0.7 if mode == "generational" else 0.95)
-    assert found["rank0_ms"] < 60  # 3 where nothing else runs
+    assert found["rank0_ms"] < 60  # 3 on an idle machine
 
 
-def test_what_was_evaluated_before_a_node_was_lost_is_not_evaluated_again() -> None:
+def test_a_lost_node_costs_no_finished_evaluations() -> None:
     found = simulate("--workers", "16", "--hours", "0.25", "--deaths", "0.15")
     assert found["evaluations"] == 240
     assert 0 < found["lost_s"] < 120

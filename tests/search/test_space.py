@@ -46,7 +46,7 @@ def test_repair_keeps_bounds_and_protected_layers(
         assert (repaired == genome).all()
 
 
-def test_a_merge_with_too_few_sources_takes() -> None:
+def test_a_merge_with_too_few_sources_becomes_a_take() -> None:
     space = make_space()
     genome = space.blank()
     genome[0, METHOD] = 1 + ALL.index("slerp")
@@ -67,7 +67,7 @@ def test_slerp_takes_the_two_strongest() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_can_be_searched(name: str) -> None:
-    """Whatever the genome says: what is decoded is a recipe that reads back as itself."""
+    """Every genome decodes to a recipe that can be written and read back unchanged."""
     space, method = make_space(methods=(name,)), METHODS[name]
     rng = np.random.default_rng(0)
     merged = 0
@@ -100,7 +100,7 @@ def test_reweighting_changes_what_is_merged(name: str) -> None:
     assert len(hashes) > 3
 
 
-def test_the_base_is_no_source_of_a_difference_to_the_base() -> None:
+def test_the_base_is_not_a_source_of_task_arithmetic() -> None:
     space = make_space()
     genome = space.blank()
     genome[0, METHOD] = 1 + ALL.index("task_arithmetic")

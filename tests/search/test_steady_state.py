@@ -1,4 +1,4 @@
-"""NSGA-II without generations: nothing twice, in any order of results, as good as generations."""
+"""NSGA-II without generations: asks for nothing twice, and is as good as with generations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.search.helpers import asked, dense, make_space, scored, synthetic
 
 
 def run(space: SearchSpace, total: int, num_workers: int, seed: int = 0) -> list[Recipe]:
-    """Results come back in random order."""
+    """A search whose results come back in random order."""
     rng = np.random.default_rng(seed)
     nsga2 = SteadyStateNSGA2(space, helpers.settings(seed=(seed,), start=dense(space)))
     running: list[Recipe] = []
@@ -36,8 +36,8 @@ def test_no_recipe_is_asked_for_twice(num_workers: int, seed: int) -> None:
     assert len({recipe.hash for recipe in told}) == 120
 
 
-def test_it_finds_what_generations_find() -> None:
-    """The mean of the best scores up to each size, over a few seeds, with eight workers."""
+def test_it_is_as_good_as_generations() -> None:
+    """By the mean of the best scores up to each size, over a few seeds, with eight workers."""
     space = make_space()
 
     def found(recipes: list[Recipe]) -> float:
@@ -62,7 +62,7 @@ def test_it_finds_what_generations_find() -> None:
     assert mine > random + 0.02
 
 
-def test_foreign_recipes_enter_the_population() -> None:
+def test_recipes_of_others_enter_the_population() -> None:
     space = make_space()
     nsga2 = SteadyStateNSGA2(space, helpers.settings(6, start=dense(space)))
     nsga2.tell([Scored(recipe, (0.0, 1.0)) for recipe in asked(nsga2, 10)])

@@ -1,4 +1,4 @@
-"""Selection against pymoo's, which does the same one recipe after the other."""
+"""Selection, compared with pymoo's, which treats one recipe at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gptailor.search.survival import Standing, standing
 
 @pytest.mark.parametrize("num", [1, 2, 3, 40, 300])
 @pytest.mark.parametrize("num_objectives", [1, 2, 3])
-def test_the_same_standing_as_by_pymoo(num: int, num_objectives: int) -> None:
+def test_the_standing_equals_pymoos(num: int, num_objectives: int) -> None:
     objectives = np.random.default_rng(num).random((num, num_objectives))
     found = standing(objectives)
     distance = get_crowding_function("cd")
@@ -25,7 +25,7 @@ def test_the_same_standing_as_by_pymoo(num: int, num_objectives: int) -> None:
     assert seen.all()
 
 
-def test_of_equal_recipes_one_counts() -> None:
+def test_only_one_of_equal_recipes_counts() -> None:
     objectives = np.array([[0.0, 1.0], [0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [1.0, 0.0], [1.0, 0.0]])
     found = standing(objectives)
     assert (found.rank == 0).all()
