@@ -313,7 +313,7 @@ def test_unreadable_configurations(tmp_path: Path) -> None:
 
 
 def test_fewshot_examples_are_turns_of_a_chat() -> None:
-    """Like in lm-eval's command line."""
+    """The same default as in lm-eval's command line."""
     chat = {"tasks": ["x"], "apply_chat_template": True}
     assert parse_evaluation(chat, "s.yaml").fewshot_as_multiturn
     assert not parse_evaluation({**chat, "fewshot_as_multiturn": False}, "s").fewshot_as_multiturn

@@ -69,7 +69,7 @@ def counted_time() -> Iterator[None]:
 
 
 def rows(archive: Archive) -> list[str]:
-    """An archive as one line per evaluation, which shows where a difference begins."""
+    """One line for each evaluation in an archive, to show where a difference begins."""
     return [
         f"{e.documents} {e.recipe.hash[:12]} {e.recipe.num_layers} {e.parameters} "
         f"{e.outcome.status} {e.outcome.accuracy} {' '.join(e.arms)}".rstrip()

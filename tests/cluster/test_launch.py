@@ -137,7 +137,7 @@ def test_the_dry_run_shows_the_submitted_script(launcher: Launcher) -> None:
     assert "it's a test" in launcher.cluster.run("scontrol", "show", "job", job)
 
 
-@pytest.mark.long  # a job of its own
+@pytest.mark.long  # runs a separate job
 def test_the_status_of_a_job_is_right_from_submission_to_end(launcher: Launcher) -> None:
     (job,) = launcher.submitted("--slurm", "hold")
     told = launcher.status()[job]
@@ -166,7 +166,7 @@ def test_the_status_of_a_job_is_right_from_submission_to_end(launcher: Launcher)
     assert launcher.gptailor("cancel", launcher.run)[0] == 0
 
 
-@pytest.mark.long  # a job of its own
+@pytest.mark.long  # runs a separate job
 def test_a_job_ends_with_the_exit_code_of_its_search(launcher: Launcher) -> None:
     (job,) = launcher.submitted("--nodes", "1", seconds=0, code=3)
     launcher.cluster.wait(job)
@@ -174,7 +174,7 @@ def test_a_job_ends_with_the_exit_code_of_its_search(launcher: Launcher) -> None
     assert (told["state"], told["exit_code"], told["is_live"]) == ("FAILED", 3, False)
 
 
-@pytest.mark.long  # a job of its own
+@pytest.mark.long  # runs a separate job
 def test_a_job_that_ended_before_its_search_began(launcher: Launcher) -> None:
     (job,) = launcher.submitted("--nodes", "1", "--setup", "exit 9")
     launcher.cluster.wait(job)

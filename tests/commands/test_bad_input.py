@@ -1,7 +1,7 @@
 """Users' mistakes on the command line: an exit code, one helpful line, nothing left behind.
 
-Everything runs as for a user, in a separate process. Only tests that need lm-eval run in this
-process, because importing it takes seconds.
+Commands run the way a user runs them, in separate processes. Only tests that need lm-eval run in
+this process, because importing it takes seconds.
 """
 
 from __future__ import annotations

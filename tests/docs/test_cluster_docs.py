@@ -1,4 +1,4 @@
-"""docs/cluster.md is right: its figures follow from each other, its shapes are a real model's."""
+"""docs/cluster.md is correct: its figures follow from each other, its shapes are a real model's."""
 
 from __future__ import annotations
 

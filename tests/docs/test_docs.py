@@ -1,4 +1,4 @@
-"""The README is right: its configuration, its recipe and each of its commands work unchanged."""
+"""The README is correct: its configuration, its recipe and each of its commands work unchanged."""
 
 from __future__ import annotations
 

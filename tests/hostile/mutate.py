@@ -30,7 +30,7 @@ KEYS = [
 
 
 class Pairs(list[Any]):
-    """A JSON object as (key, value) pairs, as keys may appear twice."""
+    """A JSON object as (key, value) pairs, because keys may appear twice."""
 
 
 def parse(text: bytes) -> Any:

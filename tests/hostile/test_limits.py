@@ -13,7 +13,7 @@ import pytest
 from tests.models.tiny import run_python, save_model
 
 MAX_SECONDS = 10.0
-"""On a busy machine; quadratic time would take hours."""
+"""Enough even on a busy machine; quadratic time would take hours."""
 MAX_BYTES_PER_BYTE = 50
 FREE_MB = 60
 

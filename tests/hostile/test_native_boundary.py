@@ -24,7 +24,7 @@ from gptailor.merging.registry import METHODS, Method, Parameter
 RUNS = int(os.environ.get("GPTAILOR_FUZZ_RUNS", "400"))
 SEED = int(os.environ.get("GPTAILOR_FUZZ_SEED", "0"))
 EXPECTED = (ValueError, TypeError, OSError, MemoryError, OverflowError, BufferError)
-"""What the extension may raise; `_C.NanError` is a ValueError. All else is a fault of ours."""
+"""What the extension may raise; `_C.NanError` is a ValueError. Anything else is a bug."""
 
 INTS = [0, 1, 2, 3, 7, 8, 15, 16, 17, 63, 64, 65, 511, 512, 513, 4095, 4096, 4097, 2**31 - 1, 2**31,
         2**32, 2**53, 2**60, 2**61, 2**62, 2**63 - 1, 2**63, 2**64, 10**30]  # fmt: skip
@@ -62,7 +62,7 @@ DTYPES = [
     "X" * 1000,
 ]
 ENGINE = [name for name in METHODS if name not in ("average", "regmean")]
-"""Methods that the engine has under their names: average is its linear, regmean a linear solve."""
+"""Methods the engine knows by name; average is a linear merge there, and regmean a linear solve."""
 OTHER_METHODS = ["", "average", "linaer", "passthrough", "linear\0", "regmean"]
 PARAMETERS = ["t", "lambda", "density", "epsilon", "seed", "eps", "max_iter", "odd", ""]
 

@@ -207,7 +207,7 @@ def make_small(
     tasks: tuple[str, str] = ("seen", "fresh"),
     keep: bool = True,
 ) -> Path:
-    """A run of a few models; a name with a kind before it, like "dense:math", is a control arm."""
+    """A run of a few models; those with a kind in their name, like "dense:math", are arms."""
     with Archive(folder) as archive:
         for name, (recipe, sets) in models.items():
             if ":" in name:

@@ -67,7 +67,7 @@ def asked(searcher: Searcher, n: int | None = None) -> list[Recipe]:
 
 
 def told(searcher: Searcher, rounds: int, n: int | None = None) -> list[Recipe]:
-    """All recipes that a searcher asks for in some rounds, each of which is told its scores."""
+    """All recipes that a searcher asks for in these rounds; it is told the scores after each."""
     found: list[Recipe] = []
     for _ in range(rounds):
         new = asked(searcher, n)

@@ -52,7 +52,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_paid_once(data: RunData) -> None:
-    """Only what was begun at the same time is evaluated twice, which is rare on a busy machine."""
+    """Only work begun at the same time is done twice, and that is rare on a busy machine."""
     first = {(e.recipe.hash, e.documents): e for e in data.evaluations}
     twice = paid_twice(data)
     for again in twice:

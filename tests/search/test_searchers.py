@@ -1,5 +1,5 @@
-"""What every search algorithm must fulfil, under both schedules. Its line in `ALGORITHMS` is all
-that a new algorithm needs for these tests."""
+"""Requirements on every search algorithm, under both schedules. A line in `ALGORITHMS` is all that
+a new algorithm needs to be tested here."""
 
 from __future__ import annotations
 

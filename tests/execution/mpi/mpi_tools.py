@@ -108,7 +108,7 @@ def wait(process: subprocess.Popen[str], timeout_s: float = 120) -> Ended:
 
 
 def write_search(folder: Path, **search: object) -> Path:
-    """Writes a search.yaml and its family, whose weights are meaningless; returns the former."""
+    """Writes a search.yaml, and a family with meaningless weights; returns the search.yaml."""
     models = folder / "family"
     if not models.exists():
         for name in NAMES:
