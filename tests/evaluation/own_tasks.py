@@ -1,4 +1,4 @@
-"""Tasks of a test's own: a YAML, its documents, and code that it may bring."""
+"""Tasks that a test writes for itself: a YAML file, its documents and, where needed, code."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ GENERATE: dict[str, Any] = {
 
 
 def tasks_of(*names: str) -> tuple[TaskSpec, ...]:
-    """What `tasks: [name, …]` of a `search.yaml` becomes."""
+    """What `tasks: [name, …]` in a `search.yaml` becomes."""
     return tuple(TaskSpec(task=name) for name in names)
 
 
 def words(count: int, start: int = 0) -> str:
-    """As many tokens of the test's tokenizer."""
+    """Text of `count` tokens for the tests' tokenizer."""
     return " ".join(f"w{(7 * i + start) % 90:02d}" for i in range(count))
 
 
 def rows(count: int = 4, **changes: Any) -> list[dict[str, Any]]:
-    """Documents with a question and two options; the last one with changes."""
+    """Documents with a question and two options each; `changes` go into the last one."""
     found = [
         {"q": words(5, i), "options": [words(2, i), words(3, i + 1)], "gold": i % 2}
         for i in range(count)
@@ -59,7 +59,7 @@ def rows(count: int = 4, **changes: Any) -> list[dict[str, Any]]:
 def write_task(
     folder: Path, name: str, documents: Sequence[dict[str, Any]], code: str = "", **config: Any
 ) -> None:
-    """A task of these documents; of what `code` defines, `config` names functions by `!name`."""
+    """Writes a task with these documents; `!name` in `config` is a function that `code` defines."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(list(documents)))
     (folder / f"{name}_code.py").write_text(LOADER.format(name=name) + code)
@@ -74,7 +74,7 @@ def write_task(
 
 
 def write_group(folder: Path, name: str, tasks: Sequence[Any], *rules: dict[str, Any]) -> None:
-    """A group of tasks, with what it aggregates."""
+    """Writes a group of tasks; `rules` say what it aggregates."""
     data: dict[str, Any] = {"group": name, "task": list(tasks)}
     if rules:
         data["aggregate_metric_list"] = list(rules)

@@ -1,7 +1,7 @@
-"""Configs are compared by what they mean: each field here is tried on stock transformers, too.
+"""Configs are compared by meaning, and each field here is also tried on stock transformers.
 
-A pair of folders holds the same weights, and one field of its configs differs. If the logits of
-stock transformers differ, the pair is refused; if they are equal, it is a note at most.
+Two folders hold the same weights, and their configs differ in one field. If stock transformers
+computes different logits, the pair is refused; if the logits are equal, there is a note at most.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ Change = dict[str, Any] | Callable[[dict[str, Any]], object]
 
 @pytest.fixture(scope="session")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A folder for each kind, made when first asked for."""
+    """A folder for each kind of model, created on first use."""
     root = tmp_path_factory.mktemp("kinds")
 
     def made(kind: str) -> Path:
@@ -81,7 +81,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 
 def changed(folder: Path, place: Path, change: Change) -> Path:
-    """The same weights and tokenizer with another config."""
+    """A folder with the same weights and tokenizer, but another config."""
     place.mkdir()
     for path in folder.iterdir():
         (place / path.name).symlink_to(path)
@@ -96,7 +96,7 @@ def changed(folder: Path, place: Path, change: Change) -> Path:
 
 
 def logits(folder: Path) -> torch.Tensor:
-    """Of a text, and of two tokens more that are read with the cache."""
+    """The logits of a text, and of two more tokens that are read with the cache."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -128,7 +128,7 @@ def without(*keys: str) -> Callable[[dict[str, Any]], object]:
 
 
 def old_rope(config: dict[str, Any]) -> None:
-    """As it was written before transformers 5."""
+    """The form used before transformers 5."""
     rope = config.pop("rope_parameters")
     config["rope_theta"] = rope.pop("rope_theta")
     kind = rope.pop("rope_type")
@@ -185,7 +185,7 @@ OTHER_MODELS: list[tuple[str, str, Change]] = [
 @pytest.mark.parametrize(
     ("kind", "key", "change"), OTHER_MODELS, ids=[f"{k}-{key}" for k, key, _ in OTHER_MODELS]
 )
-def test_another_computation(
+def test_configs_that_compute_something_else_are_refused(
     folder_of: Callable[[str], Path], tmp_path: Path, kind: str, key: str, change: Change
 ) -> None:
     base = folder_of(kind)
@@ -199,7 +199,7 @@ def test_another_computation(
         assert f" {key} " in text
         assert f"than with {one}: leave it out." in text
     values = [json.loads((f / "config.json").read_text()).get(key) for f in (other, base)]
-    if None not in values:  # both are named, the base's beside the other's
+    if None not in values:  # both values are named
         assert f"{key} {values[0]!r} (the base: {values[1]!r})" in str(_error(base, other))
 
 
@@ -242,14 +242,14 @@ SAME_MODELS: list[tuple[str, str, Change]] = [
 @pytest.mark.parametrize(
     ("kind", "key", "change"), SAME_MODELS, ids=[f"{k}-{key}" for k, key, _ in SAME_MODELS]
 )
-def test_the_same_computation(
+def test_configs_that_compute_the_same_are_accepted(
     folder_of: Callable[[str], Path], tmp_path: Path, kind: str, key: str, change: Change
 ) -> None:
     base = folder_of(kind)
     other = changed(base, tmp_path / "other", change)
     assert torch.equal(logits(base), logits(other))
     family = open_family(pair(base, other), "base")
-    if not family.notes:  # only one file has the field, and transformers need not be asked
+    if not family.notes:  # only one file has the field, so transformers need not be asked
         assert key.partition(".")[0] not in json.loads((base / "config.json").read_text())
         return
     (note,) = family.notes
@@ -281,7 +281,7 @@ SAME_WORDS: list[tuple[str, str, Change]] = [
 @pytest.mark.parametrize(
     ("kind", "what", "change"), SAME_WORDS, ids=[f"{k}-{what}" for k, what, _ in SAME_WORDS]
 )
-def test_other_words_for_the_same(
+def test_other_spellings_of_the_same_config(
     folder_of: Callable[[str], Path], tmp_path: Path, kind: str, what: str, change: Change
 ) -> None:
     base = folder_of(kind)
@@ -296,7 +296,7 @@ def test_other_words_for_the_same(
 def test_an_older_config_of_the_base(
     folder_of: Callable[[str], Path], tmp_path: Path, kind: str
 ) -> None:
-    """What people have most: the finetune was saved by a newer transformers than the base."""
+    """The most common case: a newer transformers saved the finetune than the base."""
     from transformers import AutoModelForCausalLM
 
     new = folder_of(kind)
@@ -334,7 +334,7 @@ def test_equal_files_need_no_transformers(folder_of: Callable[[str], Path], tmp_
     assert done.stdout.endswith("False False\n")
 
 
-def test_nothing_is_computed_while_it_is_open(
+def test_no_plan_is_made_before_transformers_has_decided(
     folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     base = folder_of("llama")
@@ -345,7 +345,7 @@ def test_nothing_is_computed_while_it_is_open(
         make_plan(recipe, family)
 
 
-def test_no_verb_forgets_it(
+def test_every_verb_compares_configs(
     folder_of: Callable[[str], Path], tmp_path: Path, tasks_dir: Path
 ) -> None:
     base = folder_of("llama")
@@ -389,8 +389,8 @@ def test_no_verb_forgets_it(
     assert not (tmp_path / "run" / "archive.db").exists()
 
 
-def test_what_transformers_does_not_know(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
-    """Equal configs are enough; different ones can't be judged."""
+def test_an_unknown_architecture(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """Equal configs are accepted; differences can't be judged."""
     base = changed(folder_of("llama"), tmp_path / "base", {"model_type": "nobodys"})
     same = changed(base, tmp_path / "same", {"use_cache": False})
     open_family(pair(base, same), "base")
@@ -400,7 +400,7 @@ def test_what_transformers_does_not_know(folder_of: Callable[[str], Path], tmp_p
     assert "does not know its architecture" in text
 
 
-def test_many_differences_are_one_sentence(
+def test_many_differences_are_reported_in_one_sentence(
     folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     base = folder_of("llama")

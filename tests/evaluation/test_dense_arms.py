@@ -1,6 +1,6 @@
-"""Control arms are the models that they name, whatever a finetune has changed.
+"""Each dense control arm is the model that it names, whatever a finetune has changed.
 
-Compared with stock transformers, with `gptailor eval` and with lm_eval on the same documents.
+They are compared with stock transformers, `gptailor eval` and lm_eval on the same documents.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NUM_TOKENS = len(WORDS) + 4
 
 
 def resized(folder: Path, rows: int) -> Path:
-    """The model with another number of padding rows, which no token uses but logits have."""
+    """The model with another number of padding rows, which no token uses but logits include."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
@@ -45,7 +45,7 @@ def resized(folder: Path, rows: int) -> Path:
 def models(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, str]:
-    """Full finetunes: every tensor changed."""
+    """Full finetunes, in which every tensor has changed."""
     root = tmp_path_factory.mktemp(request.param)
     tied = request.param == "tied"
     base = save_llama(root / "base", 0, tied=tied)
@@ -74,7 +74,7 @@ def test_dense_arms_have_the_logits_of_their_models(
     ids = torch.arange(4, 30)[None]
     arms = arms_of(family)
     with torch.inference_mode():
-        for model in ("red", "base", "green", "red"):  # an earlier one leaves no trace
+        for model in ("red", "base", "green", "red"):  # earlier models leave no trace
             expected = AutoModelForCausalLM.from_pretrained(models[model], dtype=torch.float32)
             found = resident.assemble(arms[f"dense:{model}"])
             assert torch.equal(found(input_ids=ids).logits, expected(input_ids=ids).logits)
@@ -107,7 +107,7 @@ def test_what_is_merged_is_what_is_written(models: dict[str, str], tmp_path: Pat
     ("kind", "small"),
     [
         ("gpt2", {**SMALL_GPT2, "vocab_size": 140}),  # a table of positions, tied
-        ("phi", {**SMALL, "vocab_size": 140}),  # the head and its bias have rows
+        ("phi", {**SMALL, "vocab_size": 140}),  # the head and its bias have a row for each token
     ],
 )
 def test_other_architectures(kind: str, small: dict[str, int], tmp_path: Path) -> None:

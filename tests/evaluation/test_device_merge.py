@@ -1,4 +1,4 @@
-"""Plans merged on the GPU, against the CPU engine. Also run by test_emulated_cuda.py."""
+"""Plans merged on the GPU and by the CPU engine. Also run by test_emulated_cuda.py."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_plans_are_merged_as_on_the_cpu(models: dict[str, str]) -> None:
 
 @pytest.mark.gpu
 @needs_gpu
-def test_the_flag_stands_beside_its_tensor(models: dict[str, str]) -> None:
+def test_the_flag_is_that_of_the_tensor_with_the_nan(models: dict[str, str]) -> None:
     family = Family(models, "base")
     method, tensors = next(plans(family, models))
     bad = next(i for i, t in enumerate(tensors) if "down_proj" in t.name)
@@ -112,12 +112,12 @@ def test_the_resident_model_says_where_the_nan_is(models: dict[str, str], tmp_pa
     mine = models | {"red": str(tmp_path / "red")}
     resident = ResidentModel(Family(mine, "base"), device="cuda")
     chosen = Recipe(mine, "base", (entry("task_arithmetic"),), "base", "base", "bfloat16")
-    for _ in range(2):  # the layer is not kept
+    for _ in range(2):  # the layer is not cached
         with pytest.raises(ModelError, match=r"mlp\.up_proj\.weight"):
             resident.assemble(chosen)
 
 
-def test_what_has_no_gpu_path_goes_to_the_cpu_engine(models: dict[str, str]) -> None:
+def test_methods_without_a_gpu_path_go_to_the_cpu_engine(models: dict[str, str]) -> None:
     family = Family(models, "base")
     for method, declared in METHODS.items():
         if method in ON_GPU or declared.engine is None or declared.is_calibrated:

@@ -1,7 +1,8 @@
-"""A model over several devices: no operation meets two of them, and results stay what they were.
+"""A model on several devices: no operation mixes devices, and results stay the same.
 
-There is no GPU here. Tensors on the CPU get labels that stand for devices: what is computed from a
-tensor has its label, `to` gives another one, and to compute with two is refused as on real devices.
+These tests need no GPU. Tensors on the CPU get labels that stand for devices: a result has the
+label of its inputs, `to` changes the label, and an operation on two labels fails as it would on
+real devices.
 """
 
 from __future__ import annotations
@@ -51,14 +52,14 @@ class MixedError(RuntimeError):
 
 
 class Labels:
-    """Which device tensors in CPU memory stand for, by their storage; most are nobody's yet."""
+    """The device that each storage in CPU memory stands for; most have no label yet."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[Any, torch.device]] = {}
 
     def set(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        self._known[storage._cdata] = (storage, device)  # kept alive: its address stays its own
+        self._known[storage._cdata] = (storage, device)  # kept alive: no address is reused
         return tensor
 
     def get(self, tensor: torch.Tensor) -> torch.device | None:
@@ -71,7 +72,7 @@ class Labels:
 
 
 class Refuses(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Operations between labels."""
+    """Refuses operations on tensors with different labels."""
 
     def __init__(self, labels: Labels) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -91,7 +92,7 @@ class Refuses(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Moves(TorchFunctionMode):
-    """`to` a GPU makes a copy with another label."""
+    """Makes `to` a GPU a copy with that GPU's label."""
 
     def __init__(self, labels: Labels) -> None:
         super().__init__()
@@ -108,7 +109,7 @@ class Moves(TorchFunctionMode):
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that is nobody's."""
+    """A copy without a label."""
     with torch.utils._python_dispatch._disable_current_modes():
         return tensor.clone()
 
@@ -141,7 +142,7 @@ def test_no_operation_meets_tensors_of_two_devices(kind: str) -> None:
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
         assert labels.get(logits) == GPUS[0]
         assert moves.count >= 2  # there and back
-        first = model(input_ids=ids, use_cache=True)  # generating text
+        first = model(input_ids=ids, use_cache=True)  # as when text is generated
         again = model(input_ids=ids[:, :1], past_key_values=first.past_key_values, use_cache=True)
         assert labels.get(again.logits) == GPUS[0]
         kept = [labels.get(layer.keys) for layer in again.past_key_values.layers]
@@ -153,7 +154,7 @@ def test_no_operation_meets_tensors_of_two_devices(kind: str) -> None:
 
 
 def sizes(models: dict[str, str]) -> tuple[int, int]:
-    """Bytes of a layer and of all candidates, as weights on a device have them."""
+    """The bytes that a layer, and all candidates, take on a device."""
     resident = ResidentModel(Family(models, "base"), device="cpu", candidate_bytes=1 << 40)
     weights = resident.pools[0].weights
     one = max(weights.n_bytes(weights.key("base", src, ())) for src in range(6))
@@ -165,7 +166,7 @@ def sizes(models: dict[str, str]) -> tuple[int, int]:
 
 
 def spread(models: dict[str, str], **options: Any) -> ResidentModel:
-    """Two pools, neither of which has room for a model and what is read for a merge."""
+    """Two pools, neither with room for a model and what a merge reads."""
     layer, _ = sizes(models)
     options = {"candidate_bytes": 4 * layer + 5 * layer, **options}
     return ResidentModel(Family(models, "base"), device="cpu", spread_over=[CPU, CPU], **options)
@@ -203,8 +204,8 @@ def test_a_spread_model_is_the_same_model(models: dict[str, str]) -> None:
         assert 0 < pool.merged.n_bytes <= 60_000
 
 
-def test_an_assembled_model_moves_what_goes_from_device_to_device(models: dict[str, str]) -> None:
-    """Also where one source layer stands thrice, so that its module was copied."""
+def test_an_assembled_model_moves_activations_between_devices(models: dict[str, str]) -> None:
+    """Also where one source layer is used three times, so its module was copied."""
     resident = spread(models)
     weights = (("red", 0.5), ("blue", 0.5))
     layers: list[Layer] = [Take("red", 1), Take("red", 4), Take("blue", 4)]
@@ -234,7 +235,7 @@ def test_an_assembled_model_moves_what_goes_from_device_to_device(models: dict[s
     assert moves.count >= 4  # 0 → 1 → 0 → 1 → 0
 
 
-def test_a_search_s_evaluation_is_the_same(
+def test_evaluations_of_a_spread_model_are_the_same(
     models: dict[str, str], tasks_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = EvaluationConfig(

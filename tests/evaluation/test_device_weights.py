@@ -39,7 +39,7 @@ DEVICES = [
 
 
 class CountedBackend(LoadingBackend):
-    """Counts what is loaded, and the bytes that are alive whenever something is loaded."""
+    """Counts what is loaded, and the bytes in use at each load."""
 
     def __init__(self, device: torch.device = CPU) -> None:
         super().__init__(device, threads=2, buffer_bytes=4096)
@@ -111,7 +111,7 @@ def test_a_group_is_what_the_file_holds(models: dict[str, str]) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 @pytest.mark.parametrize("share", [None, 0.55])
-def test_recipes_are_those_of_mapped_files(
+def test_recipes_are_the_same_as_from_mapped_files(
     models: dict[str, str], device: str, dtype: str, share: float | None
 ) -> None:
     family = Family(models, "base")
@@ -143,7 +143,7 @@ def test_the_budget_holds_and_layers_in_use_stay(models: dict[str, str]) -> None
     layer = everything.n_bytes(GroupKey("base", 0))
     outside = everything.n_bytes(GroupKey("base", "embeddings"))
     n_models = len(models)
-    budget = outside + (6 + n_models) * layer  # six layers stay, and one merge passes through
+    budget = outside + (6 + n_models) * layer  # room for six layers and the inputs of one merge
     backend = CountedBackend()
     evicted: list[int] = []
     weights = DeviceWeights(
@@ -170,7 +170,7 @@ def test_the_budget_holds_and_layers_in_use_stay(models: dict[str, str]) -> None
 def test_copies_of_mapped_files_have_a_limit(
     models: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """bfloat16 candidates in float32, where memory is just enough for one recipe."""
+    """bfloat16 candidates computed in float32, with just enough memory for one recipe."""
     family = Family(models, "base")
     plenty = ResidentModel(family, device="cpu", dtype="float32", cache_bytes=0)
     monkeypatch.setattr("gptailor.evaluation.memory.available_bytes", lambda: 0)
@@ -197,10 +197,10 @@ def test_copies_of_mapped_files_have_a_limit(
         for t in group.tensors.values()
         if key.casts
     )
-    assert every > 2 * weights.budget_bytes  # so most of them were cast again and again
+    assert every > 2 * weights.budget_bytes  # so most of them were cast repeatedly
 
 
-def test_too_small_a_budget_is_said(models: dict[str, str]) -> None:
+def test_too_small_a_budget_is_an_error(models: dict[str, str]) -> None:
     family = Family(models, "base")
     weights = DeviceWeights(family, LoadingBackend(CPU), 100_000)
     keys = [GroupKey("red", src) for src in range(6)]

@@ -104,7 +104,7 @@ def test_float32(
                     assert results[name][key] == pytest.approx(value, rel=1e-4), (name, key)
     for name, samples in theirs["samples"].items():
         for key, values in results[name]["values"].items():
-            if values:  # the metric is the mean of them
+            if values:  # the metric is their mean
                 assert list(values) == [sample[key.partition(",")[0]] for sample in samples]
     mine, other = answers(evaluator), their_answers(theirs)
     assert set(mine) == set(other)
@@ -118,7 +118,7 @@ def test_float32(
 
 
 def test_bfloat16(models: dict[str, str], tasks_dir: Path, tmp_path: Path) -> None:
-    """No further from lm-eval than lm-eval is from itself at another batch size."""
+    """No further from lm-eval than lm-eval is from itself with another batch size."""
     recipe = stitched(models, "bfloat16")
     family = Family(models, "base")
     names = ("t_lambada", "t_shared", "t_long", "t_differing", "t_rolling")

@@ -1,4 +1,4 @@
-"""A model that is scored in float16: what float16 can't hold is said, not made infinite."""
+"""Scoring in float16: a number that float16 can't hold is an error, not infinity."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MERGES: dict[str, Layer] = {
 
 @pytest.fixture(scope="module")
 def large(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The family, with one number in red that float16 can't hold."""
+    """The family, where red has one number that float16 can't hold."""
     place = tmp_path_factory.mktemp("large") / "red"
     shutil.copytree(models["red"], place)
     tensors = load_file(place / "model.safetensors")
@@ -41,7 +41,7 @@ def test_resident(large: dict[str, str], how: str, candidate_bytes: int | None) 
     family = Family(large, "base")
     made = Recipe(large, "base", (Take("base", 0), MERGES[how]), "base", "base", "bfloat16")
     narrow = ResidentModel(family, dtype="float16", device="cpu", candidate_bytes=candidate_bytes)
-    for _ in range(2):  # what was refused is not kept
+    for _ in range(2):  # a refused layer is not cached
         with pytest.raises(ModelError, match=rf"{NAME[15:]}.*: element 167 is 70144, but the la"):
             narrow.assemble(made)
     narrow.assemble(Recipe(large, "base", (Take("base", 3),), "base", "base", "bfloat16"))
@@ -51,7 +51,7 @@ def test_resident(large: dict[str, str], how: str, candidate_bytes: int | None) 
         wide.assemble(Recipe(large, "base", (MERGES[how],), "base", "base", "float16"))
 
 
-def test_what_is_infinite_stays_so() -> None:
+def test_infinite_numbers_stay_infinite() -> None:
     tensors = [torch.tensor([1.0, float("inf"), float("nan"), -65519.0]), torch.tensor([7])]
     narrow, whole = cast(tensors, [torch.float16] * 2, ["a", "b"])
     assert narrow.dtype is torch.float16

@@ -1,4 +1,4 @@
-"""The type of the forward pass: what a processor is slow at, and what is chosen then."""
+"""The type of the forward pass: which types a processor is slow at, and which one is chosen."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GRAVITON3 = GRAVITON2 | {"bf16", "svebf16"}
         (GRAVITON2, None, True),
         (GRAVITON3, None, False),
         (frozenset(), None, True),
-        # what torch's library for matrices was told not to use is not there
+        # instructions that torch's matrix library is told not to use do not count
         (ZEN4, "AVX512_CORE", True),
         (ZEN4, "avx2", True),
         (SAPPHIRE, "AVX512_CORE_BF16", False),
@@ -57,7 +57,7 @@ def test_what_a_processor_is_slow_at(
     assert find_ability("cuda").slow == ()
 
 
-def test_the_flags_are_those_that_torch_sees() -> None:
+def test_cpu_flags_are_those_that_torch_sees() -> None:
     if not hasattr(torch.cpu, "get_capabilities"):
         pytest.skip("torch before 2.10")
     seen = torch.cpu.get_capabilities()
@@ -81,12 +81,12 @@ FAST = cpu("n2", fast=True)
         ("auto", "bfloat16", [GPU, GPU], None, "bfloat16", "bfloat16, the recipes' type."),
         ("auto", "float32", [cpu()], None, "float32", "float32, the recipes' type."),
         ("auto", "bfloat16", [cpu()], None, "float32", "as the CPU of n1 has no instructions for"),
-        # one for all: what the slowest of them does well
+        # one type for all workers: one that the slowest of them computes well
         ("auto", "bfloat16", [FAST, cpu()], None, "float32", "as the CPU of n1 has no"),
         ("auto", "bfloat16", [GPU, cpu()], None, "float32", "as the CPU of n1 has no"),
         ("auto", "float16", [FAST], None, "float32", "slow at float16, as every CPU is"),
         ("auto", "float16", [GPU], None, "float16", "the recipes' type"),
-        # what the run began with
+        # the type that the run started with
         ("auto", "bfloat16", [FAST], "float32", "float32", "float32, as when the run started."),
         (
             "auto",
@@ -96,7 +96,7 @@ FAST = cpu("n2", fast=True)
             "bfloat16",
             "as when the run started; the CPU of n1",
         ),
-        # what somebody asked for
+        # the type that the configuration asks for
         ("bfloat16", "bfloat16", [FAST], None, "bfloat16", "as set by evaluation.dtype."),
         (
             "bfloat16",
@@ -110,7 +110,7 @@ FAST = cpu("n2", fast=True)
         ("bfloat16", "bfloat16", [cpu(free=GB)], None, "bfloat16", "as long as in float32."),
         ("float16", "bfloat16", [FAST], None, "float16", "several times as long as in float32."),
         ("float32", "bfloat16", [cpu()], "bfloat16", "float32", "as set by evaluation.dtype."),
-        # four workers of 20 GB are more than the room on a node with 100 GB
+        # four workers of 20 GB each do not fit on a node with 100 GB
         ("auto", "bfloat16", [cpu()] * 3, None, "float32", "n1 has no instructions"),
         ("auto", "bfloat16", [cpu()] * 4, None, "bfloat16", "needs 20.0 GB for each worker, which"),
         ("auto", "bfloat16", [cpu(), cpu("n3", free=20 * GB)], None, "bfloat16", "which n3 does"),
@@ -127,7 +127,7 @@ def test_the_choice(
     assert choice.is_slow == ("as long as in float32" in choice.sentence)
 
 
-def test_many_nodes_are_named_in_one_sentence() -> None:
+def test_many_nodes_are_summarised_in_one_sentence() -> None:
     abilities = [cpu(f"n{number}") for number in range(40) for _ in range(2)]
     choice = choose("bfloat16", "bfloat16", abilities, lambda dtype: 0)
     assert "the CPU of n0, n1, n2 and 37 more has no instructions" in choice.sentence
@@ -136,7 +136,7 @@ def test_many_nodes_are_named_in_one_sentence() -> None:
 def test_eval_scores_a_recipe_as_its_folder_in_the_chosen_type(
     models: dict[str, str], tasks_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The recipe's own type rounds the weights, also where the model computes in float32."""
+    """Weights are rounded to the recipe's type, even where the model computes in float32."""
     weights = (("blue", 0.5), ("red", 0.3))
     merge = Merge("task_arithmetic", 2, weights, (("lambda", 1.0), ("normalize", 0.0)))
     layers = (Take("red", 0), merge, Take("green", 4, scale=0.9), Take("base", 5))
@@ -169,6 +169,6 @@ def test_eval_scores_a_recipe_as_its_folder_in_the_chosen_type(
     rounded, said = scored(tmp_path / "model")
     assert said == "Evaluations are computed in bfloat16, the model's type."
     assert scored(tmp_path / "recipe.yaml") == (rounded, said.replace("model", "recipe"))
-    assert rounded != precise  # perplexities, which show every rounding
+    assert rounded != precise  # perplexities show every rounding
     with pytest.raises(UsageError, match="did you mean 'bfloat16'"):
         scored(tmp_path / "model", dtype="bfloat61")

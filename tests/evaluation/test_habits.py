@@ -1,4 +1,4 @@
-"""What a candidate reads and generates with, where recipes have the base's, is told."""
+"""Differences in how candidates read and generate are noted: recipes use the base's settings."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_differs_is_named(tmp_path: Path, name: str) -> None:
+def test_the_difference_is_named(tmp_path: Path, name: str) -> None:
     change, what = CHANGES[name]
     models = {n: str(save_model(tmp_path / n)) for n in ("base", "red", "green")}
     change(tmp_path / "red")

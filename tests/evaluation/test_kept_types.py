@@ -1,4 +1,4 @@
-"""What is float32 in a bfloat16 model stays so, in the files and in the forward pass."""
+"""float32 tensors in a bfloat16 model stay float32, in the files and in the forward pass."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BIAS = "model.layers.{}.mlp.gate.e_score_correction_bias"
 def saved(
     place: Path, model_type: str, changes: dict[str, Any], dtype: torch.dtype = torch.bfloat16
 ) -> Path:
-    """A random model as transformers saves it, with what it keeps in float32."""
+    """A random model as transformers saves it, with the tensors that it keeps in float32."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(sum(place.name.encode()))
@@ -63,7 +63,7 @@ def glm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: str(saved(root / name, "glm4_moe", GLM)) for name in ("base", "red")}
 
 
-def test_what_is_taken_keeps_its_type(glm: dict[str, str], tmp_path: Path) -> None:
+def test_taken_tensors_keep_their_type(glm: dict[str, str], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     source = load_file(Path(glm["red"]) / "model.safetensors")
@@ -77,7 +77,7 @@ def test_what_is_taken_keeps_its_type(glm: dict[str, str], tmp_path: Path) -> No
     assert torch.equal(loaded[BIAS.format(1)], source[BIAS.format(2)])
 
 
-def test_what_is_merged_of_float32_is_float32(glm: dict[str, str], tmp_path: Path) -> None:
+def test_a_merge_of_float32_tensors_is_float32(glm: dict[str, str], tmp_path: Path) -> None:
     merge = Merge("linear", 2, (("base", 0.5), ("red", 0.5)), (("normalize", 0.0),))
     out = written(glm, tmp_path / "out", Take("base", 0), merge)
     found = load_file(out / "model.safetensors")
@@ -86,7 +86,9 @@ def test_what_is_merged_of_float32_is_float32(glm: dict[str, str], tmp_path: Pat
     assert torch.equal(found[BIAS.format(1)], 0.5 * one + 0.5 * two)
 
 
-def test_another_type_than_the_models_is_that_of_all(glm: dict[str, str], tmp_path: Path) -> None:
+def test_a_type_other_than_the_models_applies_to_all_tensors(
+    glm: dict[str, str], tmp_path: Path
+) -> None:
     for dtype in ("float16", "float32"):
         out = written(glm, tmp_path / dtype, Take("base", 0), Take("red", 2), dtype=dtype)
         found = load_file(out / "model.safetensors")
@@ -97,7 +99,7 @@ def test_another_type_than_the_models_is_that_of_all(glm: dict[str, str], tmp_pa
 
 
 def test_models_of_two_types(glm: dict[str, str], tmp_path: Path) -> None:
-    """A merge with a model that is float32 throughout: nobody was precise on purpose there."""
+    """A model that is float32 throughout does not ask for float32 in a merge."""
     wide = saved(tmp_path / "wide", "glm4_moe", GLM, torch.float32)
     models = {"base": glm["base"], "wide": str(wide)}
     merge = Merge("linear", 2, (("base", 0.5), ("wide", 0.5)), (("normalize", 0.0),))
@@ -106,7 +108,7 @@ def test_models_of_two_types(glm: dict[str, str], tmp_path: Path) -> None:
 
 
 FORWARD: list[tuple[str, dict[str, Any], str, str]] = [
-    # architectures whose files hold what transformers computes with
+    # architectures whose files have the types that transformers computes with
     ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}, "bfloat16", "float16"),
     ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}, "float16", "auto"),
     ("flint", {"mlp_only_layers": [0, 1, 2, 3]}, "bfloat16", "auto"),
@@ -116,7 +118,7 @@ FORWARD: list[tuple[str, dict[str, Any], str, str]] = [
 
 @pytest.mark.parametrize("candidate_bytes", [None, 1 << 30])
 @pytest.mark.parametrize(("kind", "changes", "dtype", "forward"), FORWARD)
-def test_the_forward_pass_is_that_of_the_folder(
+def test_the_forward_pass_has_the_types_of_the_folder(
     kind: str, changes: dict[str, Any], dtype: str, forward: str, candidate_bytes: int | None,
     tmp_path: Path,
 ) -> None:  # fmt: skip

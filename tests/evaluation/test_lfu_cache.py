@@ -1,4 +1,4 @@
-"""Which groups stay: those used most, within the budget, whatever is asked for."""
+"""The cache keeps the groups that are used most and never exceeds its budget."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gptailor.evaluation.lfu_cache import HALF_LIFE, LFUCache
 
 
 def ask(cache: LFUCache[str], keys: str, size: int = 10, held: str = "") -> str:
-    """One recipe that uses these keys; returns those that had to be loaded."""
+    """Uses these keys as one recipe does; returns those that had to be loaded."""
     cache.tick()
     missed = ""
     for key in keys:
@@ -22,18 +22,18 @@ def ask(cache: LFUCache[str], keys: str, size: int = 10, held: str = "") -> str:
     return missed
 
 
-def test_the_coldest_goes() -> None:
+def test_the_coldest_key_is_evicted() -> None:
     cache: LFUCache[str] = LFUCache(30)
     ask(cache, "abc")
     ask(cache, "ab")
     cache.tick()
     cache.use("d")
-    assert cache.admit("d", 10) == ["c"]  # as often, but longer ago
+    assert cache.admit("d", 10) == ["c"]  # used as often as d, but longer ago
     assert sorted(cache) == ["a", "b", "d"]
     assert cache.n_bytes == 30
 
 
-def test_what_is_colder_than_all_does_not_get_in() -> None:
+def test_a_key_colder_than_all_others_is_not_admitted() -> None:
     cache: LFUCache[str] = LFUCache(30)
     for _ in range(5):
         ask(cache, "abc")
@@ -46,7 +46,7 @@ def test_what_is_colder_than_all_does_not_get_in() -> None:
     assert cache.n_bytes == 30
 
 
-def test_held_keys_do_not_go() -> None:
+def test_held_keys_are_not_evicted() -> None:
     cache: LFUCache[str] = LFUCache(20)
     ask(cache, "ab")
     cache.use("c")
@@ -59,8 +59,8 @@ def test_held_keys_do_not_go() -> None:
     assert list(cache) == ["c"]
 
 
-def test_a_scan_that_is_a_little_too_large_keeps_most_of_its_hits() -> None:
-    """Under the least recently used rule it would have none."""
+def test_a_scan_slightly_too_large_keeps_most_of_its_hits() -> None:
+    """With least-recently-used eviction it would have none."""
     cache: LFUCache[str] = LFUCache(90)
     ask(cache, "abcdefghij")
     misses = sum(len(ask(cache, "abcdefghij")) for _ in range(20))

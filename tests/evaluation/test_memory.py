@@ -1,4 +1,4 @@
-"""What a node's programs may still take: the machine's memory, or less where a group is limited."""
+"""How much memory a program may still use: the machine's, or less where a cgroup has a limit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gptailor.evaluation import memory
 
 
 def machine() -> int:
-    """MemFree, which is a lower bound of what is available."""
+    """MemFree, a lower bound of the available memory."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemFree:"))
 

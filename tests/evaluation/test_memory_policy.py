@@ -1,6 +1,6 @@
-"""The memory policy: what `gptailor plan` says of a worker is what the resident model then takes.
+"""The memory policy: the resident model uses what `gptailor plan` says a worker will use.
 
-There is no GPU here. The policy for GPUs is run with the CPU in their place.
+These tests need no GPU: the policy for GPUs runs with the CPU in their place.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ GIB = 1 << 30
 
 
 class Used:
-    """What a resident model takes while it assembles recipes.
+    """What a resident model uses while it assembles recipes.
 
     Attributes:
-        copies: most bytes of copies in another type, for each pool.
-        merged: most bytes of merged tensors, for each pool.
-        evicted: how many groups had to go.
-        places: the places that each pool had groups of.
+        copies: peak bytes of copies in another type, for each pool.
+        merged: peak bytes of merged tensors, for each pool.
+        evicted: how many groups were evicted.
+        places: the places of which each pool held groups.
     """
 
     def __init__(self, resident: ResidentModel, models: dict[str, str]) -> None:
@@ -68,7 +68,7 @@ class Used:
 
 
 def _copied(group: Group) -> int:
-    """The families' files are bfloat16."""
+    """The bytes of copies: the families' files are bfloat16, so float32 tensors are copies."""
     return sum(
         padded(t.numel() * t.element_size())
         for t in group.tensors.values()
@@ -82,7 +82,7 @@ def _merged(pool: DevicePool) -> int:
 
 
 def planned(family: Family, dtype: str, **options: Any) -> WorkerMemory:
-    """As `gptailor plan` does, for recipes in bfloat16."""
+    """The plan that `gptailor plan` makes, for recipes in bfloat16."""
     options = {"workers": 1, "gpus_per_worker": 1, "gpu_gib": None, **options}
     candidates = options.pop("candidates", None)
     gib = None if candidates is None else candidates / GIB
@@ -137,7 +137,7 @@ def test_files_in_the_type_of_the_forward_pass_need_no_copies(
 def test_recipes_in_another_type_than_the_files_need_copies(
     family: Family, models: dict[str, str]
 ) -> None:
-    """A model in bfloat16, rounded to float16, and computed in bfloat16."""
+    """A bfloat16 model whose weights are rounded to float16 and computed in bfloat16."""
     resident = ResidentModel(family, dtype="bfloat16", device="cpu")
     rng = random.Random(1)
     for _ in range(60):
@@ -148,10 +148,10 @@ def test_recipes_in_another_type_than_the_files_need_copies(
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("share", [0.5, 1.0, 1.5, 3.0])
-def test_candidates_that_are_read(
+def test_candidates_that_are_read_into_memory(
     family: Family, models: dict[str, str], dtype: str, share: float
 ) -> None:
-    """`candidates_gib` on the CPU."""
+    """As `candidates_gib` asks for on the CPU."""
     blocks = find_blocks(family, dtype)
     n_bytes = int(share * blocks.files)
     plan = planned(family, dtype, candidates=n_bytes)
@@ -195,7 +195,7 @@ def test_a_small_cache(
 
 @pytest.fixture
 def as_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[DeviceMemory]]:
-    """The CPU stands for GPUs: add the memory that each of them has."""
+    """Lets the CPU stand in for GPUs; tests append the memory of each GPU to the list."""
     memories: list[DeviceMemory] = []
 
     def planned_for_gpus(blocks: Blocks, kind: str, memory: Any, *args: Any, **kwargs: Any) -> Any:
@@ -214,7 +214,7 @@ def test_one_gpu(
     share: float,
     as_gpus: list[DeviceMemory],
 ) -> None:
-    """Workers that share it stay below it, all of them together."""
+    """Workers that share a GPU stay within its memory together."""
     blocks = find_blocks(family, "bfloat16")
     total = int(share * blocks.files / (1 - 1 / 4 - 1 / 8)) * workers  # less headroom and merges
     as_gpus.append(DeviceMemory(total, total))
@@ -267,7 +267,7 @@ def test_two_gpus(
     assert alone.gpus is None and "give each worker more GPUs" in alone.why_not
 
 
-def test_further_gpus_are_asked_only_if_they_are_needed(family: Family) -> None:
+def test_further_gpus_are_queried_only_if_they_are_needed(family: Family) -> None:
     def memories(n_bytes: int) -> Iterator[DeviceMemory]:
         yield DeviceMemory(n_bytes, n_bytes)
         raise AssertionError
@@ -289,7 +289,7 @@ def test_the_ends_alone_may_fill_the_first_gpu() -> None:
 
 
 def test_one_candidate_in_a_wider_type_is_spread(family: Family) -> None:
-    """Its file fits on one GPU, but not the model that is computed with."""
+    """The file would fit on one GPU, but the model in the wider type does not."""
     blocks = find_blocks(Family({"base": family.refs["base"]}, "base"), "float32")
     host, gpu = DeviceMemory(GIB, GIB), DeviceMemory(GIB, GIB)
     budget = int(0.8 * blocks.model)

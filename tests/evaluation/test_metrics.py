@@ -1,4 +1,4 @@
-"""The metric of a group is what it aggregates; of a tag, what all of its tasks give."""
+"""A group is scored by what it aggregates, a tag by a metric that all of its tasks have."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RULE = {"metric": "acc", "weight_by_size": True}
 
 UNFIT = ["generated_4", "generated_5"]
 GROUPS: dict[str, tuple[list[str], list[dict[str, Any]], str]] = {
-    # name: (tasks, rules, the key that is meant, or what its error says)
+    # name: (tasks, rules, the expected key or part of the error)
     "as_leaves": (["both", "both_2"], [RULE], "acc,none"),
     "another": (["both", "both_2"], [{**RULE, "metric": "acc_norm"}], "acc_norm,none"),  # zhoblimp
     "second": (["f1_first", "f1_first_2"], [RULE], "acc,none"),  # masakhanews
@@ -114,7 +114,7 @@ def test_scores_of_groups_equal_lm_eval(models: dict[str, str], folder: Path) ->
         assert score.value == pytest.approx(theirs[score.task][score.metric])
         assert score.stderr == pytest.approx(theirs[score.task][f"{metric}_stderr,{name}"])
         assert score.num_documents == theirs[score.task]["sample_len"]
-    unfit = outcome.scores[4]  # lm-eval gives the group no score: each document counts alike
+    unfit = outcome.scores[4]  # lm-eval gives this group no score: each document counts equally
     assert not [key for key in theirs.get("unfit", {}) if "exact_match" in key]
     parts = [(theirs[name][unfit.metric], theirs[name]["sample_len"]) for name in UNFIT]
     total = sum(size for _, size in parts)
@@ -190,7 +190,7 @@ def test_code_of_a_task_that_fails(
 
 
 class Leaf:
-    """A task of a YAML, as far as its keys need it; its data are not loaded."""
+    """A task from a YAML file with what its metric keys depend on; its data are not loaded."""
 
     def __init__(self, name: str, config: Mapping[str, Any]) -> None:
         from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY
@@ -209,7 +209,7 @@ class Leaf:
 
 
 class Scan:
-    """lm-eval's own groups with their tasks' YAMLs."""
+    """lm-eval's own groups and the YAML files of their tasks."""
 
     def __init__(self) -> None:
         from lm_eval.tasks import TaskManager
@@ -228,11 +228,11 @@ class Scan:
         return self._configs[name]
 
     def leaves(self, item: Any, given: Mapping[str, Any]) -> Iterator[Leaf]:
-        """The tasks of a group's member, with what the groups around it say about them."""
+        """The tasks of a member of a group, with the settings of the groups around it."""
         own = {k: v for k, v in item.items() if k != "group"} if isinstance(item, dict) else {}
         name = item if isinstance(item, str) else item.get("group") or item["task"]
         entry = self.index.get(name)
-        if entry is None:  # written out in its group
+        if entry is None:  # defined inside its group
             members = item.get("task") if "group" in item else None
             if members is None:
                 yield Leaf(name, {**given, **own})
@@ -259,12 +259,12 @@ UNFIT_GROUPS = {
     "evalita-mp_gen", "humaneval_infilling", "mafand", "masakhaner", "mmlu_flan_cot_zeroshot",
     "mmlu_flan_n_shot_generative", "salt", "xlum",
 }  # fmt: skip
-"""Groups of lm-eval 0.4.13 that aggregate what none of their tasks has; lm-eval has no score."""
+"""Groups of lm-eval 0.4.13 that aggregate a metric none of their tasks has: they have no score."""
 
 
 @pytest.mark.slow
 def test_every_group_of_lm_eval_has_a_metric_that_lm_eval_gives_it() -> None:
-    """Of 820 groups that aggregate, 37 don't mean the first metric of their first task."""
+    """For 37 of the 820 groups that aggregate, it is not the first metric of their first task."""
     from lm_eval.config.group import GroupConfig
 
     logging.disable(logging.CRITICAL)

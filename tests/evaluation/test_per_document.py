@@ -1,4 +1,4 @@
-"""What a score is made of: its documents' values give it, and chance is what guessing gives."""
+"""A score follows from its documents' values, and chance is what guessing would score."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ NUM_CHOICES = (2, 3, 4, 2, 5, 3, 2)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tasks of 24 documents, of 7 with 2 to 5 choices each, and groups of both."""
+    """Tasks of 24 documents, of 7 documents with 2 to 5 choices each, and groups of both."""
     root = write_tasks(tmp_path_factory.mktemp("per_document"))
     rows = json.loads((root / "data.json").read_text())[: len(NUM_CHOICES)]
     for row, count in zip(rows, NUM_CHOICES, strict=True):
@@ -84,7 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lm(models: dict[str, str], folder: Path) -> Any:
-    """The base, whole, ready to answer."""
+    """The whole base, ready to answer."""
     config = EvaluationConfig.model_validate(
         {"tasks": ["t_shared"], "include_path": str(folder), "dtype": "float32", "device": "cpu"}
     )
@@ -144,7 +144,7 @@ def test_chance_and_values(
 
 
 def test_a_group_has_the_documents_of_its_tasks(lm: Any, folder: Path) -> None:
-    """Also where lm-eval counts all tasks alike, whatever their sizes."""
+    """Also where lm-eval gives all tasks equal weight, whatever their sizes."""
     apart = scored(lm, folder, "t_long", "p_few")
     for name, weights in (("p_by_size", (24 / 31, 7 / 31)), ("p_alike", (0.5, 0.5))):
         (score,) = scored(lm, folder, name)
@@ -153,6 +153,6 @@ def test_a_group_has_the_documents_of_its_tasks(lm: Any, folder: Path) -> None:
     assert 0.0 < sum(apart[0].values) < 24.0
 
 
-def test_a_metric_that_is_no_mean_has_no_values(lm: Any, folder: Path) -> None:
+def test_a_metric_that_is_not_a_mean_has_no_values(lm: Any, folder: Path) -> None:
     (score,) = scored(lm, folder, {"task": "t_lambada", "metric": "perplexity"})
     assert (score.values, score.leaves, score.chance) == ((), (), None)

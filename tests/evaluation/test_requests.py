@@ -1,4 +1,4 @@
-"""A request that a model can't answer is found when requests are made, by task and document."""
+"""Requests that a model can't answer are refused when they are built, with task and document."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SETTINGS = {"until": ["w06"], "max_gen_toks": 4, "do_sample": False}
 
 @pytest.fixture(scope="module")
 def lm(models: dict[str, str]) -> ResidentLM:
-    """What checks work with: the tokenizer, and a model without weights."""
+    """What `check` uses: the tokenizer, and a model without weights."""
     folder = Path(models["red"])
     shell = load_shell(folder, Checkpoint(folder).tensors).eval()
     return ResidentLM(shell, AutoTokenizer.from_pretrained(folder), 4)
@@ -35,7 +35,7 @@ def lm(models: dict[str, str]) -> ResidentLM:
 
 @pytest.fixture(scope="module")
 def both(models: dict[str, str]) -> tuple[ResidentLM, HFLM]:
-    """The same model as we ask it and as lm-eval does."""
+    """The same model behind our interface and behind lm-eval's."""
     tokenizer = AutoTokenizer.from_pretrained(models["red"])
     model = AutoModelForCausalLM.from_pretrained(models["red"], dtype=torch.float32).eval()
     return ResidentLM(model, tokenizer, 4), HFLM(pretrained=model, tokenizer=tokenizer)
@@ -101,12 +101,12 @@ def test_what_transformers_can_not_generate_is_refused(
 @pytest.mark.parametrize(
     ("context", "answer"),
     [
-        ("w01 w02", f" {words(62)}"),  # all that the model reads, and the token after it
+        ("w01 w02", f" {words(62)}"),  # all that the model reads, and the token that follows
         ("w01 w02", f" {words(63)}"),  # the first token of the context is cut off
-        ("w01 w02", f" {words(64)}"),  # one token of it is left
+        ("w01 w02", f" {words(64)}"),  # one token of the context is left
         (words(200), f" {words(7)}"),
         ("", f"{words(64)}"),  # the context is the prefix token
-        ("", "<s> w01"),  # the answer brings it itself
+        ("", "<s> w01"),  # the answer itself begins with it
         ("w01 ", "w02"),
     ],
 )
@@ -171,9 +171,7 @@ def test_few_shot_examples_do_not_make_an_answer_longer(lm: ResidentLM, tmp_path
     assert len(lm.encoded([first])[0][1]) > MAX_LENGTH // 2
 
 
-def test_documents_that_are_not_chosen_may_be_what_they_like(
-    lm: ResidentLM, tmp_path: Path
-) -> None:
+def test_documents_that_are_not_chosen_do_not_matter(lm: ResidentLM, tmp_path: Path) -> None:
     write_task(tmp_path, "own", rows(12, options=["w01", ""]), **CHOICE)
     seen = set()
     for seed in range(6):
@@ -187,7 +185,7 @@ def test_documents_that_are_not_chosen_may_be_what_they_like(
     assert seen == {"fits", "refused"}
 
 
-def test_others_of_the_same_task_are_counted(lm: ResidentLM, tmp_path: Path) -> None:
+def test_further_documents_of_the_same_task_are_counted(lm: ResidentLM, tmp_path: Path) -> None:
     documents = [*rows(3, options=["", ""]), *rows(2, options=["", "w01"])]
     write_task(tmp_path, "own", documents, **CHOICE)
     assert "document 2 (and 1 more): the answer" in refused(lm, tmp_path, "own")
@@ -216,7 +214,7 @@ def test_tokens_that_the_model_has_no_embedding_for(
 
 
 def test_a_model_that_names_no_context(models: dict[str, str]) -> None:
-    """XLNet's config says -1, with which lm-eval ends in an assertion."""
+    """XLNet's config says -1, which makes lm-eval fail with an assertion."""
     config = AutoConfig.for_model("xlnet", d_model=32, n_layer=2, n_head=4, d_inner=48)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config).eval()
@@ -224,10 +222,10 @@ def test_a_model_that_names_no_context(models: dict[str, str]) -> None:
         ResidentLM(model, AutoTokenizer.from_pretrained(models["red"]), 4)
 
 
-def test_a_model_whose_positions_begin_behind_the_padding(
+def test_a_model_whose_positions_begin_after_the_padding(
     models: dict[str, str], tmp_path: Path
 ) -> None:
-    """RoBERTa: of 64 positions 62 are for tokens; lm-eval believes that it reads 64."""
+    """RoBERTa has 62 of its 64 positions for tokens; lm-eval assumes 64."""
     folder = save_real(
         tmp_path / "m", "roberta", is_decoder=True, pad_token_id=1, max_position_embeddings=64
     )

@@ -1,4 +1,4 @@
-"""The resident model: layers are pointed at, not copied; nothing of an earlier recipe stays."""
+"""The resident model refers to layers without copying them; earlier recipes leave no trace."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def recipe(models: dict[str, str], *layers: Layer, dtype: str = "bfloat16") -> R
 
 
 def computed_by(resident: ResidentModel, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the tensors that are merged from now on."""
+    """The names of the tensors that are merged from here on."""
     computed: list[str] = []
     real = resident._merger._compute
 
@@ -90,7 +90,7 @@ def test_logits_are_those_of_the_written_folder(tmp_path: Path, tied: bool) -> N
         [
             recipe(models, *(Take("base", i) for i in range(6))),
             recipe(models, Take("red", 1), Merge("task_arithmetic", 4, weights, TA)),
-            recipe(models, Take("red", 2), Take("base", 2), Take("red", 2)),  # one layer thrice
+            recipe(models, Take("red", 2), Take("base", 2), Take("red", 2)),  # a layer repeated
             Recipe(models, "base", (Take("red", 5), Take("base", 0)), "red", "red"),
             Recipe(models, "base", (Take("red", 2, modules=parts), sparse), average, "red"),
         ]
@@ -115,10 +115,10 @@ def test_a_merged_layer_is_computed_once(
     assert len(computed) == 9
 
 
-def test_what_is_kept_is_known_by_all_that_it_is_made_of(
+def test_the_cache_tells_merged_layers_apart(
     resident: ResidentModel, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Layers that differ in a module, a seed or one source's density are not each other."""
+    """Layers that differ in a module, a seed or one source's density are different ones."""
     computed = computed_by(resident, monkeypatch)
     merge = Merge("dare_ties", 1, (("blue", 0.41), ("red", 0.37)), (("density", 0.5),))
     values = dict(merge.parameters)
@@ -159,7 +159,7 @@ def test_the_cache_of_merged_layers_is_bounded(models: dict[str, str]) -> None:
     assert len(resident.pools[0].merged) >= 2
 
 
-def test_nan_in_a_merged_tensor_is_infeasible_and_said(
+def test_nan_in_a_merged_tensor_is_infeasible_and_reported(
     models: dict[str, str], tasks_dir: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(models["red"], tmp_path / "red")
@@ -197,7 +197,7 @@ def test_a_device_that_is_not_there_is_refused() -> None:
             pick_device(device)
 
 
-def test_out_of_memory_is_nobody_s_score(
+def test_running_out_of_memory_gives_no_score(
     models: dict[str, str], tasks_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = EvaluationConfig(tasks=tasks_of("t_shared"), include_path=str(tasks_dir), device="cpu")
@@ -222,7 +222,7 @@ def _raising(error: Exception) -> Callable[[object], None]:
     return answers
 
 
-def test_nan_while_generating_is_no_score(
+def test_nan_while_generating_gives_no_score(
     models: dict[str, str], tasks_dir: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(models["red"], tmp_path / "red")

@@ -59,7 +59,7 @@ def test_measures_equal_the_reference(models: dict[str, str], tasks_dir: Path) -
 def test_a_candidate_that_gives_no_numbers_is_named(
     models: dict[str, str], tasks_dir: Path, tmp_path: Path
 ) -> None:
-    """No control arm is made of nonsense."""
+    """So no control arm is made from meaningless numbers."""
     shutil.copytree(models["red"], tmp_path / "bad")
     weights = load_file(tmp_path / "bad" / "model.safetensors")
     weights["model.layers.3.mlp.up_proj.weight"][5, 7] = float("inf")

@@ -1,4 +1,4 @@
-"""Layers on several GPUs: the placement is contiguous, fits, and no other one is less full."""
+"""Layers on several GPUs: the placement is contiguous, fits, and leaves the most room."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def test_a_70b_model_over_gpus_of_80_gb() -> None:
     with pytest.raises(ResourceError, match=r"needs 131\.4 GiB, but the worker's 1 GPUs have 72"):
         place_layers(layers, outside, [free])
     over_two = layer_ranges(place_layers(layers, outside, [free] * 2))
-    assert over_two == {0: range(39), 1: range(39, 80)}  # the first one has the embeddings, too
+    assert over_two == {0: range(39), 1: range(39, 80)}  # the first also has the embeddings
     over_four = layer_ranges(place_layers(layers, outside, [free] * 4))
     assert [len(layers) for layers in over_four.values()] == [18, 21, 21, 20]
-    with pytest.raises(ResourceError):  # together they would have room, but layers are whole
+    with pytest.raises(ResourceError):  # the total would do, but layers can't be split
         place_layers([3 * GIB, 3 * GIB, 3 * GIB], 0, [4 * GIB + 1, 5 * GIB])
 
 

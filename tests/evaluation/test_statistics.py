@@ -21,7 +21,7 @@ SEQUENCES = ((1, 5, 9, 2, 8), (3,), (4, 4, 6, 7, 0, 11, 30))
 
 
 class Bigram(nn.Module):
-    """Two layers, five words: small enough for the exact expectation."""
+    """Two layers and five words: small enough to compute the exact expectation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def test_fisher_is_the_mean_of_squared_gradients(tied: bool) -> None:
 
 
 def test_fisher_is_unbiased() -> None:
-    """Σₜ E_y (∂ log p(y) / ∂θ)² of every token by itself, over all words: the definition."""
+    """Against the definition: Σₜ E_y (∂ log p(y) / ∂θ)², each token alone, over all words."""
     model, tokens = Bigram(), (0, 3, 3, 1)
     names, parameters = zip(*model.named_parameters(), strict=True)
     exact = {n: torch.zeros_like(p) for n, p in zip(names, parameters, strict=True)}
@@ -189,7 +189,7 @@ def test_documents_become_sequences(tmp_path: Path) -> None:
         ("t.jsonl", b"[" * 100_000, "line 1"),
     ],
 )
-def test_texts_that_are_none(
+def test_texts_that_are_refused(
     tmp_path: Path, name: str, content: bytes | None, message: str
 ) -> None:
     if content is not None:

@@ -1,4 +1,4 @@
-"""What transformers makes of a folder and of a cut of it, against stock transformers itself."""
+"""What transformers makes of a folder and of a cut of it, compared with stock transformers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ LFM2_MOE: dict[str, Any] = {
 
 
 def test_layers_that_a_count_makes_dense(tmp_path: Path) -> None:
-    """Layers 1, 2, 3 with one dense layer left: nothing is initialised at random."""
+    """Layers 1, 2 and 3 with one dense layer left: nothing is initialised at random."""
     folder = save_real(tmp_path / "m", "lfm2_moe", **LFM2_MOE)
     out = tmp_path / "out"
     write_model(recipe(folder, 1, 2, 3), opened(folder), out, test=smoke_test)
@@ -77,7 +77,7 @@ def test_a_cut_that_no_config_can_describe_is_refused_before_anything_is_written
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
 
 
-def test_rules_without_a_key_are_found_by_the_layers(tmp_path: Path) -> None:
+def test_rules_without_a_config_key_are_found_from_the_layers(tmp_path: Path) -> None:
     keys: dict[str, Any] = {
         "attn_layer_period": 4,
         "attn_layer_offset": 1,
@@ -86,7 +86,7 @@ def test_rules_without_a_key_are_found_by_the_layers(tmp_path: Path) -> None:
     keys |= {"num_experts": 2, "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False}
     folder = save_real(tmp_path / "m", "jamba", **keys)
     found = structure(folder)
-    assert found.cut((0, 1, 2)).config["num_hidden_layers"] == 3  # the rule gives what it gave
+    assert found.cut((0, 1, 2)).config["num_hidden_layers"] == 3  # the rule still gives the same
     with pytest.raises(UsageError, match="JambaAttentionDecoderLayer"):
         found.cut((1, 2, 3))
 
@@ -106,7 +106,7 @@ def test_lists_that_older_files_lack_are_written_out(model_type: str, tmp_path: 
     assert torch.equal(logits_of(models[0]), logits_of(models[1]))
 
 
-def test_constants_of_a_place_in_the_stack_are_those_of_the_stitched_model(tmp_path: Path) -> None:
+def test_constants_that_depend_on_the_index_are_those_of_the_stitched_model(tmp_path: Path) -> None:
     folder = save_real(
         tmp_path / "m", "gpt2", small=SMALL_GPT2, scale_attn_by_inverse_layer_idx=True
     )
@@ -122,8 +122,8 @@ def test_constants_of_a_place_in_the_stack_are_those_of_the_stitched_model(tmp_p
     assert "attn.scaling" in family.base.cut_config((1, 3))[1][0]
 
 
-def test_a_kind_is_no_constant() -> None:
-    """A float of a few values that come back tells kinds apart, one that is new each time not."""
+def test_a_kind_is_not_a_constant() -> None:
+    """A float with a few recurring values tells kinds apart; one that is always new does not."""
 
     def layer(**values: Any) -> torch.nn.Module:
         module = torch.nn.Linear(2, 2, device="meta")
@@ -145,7 +145,7 @@ def test_a_kind_is_no_constant() -> None:
         assert len(compare_layer(whole, other, (2,), 0).problems) == 1
 
 
-def test_constants_are_set_back() -> None:
+def test_constants_are_restored() -> None:
     module = torch.nn.BatchNorm1d(2)
     before = carry_over(module, {("", "eps"): 0.5, ("gone", "x"): 1})
     assert (module.eps, before) == (0.5, {("", "eps"): 1e-5})
@@ -176,7 +176,7 @@ def test_modules_that_a_model_replaces_are_not_shared(tmp_path: Path) -> None:
         ResidentModel(opened(folder), dtype="float32", device="cpu")
 
 
-def test_the_stack_is_the_one_whose_depth_the_config_tells(tmp_path: Path) -> None:
+def test_the_stack_is_the_one_whose_depth_the_config_gives(tmp_path: Path) -> None:
     """A vision tower of equal depth and more bytes stays whole."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -189,16 +189,16 @@ def test_the_stack_is_the_one_whose_depth_the_config_tells(tmp_path: Path) -> No
     AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
     try:
         candidate = Candidate("m", folder, reader=LazyReader())
-    except ModelError as error:  # no causal language model
+    except ModelError as error:  # not a causal language model
         assert str(folder) in str(error)
     else:
         assert "vision" not in candidate.architecture.prefix
 
 
-# Files: what transformers leaves out, and what it would make up
+# Files: tensors that transformers ignores, and ones that it would invent
 
 
-def test_a_missing_head_is_not_made_up(tmp_path: Path) -> None:
+def test_a_missing_head_is_not_invented(tmp_path: Path) -> None:
     folder = save_real(tmp_path / "m", "llama")
     change(folder, lambda tensors: tensors.pop("lm_head.weight"))
     with pytest.raises(ModelError, match=r"lacks lm_head.weight, .* not tied"):
@@ -223,7 +223,7 @@ def test_a_missing_head_is_not_made_up(tmp_path: Path) -> None:
 def test_ties(
     model_type: str, says: bool, head: str, tied: bool, written: bool | None, tmp_path: Path
 ) -> None:
-    """Config and files decide, and the result is one model for all loaders."""
+    """Config and files decide, and every loader gets the same model."""
     folder = save_real(tmp_path / "m", model_type, raw={"tie_word_embeddings": says})
 
     def edit(tensors: dict[str, torch.Tensor]) -> None:
@@ -236,7 +236,7 @@ def test_ties(
     family = opened(folder)
     assert family.base.is_tied is tied
     resident = ResidentModel(family, dtype="float32", device="cpu")
-    resident.model.tie_weights()  # as lm-eval does with a model that it is given
+    resident.model.tie_weights()  # as lm-eval does with the models it gets
     logits = logits_of(resident.assemble(recipe(folder, 0, 2)))
     write_model(recipe(folder, 0, 2), family, tmp_path / "out")
     model = loaded(tmp_path / "out")
@@ -268,8 +268,8 @@ def test_tensors_that_transformers_ignores_are_left_out_with_one_note(tmp_path: 
     )
 
 
-def test_layers_behind_the_stack(tmp_path: Path) -> None:
-    """Those of a multi-token-prediction head are ignored, ordinary ones are a contradiction."""
+def test_layers_beyond_the_stack(tmp_path: Path) -> None:
+    """Those of a multi-token-prediction head are ignored; ordinary ones contradict the config."""
     folder = save_real(tmp_path / "m", "qwen3")
 
     def add(tensors: dict[str, torch.Tensor]) -> None:
@@ -302,7 +302,7 @@ def test_a_result_that_does_not_run_leaves_nothing_and_can_be_tried_again(tmp_pa
     assert out.is_dir()
 
 
-def test_a_type_that_transformers_lacks_is_read_by_names_with_a_note(tmp_path: Path) -> None:
+def test_a_type_that_transformers_lacks_is_read_by_tensor_names_with_a_note(tmp_path: Path) -> None:
     folder = save_real(tmp_path / "m", "qwen3", raw={"model_type": "nobodys"})
     family = opened(folder)
     assert "nothing can be compared" in family.notes[0]
@@ -322,7 +322,7 @@ def test_a_type_that_transformers_lacks_is_read_by_names_with_a_note(tmp_path: P
         opened(folder)
 
 
-def test_a_quantization_that_is_left_over_is_not_applied(tmp_path: Path) -> None:
+def test_a_leftover_quantization_is_not_applied(tmp_path: Path) -> None:
     left = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     folder = save_real(tmp_path / "m", "qwen3", raw=left)
     family = opened(folder)
@@ -333,7 +333,7 @@ def test_a_quantization_that_is_left_over_is_not_applied(tmp_path: Path) -> None
     assert torch.equal(logits, logits_of(loaded(tmp_path / "out")))
 
 
-def test_layers_that_share_weights_come_from_one_model(tmp_path: Path) -> None:
+def test_layers_that_share_weights_must_come_from_one_model(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"num_mem_blocks": 1, "mamba_d_state": 4, "mamba_ngroups": 1}
     sizes |= {"n_mamba_heads": 4, "mamba_headdim": 16, "use_mamba_kernels": False}
     kinds = ["mamba", "hybrid", "mamba", "hybrid"]
@@ -352,7 +352,7 @@ def test_layers_that_share_weights_come_from_one_model(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="share weights"):
         write_model(made("base", "other", "base", "base"), family, tmp_path / "mixed")
     write_model(made(*["other"] * 4), family, tmp_path / "whole", test=smoke_test)
-    layers = tuple(Take("base", i) for i in (1, 2, 3))  # its tables by layer are renumbered
+    layers = tuple(Take("base", i) for i in (1, 2, 3))  # its tables indexed by layer are renumbered
     cut = Recipe(models, "base", layers, "base", "base", "float32")
     write_model(cut, family, tmp_path / "cut", test=smoke_test)
 

@@ -1,4 +1,4 @@
-"""Tasks that can't be had: what is missing is named, and the network only where it is meant."""
+"""Tasks that can't be loaded: errors name what is missing, and the network only if it is needed."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def imports(**_):
 
 @pytest.fixture
 def cached_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nothing that these tests load stays in the user's cache."""
+    """Keeps what these tests load out of the user's cache."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -79,7 +79,9 @@ def why_not(folder: Path, text: str, name: str = "own") -> str:
 
 @pytest.mark.usefixtures("cached_elsewhere")
 @pytest.mark.parametrize(("text", "words"), FILES)
-def test_what_is_missing_here_is_not_the_network(tmp_path: Path, text: str, words: str) -> None:
+def test_what_is_missing_locally_is_not_blamed_on_the_network(
+    tmp_path: Path, text: str, words: str
+) -> None:
     message = why_not(tmp_path / "tasks", text)
     assert words in message
     assert "network" not in message
@@ -87,7 +89,7 @@ def test_what_is_missing_here_is_not_the_network(tmp_path: Path, text: str, word
 
 @pytest.mark.usefixtures("cached_elsewhere")
 @pytest.mark.parametrize(("text", "words"), OF_THE_NETWORK)
-def test_what_only_the_network_has(tmp_path: Path, text: str, words: str) -> None:
+def test_data_that_only_the_network_has(tmp_path: Path, text: str, words: str) -> None:
     message = why_not(tmp_path / "tasks", text)
     assert words in message
     assert os.environ["HF_HUB_OFFLINE"]
@@ -109,7 +111,7 @@ def test_a_name_that_the_hub_does_not_know() -> None:
     assert "network" not in message
 
 
-def test_a_file_that_is_no_task_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_task_is_named(tmp_path: Path) -> None:
     write_task(tmp_path, "good", rows(), **CHOICE)
     assert broken_file(str(tmp_path)) is None
     (tmp_path / "own.yaml").write_text("task: own\n  broken: [\n")

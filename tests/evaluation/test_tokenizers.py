@@ -1,4 +1,4 @@
-"""One tokenizer in several formats is one; another one is refused with the first difference."""
+"""A tokenizer is the same in any format; another one is refused with the first difference."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEXT = ["the quick brown fox jumps over the lazy dog", "def f(x): return x + 1",
 
 @pytest.fixture(scope="module")
 def spm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tokenizer.model only."""
+    """A folder with only tokenizer.model."""
     import sentencepiece
 
     folder = tmp_path_factory.mktemp("spm")
@@ -38,7 +38,7 @@ def spm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with vocab.json and merges.txt."""
+    """A folder with only vocab.json and merges.txt."""
     from tokenizers import ByteLevelBPETokenizer
 
     folder = tmp_path_factory.mktemp("bpe")
@@ -121,7 +121,7 @@ def test_another_tokenizer_in_another_format(spm: Path, bpe: Path, tmp_path: Pat
     assert "Leave it out, make it the base, or resize its embeddings" in text
 
 
-def test_tokens_more_or_less(spm: Path, tmp_path: Path) -> None:
+def test_an_extra_or_missing_token(spm: Path, tmp_path: Path) -> None:
     old = model_with(tmp_path / "old", spm, FORMATS["spm"])
     new = model_with(tmp_path / "new", in_json(old, tmp_path / "json"), ["tokenizer.json", CONFIG])
     more = {"id": 340, "content": "<new>", "special": True, "single_word": False, "lstrip": False,
@@ -131,19 +131,19 @@ def test_tokens_more_or_less(spm: Path, tmp_path: Path) -> None:
     assert "which has '<new>', too" in refused(new, old)
 
 
-def test_the_same_tokens_and_another_splitting(bpe: Path, tmp_path: Path) -> None:
+def test_the_same_tokens_but_another_splitting(bpe: Path, tmp_path: Path) -> None:
     old = model_with(tmp_path / "old", bpe, FORMATS["bpe"])
     new = model_with(tmp_path / "new", in_json(old, tmp_path / "json"), ["tokenizer.json", CONFIG])
     changed(new / "tokenizer.json", lambda data: data["model"].update(merges=[]))
     text = refused(old, new)
     assert "which splits 'The quick brown fox jumps over the lazy dog.' differently" in text
-    for name in ("tokenizer.json", CONFIG):  # the way out
+    for name in ("tokenizer.json", CONFIG):  # without its own tokenizer files it is accepted
         (new / name).unlink()
     opened(old, new)
 
 
 def test_an_added_token_in_another_file(bpe: Path, tmp_path: Path) -> None:
-    """Which token is added stands in tokenizer.json or only beside it."""
+    """The added token is in tokenizer.json or only in the file beside it."""
     from transformers import AutoTokenizer
 
     old = model_with(tmp_path / "old", in_json(bpe, tmp_path / "json"), ["tokenizer.json", CONFIG])

@@ -37,7 +37,7 @@ def test_documents_are_nested_shared_out_and_seeded(
     if large < sum(sizes.values()):
         shares = [len(many[name] or ()) for name in sizes]
         full = [share for share, size in zip(shares, sizes.values(), strict=True) if share < size]
-        assert not full or max(full) - min(full) <= 1  # all tasks alike, but for those used up
+        assert not full or max(full) - min(full) <= 1  # equal, except for tasks used up
 
 
 def test_a_choice_is_not_the_first_documents() -> None:
@@ -48,7 +48,7 @@ def test_a_choice_is_not_the_first_documents() -> None:
 
 
 class NoModel:
-    """Stands where a workload only wants a chat template that nobody asks for."""
+    """Takes a model's place where a workload needs one only for an unused chat template."""
 
 
 def workload(tasks_dir: Path, *specs: Any, **options: Any) -> Workload:
@@ -64,7 +64,9 @@ def workload(tasks_dir: Path, *specs: Any, **options: Any) -> Workload:
         ("t_rolling", "better when it is lower"),
     ],
 )
-def test_wrong_names_are_told_before_anything_runs(tasks_dir: Path, spec: Any, words: str) -> None:
+def test_wrong_names_are_reported_before_anything_runs(
+    tasks_dir: Path, spec: Any, words: str
+) -> None:
     with pytest.raises(UsageError, match=words):
         workload(tasks_dir, spec)
 
@@ -103,7 +105,7 @@ def test_global_random_state_is_left_alone(tasks_dir: Path) -> None:
     assert (random.random(), np.random.random(), torch.rand(1).item()) == expected  # noqa: NPY002
 
 
-def test_the_digest_sees_another_answer_key(tasks_dir: Path, tmp_path: Path) -> None:
+def test_the_digest_changes_with_the_answer_key(tasks_dir: Path, tmp_path: Path) -> None:
     import json
     import shutil
 
