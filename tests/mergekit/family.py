@@ -1,8 +1,8 @@
-"""The models that mergekit and gptailor both merge: made from seeds, alike to the last bit.
+"""The models that mergekit and gptailor both merge: made from seeds, identical to the last bit.
 
-Six tiny Llamas with unlike weights in float32, so that no two magnitudes are equal: `base`, `red`
-and `green` with tied embeddings, `untied/…` with an output head of their own. No torch here:
-`tools/mergekit_models.py` runs in mergekit's environment.
+Six tiny Llamas with float32 weights of which no two magnitudes are equal: `base`, `red` and `green`
+with tied embeddings, `untied/…` with a separate output head. This module does not use torch:
+`tools/mergekit_models.py` runs it in mergekit's environment.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SEEDS = {"base": 0, "red": 1, "green": 2}
 
 
 def save_family(folder: Path) -> None:
-    """Makes the six model folders below `folder`."""
+    """Creates the six model folders below `folder`."""
     for tied in (True, False):
         base = _weights(0, tied)
         for name, seed in _SEEDS.items():
@@ -36,7 +36,7 @@ def save_family(folder: Path) -> None:
 
 
 def _weights(seed: int, tied: bool) -> dict[str, np.ndarray[Any, Any]]:
-    random = np.random.RandomState(seed)  # its numbers never change
+    random = np.random.RandomState(seed)  # its numbers are the same in every version of numpy
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (_VOCABULARY, _HIDDEN)}
     for i in range(NUM_LAYERS):
         layer = f"model.layers.{i}."

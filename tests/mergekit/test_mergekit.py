@@ -1,4 +1,4 @@
-"""mergekit's YAML: what mergekit makes of it, gptailor makes of it, to one rounding.
+"""mergekit's YAML: gptailor builds the model that mergekit builds, to within one rounding.
 
 The goldens are mergekit's own results in float32, rounded once to bfloat16; see
 `tools/mergekit_models.py`.
@@ -64,7 +64,7 @@ def stitched(source: Path, out: Path) -> Path:
 
 
 def steps_apart(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-    """How many representable numbers lie from one to the other."""
+    """How many representable numbers apart two tensors are, element by element."""
     kind = {torch.bfloat16: torch.int16, torch.float32: torch.int32}[ours.dtype]
     numbers = [tensor.view(kind).to(torch.int64) for tensor in (ours, theirs)]
     ordered = [torch.where(n < 0, torch.iinfo(kind).min - n, n) for n in numbers]
@@ -90,7 +90,7 @@ def test_the_result_is_mergekits_within_one_rounding(
         apart, elements = apart + int((steps > 0).sum()), elements + steps.numel()
     record_property("elements_one_rounding_apart", f"{apart} of {elements}")
     print(f"{name}: {apart} of {elements} elements are one rounding apart")
-    most = 0.2 if name == "no_dtype" else 0.002  # in float32, every rounding in between shows
+    most = 0.2 if name == "no_dtype" else 0.002  # float32 shows every intermediate rounding
     assert apart <= most * elements
 
 
@@ -119,14 +119,14 @@ def test_the_folder_holds_recipe_and_configuration(folder: Path, tmp_path: Path)
 # Settings
 
 
-def test_a_gradient_is_a_broken_line_over_the_layers() -> None:
+def test_a_gradient_is_piecewise_linear_over_the_layers() -> None:
     setting = parse_setting([0, 0.5, 0.3, 0.7, 1], "t")
     for t in np.linspace(0, 1, 23):
         expected = np.interp(t * 4, range(5), [0, 0.5, 0.3, 0.7, 1])
         assert value_of(setting, "any", float(t)) == pytest.approx(expected, abs=1e-12)
 
 
-def test_the_first_filter_that_fits_counts() -> None:
+def test_the_first_matching_filter_counts() -> None:
     cases = [
         {"filter": "self_attn", "value": [0, 1]},
         {"filter": "proj", "value": 2},
@@ -151,7 +151,7 @@ def test_a_flag_has_nothing_between_true_and_false() -> None:
     assert found == [0, 0, 1, 1, 0]
 
 
-def test_a_number_that_yaml_takes_for_text_is_a_number() -> None:
+def test_a_number_that_yaml_reads_as_text_is_a_number() -> None:
     assert isinstance(yaml.safe_load("1e-5"), str)
     assert value_of(parse_setting("1e-5", "tol"), "", 0) == 1e-5
 
@@ -161,7 +161,7 @@ _names = st.lists(_parts, min_size=1, max_size=3).map(".".join)
 
 
 @given(st.dictionaries(_names, st.integers(0, 2), min_size=1, max_size=8))
-def test_grouped_values_come_back(numbers: dict[str, int]) -> None:
+def test_grouped_values_expand_to_the_original_ones(numbers: dict[str, int]) -> None:
     values = {name: {"t": number} for name, number in numbers.items()}
     default, modules = grouped(values)
     for name, value in values.items():
@@ -193,7 +193,7 @@ parameters: {t: [0.25, 0.75]}
     assert (layer.src_layer, layer.parameter("t"), found.head.parameter("t")) == (2, 0.75, 0.25)
 
 
-def test_a_default_fills_in_where_no_filter_fits(folder: Path) -> None:
+def test_a_default_applies_where_no_filter_matches(folder: Path) -> None:
     text = """
 models: [{model: red, parameters: {weight: 1}}]
 merge_method: task_arithmetic
@@ -260,7 +260,7 @@ def test_every_method_of_mergekit_is_declared() -> None:
     assert mergekit_parameters("nuslerp") == (("nuslerp_flatten", "nuslerp_row_wise"), ("weight",))
 
 
-def test_a_recipe_is_no_mergekit_file(tmp_path: Path) -> None:
+def test_a_recipe_is_not_a_mergekit_file(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("schema: gptailor/recipe/1  # merge_method: slerp\n")
     assert read_mergekit(tmp_path / "recipe.yaml") is None
     assert read_mergekit(tmp_path / "missing.yaml") is None

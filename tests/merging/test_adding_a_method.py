@@ -1,6 +1,6 @@
-"""What it takes to add a method: its declaration, its formula, its reference, its row in the docs.
+"""Adding a method takes a declaration, a formula, a reference and a row in the docs.
 
-A copy of the tree gets one more, is built, and goes through the conformance tests.
+The test adds one to a copy of the tree, builds it, and runs the conformance tests there.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What holds for every declared method: its engine, reference, recipes, search, mergekit and docs.
+"""Tests of every declared method: engine, reference, recipes, search, mergekit and docs agree.
 
-A method that is added goes through all of it: nothing here is about one method. The search has its
-part in tests/search/test_space.py, the GPU in tests/evaluation/test_device_merge.py.
+Nothing here is specific to one method, so a new method goes through all of it. More such tests are
+in tests/search/test_space.py for the search and tests/evaluation/test_device_merge.py for the GPU.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.recipe.test_canonical_builds import built, gram
 
 ROOT = Path(__file__).resolve().parents[2]
 IN_ORDER = ("blue", "green", "red")
-"""As a canonical form has them, so that random masks are the same."""
+"""In canonical order, so that random masks are the same."""
 SHAPES = ((1,), (7,), (3, 5), (33, 40), (2, 3, 4))
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 of_the_engine = pytest.mark.parametrize(
@@ -43,7 +43,7 @@ of_the_engine = pytest.mark.parametrize(
 
 
 def settings(method: Method) -> Iterator[dict[str, Value]]:
-    """Defaults, what a search tries, and that with each flag the other way round."""
+    """The defaults, the values that a search tries first, and those with each flag flipped."""
     search: dict[str, Value] = {p.name: p.search[0] for p in method.parameters}
     yield {p.name: p.search[0] if p.default is None else p.default for p in method.parameters}
     yield search
@@ -64,7 +64,7 @@ def merges(method: Method) -> Iterator[Merge]:
 
 
 def family(shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Finetunes of one base; some elements are the base's."""
+    """A base and finetunes of it; some of their elements equal the base's."""
     rng = np.random.default_rng(5)
     base = rng.standard_normal(shape)
     kept = rng.integers(0, 4, shape) > 0
@@ -83,7 +83,7 @@ def statistics(method: Method, models: dict[str, np.ndarray]) -> list[np.ndarray
 def engine_of(
     entry: Merge, models: dict[str, np.ndarray], step: int | None = None, **options: Any
 ) -> bytes:
-    """What the engine makes of an entry, asked for in slices of `step` elements: bfloat16."""
+    """The engine's result for an entry, in bfloat16, computed in slices of `step` elements."""
     method = METHODS[entry.method]
     merge = _C.Merge(
         entry.method,
@@ -112,8 +112,8 @@ def test_something_computes_it(method: Method) -> None:
 
 
 @every_method
-def test_what_is_built_is_what_the_reference_says(method: Method) -> None:
-    """The canonical form, by the engine or LAPACK, and float64."""
+def test_the_canonical_form_builds_what_the_reference_says(method: Method) -> None:
+    """Compares the engine or LAPACK with the float64 reference."""
     shapes = [(5, 8)] if method.statistics == "inputs" else SHAPES
     for shape, entry in itertools.product(shapes, merges(method)):
         models = family(shape)
@@ -131,7 +131,7 @@ def test_what_is_built_is_what_the_reference_says(method: Method) -> None:
             steps = reference.merge(method.name, x, base, **told, dtype=np.float32).ravel()
         got = built(simplest, models)
         limit = 2e-6 * (1 + np.abs(exact).max())
-        # where elements are chosen, two that are within rounding of each other may change places
+        # where elements are selected, two within rounding of each other may swap places
         wrong = (np.abs(got - exact) > limit) & (np.abs(got - steps) > limit)
         assert wrong.sum() <= got.size // 500, (entry, got[wrong], exact[wrong])
 
@@ -145,11 +145,11 @@ def test_threads_and_slices_change_no_bit(method: Method) -> None:
 
 
 @of_the_engine
-def test_defaults_need_not_be_told(method: Method) -> None:
+def test_defaults_may_be_left_out(method: Method) -> None:
     models = family((20, 30))
     for entry in merges(method):
         if entry.takes_base and not method.uses_base:
-            continue  # the engine asks for the base where it gets one
+            continue  # the engine uses an optional base whenever it gets one
         known = method.by_name
         told = {n: v for n, v in entry.parameters if v != known[n].default}
         assert engine_of(entry, models, parameters=told) == engine_of(entry, models)
@@ -216,7 +216,7 @@ def _place(pair: tuple[str, float]) -> int:
 
 
 def _for_each(entry: Merge) -> tuple[tuple[str, Value], ...]:
-    """Parameters with another value for one of the sources, where they may have one."""
+    """The parameters, with another value for one source where values may differ."""
     known, count = METHODS[entry.method].by_name, len(entry.weights)
     return tuple(
         (name, (known[name].high, *for_each(value, count)[1:]) if known[name].per_source else value)
@@ -266,7 +266,7 @@ def test_mergekits_yaml_means_the_same(method: Method, folder: Path) -> None:
 
 
 def rows() -> dict[str, list[str]]:
-    """The cells of the table in docs/merge_methods.md, by method; "as above" is written out."""
+    """The cells of the table in docs/merge_methods.md by method, with "as above" filled in."""
     found: dict[str, list[str]] = {}
     above = ""
     for line in (ROOT / "docs" / "merge_methods.md").read_text().splitlines():
@@ -284,7 +284,7 @@ def test_the_documentation_says_so(method: Method) -> None:
     assert computes
     assert ("not in mergekit" in unlike_mergekit) != method.in_mergekit
     said = {
-        name: (star == "*", default)  # a later one counts: "as above, `normalize` (false)"
+        name: (star == "*", default)  # the last one counts: "as above, `normalize` (false)"
         for name, star, default in re.findall(r"`(\w+)`(\*?)(?: \(([^)]*)\))?", parameters)
     }
     assert said == {p.name: (p.per_source, shown(p)) for p in method.parameters}

@@ -1,4 +1,4 @@
-"""What holds for the reference methods whatever the numbers: identities, symmetries, errors."""
+"""Properties of the reference methods for any numbers: identities, symmetries, errors."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def call(method: str, x: Any, base: Any, *, weights: Any = None, **parameters: A
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_shape_type_and_inputs_stay(method: str) -> None:
+def test_shape_and_type_are_kept_and_inputs_unchanged(method: str) -> None:
     for shape in [(6, 9), (7,), (1,), (5, 1), (1, 5), (2, 3, 4)]:
         if method == "regmean" and len(shape) != 2:
             continue
@@ -103,7 +103,8 @@ def test_sources_that_are_the_base_give_the_base(method: str) -> None:
         np.testing.assert_array_equal(call(method, sources, base, task_vectors=1), base)
 
 
-# What one source says when all sources say it; elected signs and selections change nothing then.
+# Methods that return the source when all sources are equal: electing signs and selecting elements
+# changes nothing then.
 AGREE = [
     "linear", "average", "slerp", "nuslerp", "multislerp", "karcher", "ties", "della", "sce", "ram",
     "model_stock", "stock", "fisher", "regmean", "arcee_fusion",
@@ -114,7 +115,7 @@ AGREE = [
 def test_equal_sources_give_that_source(method: str) -> None:
     x, base = family(4, 1)
     if method == "arcee_fusion":
-        x = base[None] + 0.25  # a shift: equal scores, so all stand out
+        x = base[None] + 0.25  # a shift: all scores are equal, so all elements are taken
     y = call(method, np.repeat(x, N_SOURCES[method], axis=0), base)
     np.testing.assert_allclose(y, x[0], rtol=1e-7)
 
@@ -124,7 +125,7 @@ def test_equal_sources_give_that_source(method: str) -> None:
 def test_the_order_of_the_sources_does_not_matter(method: str, seed: int) -> None:
     if METHODS[method].max_sources < 16 or method in CALIBRATED:
         return
-    # random masks belong to the source's place
+    # random masks depend on a source's position
     parameters = {} if METHODS[method].is_random else SPARSE.get(method, {})
     rng = np.random.default_rng(seed)
     x, base = family(seed, 4)
@@ -135,8 +136,8 @@ def test_the_order_of_the_sources_does_not_matter(method: str, seed: int) -> Non
     np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
-# Everything twice as large gives a result twice as large. Not so: softmax (arcee_fusion, and widen
-# for vectors) and those with an absolute threshold that matters (nearswap, ram).
+# Doubling everything doubles the result, except for softmax (arcee_fusion, and widen for vectors)
+# and for methods with an absolute threshold that matters (nearswap, ram).
 SCALING = [m for m in METHODS if m not in ("arcee_fusion", "nearswap", "ram")]
 
 
@@ -149,7 +150,7 @@ def test_scaling_all_tensors_scales_the_result(method: str, seed: int, c: float)
     np.testing.assert_allclose(b, c * a, rtol=1e-7, atol=1e-7)
 
 
-# Sums of differences move along with the base; the other methods look at the tensors themselves.
+# Sums of differences shift with the base; the other methods use the tensors themselves.
 MOVING = [
     "linear", "average", "task_arithmetic", "ties", "dare_linear", "dare_ties", "della",
     "della_linear", "breadcrumbs", "breadcrumbs_ties", "sce", "ram", "model_stock", "stock",
@@ -168,7 +169,7 @@ def test_moving_all_tensors_moves_the_result(method: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("method", SPARSE)
-def test_density_one_is_no_sparsification(method: str) -> None:
+def test_a_density_of_one_does_not_sparsify(method: str) -> None:
     x, base = family(5, 3)
     w = [0.5, 0.3, 0.4]
     whole = call(method, x, base, weights=w, **{k: 1 for k in SPARSE[method] if k != "epsilon"})
@@ -183,7 +184,7 @@ def test_density_one_is_no_sparsification(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", [m for m in SPARSE if m != "sce"])
-def test_rescaling_gives_back_the_sum_of_magnitudes(method: str) -> None:
+def test_rescaling_restores_the_sum_of_magnitudes(method: str) -> None:
     x, base = family(6, 1)
     y = call(method, x, base, weights=[1.0], rescale=1, normalize=0, **SPARSE[method])
     np.testing.assert_allclose(np.abs(y - base).sum(), np.abs(x[0] - base).sum(), rtol=1e-12)
@@ -214,7 +215,7 @@ def test_lambda_and_weights_are_linear_where_nothing_is_normalised() -> None:
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].uses_base])
-def test_not_a_number_is_passed_on(method: str) -> None:
+def test_nan_is_propagated(method: str) -> None:
     x, base = family(15, N_SOURCES[method])
     spoilt, spoilt_base = x.copy(), base.copy()
     spoilt[0, 2, 3] = spoilt_base[2, 3] = np.nan

@@ -1,7 +1,8 @@
-"""The references against what mergekit computes: tests/golden/mergekit_methods.npz.
+"""The references compared with mergekit's results in tests/golden/mergekit_methods.npz.
 
-`tools/mergekit_golden.py` wrote the file and says what is in it; run it again for another version
-of mergekit. Where we differ on purpose, `difference` says why, and a test says what is right.
+`tools/mergekit_golden.py` wrote the file and describes its contents; run it again for another
+version of mergekit. Where we differ on purpose, `difference` says why, and a test shows what is
+right.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def size(case: dict[str, Any]) -> float:
 
 
 def error_of(case: dict[str, Any], dtype: Any = np.float64) -> float:
-    """The largest difference from mergekit, in units of the largest input."""
+    """The largest difference from mergekit, relative to the largest input."""
     difference_N = np.abs(ours(case, dtype) - stored(case["result"]))
     return float(difference_N.max()) / size(case)
 
@@ -94,7 +95,7 @@ def those(reason: str) -> list[dict[str, Any]]:
     return found
 
 
-def test_the_golden_file_is_whole() -> None:
+def test_the_golden_file_is_complete() -> None:
     assert INDEX["mergekit"] == "0.1.5"
     assert {case["method"] for case in CASES} == set(METHODS) - OURS_ONLY
     assert len(CASES) > 400
@@ -117,7 +118,7 @@ def test_methods_equal_mergekit(method: str, dtype: Any) -> None:
             assert error_of(case, dtype) < 6e-7, named(case)
 
 
-def test_every_difference_is_one() -> None:
+def test_every_listed_difference_exists() -> None:
     for case in CASES:
         if difference(case) is None or "error" in case:
             continue
@@ -125,7 +126,7 @@ def test_every_difference_is_one() -> None:
             found = error_of(case)
         except ValueError:
             continue
-        exact = case["tensors"] in ("antiparallel", "uneven")  # mergekit rounds one way or another
+        exact = case["tensors"] in ("antiparallel", "uneven")  # mergekit may round either way
         assert exact or not found < 1e-4, named(case)
 
 
@@ -156,7 +157,7 @@ def test_mergekit_divides_zero_by_zero_in_rows_of_one_element() -> None:
 
 
 def test_mergekit_ranks_della_along_the_second_dimension() -> None:
-    """The same where there are two; with three, a row is the last dimension here."""
+    """Both agree for two dimensions; with three, a row here is the last dimension."""
     for case in those("rows of a tensor of three dimensions"):
         (x, base), y = inputs_and_base(case), ours(case)
         flat = merge(
@@ -189,7 +190,7 @@ def test_mergekit_drops_everything_at_a_density_of_zero() -> None:
 
 
 def test_mergekit_picks_among_equal_magnitudes() -> None:
-    """It keeps just as many as asked, by the order of its sort; we keep all that are as large."""
+    """It keeps exactly as many as asked for, in the order of its sort; we keep all equal ones."""
     for case in those("equal magnitudes at the threshold"):
         theirs, y = stored(case["result"]), ours(case)
         x, base = inputs_and_base(case)
@@ -203,7 +204,7 @@ def test_mergekit_picks_among_equal_magnitudes() -> None:
 
 
 def test_mergekit_loses_the_divergence_of_close_models() -> None:
-    """In float32, Σ p log(p / q) of a finetune is smaller than what it is rounded by."""
+    """For a finetune, Σ p log(p / q) is smaller than its rounding error in float32."""
     (case,) = those("a divergence below float32's rounding")
     (x, base), y = inputs_and_base(case), ours(case)
     wide = base.astype(np.longdouble), x[0].astype(np.longdouble)

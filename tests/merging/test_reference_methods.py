@@ -44,7 +44,7 @@ def test_equal_magnitudes_at_a_threshold_are_all_kept() -> None:
     np.testing.assert_array_equal(
         reference.trim(delta, 0.63), np.where(np.abs(delta) >= 2, delta, 0)
     )
-    np.testing.assert_array_equal(  # 2 large ones go, which are 4 and one of the three 3s
+    np.testing.assert_array_equal(  # two large ones are to go: the 4 and one of the three 3s
         reference.cut_outliers(delta, 0.25, 0.25), np.where(np.abs(delta) == 3, delta, 0)
     )
 
@@ -91,7 +91,7 @@ def test_model_stock_by_filter_is_model_stock_of_each_row() -> None:
     y = merge("model_stock", x, base, parameters={"filter_wise": 1})
     for r in range(4):
         np.testing.assert_allclose(y[r], merge("model_stock", x[:, r], base[r]))
-    # Two orthogonal differences say nothing about each other: the base stays.
+    # Two orthogonal differences have nothing in common, so the result is the base.
     apart = np.stack([base, base])
     apart[0, 0, 0] += 1
     apart[1, 0, 1] += 1
@@ -123,13 +123,13 @@ def test_nearswap_takes_near_elements_and_shares_far_ones() -> None:
     np.testing.assert_allclose(y, [0.05, -0.1, 0.1, 0.1])
 
 
-def test_ram_averages_those_that_differ() -> None:
+def test_ram_averages_the_sources_that_differ_from_the_base() -> None:
     base = np.zeros(4)
     x = np.array([[1.0, 1.0, 1e-5, 0.0], [0.0, 3.0, 2.0, 1e-6]])
     np.testing.assert_array_equal(merge("ram", x, base), [1.0, 2.0, 2.0, 0.0])
 
 
-def test_sce_selects_what_varies_and_weights_by_square() -> None:
+def test_sce_selects_by_variance_and_weights_by_square() -> None:
     base = np.zeros(4)
     x = np.array([[4.0, 1, 2, 0], [2.0, 1, -2, 0]])  # variances 1, 0, 4, 0
     np.testing.assert_array_equal(
@@ -167,9 +167,9 @@ def test_widen_weights_columns_by_their_change() -> None:
     x = np.stack([base, base])
     x[0] += np.array([[0.0, 0.1, 0.2, 0.3], [0.0, 0.0, 0.0, 0.0]])
     shares = widening.rank_shares(np.array([[0.0, 0.1, 0.2, 0.3], [0.0, 0.0, 0.0, 0.0]]))
-    np.testing.assert_array_equal(shares, [[0, 0.25, 0.5, 0.75]] * 2)  # equal ones by index
+    np.testing.assert_array_equal(shares, [[0, 0.25, 0.5, 0.75]] * 2)  # ties are broken by index
     y = merge("widen", x, base)
-    # Both sources have the same ranks: softmax gives ½ each, ranks above their mean get 1.
+    # Both sources have the same ranks, so softmax gives ½ each; ranks above their mean get 1.
     np.testing.assert_allclose(y[0], [1.0, 1.05, 1.2, 1.3])
     np.testing.assert_array_equal(y[1], base[1])
     twice = merge("widen", x, base, parameters={"score_calibration_value": 2.0})
@@ -249,7 +249,7 @@ def test_rescaling_starts_at_a_sum_of_1e_7() -> None:
     np.testing.assert_array_equal(reference.rescaled(half / 200, delta / 200), half / 200)
 
 
-def test_where_slerp_becomes_linear() -> None:
+def test_slerp_becomes_linear_for_almost_parallel_sources() -> None:
     for cosine, linear in [(0.999, False), (0.9996, True), (-0.999, False), (-0.9996, True)]:
         x = np.array([[1.0, 0.0], [cosine, np.sqrt(1 - cosine**2)]])
         y = merge("slerp", x, parameters={"t": 0.5})
@@ -257,7 +257,7 @@ def test_where_slerp_becomes_linear() -> None:
         assert np.isclose(np.linalg.norm(y), 1.0, rtol=1e-12) == (not linear)
 
 
-def test_nuslerp_of_weights_that_add_up_to_nothing_is_the_middle() -> None:
+def test_nuslerp_of_weights_that_add_up_to_zero_is_the_middle() -> None:
     x = np.array([[1.0, 0.0], [0.0, 1.0]])
     np.testing.assert_allclose(merge("nuslerp", x, weights=[0.5, -0.5]), [np.sqrt(0.5)] * 2)
     beyond = merge("nuslerp", x, weights=[0.55, -0.5])  # t = −10: two and a half turns back
@@ -271,7 +271,7 @@ def test_short_sources_have_a_length_but_no_direction() -> None:
     assert not merge("karcher", np.full((2, 5), 1e-7)).any()
 
 
-def test_equal_and_opposite_elements_elect_plus() -> None:
+def test_equal_and_opposite_elements_elect_the_positive_sign() -> None:
     x, base = np.array([[1.0, -2.0], [-1.0, 2.0]]), np.array([5.0, 5.0])
     np.testing.assert_array_equal(merge("ties", x + base, base), [6.0, 7.0])
     np.testing.assert_array_equal(merge("sce", x + base, base), [6.0, 7.0])
@@ -323,7 +323,7 @@ def test_multislerp_of_almost_opposite_directions_is_linear() -> None:
 
 
 def widen_by_loops(x: Any, base: Any, ratio: float, calibration: float) -> Any:
-    """The formula of `widen` for matrices, one number at a time."""
+    """The formula of `widen` for matrices, one element at a time."""
     n_sources, n_rows, n_columns = x.shape
     gains = np.zeros((n_sources, n_columns))
     for aspect in ("length", "direction"):

@@ -1,4 +1,4 @@
-"""Philox against its published vectors, and the masks that are made with it."""
+"""Philox against its published test vectors, and the masks drawn with it."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_dare_keeps_its_share(density: float) -> None:
     sigma = np.sqrt(density * (1 - density) / n)
     for mask in kept:
         assert abs(mask.mean() - density) < 5 * sigma
-        # Nothing depends on the magnitude, on the row or on the neighbour.
+        # The mask does not depend on magnitudes, rows or neighbours.
         large = np.abs(delta) > 1
         assert abs(mask[large].mean() - density) < 5 * sigma * np.sqrt(1 / large.mean())
         both = (mask[:, 1:] & mask[:, :-1]).mean()
@@ -129,7 +129,7 @@ def test_della_at_the_ends_of_its_range() -> None:
                 reference.merge(method, x, base, parameters=values)
 
 
-def test_sources_have_masks_of_their_own() -> None:
+def test_each_source_has_its_own_mask() -> None:
     x = np.ones((3, 1000))
     base = np.zeros(1000)
     one = {"density": 0.5, "rescale": 0}

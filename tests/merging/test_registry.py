@@ -1,4 +1,4 @@
-"""The registry: what is declared stays, and values are checked."""
+"""The registry: declarations do not change by accident, and values are checked."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def declared() -> Iterator[str]:
 
 
 def test_defaults_and_bounds_are_what_they_were() -> None:
-    """They are part of what recipes mean. One that is meant to be another: write it down there."""
+    """Recipes depend on them. After a deliberate change, update the golden file."""
     assert "\n".join(declared()) + "\n" == GOLDEN.read_text()
 
 
@@ -41,7 +41,7 @@ def test_declarations_make_sense(method: Method) -> None:
             assert p.checked(shown, "here") == value
             assert isinstance(shown, bool) == p.is_flag
     search = {p.name: p.shown(p.search[0]) for p in method.parameters}
-    method.checked(search, "space", ["a", "b"])  # what a search tries goes together
+    method.checked(search, "space", ["a", "b"])  # the values that a search tries fit together
 
 
 def test_an_optional_base() -> None:

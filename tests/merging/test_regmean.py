@@ -1,4 +1,4 @@
-"""RegMean by LAPACK, against the float64 reference; what it promises about outputs."""
+"""RegMean by LAPACK: it agrees with the float64 reference, and outputs stay near the sources'."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gptailor.merging.regmean import regmean
 def drawn(seed: int, num_sources: int, n_outputs: int, n_inputs: int) -> tuple[torch.Tensor, ...]:
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((num_sources, n_outputs, n_inputs))
-    scales = np.exp(2 * rng.standard_normal(n_inputs))  # inputs are not alike: some are huge
+    scales = np.exp(2 * rng.standard_normal(n_inputs))  # inputs differ: some are huge
     inputs = scales * (rng.standard_normal((num_sources, 3 * n_inputs, n_inputs)) + 0.5)
     gram = inputs.swapaxes(1, 2) @ inputs / inputs.shape[1]
     return torch.tensor(x).float(), torch.tensor(gram).float(), torch.tensor(inputs)
@@ -61,7 +61,7 @@ def test_its_outputs_are_nearer_to_the_sources_than_those_of_the_average() -> No
     assert errors[-1] < average
     rng = torch.Generator().manual_seed(0)
     best = regmean(list(x), list(gram), [1, 1, 1], 1.0)
-    for _ in range(20):  # a minimum: every step away is worse
+    for _ in range(20):  # at a minimum, every step away is worse
         step = 1e-3 * torch.randn(best.shape, generator=rng, dtype=torch.float64)
         assert error(best + step) > errors[0]
 

@@ -1,4 +1,4 @@
-"""Tiny random models of any architecture that transformers has, as a finetune would be saved."""
+"""Tiny random models of any architecture in transformers, saved as a finetune would be."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def save_real(
     """Saves a random model with the demo's tokenizer.
 
     Args:
-        folder: where to.
-        model_type: as transformers names it.
-        seed: of the weights.
-        small: sizes.
-        raw: keys that config.json has in the end.
-        without: keys that config.json lacks in the end, as older files do.
-        dtype: of the weights.
-        keys: for the config.
+        folder: where to save it.
+        model_type: the architecture's name in transformers.
+        seed: seed of the weights.
+        small: sizes for the config.
+        raw: keys to set in the saved config.json.
+        without: keys to remove from the saved config.json, because older files lack them.
+        dtype: dtype of the weights.
+        keys: further keys for the config.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -79,7 +79,7 @@ def logits_of(model: Any, num_tokens: int = 12) -> torch.Tensor:
 
 
 def loaded(folder: Path) -> Any:
-    """The model as stock transformers loads it, every weight from its files."""
+    """The model as stock transformers loads it, with every weight from its files."""
     from transformers import AutoModelForCausalLM
 
     model, info = AutoModelForCausalLM.from_pretrained(

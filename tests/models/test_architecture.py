@@ -1,4 +1,4 @@
-"""Layers from names, and configs that stay true when layers are cut."""
+"""Layers found from tensor names, and configs that stay true when layers are cut."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_norms_after_a_projection_forbid_scales() -> None:
 @pytest.mark.parametrize(
     "part", ["self_attn.dense_bias", "mlp.experts.down_proj", "mlp.odd.weight"]
 )
-def test_parts_of_which_nobody_knows_where_they_write_forbid_scales(part: str) -> None:
+def test_parts_that_write_to_an_unknown_place_forbid_scales(part: str) -> None:
     with pytest.raises(UsageError, match="scale can't be folded"):
         found(stack("model.layers.", [*LLAMA, part])).residual_writers(1)
 
@@ -121,7 +121,7 @@ def test_scales_need_norms_in_front_of_each_reader(config: dict[str, object]) ->
         check_scales(config, "m")
 
 
-def test_scales_fold_into_types_that_are_known() -> None:
+def test_scales_can_be_folded_into_known_types() -> None:
     check_scales({"model_type": "opt", "do_layer_norm_before": True}, "m")
     check_scales({"model_type": "fuyu", "text_config": {"model_type": "persimmon"}}, "m")
 
@@ -145,7 +145,7 @@ def test_missing_layers() -> None:
 
 
 def test_strange_numbers_are_names() -> None:
-    """Numbers that no layer of ours could be written back as do not become layers."""
+    """Numbers that are not written as we would write them do not become layers."""
     good = stack("model.layers.", LLAMA)
     for number in ("00", "01", "٣", "9" * 5000, "-1", "1e3"):
         name = f"model.layers.{number}.self_attn.q_proj.weight"
@@ -242,7 +242,7 @@ def test_other_names_of_the_count(key: str) -> None:
     assert cut == {key: 2, "layer_types": KINDS[1:3]}
 
 
-def test_lists_that_only_have_the_same_length() -> None:
+def test_lists_that_only_happen_to_have_the_same_length() -> None:
     keys: dict[str, list[int] | list[str]] = {
         "eos_token_id": [1, 2, 3, 4],
         "suppress_token_ids": [1, 2, 3, 4],
@@ -267,7 +267,7 @@ def test_suffix_counts() -> None:
     assert (cut["num_kv_shared_layers"], cut["moe_layer_end_index"]) == (1, -1)
 
 
-def test_letters_tiles_and_tables_by_layer() -> None:
+def test_letters_repeated_patterns_and_tables_by_layer() -> None:
     whole = config(
         hybrid_override_pattern="ME*M",
         block_types=["recurrent", "attention"],
@@ -293,7 +293,7 @@ def test_lists_that_a_class_fills_in_are_written_out() -> None:
     assert "layer_types" not in cut_config(gemma, (0, 2, 3))
 
 
-def test_a_config_that_ties_against_its_files_is_untied() -> None:
+def test_a_config_that_contradicts_its_files_is_untied() -> None:
     nested = {"tie_word_embeddings": True, "text_config": config(tie_word_embeddings=True)}
     assert untied(nested)["text_config"]["tie_word_embeddings"] is False
     assert untied(config()) == config(tie_word_embeddings=False)
@@ -351,7 +351,7 @@ def test_a_cut_of_a_cut_is_a_cut(data: st.DataObject, num_layers: int) -> None:
     assert len(twice["layer_types"]) == twice["num_hidden_layers"] == len(second)
 
 
-# Configs of transformers: what a layer is must survive the cut
+# Configs of transformers: each layer's kind must survive the cut
 
 KEPT = (0, 1, 3, 5, 6, 7, 10, 11)
 SHORT = {"num_hidden_layers": 12, "n_layer": 12, "num_layers": 12}
@@ -365,7 +365,7 @@ KIND_KEYS = ("layer_types", "no_rope_layers", "mlp_layer_types", "activation_spa
 
 
 def kinds(config: Any) -> list[tuple[Any, ...]]:
-    """What each layer of a transformers config is."""
+    """The kind of each layer in a transformers config."""
     data = config.to_dict()
     count = config.num_hidden_layers
     columns = [data[k] for k in KIND_KEYS if isinstance(data.get(k), list)]
@@ -379,7 +379,7 @@ def kinds(config: Any) -> list[tuple[Any, ...]]:
 
 
 def shortened(model_type: str) -> Any:
-    """A config of twelve layers, with what depends on their number."""
+    """A config of twelve layers, with the keys that depend on their number."""
     from transformers import CONFIG_MAPPING
 
     cls = CONFIG_MAPPING[model_type]
@@ -405,7 +405,7 @@ def test_transformers_configs_stay_true(model_type: str) -> None:
     cut = cls(**cut_config(whole.to_dict(), KEPT))
     assert cut.num_hidden_layers == len(KEPT)
     assert kinds(cut) == expected
-    # older configs of the hub do not have the lists
+    # older configs on the hub lack the lists
     lists = implied_lists({}, whole.to_dict(), 12)
     old = {k: v for k, v in whole.to_dict().items() if k not in lists}
     resolved = cls(**old).to_dict()

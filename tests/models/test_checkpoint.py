@@ -1,4 +1,4 @@
-"""One malformed file for each error, random damage, and agreement with safetensors' own reader."""
+"""A malformed file for each error, random damage, and agreement with safetensors' own reader."""
 
 from __future__ import annotations
 
@@ -261,7 +261,7 @@ def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
     for shard in ("one.safetensors", "two.safetensors"):
         (tmp_path / shard).write_bytes(file_bytes({"a": A}, DATA[:24]))
     save_index(tmp_path, {"a": "one.safetensors"})
-    assert set(Checkpoint(tmp_path).tensors) == {"a"}  # the second one is not named at all
+    assert set(Checkpoint(tmp_path).tensors) == {"a"}  # the index does not name the second file
     (tmp_path / "two.safetensors").write_bytes(file_bytes({"a": A, "b": B}, DATA))
     save_index(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"})
     with pytest.raises(ModelError, match=r"two\.safetensors holds a, which"):
@@ -280,7 +280,7 @@ def test_a_broken_shard_is_named(tmp_path: Path) -> None:
 
 
 def test_a_single_file_is_preferred_to_an_index(tmp_path: Path) -> None:
-    # transformers does the same: what is stitched must be what it loads
+    # as transformers does: we must stitch the tensors that it loads
     save_model(tmp_path / "m", shards=2)
     (tmp_path / "m" / "model.safetensors").write_bytes(header())
     assert set(Checkpoint(tmp_path / "m").tensors) == {"a", "b"}

@@ -1,4 +1,4 @@
-"""Which candidates have the same embeddings and the same head: their values are compared."""
+"""Candidates with the same embeddings or the same head are found by comparing values."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ START = llama_tensors("base", tied=False)
 
 
 def changed(name: str, *at: int, dtype: str = "BF16") -> dict[str, Entry]:
-    """The base's tensor in some type, with one element of another value."""
+    """The base's tensor in this dtype, with one element changed if `at` is given."""
     values = floats(START[name]).copy()
     if at:
         values[at] += 1.0
@@ -33,7 +33,7 @@ def changed(name: str, *at: int, dtype: str = "BF16") -> dict[str, Entry]:
 
 
 def found(root: Path, **candidates: dict[str, Entry]) -> Ends:
-    """Candidates with layers of their own, and ends of the base but for these tensors."""
+    """Ends of candidates with their own layers, and the base's ends except for these tensors."""
     same = {name: START[name] for name in (TOKENS, NORM, HEAD)}
     models = {"base": str(save_model(root / "base", tied=False))}
     for name, tensors in candidates.items():
@@ -41,7 +41,7 @@ def found(root: Path, **candidates: dict[str, Entry]) -> Ends:
     return Family(models, "base").ends
 
 
-def test_what_differs_is_found_for_each_end(tmp_path: Path) -> None:
+def test_differences_are_found_for_each_end(tmp_path: Path) -> None:
     last = VOCAB - 1, HIDDEN - 1
     ends = found(
         tmp_path,
@@ -90,7 +90,7 @@ def test_types_may_differ_where_values_do_not(tmp_path: Path, dtype: str) -> Non
 
 
 def test_other_padding_is_another_end(tmp_path: Path) -> None:
-    """Even with equal rows: logits of the others count in every probability."""
+    """Even where the tokens' rows are equal: padding logits count in every probability."""
     values = floats(START[TOKENS])
     longer = np.concatenate([values, np.zeros((4, HIDDEN))])
     entry: Entry = ("BF16", longer.shape, encoded(longer, "BF16"))
@@ -103,7 +103,7 @@ def test_other_padding_is_another_end(tmp_path: Path) -> None:
     assert family.uneven == {TOKENS, HEAD}
 
 
-def test_what_takes_long_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_comparison_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models = {name: str(save_model(tmp_path / name)) for name in ("base", "red")}
     family = Family(models, "base")
     assert ends.announcements(family.candidates.values()) == []

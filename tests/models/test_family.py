@@ -1,4 +1,4 @@
-"""What fits together, and what is refused because it does not."""
+"""Which models form a family, and which are refused."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_padded_vocabulary_of_the_same_tokenizer(base: Path, tmp_path: Path) -> 
 
 def test_padded_vocabulary_without_a_tokenizer(base: Path, tmp_path: Path) -> None:
     bare = save_model(tmp_path / "bare", tokenizer=False)
-    Family({"base": str(base), "bare": str(bare)}, "base")  # same size: nothing speaks against it
+    Family({"base": str(base), "bare": str(bare)}, "base")  # same size: no reason to refuse it
     padded = save_model(tmp_path / "padded", vocab=VOCAB + 12, tokenizer=False)
     text = refused(base, padded)
     assert "has another vocabulary: its embeddings differ in size" in text
@@ -117,8 +117,8 @@ def test_fewer_rows_than_tokens(base: Path, tmp_path: Path) -> None:
     assert f"the tokenizer has {VOCAB} tokens: resize its embeddings" in text
 
 
-def test_rows_that_are_no_tokens_are_not_padding(base: Path, tmp_path: Path) -> None:
-    """A table of positions has rows, too, and the model needs them."""
+def test_rows_that_are_not_tokens_are_not_padding(base: Path, tmp_path: Path) -> None:
+    """A table of positions also has rows, and the model needs them."""
     name = "model.embed_positions.weight"
     short, long = (
         save_model(tmp_path / str(n), tensors={name: ("BF16", (n, HIDDEN), b"\0" * n * HIDDEN * 2)})
@@ -133,7 +133,7 @@ def test_wider_embeddings_are_not_padding(base: Path, tmp_path: Path) -> None:
     assert f"{name} has the shape" in refused(base, save_model(tmp_path / "other", tensors=wide))
 
 
-def test_another_vocabulary_stays_open(base: Path, tmp_path: Path) -> None:
+def test_another_vocabulary_is_left_for_transformers_to_compare(base: Path, tmp_path: Path) -> None:
     other = save_model(tmp_path / "other")
     words = [f"w{i}" for i in range(VOCAB - 4)]
     save_tokenizer(other, [words[1], words[0], *words[2:]])

@@ -1,4 +1,4 @@
-"""What a config says about quantization and code: true of the weights, or left over."""
+"""A config's keys about quantization and code: true of the weights, or leftovers."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def written(folder: Path, out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("quantization", [BNB, FP8, {"quant_method": "gptq", "bits": 4}])
-def test_quantization_that_is_over(tmp_path: Path, quantization: dict[str, Any]) -> None:
-    """Found in finetunes that were trained on a quantized model and merged back."""
+def test_a_leftover_quantization(tmp_path: Path, quantization: dict[str, Any]) -> None:
+    """As in finetunes that were trained on a quantized model and merged back."""
     from transformers import AutoModelForCausalLM
 
     code = {"AutoConfig": "configuration_llama.LlamaConfig", "AutoModel": "org/code--x.Y"}
@@ -37,15 +37,15 @@ def test_quantization_that_is_over(tmp_path: Path, quantization: dict[str, Any])
     folder = save_model(tmp_path / "left", config=changes)
     config = written(folder, tmp_path / "out")
     assert "quantization_config" not in config
-    assert config["auto_map"] == {"AutoModel": "org/code--x.Y"}  # that code is where it was
+    assert config["auto_map"] == {"AutoModel": "org/code--x.Y"}  # this code is still there
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert str(next(model.parameters()).dtype) == "torch.bfloat16"
     plain = save_model(tmp_path / "plain")
     assert not Family({"left": str(folder), "plain": str(plain)}, "left").open_configs
 
 
-def test_rounding_in_the_forward_pass_is_no_leftover(tmp_path: Path) -> None:
-    """BitNet's weights are stored as they are and rounded whenever they are used."""
+def test_rounding_in_the_forward_pass_is_not_a_leftover(tmp_path: Path) -> None:
+    """BitNet's weights are stored unrounded and rounded whenever they are used."""
     bitnet = {"quant_method": "bitnet", "quantization_mode": "online"}
     folder = save_model(tmp_path / "m", config={"quantization_config": bitnet})
     with pytest.raises(
@@ -90,8 +90,8 @@ def test_weights_that_are_quantized(tmp_path: Path, name: str) -> None:
     )
 
 
-def test_masks_of_integers_are_no_quantization(tmp_path: Path) -> None:
-    """Old files of GPT-2 and its relatives keep the mask of causal attention."""
+def test_integer_masks_are_not_quantization(tmp_path: Path) -> None:
+    """Old files of GPT-2 and related models hold the causal attention mask."""
     masks = {f"model.layers.{i}.self_attn.bias": _entry("U8", 1, 1, 8, 8) for i in range(4)} | {
         f"model.layers.{i}.self_attn.seen": _entry("BOOL", 8, 8) for i in range(4)
     }

@@ -1,4 +1,4 @@
-"""Plain models are read by names alone, and as transformers reads them."""
+"""Plain models are read by tensor names alone, with the same result as transformers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def opened(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
 
 @pytest.mark.parametrize("model_type", PLAIN_TYPES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_plain_types_are_what_transformers_makes_of_them(
+def test_plain_types_are_read_as_transformers_reads_them(
     model_type: str, tied: bool, tmp_path: Path
 ) -> None:
     folder = save_real(tmp_path / "m", model_type, tie_word_embeddings=tied)
@@ -31,7 +31,7 @@ def test_plain_types_are_what_transformers_makes_of_them(
     assert plain is not None and plain.is_plain
     assert (plain.is_tied, plain.ignored, plain.unties) == (tied, asked.ignored, asked.unties)
     structure = Structure(folder, config, checkpoint.tensors)
-    assert structure.is_uniform  # so no cut changes a layer
+    assert structure.is_uniform  # no cut changes a layer
     for layers in itertools.permutations(range(4), 2):
         assert (
             structure.cut(layers).config == LazyReader().cut_config(checkpoint, config, layers)[0]
@@ -48,7 +48,7 @@ def test_plain_types_are_what_transformers_makes_of_them(
         ({}, {"model_type": "qwen3"}),
     ],
 )
-def test_whatever_is_odd_is_not_plain(
+def test_unusual_configs_are_not_plain(
     keys: dict[str, Any], raw: dict[str, Any], tmp_path: Path
 ) -> None:
     folder = save_real(tmp_path / "m", "llama", raw=raw, **keys)

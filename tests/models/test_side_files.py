@@ -1,4 +1,4 @@
-"""The small files of a folder: all that tokenizers and processors are made of, and nothing else."""
+"""A folder's small files: everything that tokenizers and processors need, and nothing else."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_has_tokenizer(tmp_path: Path) -> None:
 
 
 def test_every_file_that_transformers_names(tmp_path: Path) -> None:
-    """Its tokenizers and processors write them in tables of names, in the text of each module."""
+    """Its tokenizers and processors list them in tables, found in the source of each module."""
     import transformers
 
     root = Path(transformers.__file__).parent
@@ -68,7 +68,7 @@ def test_every_file_that_transformers_names(tmp_path: Path) -> None:
     assert sorted(named - set(side_files(tmp_path))) == []
 
 
-def test_what_a_result_has(tmp_path: Path) -> None:
+def test_the_files_that_are_copied(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base")
     put(base, MORE + NEVER)
     recipe = Recipe({"base": str(base)}, "base", (Take("base", 0),), "base", "base")
@@ -79,7 +79,7 @@ def test_what_a_result_has(tmp_path: Path) -> None:
     assert not found.intersection(set(NEVER) - {"README.md"})
 
 
-def test_what_is_downloaded() -> None:
+def test_the_files_that_are_downloaded() -> None:
     from huggingface_hub.utils._paths import filter_repo_objects
 
     wanted = [*MORE, *VOCABULARIES, "merges.txt", "bpe.codes", "config.json", "model.safetensors"]
@@ -104,7 +104,7 @@ def test_several_chat_templates(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
 
 
-def test_code_that_does_not_come_along(tmp_path: Path) -> None:
+def test_references_to_code_that_is_not_copied(tmp_path: Path) -> None:
     local = {"AutoTokenizer": ["tokenization_x.X", None]}
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps({"a": "é", "auto_map": local}))
@@ -117,7 +117,7 @@ def test_code_that_does_not_come_along(tmp_path: Path) -> None:
 
 
 def test_links(tmp_path: Path) -> None:
-    """Good are those of the hub's cache, for files in a folder, too."""
+    """Those of the hub's cache are followed, also for files in subfolders."""
     revision = tmp_path / "models--x" / "snapshots" / "1f3a"
     put(tmp_path / "models--x", ["blobs/12ab", "secret"])
     for name in ("vocab.txt", "additional_chat_templates/rag.jinja"):

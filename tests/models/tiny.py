@@ -1,7 +1,7 @@
-"""Tiny models written by hand: real Llama names and shapes, no torch, every layer identifiable.
+"""Tiny models written by hand: Llama's names and shapes, no torch, every layer identifiable.
 
-`save_model` writes what transformers would, and can also write what it never would: every test of
-a broken file begins with a good one.
+`save_model` writes what transformers would write, or what it never would: every test of a broken
+file starts from a good one.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def decoded(raw: bytes, dtype: str) -> Array:
 
 
 def file_bytes(header: object, data: bytes = b"") -> bytes:
-    """A safetensors file: `header` is bytes as they are, or an object that becomes JSON."""
+    """A safetensors file; `header` is bytes that are used as they are, or an object for JSON."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(raw).to_bytes(8, "little") + raw + data
 
@@ -73,7 +73,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Entry]) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, Entry]:
-    """An own reader, so that the code under test does not check itself."""
+    """A separate reader, so that the code under test does not check itself."""
     raw = path.read_bytes()
     begin = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:begin])
@@ -96,7 +96,7 @@ def floats(entry: Entry) -> Array:
 
 
 def drawn(model: str, name: str, shape: tuple[int, ...]) -> Array:
-    """Values that no other model, layer or tensor has: a common start and a step of the model."""
+    """Values unique to this model and tensor: a start that models share, plus the model's step."""
 
     def normal(key: str) -> Array:
         return np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape)
@@ -168,7 +168,7 @@ def save_model(
     tokenizer: bool = True,
     shards: int = 1,
 ) -> Path:
-    """A whole model folder; `tensors` and `config` are put over what would be there."""
+    """Writes a whole model folder; `tensors` and `config` replace or add to its contents."""
     folder.mkdir(parents=True, exist_ok=True)
     made = llama_tensors(name or folder.name, num_layers, dtype=dtype, tied=tied, vocab=vocab)
     made |= tensors or {}
@@ -202,14 +202,14 @@ def save_index(folder: Path, weight_map: Mapping[str, Any]) -> None:
 def save_family(
     root: Path, names: Sequence[str] = ("base", "red", "green"), **kwargs: Any
 ) -> dict[str, str]:
-    """Models beside each other; returns what a recipe calls them."""
+    """Saves models side by side; returns a recipe's `models`."""
     return {name: str(save_model(root / name, **kwargs)) for name in names}
 
 
 def run_python(
     code: str, *arguments: object, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a program in a process of its own; returns the completed process, as text."""
+    """Runs a program in its own process; returns the completed process, with output as text."""
     words = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(
         words,
@@ -223,7 +223,7 @@ def run_python(
 
 @contextmanager
 def mounted(folder: Path, *words: str) -> Iterator[Path]:
-    """`mount WORDS FOLDER` for a while; skips the test where mounting is not permitted."""
+    """Runs `mount WORDS FOLDER` and unmounts at the end; skips the test if it is not permitted."""
     folder.mkdir(exist_ok=True)
     command = ["mount", *words, str(folder)]
     try:
@@ -240,7 +240,7 @@ def mounted(folder: Path, *words: str) -> Iterator[Path]:
 
 @contextmanager
 def small_disk(folder: Path, n_bytes: int) -> Iterator[Path]:
-    """A file system of that size at `folder`; skips the test where mounting is not permitted."""
+    """A file system of that size at `folder`; skips the test if mounting is not permitted."""
     with mounted(folder, "-t", "tmpfs", "-o", f"size={n_bytes}", "gptailor-test"):
         yield folder
 

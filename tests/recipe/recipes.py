@@ -79,7 +79,7 @@ def recipes(draw: st.DrawFn, names: st.SearchStrategy[str] = _names) -> Recipe:
             st.lists(st.sampled_from(known), min_size=least, max_size=most, unique=method.weighted)
         )
         if method.weighted:
-            some = [m for m in models if m in some]  # as a file is read
+            some = [m for m in models if m in some]  # the order in which a file is read
         sources = tuple((m, draw(_weight) if method.weighted else 1.0) for m in some)
         values: dict[str, Value] = {}
         for p in method.parameters:
@@ -107,7 +107,7 @@ def recipes(draw: st.DrawFn, names: st.SearchStrategy[str] = _names) -> Recipe:
     def with_modules(entry: Layer, base: str) -> Layer:
         texts = draw(st.lists(st.sampled_from(_MODULES), max_size=3, unique=True))
         parts = [(text, drawn_entry(0, base)) for text in texts]
-        if isinstance(entry, Merge) and draw(st.booleans()):  # as an override writes it
+        if isinstance(entry, Merge) and draw(st.booleans()):  # as if written as an override
             values = dict(drawn_merge(0, base).parameters)
             shared = {k: v for k, v in entry.parameters if k not in values or draw(st.booleans())}
             parts.append(("norm", replace(entry, parameters=tuple(shared.items()))))

@@ -1,4 +1,4 @@
-"""One hash for all recipes that build one model, and another one for any other."""
+"""Recipes that build the same model have the same hash; all others have different ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_the_canonical_form_has_the_same_hash(made: Recipe) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(recipes(), st.data())
-def test_names_of_models_do_not_count(made: Recipe, data: st.DataObject) -> None:
+def test_names_of_models_do_not_matter(made: Recipe, data: st.DataObject) -> None:
     names = list(made.models)
     fresh = data.draw(st.permutations([f"m{i}" for i in range(len(names))]))
     new = dict(zip(names, fresh, strict=True))
@@ -53,7 +53,7 @@ def test_names_of_models_do_not_count(made: Recipe, data: st.DataObject) -> None
 
 @settings(max_examples=150, deadline=None)
 @given(recipes(), st.data())
-def test_the_order_of_sources_counts_only_where_it_has_a_meaning(
+def test_the_order_of_sources_matters_only_where_it_has_a_meaning(
     made: Recipe, data: st.DataObject
 ) -> None:
     def reordered(old: Layer) -> Layer:
@@ -72,10 +72,10 @@ def test_the_order_of_sources_counts_only_where_it_has_a_meaning(
     assert other.hash == made.hash
 
 
-# Whatever builds the same model has the same hash, and nothing else has
+# Recipes that build the same model have the same hash, and no others
 
 EQUAL: list[tuple[Layer, Layer]] = [
-    # one source of which nothing is lost
+    # one source, all of which is kept
     (Merge("linear", 1, weights(red=0.3), (("normalize", 1.0),)), Take("red", 1)),
     (Merge("linear", 1, weights(red=-2.0), (("normalize", 1.0),)), Take("red", 1)),
     (Merge("linear", 1, weights(red=1.0), (("normalize", 0.0),)), Take("red", 1)),
@@ -88,7 +88,7 @@ EQUAL: list[tuple[Layer, Layer]] = [
     (Merge("task_arithmetic", 1, weights(red=1.0, base=0.4), TA), Take("red", 1)),
     (Merge("ties", 1, weights(red=0.3), TIES), Take("red", 1)),
     (Merge("ties", 1, weights(red=0.3, blue=0.0, base=2.0), TIES), Take("red", 1)),
-    # none
+    # no source
     (Merge("task_arithmetic", 1, weights(red=0.0), TA), Take("base", 1)),
     (Merge("task_arithmetic", 1, weights(base=0.7), TA), Take("base", 1)),
     (Merge("task_arithmetic", 1, weights(red=1.0, blue=1.0), (("lambda", 0.0), TA[1])),
@@ -109,7 +109,7 @@ EQUAL: list[tuple[Layer, Layer]] = [
      Merge("ties", 1, weights(red=-1.7), (("density", 0.5), *TIES[1:]))),
     (Merge("ties", 1, weights(red=0.3, blue=0.0), (("density", 0.5), *TIES[1:])),
      Merge("ties", 1, weights(red=1.0), (("density", 0.5), *TIES[1:]))),
-    # a mean is a mean
+    # weights of a mean in the same proportion
     (Merge("linear", 1, weights(red=1.0, blue=2.0), (("normalize", 1.0),)),
      Merge("linear", 1, weights(red=0.5, blue=1.0), (("normalize", 1.0),))),
     (Merge("linear", 1, weights(red=0.5, blue=1.5), (("normalize", 1.0),)),
@@ -135,7 +135,7 @@ EQUAL += [
     (merge("average", "red"), Take("red", 1)),
     (merge("stock", "red", "blue"), merge("model_stock", "blue", "red")),
     (merge("model_stock", "red", "red"), Take("red", 1)),
-    # nuslerp: the ratio of the weights, from both ends
+    # nuslerp: the ratio of the weights counts, from both ends
     (weigh("nuslerp", {"red": 1.0, "blue": 3.0}), weigh("nuslerp", {"blue": 0.75, "red": 0.25})),
     (weigh("nuslerp", {"red": 1.0, "blue": -1.0}), weigh("nuslerp", {"red": 5.0, "blue": 5.0})),
     (weigh("nuslerp", {"red": 0.3, "blue": 0.0}), Take("red", 1)),
@@ -149,7 +149,7 @@ EQUAL += [
     (merge("karcher", "red"), Take("red", 1)),
     (merge("karcher", "red", "red"), Take("red", 1)),
     (merge("karcher", "red", "blue"), merge("karcher", "blue", "red")),
-    # with nothing dropped, dare, della and breadcrumbs are what they are built upon
+    # with nothing dropped, dare, della and breadcrumbs equal the methods that they build on
     (weigh("dare_linear", HALVES, seed=7.0), weigh("task_arithmetic", HALVES)),
     (weigh("dare_linear", {"red": 1.0}), Take("red", 1)),
     (weigh("dare_ties", HALVES, lam=0.5), weigh("ties", HALVES, lam=0.5, normalize=0.0)),
@@ -163,7 +163,7 @@ EQUAL += [
      weigh("dare_linear", {"red": 1.0, "blue": 1.0}, density=0.5)),
     (weigh("della_linear", {"red": 1.0, "blue": 3.0}, density=0.5, normalize=1.0),
      weigh("della_linear", {"red": 0.25, "blue": 0.75}, density=0.5)),
-    # sources whose difference is zero, or of which nothing is left
+    # sources whose difference is zero or of which nothing is kept
     (weigh("dare_ties", HALVES | {"base": 1.0, "green": 0.0}, density=0.5),
      weigh("dare_ties", HALVES, density=0.5)),
     (weigh("dare_ties", HALVES | {"green": 1.0}, density=(0.5, 0.5, 0.0)),
@@ -177,7 +177,7 @@ EQUAL += [
     (weigh("della", {"red": 0.3}, density=0.5), weigh("della_linear", {"red": 1.0}, density=0.5)),
     (weigh("breadcrumbs_ties", {"red": 0.3}, density=0.5, lam=2.0),
      weigh("breadcrumbs", {"red": 0.6}, density=0.5)),
-    # values that play no part
+    # values without effect
     (weigh("della", HALVES, density=(0.5, 1.0), epsilon=(0.1, 0.3)),
      weigh("della", HALVES, density=(0.5, 1.0), epsilon=(0.1, 0.7))),
     (weigh("breadcrumbs", HALVES, density=(0.5, 1.0), gamma=(0.1, 0.3)),
@@ -217,19 +217,19 @@ def test_equal(one: Layer, two: Layer) -> None:
     assert canonical.scale == 0.5
 
 
-def test_the_last_scale_is_without_effect() -> None:
+def test_the_last_scale_has_no_effect() -> None:
     assert (
         recipe(Take("red", 0), Take("red", 1, 0.5)).hash
         == recipe(Take("red", 0), Take("red", 1)).hash
     )
 
 
-def test_unused_models_do_not_count() -> None:
+def test_unused_models_do_not_matter() -> None:
     fewer = {name: MODELS[name] for name in ("base", "red")}
     assert recipe(Take("red", 1), models=fewer).hash == recipe(Take("red", 1)).hash
 
 
-def test_parameters_that_count() -> None:
+def test_parameters_that_matter() -> None:
     merge = Merge("ties", 1, weights(red=0.5, blue=1.5), TIES)
     plain = Merge("linear", 1, weights(red=0.5, blue=1.5), (("normalize", 0.0),))
     last = Take("red", 5)
@@ -267,7 +267,7 @@ def test_parameters_that_count() -> None:
     assert len(set(hashes)) == len(hashes)
 
 
-def test_differences_that_count() -> None:
+def test_differences_that_matter() -> None:
     sparse = weigh("dare_linear", HALVES, density=0.5)
     other = (("mlp", Take("blue", 1)),)
     different: list[Layer] = [
@@ -328,7 +328,7 @@ def test_differences_that_count() -> None:
     assert len(set(hashes)) == len(hashes)
 
 
-def test_ends_that_are_one_model() -> None:
+def test_merged_ends_that_amount_to_one_model() -> None:
     plain = recipe(Take("red", 0), embeddings="red", head="base")
     merged = recipe(
         Take("red", 0),
@@ -342,7 +342,7 @@ def test_ends_that_are_one_model() -> None:
 
 
 def test_hashes_of_recipes_from_before_all_methods() -> None:
-    """ties got a parameter, layers got modules: what was archived before must be found again."""
+    """Since then ties got a parameter and layers got modules; older archives must still match."""
     entries = [
         {"merge": "ties", "layer": 3, "weights": {"red": 0.7, "blue": 0.3}, "density": 0.5},
         {"merge": "linear", "layer": 4, "weights": {"red": 1.0, "blue": 2.0}},
@@ -355,6 +355,6 @@ def test_hashes_of_recipes_from_before_all_methods() -> None:
     assert found.hash == "ec612aac1aff83c8875dd24b92dff9f744781342e734a1409fb52f8075250fc2"
 
 
-def test_with_two_sources_the_base_of_a_mean_counts() -> None:
+def test_the_base_counts_as_a_source_of_a_mean() -> None:
     with_base = Merge("linear", 1, weights(red=0.5, base=0.5), (("normalize", 1.0),))
     assert recipe(with_base).hash != recipe(Take("red", 1)).hash

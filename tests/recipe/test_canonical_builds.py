@@ -1,4 +1,4 @@
-"""The canonical form of an entry builds what the entry does, by the engine and on tiny tensors."""
+"""The engine builds the same tensors from an entry and from its canonical form."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RATIO = "reduce_non_diagonal_ratio"
 
 
 def tensors(seed: int) -> dict[str, np.ndarray]:
-    """Finetunes of one base, with differences of the size that they have."""
+    """A base and finetunes of it, with differences of a typical size."""
     rng = np.random.default_rng(seed)
     base = rng.standard_normal(SHAPE)
     drawn = {name: base + 0.3 * rng.standard_normal(SHAPE) for name in MODELS}
@@ -30,7 +30,7 @@ def tensors(seed: int) -> dict[str, np.ndarray]:
 
 
 def built(entry: Layer, models: dict[str, np.ndarray]) -> np.ndarray:
-    """What the engine makes of an entry: float32."""
+    """The engine's result for an entry, computed in float32."""
     if isinstance(entry, Take):
         return models[entry.model].ravel()
     method = METHODS[entry.method]
@@ -39,7 +39,7 @@ def built(entry: Layer, models: dict[str, np.ndarray]) -> np.ndarray:
         grams = [gram(models[name]) for name in entry.models]
         sources = [torch.tensor(models[name]) for name in entry.models]
         return regmean(sources, grams, weights, entry.number(RATIO)).flatten().numpy()
-    if method.engine is None:  # always canonical when it is built
+    if method.engine is None:  # only its canonical form is ever built
         return built(canonical_layer(entry, "base", MODELS), models)
     out = run(
         method.name,
@@ -57,7 +57,7 @@ def built(entry: Layer, models: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def gram(x: np.ndarray) -> torch.Tensor:
-    """Of as many inputs as are needed, which depend on the model."""
+    """A Gram matrix of full rank, of inputs that depend on the model."""
     rng = np.random.default_rng(int(abs(x).sum() * 1e4))
     inputs = rng.standard_normal((4 * SHAPE[1], SHAPE[1])).astype(np.float32)
     return torch.tensor(inputs.T @ inputs)
@@ -81,7 +81,7 @@ def merges(draw: st.DrawFn) -> Merge:
     )  # fmt: skip
     values: dict[str, Value] = {}
     for p in method.parameters:
-        high = 1e-4 if p.name == "tol" else min(p.high, 3.0)  # above, the first source counts
+        high = 1e-4 if p.name == "tol" else min(p.high, 3.0)  # above, source order matters
         number = st.sampled_from([p.low, high, *p.search]) | st.floats(p.low, high)
         if p.is_flag or p.kind == "integer":
             values[p.name] = float(draw(st.integers(0, 1)))
@@ -93,7 +93,7 @@ def merges(draw: st.DrawFn) -> Merge:
         values["density"] = tuple(draw(st.sampled_from([0.0, 0.4, 0.5, 1.0])) for _ in some)
         values["epsilon"] = draw(st.sampled_from([0.0, 0.1, 0.15]))
     sources = tuple((name, draw(_weight) if method.weighted else 1.0) for name in some)
-    if method.is_calibrated:  # sums near zero would show every rounding
+    if method.is_calibrated:  # sums near zero would amplify rounding errors
         sources = tuple((name, abs(weight)) for name, weight in sources)
     return Merge(method.name, 1, sources, tuple(values.items()))
 
@@ -104,7 +104,7 @@ def test_the_canonical_form_builds_the_same(entry: Merge, seed: int) -> None:
     models = tensors(seed)
     canonical = canonical_layer(entry, "base", MODELS)
     if METHODS[entry.method].is_random:
-        # A source's mask follows from its place, which only the canonical form has.
+        # A source's mask depends on its position, which only the canonical form fixes.
         in_order = replace(entry, weights=tuple(sorted(entry.weights, key=lambda s: MODELS[s[0]])))
         assume(in_order == entry)
         assume(isinstance(canonical, Take) or canonical.models == entry.models

@@ -1,8 +1,8 @@
-"""Recipes: strict keys, and one text for each recipe.
+"""Recipes have strict keys and one canonical text.
 
-The canonical text is compared with `tests/golden/recipe*.yaml`. When it changes on purpose, look
-at the difference, then write the new one with `GPTAILOR_BLESS=1 pytest tests/test_recipe.py`:
-archives and published models hold this text, so that the schema's number may have to change too.
+The text is compared with `tests/golden/recipe*.yaml`. After a deliberate change, check the
+difference and write the new text with `GPTAILOR_BLESS=1 pytest tests/recipe/test_recipe.py`.
+Archives and published models hold this text, so the schema's number may have to change too.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ def test_layers(keys: dict[str, Any], message: str) -> None:
     assert "layers[0]" in text
 
 
-def test_modules_are_written_on_top_of_their_layer() -> None:
+def test_modules_override_keys_of_their_layer() -> None:
     found = layer(
         merge="ties",
         layer=1,
@@ -311,7 +311,7 @@ def test_a_number_of_400_digits_is_refused() -> None:
     refused(entry(take="red", layer=1, scale=10**400))
 
 
-def test_an_entry_that_is_no_mapping() -> None:
+def test_an_entry_that_is_not_a_mapping() -> None:
     for wrong in (None, "red", 3, ["take"]):
         assert "layers[0] must be a mapping" in refused(entry() | {"layers": [wrong]})
 
@@ -356,7 +356,7 @@ def test_yaml(text: str, message: str) -> None:
 
 
 def test_merge_keys_may_be_overridden() -> None:
-    """As in any YAML: a key of the mapping's own counts, then the first that was merged."""
+    """As in any YAML, a mapping's own key wins, then the first one that is merged."""
     text = """
 p: &p {take: red, layer: 0}
 q: &q {<<: *p, layer: 1}
@@ -373,8 +373,8 @@ AMBIGUOUS = ["no", "On", "OFF", "yes", "null", "~", "1e3", "007", "1_000", "0x1F
 
 
 @pytest.mark.parametrize("name", AMBIGUOUS)
-def test_names_that_yaml_takes_for_something_else(name: str) -> None:
-    """As keys they are what they are; as values, unless YAML 1.2 has another meaning for them."""
+def test_names_that_yaml_reads_as_something_else(name: str) -> None:
+    """As keys they are names; as values too, unless YAML 1.2 gives them another meaning."""
     text = f"""
 schema: gptailor/recipe/1
 models: {{base: ./base, {name}: ./x}}
@@ -397,7 +397,7 @@ layers:
             Recipe.from_yaml(unquoted)
 
 
-def test_a_number_is_a_name_where_a_model_is_called_so() -> None:
+def test_a_number_is_a_name_where_a_model_has_that_name() -> None:
     data = entry(take=7, layer=0) | {"models": {"base": "./b", "7": "./x"}, "base": "base"}
     assert Recipe.from_dict(data).layers[0].models == ("7",)
     assert "YAML reads the name of a model as true: put it in quotes" in refused(
@@ -406,7 +406,7 @@ def test_a_number_is_a_name_where_a_model_is_called_so() -> None:
 
 
 @pytest.mark.parametrize(("word", "value"), [("yes", 1.0), ("Off", 0.0), ("true", 1.0)])
-def test_truth_values_may_be_the_older_words(word: str, value: float) -> None:
+def test_truth_values_may_be_words_of_yaml_1_1(word: str, value: float) -> None:
     text = Recipe.from_dict(entry(merge="linear", layer=0, weights={"red": 1, "blue": 1})).to_yaml()
     text = text.replace("merge: linear,", f"merge: linear, normalize: {word},")
     (found,) = Recipe.from_yaml(text).layers
@@ -430,7 +430,7 @@ def test_any_text_is_a_usage_error_or_data(text: str) -> None:
 # Files
 
 
-def test_models_are_seen_from_the_file(tmp_path: Path) -> None:
+def test_model_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     for name in ("near", "sub"):
         (tmp_path / "a" / name).mkdir(parents=True)
     models = {"base": "near", "red": "./sub", "green": "../x", "blue": "org/hub@v1", "far": "/y"}
@@ -446,7 +446,7 @@ def test_models_are_seen_from_the_file(tmp_path: Path) -> None:
     assert absolute_ref("~/x", tmp_path) == str(Path.home() / "x")
 
 
-def test_a_recipe_that_is_no_file(tmp_path: Path) -> None:
+def test_a_recipe_that_can_not_be_read(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere.yaml"):
         with pytest.raises(UsageError, match=f"The recipe {path} can't be read"):
             read_recipe(path)

@@ -1,4 +1,4 @@
-"""Shards: every tensor once, no file above the limit, the same bytes each time, loadable."""
+"""Shards hold every tensor once, stay below the limit, are reproducible and can be loaded."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def test_sizes(text: str, n_bytes: int) -> None:
 @pytest.mark.parametrize(
     "text", ["", "GB", "-5GB", "0", "0.1", "5 G B", "5GBs", "1e9", "nan", "५GX"]
 )
-def test_sizes_that_are_none(text: str) -> None:
+def test_sizes_that_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is not a file size: write it like 5GB"):
         parse_size(text)
 
 
 def random_tensors(seed: int, scale: int, unit: int = 1) -> list[OutTensor]:
-    """Copies from three files in pieces that often lie side by side, and merged ones between.
+    """Copies from three files, often adjacent, with merged tensors in between.
 
-    Their sizes are 0, `unit`, or larger and a multiple of it, in elements.
+    Their sizes in elements are 0, `unit`, or a larger multiple of it.
     """
     rng = random.Random(seed)
     merge = Merge("linear", 0, (("a", 1.0),))
@@ -87,7 +87,7 @@ def check(shards: list[Shard], tensors: list[OutTensor], max_bytes: int) -> None
 
 @pytest.mark.parametrize("seed", range(25))
 @pytest.mark.parametrize("max_bytes", [1, 100_000, 10**9])
-def test_every_tensor_lies_in_one_shard(seed: int, max_bytes: int) -> None:
+def test_every_tensor_is_in_exactly_one_shard(seed: int, max_bytes: int) -> None:
     tensors = random_tensors(seed, 30_000)
     shards = lay_out(tensors, max_bytes)
     check(shards, tensors, max_bytes)
@@ -98,7 +98,7 @@ def test_every_tensor_lies_in_one_shard(seed: int, max_bytes: int) -> None:
 
 @pytest.mark.parametrize("seed", range(25))
 @pytest.mark.parametrize("max_bytes", [1 << 20, 60 << 20, 10**12])
-def test_where_blocks_can_be_shared_large_runs_keep_their_place(seed: int, max_bytes: int) -> None:
+def test_where_blocks_can_be_shared_large_runs_stay_aligned(seed: int, max_bytes: int) -> None:
     tensors = random_tensors(seed, 12 << 20, unit=4)
     shards = lay_out(tensors, max_bytes, lambda path: path.name != "c")
     check(shards, tensors, max_bytes)
@@ -160,7 +160,7 @@ def test_transformers_loads_shards(tmp_path: Path) -> None:
         assert state[name].view(torch.int16).numpy().tobytes() == entry[2], name
 
 
-def test_a_size_that_is_none_leaves_nothing(tmp_path: Path) -> None:
+def test_an_invalid_size_leaves_nothing(tmp_path: Path) -> None:
     models = save_family(tmp_path / "in")
     with pytest.raises(UsageError, match="'many' is not a file size"):
         write_model(

@@ -1,4 +1,4 @@
-"""A model far larger than memory: what the process itself takes, page cache apart."""
+"""A model far larger than memory: what the process itself uses, not counting the page cache."""
 
 from __future__ import annotations
 

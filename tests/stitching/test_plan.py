@@ -1,7 +1,7 @@
 """Where each tensor of the result comes from.
 
-The most important test stands first: what is merged, the base's part too, comes from the source
-layer and not from the place that the layer has in the result.
+The most important test comes first: everything that is merged, including the base's part, comes
+from the source layer and not from the layer's position in the result.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from tests.models.tiny import (
     save_shards,
 )
 
-BASE, RED, GREEN = 1.0, 2.0, 4.0  # the models; a layer's number is added as sixteenths
+BASE, RED, GREEN = 1.0, 2.0, 4.0  # the models' values; layer n adds n sixteenths
 
 
 def numbered(model: str, name: str, shape: tuple[int, ...]) -> Any:
-    """Every element of a tensor says which model and which source layer it is from."""
+    """Every element of a tensor shows which model and which source layer it comes from."""
     value = {"base": BASE, "red": RED, "green": GREEN}[model]
     layer = int(name.split(".")[2]) if ".layers." in name else 15
     return np.full(shape, value + layer / 16)
@@ -83,7 +83,7 @@ AFTER_A_CUT = {
         Merge("linear", 4, (("base", 0.5), ("red", 0.5)), (("normalize", 1.0),)),
         (BASE + RED) / 2,
     ),
-    "slerp": (  # parallel tensors: slerp goes along the line
+    "slerp": (  # parallel tensors: slerp is linear
         Merge("slerp", 4, (("base", 1.0), ("red", 1.0)), (("t", 0.5),)),
         (BASE + RED) / 2,
     ),
@@ -95,7 +95,7 @@ def test_a_merge_after_a_removal_reads_the_source_layer(
     method: str, numbered_models: dict[str, str], tmp_path: Path
 ) -> None:
     merge, expected = AFTER_A_CUT[method]
-    # the output layer 1 is the source layer 4: layers 1, 2 and 3 are gone
+    # output layer 1 is source layer 4: layers 1, 2 and 3 are gone
     made = recipe(numbered_models, Take("red", 0), merge, Take("green", 5))
     write_model(made, Family(numbered_models, "base"), tmp_path / "out", sync=False)
     tensors = load_model(tmp_path / "out")
@@ -165,7 +165,7 @@ def copies(plan: Any) -> list[Any]:
 def test_neighbours_are_copied_as_one_range(tmp_path: Path) -> None:
     models = save_family(tmp_path, num_layers=12)
     family = Family(models, "base")
-    # transformers writes layers in the order of their names, so that 10 and 11 follow 1
+    # transformers writes layers in the order of their names, so 10 and 11 follow 1
     whole = make_plan(recipe(models, *(Take("base", i) for i in range(12))), family)
     assert len(copies(whole)) == 1
     cut = make_plan(recipe(models, *(Take("base", i) for i in (0, 1, 2, 5, 6, 9))), family)
@@ -249,7 +249,7 @@ def test_modules_of_a_layer(numbered_models: dict[str, str], tmp_path: Path) -> 
         assert np.all(floats(found[f"model.layers.1.{suffix}"]) == value), suffix
 
 
-def test_a_module_that_is_no_merge_in_effect_is_a_copy(numbered_models: dict[str, str]) -> None:
+def test_a_module_whose_merge_has_no_effect_is_a_copy(numbered_models: dict[str, str]) -> None:
     slerp = Merge("slerp", 2, (("red", 1.0), ("green", 1.0)), (("t", 0.5),))
     whole = replace(slerp, parameters=(("t", 1.0),))
     plan = make_plan(
@@ -413,7 +413,7 @@ def test_scale_factors() -> None:
     assert scale_factors(made) == [1.0, 0.5, 0.5, 1.0]
 
 
-def test_scales_reach_only_what_writes_to_the_stream(tmp_path: Path) -> None:
+def test_scales_apply_only_to_weights_that_write_to_the_stream(tmp_path: Path) -> None:
     models = save_family(tmp_path, ["base"])
     plan = make_plan(recipe(models, Take("base", 0, 2.0), Take("base", 1)), Family(models, "base"))
     scaled = {t.name: t.factor for t in plan.tensors if t.factor != 1.0}
@@ -424,7 +424,7 @@ def test_scales_reach_only_what_writes_to_the_stream(tmp_path: Path) -> None:
     assert not any(t.is_copy for t in plan.tensors if t.name in scaled)
 
 
-def test_config_keeps_what_it_had(tmp_path: Path) -> None:
+def test_the_rest_of_the_config_is_kept(tmp_path: Path) -> None:
     kinds = ["full_attention", "sliding_attention"] * 2
     models = save_family(
         tmp_path, ["base"], config={"layer_types": kinds, "rope_theta": 5e5, "torch_dtype": "x"}

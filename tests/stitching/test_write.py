@@ -109,7 +109,7 @@ MERGES = {
         "multislerp", 2, (("red", 0.4), ("green", 0.5)), (("task_vectors", 1.0),)
     ),
     "karcher": Merge("karcher", 2, (("red", 1.0), ("green", 1.0), ("blue", 1.0))),
-    # sources of random masks in the order of their folders, which is the canonical one
+    # sources of random masks are in the order of their folders, which is the canonical order
     "dare_linear": Merge(
         "dare_linear", 2, (("blue", 0.4), ("red", 0.5)), (("density", 0.6), ("seed", 3.0))
     ),
@@ -148,7 +148,7 @@ MERGES = {
 def expected(
     merge: Merge, sources: list[Array], base: Array, name: str, statistics: list[Array] | None
 ) -> Array:
-    """The float64 oracle, fed with what the recipe says, not with its canonical form."""
+    """The float64 reference for the recipe as it is written, not for its canonical form."""
     is_average = merge.method == "regmean" and statistics is None
     if is_average:
         merge = replace(merge, method="linear", parameters=())
@@ -163,12 +163,12 @@ def expected(
     )
 
 
-def test_every_method_is_among_them() -> None:
+def test_every_method_has_a_case() -> None:
     assert {merge.method for merge in MERGES.values()} == set(METHODS)
 
 
 def one_rounding(value: Array, dtype: str) -> Array:
-    """Half a unit in the last place, plus what float32 loses before the rounding."""
+    """Half a unit in the last place, plus float32's error before the rounding."""
     bits, least = {"F32": (24, -149), "F16": (11, -24), "BF16": (8, -133)}[dtype]
     exponent = np.floor(np.log2(np.maximum(np.abs(value), 1e-300)))
     return np.asarray(2.0 ** np.maximum(exponent - bits, least - 1) + 1e-6)
@@ -243,7 +243,9 @@ def test_a_passthrough_stitch_imports_nothing_heavy(models: dict[str, str], tmp_
         assert out[f"model.layers.1.{suffix}"] == inputs["blue"][f"model.layers.4.{suffix}"]
 
 
-def test_the_whole_model_again_has_the_same_tensors(models: dict[str, str], tmp_path: Path) -> None:
+def test_taking_the_whole_model_gives_the_same_tensors(
+    models: dict[str, str], tmp_path: Path
+) -> None:
     made = recipe(models, *(Take("red", i) for i in range(5)), embeddings="red", head="red")
     assert stitched(made, tmp_path / "out") == load_model(Path(models["red"]))
 
@@ -475,8 +477,8 @@ def test_a_number_too_large_for_float16(how: str, dtype: str, tmp_path: Path) ->
         )  # fmt: skip
 
 
-def test_what_is_infinite_stays_so(tmp_path: Path) -> None:
-    """It was no number before; taken in its own type a tensor keeps its bytes."""
+def test_infinite_numbers_stay_infinite(tmp_path: Path) -> None:
+    """Infinity in a source is not an overflow; a tensor taken in its own type keeps its bytes."""
     name = "model.layers.2.mlp.down_proj.weight"
     models = {"base": str(with_number(tmp_path / "base", name, 1.0))}
     for dtype in ("float16", "float32", "bfloat16"):
@@ -492,7 +494,7 @@ def test_what_is_infinite_stays_so(tmp_path: Path) -> None:
 @pytest.mark.system
 @pytest.mark.parametrize("spare", [-1, 1])
 def test_a_full_disk_leaves_nothing(spare: int, models: dict[str, str], tmp_path: Path) -> None:
-    """`spare` pages beside the tensors: seen before the writing begins, or only in the middle."""
+    """With `spare` pages beyond the tensors, it shows before the writing begins or only midway."""
     made = recipe(models, MERGES["linear"], *(Take("red", i) for i in range(5)))
     family = Family(models, "base")
     with small_disk(tmp_path / "disk", 4 << 20) as disk:
@@ -537,8 +539,8 @@ def test_kill_9_leaves_no_output_and_the_next_run_cleans(
     assert list(out.parent.iterdir()) == [out]
 
 
-def test_a_stale_folder_of_our_own_process_number(models: dict[str, str], tmp_path: Path) -> None:
-    """In a container, every run has the same process number."""
+def test_a_stale_folder_with_our_own_process_id(models: dict[str, str], tmp_path: Path) -> None:
+    """In a container, every run has the same process id."""
     stale = tmp_path / f".out.tmp-{socket.gethostname()}-{os.getpid()}"
     stale.mkdir()
     (stale / "model.safetensors").write_text("half")
@@ -546,7 +548,7 @@ def test_a_stale_folder_of_our_own_process_number(models: dict[str, str], tmp_pa
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_folders_of_others_stay(models: dict[str, str], tmp_path: Path) -> None:
+def test_folders_of_other_processes_stay(models: dict[str, str], tmp_path: Path) -> None:
     host = socket.gethostname()
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         kept = [f".out.tmp-{host}-{other.pid}", ".out.tmp-another-1", f".out.tmp-{host}-x", ".out2"]
@@ -619,7 +621,7 @@ def test_transformers_loads_every_tensor(tied: bool, torch: Any, tmp_path: Path)
 
 
 @pytest.mark.parametrize("dtype", ["F32"])
-def test_scales_are_the_outputs_of_layers_times_a_number(
+def test_a_scale_multiplies_the_output_of_its_layer(
     dtype: str, torch: Any, families: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
     models, scales = families[dtype], (1.7, 0.6, 1.0, 2.5, 0.8)
@@ -644,5 +646,5 @@ def test_scales_are_the_outputs_of_layers_times_a_number(
                 )
             )
         wanted, found = wanted_model(ids).logits, model(ids).logits
-    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)  # the norm's epsilon
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)  # not exact: the norm's epsilon
     assert not torch.allclose(unscaled, wanted, rtol=1e-2, atol=1e-2)

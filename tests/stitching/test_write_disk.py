@@ -1,4 +1,4 @@
-"""What the disk sees: holes stay, blocks are shared where they can be, changed sources are told."""
+"""On disk: holes stay holes, blocks are shared where possible, changed sources are errors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def recipe(models: dict[str, str], *layers: Any) -> Recipe:
 
 
 def big_model(folder: Path, hidden: int, num_layers: int, holes: bool, meta: str = "") -> Path:
-    """A Llama shape with a large `ffn`; random bytes, or a hole where the weights should be."""
+    """A Llama with a large `ffn`, whose weights are random bytes or a hole in the file."""
     ffn = 2 * hidden
     save_model(folder, 1)
     shapes: dict[str, list[int]] = {"model.embed_tokens.weight": [20, hidden]}
@@ -82,7 +82,7 @@ def test_holes_stay_holes(io: str, tmp_path: Path) -> None:
     names = ("base", "red")
     models = {n: str(big_model(tmp_path / n, 512, 4, holes=True)) for n in names}
     red = tmp_path / "red" / "model.safetensors"
-    with red.open("r+b") as file:  # one island in the sea, at an odd place
+    with red.open("r+b") as file:  # an island at an odd offset
         file.seek(9_000_001)
         file.write(b"island")
     if allocated(tmp_path / "base") > 1 << 20:
@@ -101,7 +101,7 @@ def test_holes_stay_holes(io: str, tmp_path: Path) -> None:
     assert sum(entry[2].count(b"island") for entry in found.values()) == 1
 
 
-# Files that change meanwhile
+# Files that change during a stitch
 
 CHANGED = """
 import os, sys
@@ -152,7 +152,9 @@ print(os.path.exists(out))
 @pytest.mark.parametrize("io", ["mmap", "pread", "direct"])
 @pytest.mark.parametrize("moment", ["early", "middle", "late"])
 @pytest.mark.parametrize("action", ["truncate", "write", "replace"])
-def test_a_source_that_changes_meanwhile(action: str, moment: str, io: str, tmp_path: Path) -> None:
+def test_a_source_that_changes_during_a_stitch(
+    action: str, moment: str, io: str, tmp_path: Path
+) -> None:
     models = save_family(tmp_path / "in", ["base", "red"])
     made = recipe(models, Take("red", 0), MERGE, Take("red", 2))
     (tmp_path / "r.yaml").write_text(made.to_yaml())
@@ -174,7 +176,7 @@ TOOLS = {"xfs": ("mkfs.xfs", "xfsprogs"), "btrfs": ("mkfs.btrfs", "btrfs-progs")
 
 @contextmanager
 def disk(folder: Path, kind: str, size: int) -> Iterator[Path]:
-    """A mounted image of that file system; skips the test where it can't be had."""
+    """A mounted image with that file system; skips the test where it can't be made."""
     tool, package = TOOLS[kind]
     if shutil.which(tool) is None:
         pytest.skip(f"no {tool}: apt-get install {package}")
@@ -196,7 +198,7 @@ def flush(root: Path) -> None:
 
 
 def shared_bytes(path: Path) -> int:
-    """Bytes in extents that filefrag calls shared."""
+    """Bytes in extents that filefrag reports as shared."""
     words = ["filefrag", "-v", "-b1", str(path)]
     text = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     rows = [line.split(":") for line in text.splitlines() if re.match(r"\s*\d+:", line)]
@@ -209,7 +211,7 @@ def test_blocks_are_shared(kind: str, tmp_path: Path) -> None:
     if shutil.which("filefrag") is None:
         pytest.skip("no filefrag: apt-get install e2fsprogs")
     with disk(tmp_path / "disk", kind, 512 << 20) as root:
-        # headers of different lengths: no common place within a block
+        # headers of different lengths: tensors begin at different offsets within a block
         models = {
             n: str(big_model(root / n, 1024, 4, holes=False, meta="x" * 1000 * i))
             for i, n in enumerate(("base", "red", "blue"))
