@@ -31,7 +31,7 @@ def tensor(values: np.ndarray, dtype: str, shift: int = 0) -> _C.Tensor:
 
 
 def values(t: _C.Tensor) -> np.ndarray:
-    """What a tensor holds, as float32 (exact)."""
+    """A tensor's values as float32, which is exact."""
     return torch.utils.dlpack.from_dlpack(t).float().numpy().copy()
 
 
@@ -54,10 +54,10 @@ def run(
     parameters: Parameters | None = None,
     **named: float | Sequence[float],
 ) -> np.ndarray:
-    """The whole result as bytes, asked for in slices of `step` elements.
+    """The whole result as bytes, computed in slices of `step` elements.
 
-    Parameters of the method come by name, or in `parameters`. The sum that `linear` makes is not
-    divided unless `normalize` is given.
+    The method's parameters are given by name or in `parameters`. `linear` gives a sum, not a mean,
+    unless `normalize` is given.
     """
     defaults = {"normalize": 0} if method == "linear" else {}
     merge = _C.Merge(

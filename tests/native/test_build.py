@@ -1,4 +1,4 @@
-"""What the build decides, and that a build with CUDA works where there is no GPU."""
+"""What the build decides, and whether a build with CUDA works without a GPU."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def decide(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[str | None, st
 
 @pytest.fixture
 def nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A toolkit that only knows its version."""
+    """A fake CUDA toolkit that only prints its version."""
     path = tmp_path / "cuda" / "bin" / "nvcc"
     path.parent.mkdir(parents=True)
     path.write_text("#!/bin/sh\necho Cuda compilation tools, release 12.4, V12.4.131\n")

@@ -1,4 +1,4 @@
-"""Byte ranges between files: every way the kernel offers, and every way it refuses."""
+"""Copying byte ranges between files in every way that the kernel offers or refuses."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_across_file_systems(source: Path, shm: Path) -> None:
 
 
 def test_a_destination_that_cannot_be_reopened(source: Path, shm: Path) -> None:
-    # Write-only by permission: the way through /proc is shut, unless we are root.
+    # Write-only by permission: it can't be reopened through /proc, unless we are root.
     with opened(source, os.O_RDONLY) as s, opened(shm, os.O_WRONLY | os.O_CREAT) as d:
         shm.unlink()
         _C.copy_range(s, 0, d, 0, 1000)
@@ -108,7 +108,7 @@ def test_several_threads_write_one_file(source: Path, shm: Path) -> None:
 
 
 def test_a_file_that_reports_no_size(tmp_path: Path) -> None:
-    # Files in /proc answer 0 to copy_file_range: only reading tells.
+    # copy_file_range returns 0 for files in /proc: only a read shows what they hold.
     target = tmp_path / "d"
     with (
         opened("/proc/self/status", os.O_RDONLY) as s,

@@ -1,4 +1,4 @@
-"""Casts between the float types: every pattern of 16 bits, and the float32 values between."""
+"""Casts between the float types: every 16-bit pattern, and the float32 values between them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def is_nan(bits: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def assert_same(got: np.ndarray, want: np.ndarray, dtype: str) -> None:
-    """Bit for bit, but for the payload of a NaN; its sign stays."""
+    """Equal bit for bit, except that a NaN only has to be a NaN."""
     nan = is_nan(want, dtype)
     np.testing.assert_array_equal(is_nan(got, dtype), nan)
     np.testing.assert_array_equal(got[~nan], want[~nan])
@@ -72,7 +72,7 @@ def test_float32_is_rounded_to_nearest_even(out_dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
-def test_arithmetic_with_weight_one_gives_every_number_back(dtype: str) -> None:
+def test_arithmetic_with_weight_one_keeps_every_number(dtype: str) -> None:
     bits = np.arange(65536, dtype=np.uint16)
     source = holding(bits, dtype)
     got = run(

@@ -1,7 +1,7 @@
-"""The CUDA sources run on the CPU: `emulated_cuda/cuda_runtime.h` takes the place of CUDA's.
+"""The CUDA sources run on the CPU, with `emulated_cuda/cuda_runtime.h` in place of CUDA's header.
 
-Everything but the hardware is tested this way where there is no GPU: indices, barriers, the order
-of sums, the host's part. Races between blocks and speed are not.
+Without a GPU, this tests everything except the hardware: indices, barriers, the order of sums and
+the host's code. It can't test races between blocks, or speed.
 """
 
 from __future__ import annotations

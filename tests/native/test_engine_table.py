@@ -1,4 +1,4 @@
-"""The engine's table of methods follows from the declarations, and one of other ones is refused."""
+"""The engine's table of methods comes from the declarations, and a stale one is refused."""
 
 from __future__ import annotations
 
@@ -53,15 +53,15 @@ def test_a_stale_extension_is_refused(
         check_engine()
 
 
-def test_prose_is_no_part_of_it(unknown_yet: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the engine does not know of changes no digest: nobody builds again for it."""
+def test_prose_is_not_part_of_it(unknown_yet: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Changes that do not concern the engine need no rebuild."""
     other = replace(METHODS["ties"], paper="", in_mergekit=False)
     monkeypatch.setattr(engine_table, "METHODS", METHODS | {"ties": other})
     check_engine()
 
 
 @needs_sources
-def test_a_build_needs_the_standard_library_only(tmp_path: Path) -> None:
+def test_a_build_needs_only_the_standard_library(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-S", "-m", "gptailor.merging.engine_table", tmp_path / "table.h"],
         cwd=ROOT,
@@ -82,7 +82,7 @@ def test_a_build_needs_the_standard_library_only(tmp_path: Path) -> None:
         ("MAX_SOURCES 16", "MAX_SOURCES 32"),
     ],
 )
-def test_what_the_engine_does_not_have_is_an_error_of_the_compiler(
+def test_a_declaration_that_the_engine_can_not_meet_does_not_compile(
     right: str, wrong: str, tmp_path: Path
 ) -> None:
     compiler = os.environ.get("CXX") or shutil.which("c++")

@@ -1,4 +1,4 @@
-"""Ways to read a file: the same bytes in each, and what the kernel may do in between."""
+"""The ways to read a file give the same bytes, whatever the kernel does in between."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gptailor import _C
 from tests.models.tiny import run_python
 
 MODES = ("mmap", "pread", "direct")
-DATA = np.random.default_rng(5).integers(0, 256, 9_500_001, np.uint8).tobytes()  # no whole block
+DATA = np.random.default_rng(5).integers(0, 256, 9_500_001, np.uint8).tobytes()  # a partial block
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_several_threads_share_one_file(mode: str, path: Path) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
-def test_merges_do_not_see_the_mode(mode: str, dtype: str, tmp_path: Path) -> None:
+def test_merges_are_the_same_in_every_mode(mode: str, dtype: str, tmp_path: Path) -> None:
     values = torch.randn(3, 70_001, generator=torch.Generator().manual_seed(0))
     raw = values.to(torch.bfloat16 if dtype == "BF16" else torch.float32).view(torch.uint8)
     (tmp_path / "w").write_bytes(b"xyz" + raw.numpy().tobytes())
@@ -149,7 +149,7 @@ def test_auto_knows_network_file_systems(path: Path) -> None:
     assert _C.open_input(path).io == _C.io_of_file_system(int(kind.stdout, 16))
 
 
-# A kernel that answers with less than was asked for, interrupts, or has no O_DIRECT
+# A kernel that reads less than it was asked to, interrupts reads, or has no O_DIRECT
 
 SHIM = r"""
 #define _GNU_SOURCE
@@ -211,9 +211,11 @@ def shimmed(shim: Path, path: Path, mode: str, begin: int, n: int, what: str) ->
 
 @pytest.mark.parametrize("what", ["short", "interrupt"])
 @pytest.mark.parametrize("mode", ["pread", "direct"])
-def test_short_and_interrupted_reads_go_on(mode: str, what: str, shim: Path, path: Path) -> None:
+def test_short_and_interrupted_reads_are_continued(
+    mode: str, what: str, shim: Path, path: Path
+) -> None:
     if mode == "direct" and what == "short":
-        # The kernel gives whole blocks, except at the end: half a block leaves an odd rest.
+        # The kernel reads whole blocks except at the end: half a block leaves the rest unaligned.
         assert shimmed(shim, path, mode, 5, 10_000, what)[0] == "True"
     for begin, n in [(5, 200_000), (len(DATA) - 77_777, 77_777)]:
         assert shimmed(shim, path, mode, begin, n, what)[0] == "True"
@@ -272,13 +274,13 @@ except OSError as error:
     [("truncate", 0), ("truncate", 8 << 20), ("truncate", (8 << 20) + 6), ("write", 12345),
      ("truncate", (40 << 20) - 3)],
 )  # fmt: skip
-def test_a_file_that_changes_in_mid_merge(
+def test_a_file_that_changes_during_a_merge(
     mode: str, action: str, where: int, tmp_path: Path
 ) -> None:
     done = run_python(BROKEN, mode, tmp_path / "w", action, where)
     assert done.returncode == 0, done.stderr
     said = done.stdout.split()
-    # what was in memory before may still be merged
+    # data that were in memory before may still be merged
     assert said[:2] in ([str(errno.ESTALE), "True"], ["right", "True"])
     assert mode != "mmap" or said[0] != "right"
     assert said[2:] == [str(errno.ESTALE), "True"]
@@ -306,7 +308,7 @@ print(open("/proc/self/maps").read().count(path))
 """
 
 
-def test_views_in_torch_of_a_file_that_shrinks(tmp_path: Path) -> None:
+def test_torch_views_of_a_file_that_shrinks(tmp_path: Path) -> None:
     done = run_python(TORCH_VIEW, tmp_path / "w", 300_000)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["[True, True] 7", *[str(errno.ESTALE)] * 3, "3", "0"]
@@ -357,7 +359,7 @@ print("survived")
 @pytest.mark.parametrize(
     "case", ["fault", "fault-before", "fault-after", "fault-between", "sent", "sent-before"]
 )
-def test_faults_of_others_end_as_before(case: str, tmp_path: Path) -> None:
+def test_bus_errors_that_are_not_ours_are_still_fatal(case: str, tmp_path: Path) -> None:
     done = run_python(FOREIGN, case, tmp_path / "w")
     assert done.returncode == -7, (done.stdout, done.stderr)  # SIGBUS
     assert "survived" not in done.stdout
@@ -366,7 +368,7 @@ def test_faults_of_others_end_as_before(case: str, tmp_path: Path) -> None:
         assert done.stdout.split() == [str(errno.ESTALE)]
 
 
-def test_a_handler_of_python_is_called(tmp_path: Path) -> None:
+def test_a_signal_handler_in_python_is_called(tmp_path: Path) -> None:
     done = run_python(FOREIGN, "python", tmp_path / "w")
     assert (done.returncode, done.stdout.split()) == (0, ["told"]), done.stderr
 
@@ -396,7 +398,7 @@ def test_many_mappings(tmp_path: Path) -> None:
     assert done.stdout.split() == ["True"], done.stderr
 
 
-def test_importing_leaves_the_handler_alone() -> None:
+def test_importing_installs_no_handler() -> None:
     code = (
         "import sys\nfrom gptailor import _C\n"
         "line = [l for l in open('/proc/self/status') if l.startswith('SigCgt')][0]\n"

@@ -1,4 +1,4 @@
-"""File ranges into memory: whatever chunks, threads and way, the bytes are the file's."""
+"""Loading file ranges into memory gives the file's bytes for any chunks, threads and way."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_ranges_arrive(
     ranges = [(0, SIZE), (0, 0), (SIZE, 0), (SIZE - 1, 1), (4095, 2), (4096, 4096), (17, 1_000_000)]
     ranges += [(1_000_017, 999_983), (17, 1_000_000)]  # neighbours, and the same bytes twice
     outs = [empty(n, device) for _, n in ranges]
-    for _ in range(2):  # the buffers are used again
+    for _ in range(2):  # the buffers are reused
         loader.load(
             [(path, begin, out) for (begin, _), out in zip(ranges, outs, strict=True)],
             stream=stream(device),
@@ -101,7 +101,7 @@ def test_any_cut_into_one_block(
     requests = [(path, a, block[1 + a - cuts[0] : 1 + b - cuts[0]]) for a, b in pairwise(cuts)]
     order.shuffle(requests)
     _C.DeviceLoader(None, way=way, threads=2, buffer_bytes=buffer_bytes).load(requests)
-    assert block[0] == block[-1] == 7  # nothing beside the ranges is written
+    assert block[0] == block[-1] == 7  # nothing outside the ranges is written
     np.testing.assert_array_equal(block[1:-1].numpy(), content[cuts[0] : cuts[-1]])
 
 
@@ -126,7 +126,7 @@ class LoaderOptions(TypedDict, total=False):
     pin_bytes: int
 
 
-def test_what_is_wrong_is_said(file: tuple[Path, np.ndarray], tmp_path: Path) -> None:
+def test_wrong_requests_and_options(file: tuple[Path, np.ndarray], tmp_path: Path) -> None:
     path, _ = file
     loader = _C.DeviceLoader(None)
     with pytest.raises(ValueError, match="do not lie within"):
@@ -170,7 +170,7 @@ def test_a_file_that_becomes_shorter_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("way", ["pread", "direct"])
 def test_a_file_that_ends_before_its_size_is_an_error(way: str) -> None:
-    """As a file does that is truncated while it is read: sysfs states sizes that are not there."""
+    """As when a file is truncated during a read: sysfs states sizes larger than the content."""
     path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not path.is_file() or path.stat().st_size < 4096:
         pytest.skip("no such file here")

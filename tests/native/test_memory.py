@@ -81,7 +81,7 @@ def test_tensors_outlive_the_file_object(path: Path) -> None:
     assert row.numpy().tobytes() == BYTES[28:32]
 
 
-def test_the_mapping_goes_with_the_last_tensor(path: Path) -> None:
+def test_the_mapping_ends_with_the_last_tensor(path: Path) -> None:
     def maps() -> int:
         return Path("/proc/self/maps").read_text().count(str(path))
 
@@ -181,7 +181,7 @@ def test_a_buffer_is_zeroed_aligned_and_writable() -> None:
     assert t[0] == 2.5
 
 
-def test_buffers_that_cannot_be_had() -> None:
+def test_buffers_that_cannot_be_allocated() -> None:
     assert memoryview(_C.Buffer(0)).nbytes == 0
     with pytest.raises(MemoryError):
         _C.Buffer(2**62)

@@ -30,7 +30,7 @@ from tests.native.native_tools import (
 )
 
 METHODS = ["linear", "task_arithmetic", "slerp", "ties"]
-# Around the lengths at which the code changes its way: a vector, a block, a reduction block.
+# Around the lengths at which the code path changes: a vector, a block, a reduction block.
 SIZES = [0, 1, 2, 3, 7, 63, 64, 65, 511, 512, 513, 1023, 1025, 4095, 4097, 8200]
 THREADED = 5 * 65536 + 77  # more than one task for each thread
 
@@ -100,7 +100,7 @@ def test_every_size_and_type_agrees_with_the_reference(method: str, n: int) -> N
             assert got.size == 0
             continue
         same_steps = rounded(oracle(method, x, base, np.float32, **o), types[-2])
-        if method == "slerp":  # its two weights come from sums in another order
+        if method == "slerp":  # its two weights come from sums taken in another order
             size = np.abs(x.astype(np.float64)).sum(axis=0)
             slack = size * (EPS[types[-2]] + 4 * EPS["F32"]) + FLOOR[types[-2]] + FLOOR["F32"]
             assert (np.abs(got - oracle(method, x, base, **o)) <= 2 * slack).all()
@@ -140,7 +140,7 @@ def test_close_to_float64(
         **options_for(method, **o),
     )
     exact = oracle(method, x, base, **o)
-    # Each of at most 2 S + 4 operations loses half a unit of the largest number around.
+    # Each of at most 2 S + 4 operations loses half a unit of the largest number involved.
     x, base = x.astype(np.float64), base.astype(np.float64)
     size = np.abs(base) + np.sum(np.abs(np.array(w)[:, None] * x), axis=0) + np.abs(base) * sum(w)
     scale = size * max(1.0, abs(lam)) / min(1.0, *w)
@@ -172,7 +172,7 @@ def test_threads_and_slices_change_no_bit(method: str, out_dtype: str) -> None:
         assert np.array_equal(whole, again), (threads, step)
 
 
-def test_threads_of_python_may_share_a_merge() -> None:
+def test_python_threads_may_share_a_merge() -> None:
     rng = np.random.default_rng(6)
     x, base = sample(rng, 3, THREADED)
     sources, base_t = [tensor(row, "BF16") for row in x], tensor(base, "BF16")
@@ -290,7 +290,7 @@ def test_ties_keeps_exactly_the_largest(n: int, density: float, kind: int, seed:
     rng = np.random.default_rng(seed)
     kinds: dict[int, Callable[[], np.ndarray]] = {
         0: lambda: rng.standard_normal(n),
-        1: lambda: rng.integers(-3, 4, n).astype(float),  # many of one magnitude
+        1: lambda: rng.integers(-3, 4, n).astype(float),  # many equal magnitudes
         2: lambda: rng.standard_normal(n) * 2.0 ** rng.integers(-148, 120, n).astype(float),
         3: lambda: np.full(n, -1.5),
     }
@@ -343,7 +343,7 @@ def test_infinities() -> None:
 
 
 def test_the_largest_numbers_of_float16() -> None:
-    """65520 lies half-way between 65504 and what would be 65536; all below is rounded down."""
+    """65520 is halfway between 65504 and the next number, 65536; anything below is rounded down."""
     below = np.nextafter(np.float32(65520), np.float32(0))
     fits = np.array([65504.0, -65504.0, below, np.inf], np.float32)
     got = as_float(run("linear", [tensor(fits, "F32")], out_dtype="F16"), "F16")
@@ -361,7 +361,7 @@ def test_the_largest_numbers_of_float16() -> None:
 @pytest.mark.parametrize("at", [0, 700, 65_536, THREADED - 1])
 def test_a_number_too_large_is_found_where_it_is(method: str, at: int) -> None:
     x = np.ones((2, THREADED), np.float32)
-    x[:, at], x[:, -1] = -70144.0, 99840.0  # of bfloat16
+    x[:, at], x[:, -1] = -70144.0, 99840.0  # exact in bfloat16
     options: dict[str, Any] = {"ties": {"density": 0.5}, "slerp": {"t": 0.5}}
     base = None if method in ("linear", "slerp", "cast") else tensor(x[0] * 0, "F16")
     factor = 1.0 if method in ("cast", "slerp", "ties") else 0.5
@@ -381,7 +381,7 @@ def test_a_number_too_large_is_found_where_it_is(method: str, at: int) -> None:
         assert np.isfinite(as_float(run(name, sources, base, out_dtype=wide, **o), wide)).all()
 
 
-def test_a_nan_is_told_before_a_number_too_large() -> None:
+def test_a_nan_is_reported_before_a_number_too_large() -> None:
     x = tensor(np.array([70000.0, np.nan], np.float32), "F32")
     y = tensor(np.ones(2, np.float32), "F32")
     with pytest.raises(_C.NanError):

@@ -1,9 +1,9 @@
-"""The engine on the cases for which mergekit's results are known, and on very large tensors.
+"""The engine on the cases for which mergekit's results are stored, and on very large tensors.
 
-The known results are in tests/golden/mergekit_methods.npz.
-The references agree with mergekit there (tests/merging/test_reference_mergekit.py, with every
-difference and its reason), and here the engine agrees with the references: to the last bit, or for
-methods on a sphere to float32's rounding.
+Those results are in tests/golden/mergekit_methods.npz. tests/merging/test_reference_mergekit.py
+tests that the references agree with them and gives the reason for every difference; this file tests
+that the engine agrees with the references: to the last bit, or to float32's rounding for methods on
+a sphere.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def test_the_engine_computes_what_the_references_do(method: str) -> None:
     assert n > 0
 
 
-# method, sources, base?, parameters, those for the last row alone that choose the same elements
+# method, sources, base?, parameters, those that select the same elements from the last row alone
 LARGE: list[tuple[str, int, bool, dict[str, Any], dict[str, Any] | None]] = [
     ("linear", 2, False, {}, None),
     ("slerp", 2, False, {"t": 0.5}, None),
@@ -88,7 +88,7 @@ LARGE: list[tuple[str, int, bool, dict[str, Any], dict[str, Any] | None]] = [
 def test_more_elements_than_31_bits_count(
     case: tuple[str, int, bool, dict[str, Any], dict[str, Any] | None], tmp_path: Path
 ) -> None:
-    """2^31 + 8 elements in rows of 8, all zero but those of the last row."""
+    """2^31 + 8 elements in rows of 8, all zero except in the last row."""
     method, n_sources, with_base, parameters, alone = case
     n, tail = 2**31 + 8, 8
     scale = 1000 if method == "sce" else 1  # its mean squares are spread over all the zeros
@@ -123,7 +123,7 @@ def test_more_elements_than_31_bits_count(
 
 
 def _mask(method: str, x: np.ndarray, base: np.ndarray, n: int, source: int) -> np.ndarray:
-    """Which of the last 8 of n elements stay; density 0.5, epsilon 0.15, seed 0, key 1."""
+    """Which of the last 8 of n elements are kept; density 0.5, epsilon 0.15, seed 0, key 1."""
     counters = np.array([[n // 4 - 2, 0, source, 0], [n // 4 - 1, 0, source, 0]], np.uint32)
     words = reference.philox.philox4x32(counters.T, reference.philox.key_words(0, 1)).T.ravel()
     ranks = np.argsort(np.argsort(np.abs(x - base).ravel(), kind="stable"), kind="stable")

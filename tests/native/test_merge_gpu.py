@@ -1,4 +1,4 @@
-"""The GPU against the CPU, method by method: the same bits, but for methods that need sines.
+"""The GPU against the CPU, method by method: the same bits, except for methods that need sines.
 
 Also run with the kernels on the CPU, by test_emulated_cuda.py.
 """
@@ -22,8 +22,8 @@ pytestmark = [
     pytest.mark.skipif(_C.cuda_device_count() == 0, reason="no CUDA device"),
 ]
 
-# One list: empty, smaller than a vector, with a tail, several tiles, several reduction blocks, more
-# than a sample.
+# One list of tensors: empty, smaller than a vector, with a tail, several tiles, several reduction
+# blocks, more than a sample.
 SIZES = [0, 1, 7, 8, 1023, 8192, 8193, 30_001] + ([] if EMULATED else [70_001, 1_000_003])
 # method, sources, base?, parameters
 CASES: list[tuple[str, int, bool, dict[str, Any]]] = [
@@ -140,8 +140,8 @@ def test_a_list_of_tensors(case: tuple[str, int, bool, dict[str, Any]], shift: i
 
 @pytest.mark.parametrize("values", ["equal", "two", "narrow", "aliased"])
 @pytest.mark.parametrize("density", [0.001, 0.3, 0.5, 0.9999])
-def test_thresholds_whatever_the_sample_says(values: str, density: float) -> None:
-    """Where the sample misleads, or many are equal."""
+def test_thresholds_are_exact_whatever_the_sample(values: str, density: float) -> None:
+    """Where the sample misleads, or many elements are equal."""
     n = 40_000 if EMULATED else 3_000_000
     g = torch.Generator().manual_seed(1)
     x = torch.rand(n, generator=g) + 1
@@ -149,9 +149,9 @@ def test_thresholds_whatever_the_sample_says(values: str, density: float) -> Non
         x[:] = 0.25
     if values == "two":
         x = (x > 1.5).float()
-    if values == "narrow":  # neighbours among the float32 numbers
+    if values == "narrow":  # adjacent float32 numbers
         x = (x.view(torch.int32) & 1023 | 0x3F800000).view(torch.float32)
-    if values == "aliased":  # large where few runs of the sample are
+    if values == "aliased":  # large where the sample has few runs
         x = torch.arange(n, dtype=torch.float32) ** 2
         x[n // 2 :] = 0
     base = torch.zeros(n)
@@ -198,7 +198,7 @@ def test_nan_is_flagged() -> None:
 
 
 def test_numbers_too_large_for_float16_are_flagged() -> None:
-    """By the same numbers as on the CPU, for merges and casts, in each place of a tile."""
+    """For the same numbers as on the CPU, in merges and casts, at each position in a tile."""
     kinds = ["F16", "F16", "BF16", "F32", "F16", "F16"]
     values = [65519.0, -65520.0, 70000.0, 70000.0, float("inf"), 99840.0]
     places = [3, 19_999, 5, 6, 7, 0]

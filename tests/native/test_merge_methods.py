@@ -57,12 +57,12 @@ CASES: list[tuple[str, int, bool, dict[str, Any]]] = [
 ]  # fmt: skip
 IDS = [f"{m}-{'-'.join(f'{k}={v}' for k, v in p.items())}" for m, _, _, p in CASES]
 ELEMENTWISE = {"linear", "task_arithmetic", "ram", "nearswap"}
-# Their masks depend on values or on random words only: the same ones are chosen.
+# Their masks depend only on values or on random words, so the same elements are selected.
 SAME_CHOICE = {
     "ties", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "della_linear",
 }  # fmt: skip
 SHAPES = [(1,), (7,), (1, 1), (3, 5), (64, 64), (33, 129), (5, 1030), (130, 513), (4, 3, 11)]
-SHAPES += [(1, 9), (1, 4, 6)]  # one row is no vector
+SHAPES += [(1, 9), (1, 4, 6)]  # one row is not a vector
 THREADED = (700, 513)
 
 
@@ -110,7 +110,7 @@ def check(
         return
     size = np.abs(np.stack(x)).sum(axis=0).ravel() + (0 if base is None else np.abs(base).ravel())
     close = np.abs(got - exact) <= 2 * (np.abs(exact) * EPS[out_dtype] + size * 16 * EPS["F32"])
-    if method in {"sce", "arcee_fusion"} | SAME_CHOICE:  # the other sign or choice within rounding
+    if method in {"sce", "arcee_fusion"} | SAME_CHOICE:  # other sign or choice within rounding
         close |= np.abs(got - rounded(same_steps, out_dtype)) <= 2 * (
             np.abs(exact) * EPS[out_dtype] + size * 16 * EPS["F32"]
         )
@@ -132,7 +132,7 @@ def test_agrees_with_the_reference(case: tuple[str, int, bool, dict[str, Any]]) 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_large_tensors_on_threads(case: tuple[str, int, bool, dict[str, Any]]) -> None:
-    """The thresholds come from a sample here, and every thread has several tasks."""
+    """Large enough that thresholds come from a sample and every thread has several tasks."""
     check(case, THREADED, 2, threads=3)
 
 
@@ -168,7 +168,7 @@ def test_a_nan_is_found(case: tuple[str, int, bool, dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-def test_written_to_a_file_it_is_the_same(
+def test_a_file_gets_the_same_bytes(
     case: tuple[str, int, bool, dict[str, Any]], tmp_path: Any
 ) -> None:
     method, n_sources, with_base, parameters = case
@@ -238,15 +238,15 @@ def test_a_nan_is_found_where_nothing_is_kept(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_defaults_are_those_of_the_registry(method: Method) -> None:
-    """What a recipe does not name and what the engine is not told are the same."""
+    """The engine's defaults are those of recipes."""
     if method.name in ("average", "regmean"):
-        return  # built as linear; a linear solve, which is not the engine's
+        return  # average is built as linear, and regmean is a linear solve outside the engine
     n = max(2, method.min_sources) if method.max_sources > 1 else 1
     sources, base_t = sample(np.random.default_rng(6), n, (40, 50), ["F32"] * (n + 1))
     base = base_t if method.uses_base else None
     needed = {p.name: 0.3 for p in method.parameters if p.default is None}
     told = {p.name: p.default for p in method.parameters if p.default is not None}
-    # Densities are 1 by default, which hides what belongs to them.
+    # Densities are 1 by default, which hides the parameters that go with them.
     for density in [{}, {"density": 0.5}] if "density" in told else [{}]:
         o = {"weights": [0.3, 0.6][:n] if method.weighted else [], "threads": 1}
         if method.is_calibrated:

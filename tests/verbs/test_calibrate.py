@@ -1,6 +1,6 @@
-"""From a text to a stitched model by fisher and regmean, as a user does it, and what can go wrong.
+"""From a text to a model stitched with fisher and regmean, as a user does it, and what can fail.
 
-The family is the demo's; statistics come from running it on questions of its tasks.
+The family is the demo's; its statistics come from running it on questions from its tasks.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ LAYERS = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe, a text, models, and the calibration folder that the command line makes of them."""
+    """A recipe, a text, models, and the calibration folder that `gptailor calibrate` makes."""
     place = tmp_path_factory.mktemp("calibrated")
     for name in NAMES:
         shutil.copytree(PATH / "models" / name, place / "models" / name)
@@ -127,7 +127,7 @@ def test_what_a_calibration_holds(place: Path) -> None:
         known = Statistics(place / "calibration", method, "sort").metadata
         assert known["weights"] == weights_digest(Checkpoint(place / "models" / "sort").tensors)
         assert (known["sequences"], known["dtype"]) == ("40", "float32")
-        assert int(known["tokens"]) > 160  # more than any layer has inputs
+        assert int(known["tokens"]) > 160  # more than the inputs of any layer
 
 
 def test_a_stitched_model_is_what_the_formulas_say(place: Path, tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_the_stitched_model_names_its_statistics(place: Path, tmp_path: Path) ->
     assert load_model(tmp_path / "again") == first
 
 
-def test_the_resident_model_is_the_written_one(place: Path, tmp_path: Path) -> None:
+def test_the_resident_model_equals_the_written_one(place: Path, tmp_path: Path) -> None:
     recipe = read_recipe(place / "recipe.yaml").with_statistics_found()
     own = stitched(place / "recipe.yaml", tmp_path / "out")
     resident = ResidentModel(Family(recipe.models, "base"), dtype="float32", device="cpu")
@@ -211,7 +211,7 @@ def test_the_resident_model_is_the_written_one(place: Path, tmp_path: Path) -> N
         np.testing.assert_array_equal(state[name].numpy(), values)
     other = replace(recipe, layers=recipe.layers[::-1], _cache={})
     resident.assemble(other)
-    assert len(resident.pools[0].merged) == 3  # found again
+    assert len(resident.pools[0].merged) == 3  # reused
     with pytest.raises(UsageError, match="needs calibration data"):
         resident.assemble(replace(recipe, calibration=None, _cache={}))
 
@@ -257,7 +257,7 @@ def test_a_hash_names_the_statistics_if_they_are_used(place: Path, tmp_path: Pat
     assert replace(taken, layers=(one,), _cache={}).used_statistics == ()
 
 
-def test_weights_count_in_proportion(place: Path) -> None:
+def test_only_the_proportion_of_weights_counts(place: Path) -> None:
     found = read_recipe(place / "recipe.yaml").with_statistics_found()
 
     def digest(**named: float) -> str:
@@ -273,7 +273,7 @@ def test_weights_count_in_proportion(place: Path) -> None:
 
 
 def save_other_llama(folder: Path, seed: int, tied: bool) -> Path:
-    """Two layers with biases, in float16."""
+    """A Llama with two layers and biases, in float16."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -305,7 +305,7 @@ def test_biases_heads_and_half_precision(tmp_path: Path, tied: bool) -> None:
     )  # fmt: skip
     assert run("calibrate", recipe, "--text", tmp_path / "t.txt", "--dtype", "bfloat16") == 0
     gram = Statistics(tmp_path / "calibration", "regmean", "red")
-    assert gram.metadata["sequences"] == "19"  # of 16 tokens: no longer than the model takes
+    assert gram.metadata["sequences"] == "19"  # of 16 tokens, the most that the model reads
     assert ("lm_head.weight" in gram.tensors) != tied
     out = stitched(recipe, tmp_path / "out")
     own = {n: {k: floats(e) for k, e in load_model(Path(models[n])).items()} for n in sources}
@@ -344,7 +344,7 @@ def search_config(place: Path, **changes: Any) -> dict[str, Any]:
     } | changes  # fmt: skip
 
 
-def test_a_search_uses_them(
+def test_a_search_uses_the_statistics(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = search_config(place, output=str(tmp_path / "run"))
@@ -393,7 +393,7 @@ def test_an_evaluation_that_lacks_statistics_is_infeasible(place: Path) -> None:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
-    """A family without tokenizers' meaning, statistics by hand, a recipe that uses both kinds."""
+    """A tiny family, statistics made by hand, and a recipe that uses both kinds."""
     save_family(tmp_path / "models", NAMES)
     models = {name: str(tmp_path / "models" / name) for name in NAMES}
     for method in ("fisher", "regmean"):
@@ -542,7 +542,7 @@ def test_what_calibrate_refuses(place: Path, capsys: pytest.CaptureFixture[str])
     assert not (place / "new").exists()
 
 
-def test_nothing_half_written_stays(
+def test_no_partial_file_is_left(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family = Family({"sort": str(place / "models" / "sort")}, "sort")
@@ -573,7 +573,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), writing(path, {}, {"x": ("F32", (2, 3))}):
         (temporary,) = tmp_path.iterdir()
         raise RuntimeError
-    stale = tmp_path / f"{temporary.name.rpartition('-')[0]}-4194305"  # more than pids go
+    stale = tmp_path / f"{temporary.name.rpartition('-')[0]}-4194305"  # above the largest pid
     stale.write_bytes(b"half")
     with writing(path, {"a": "b"}, {"x": ("F32", (2, 3)), "y": ("BF16", ())}) as file:
         file.write("x", np.arange(6, dtype=np.float32).data)
@@ -584,7 +584,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     assert tensors["y"] == ("BF16", (), b"\0\0")
 
 
-def test_a_digest_of_weights_sees_a_change_in_any_tensor(tmp_path: Path) -> None:
+def test_a_digest_of_weights_changes_with_any_tensor(tmp_path: Path) -> None:
     models = save_family(tmp_path, ("base", "sort"))
     digests = {weights_digest(Checkpoint(models[n]).tensors) for n in models}
     assert len(digests) == 2

@@ -1,7 +1,8 @@
-"""`check` and `search` don't disagree: what a search refuses, `check` refuses with its sentence.
+"""`check` and `search` agree: what a search refuses, `check` refuses with the same sentence.
 
-Each row of BROKEN breaks one thing of a search that works. Add a row for whatever a search is found
-to refuse. What only weights tell (they hold NaN) is left out: `check` reads none.
+Each row of BROKEN breaks one thing in a search that works. Add a row for anything else that a
+search is found to refuse. Faults that only the weights reveal, such as NaN, are left out because
+`check` does not read weights.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ Break = Callable[[Path, dict[str, Any]], None]
 """Changes the files in a folder, or the configuration."""
 
 BROKEN: dict[str, tuple[Break, str]] = {}
-"""Name → what it breaks, and words of the sentence."""
+"""Name → the change, and part of the sentence."""
 
 
 def breaks(sentence: str) -> Callable[[Break], Break]:
@@ -330,7 +331,7 @@ def state(place: Path) -> dict[str, bytes]:
 
 
 LONG = "a_task_that_there_is_not"
-"""Reads the names of all tasks of lm-eval, to find a similar one."""
+"""This row reads the names of all tasks of lm-eval, to find a similar one."""
 
 
 @pytest.mark.parametrize(
@@ -369,7 +370,7 @@ def test_check_finds_nothing_where_a_search_runs(place: Path) -> None:
     assert verbs.check(path, resume=True) == [str(caught.value)]
 
 
-def test_a_gpu_that_is_not_here_is_no_problem_elsewhere(place: Path) -> None:
+def test_a_gpu_that_is_missing_here_is_not_a_problem(place: Path) -> None:
     config = good(place)
     config["evaluation"]["device"] = "cuda:77"
     path, said = write(place, config), list[str]()
@@ -379,7 +380,7 @@ def test_a_gpu_that_is_not_here_is_no_problem_elsewhere(place: Path) -> None:
     assert f"Not on this machine: {caught.value}" in said
 
 
-def test_check_tells_all_at_once(place: Path) -> None:
+def test_check_reports_all_problems_at_once(place: Path) -> None:
     config = good(place)
     truncated_weights(place, config)
     a_file_where_the_output_belongs(place, config)
@@ -400,10 +401,10 @@ def test_check_tells_all_at_once(place: Path) -> None:
         ("avx2", "float32", ""),
     ],
 )
-def test_a_type_that_is_slow_here_is_told(
+def test_a_type_that_is_slow_here_is_noted(
     flags: str, dtype: str, words: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is no problem, as a search runs."""
+    """It is not a problem, because the search runs."""
     monkeypatch.setattr(forward_dtype, "cpu_flags", lambda: frozenset(flags.split()))
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     config = good(place)
@@ -413,7 +414,7 @@ def test_a_type_that_is_slow_here_is_told(
     assert [words in text for text in said] == ([True] if words else [])
 
 
-def test_fast_leaves_the_tasks_data_out(place: Path) -> None:
+def test_fast_skips_the_tasks_data(place: Path) -> None:
     config = good(place)
     data_that_are_missing(place, config)
     path = write(place, config)
@@ -429,7 +430,7 @@ def test_a_long_answer_is_found_among_many_documents(place: Path) -> None:
     assert "document 0: the answer" in problem
 
 
-def test_the_other_verbs_say_it_too(place: Path) -> None:
+def test_the_other_verbs_give_the_same_error(place: Path) -> None:
     config = good(place)
     an_answer_that_is_too_long(place, config)
     path = write(place, config)

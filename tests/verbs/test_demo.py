@@ -20,7 +20,7 @@ from gptailor.stitching.write import RECIPE_FILE
 SAID = re.compile(
     r"Searching 12 layers|Evaluations are computed in float32, |Documents: "
     r"|Measuring what the layers|\d+/320 evaluations|Scoring \d+ recipes on the"
-    r"|.* \(\d+ (s|min)\)$"  # of what is slow here
+    r"|.* \(\d+ (s|min)\)$"  # slow steps
 )
 
 
@@ -38,7 +38,7 @@ def test_the_demo(tmp_path: Path) -> None:
 
 
 def it_says_how_far_it_is_and_nothing_else(stderr: str) -> None:
-    """No warning of a library or of Python, such as one about leaked semaphores."""
+    """No warnings from Python or a library, such as the one about leaked semaphores."""
     for line in stderr.splitlines():
         assert SAID.match(line), line
 
@@ -71,7 +71,7 @@ def each_variant_is_best_at_a_skill_of_its_own(run: Path) -> None:
 
 
 def a_stitched_model_beats_every_simple_cut(run: Path) -> None:
-    """At about 75 % of the layers, on the documents of the search and on those held out."""
+    """At about 75 % of the layers, on the documents of the search and on the holdout's."""
     report = json.loads((run / "front.json").read_text())
     with Archive(run, readonly=True) as archive:
         evaluations = archive.evaluations()
@@ -94,4 +94,4 @@ def it_ends_with_a_report_and_a_model(run: Path) -> None:
     assert (run / "report" / "index.html").is_file()
     (model,) = (run / "models").iterdir()
     assert (model / RECIPE_FILE).is_file()
-    verbs.demo(run)  # a second time finds everything done
+    verbs.demo(run)  # a second run finds everything done

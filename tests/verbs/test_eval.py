@@ -1,4 +1,4 @@
-"""`gptailor eval` gives what `lm_eval --model hf` gives with the same options, and a search has."""
+"""`gptailor eval` repeats the scores of `lm_eval --model hf` with equal options, and of a search."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NAMES = ("t_lambada", "t_group", "t_generate", "t_differing", "t_rolling")
 
 @pytest.fixture(scope="module")
 def chat_model(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """With a template that says who speaks."""
+    """A model whose chat template marks the speaker."""
     folder = tmp_path_factory.mktemp("chat") / "model"
     shutil.copytree(models["red"], folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
@@ -107,10 +107,10 @@ def test_the_table_has_every_metric(
     assert line.startswith("t_long  acc_norm,none  0.")
 
 
-def test_a_score_of_a_search_is_had_again(
+def test_eval_repeats_the_scores_of_a_search(
     models: dict[str, str], tasks_dir: Path, tmp_path: Path
 ) -> None:
-    """Of the documents that the search chose, with its options, for a stitched folder."""
+    """A stitched folder is scored on the documents that the search chose, with its options."""
     config = {
         "models": models,
         "base": "base",
@@ -146,7 +146,7 @@ def test_a_score_of_a_search_is_had_again(
         verbs.evaluate(folder, like=path, metric="acc")
 
 
-# An error inside an evaluation is the same to eval and to a search
+# Errors inside an evaluation are the same in eval and in a search
 
 
 def search_yaml(place: Path, models: dict[str, str], tasks: Path, schedule: str) -> Path:
@@ -217,7 +217,7 @@ def test_a_model_without_numbers(
     assert ends_with(capsys, "search", path) == (3, said)
 
 
-def test_our_own_bug_is_called_so(
+def test_a_bug_of_ours_is_not_blamed_on_the_model_or_the_task(
     models: dict[str, str], tasks_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from gptailor.evaluation.lm import ResidentLM

@@ -1,5 +1,7 @@
-"""How weights are read, and from where, is an argument of the verbs; the environment's is the
-default, which is nonsense here, so that whatever looks there fails."""
+"""How weights are read, and from where, is an argument of the verbs.
+
+The environment only holds the default, which is nonsense here, so anything that uses it fails.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ def nonsense(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def modes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """In which ways files are opened in this process."""
+    """The modes in which this process opens files."""
     seen: list[str] = []
     real = _C.open_input
 
@@ -64,7 +66,7 @@ def test_search(
     modes: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The search works on copies, and its archive names the originals."""
+    """The search works on copies, but its archive names the originals."""
     config = {
         "models": models,
         "base": "base",
@@ -74,7 +76,7 @@ def test_search(
     }
     path = tmp_path / "search.yaml"
     path.write_text(yaml.safe_dump(config))
-    if workers == 1:  # a pool only takes longer to say the same
+    if workers == 1:  # with a pool, it only takes longer
         with pytest.raises(UsageError, match="GPTAILOR_IO"):
             verbs.search(path, workers=workers)
         with pytest.raises(UsageError, match=r"--stage: /nowhere is not a folder"):

@@ -1,4 +1,4 @@
-"""`gptailor plan`: its figures are those of a search that is run."""
+"""The figures of `gptailor plan` are those of a real search."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ def config_file(folder: Path, models: dict[str, str], tasks: Path, **evaluation:
     return path
 
 
-def test_its_figures_are_those_of_real_evaluations(
+def test_figures_are_those_of_real_evaluations(
     models: dict[str, str], tasks_dir: Path, tmp_path: Path
 ) -> None:
-    config = config_file(tmp_path, models, tasks_dir, dtype="bfloat16")  # as the files
+    config = config_file(tmp_path, models, tasks_dir, dtype="bfloat16")  # the type of the files
     plan = verbs.plan(config, workers=3)
     family = Family(models, "base")
     assert [p.name for p in plan.probes] == ["dense", "half merged", "smallest"]
@@ -104,7 +104,7 @@ def test_tokens_of_every_kind_of_request(
     evaluation = {"tasks": [task], "include_path": str(tasks_dir), "device": "cpu"}
     config = parse_config({"models": models, "base": "base", "evaluation": evaluation}, "test")
     family = Family(models, "base")
-    if kind == "t_rolling":  # less is better, so a search refuses it
+    if kind == "t_rolling":  # lower is better, so a search refuses it
         with pytest.raises(ValueError, match="better when it is lower"):
             DryRun(config, family)
         return
@@ -116,11 +116,11 @@ def test_tokens_of_every_kind_of_request(
     assert size.digest == evaluator.workloads["search"].digest
     if kind == "t_lambada":
         assert size.tokens == seen
-    else:  # a bound: text may end early, and prompts are padded
+    else:  # an estimate: text may end early, and prompts are padded
         assert 0.5 * seen <= size.tokens <= 2 * seen
 
 
-def test_the_words_for_a_person_and_for_a_script(
+def test_output_for_people_and_for_scripts(
     models: dict[str, str], tasks_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = str(config_file(tmp_path, models, tasks_dir, dtype="float32"))
@@ -142,7 +142,7 @@ def test_the_words_for_a_person_and_for_a_script(
     assert "give each worker more GPUs" in capsys.readouterr().out
 
 
-def test_it_tells_what_candidates_gib_does(
+def test_the_effect_of_candidates_gib_is_explained(
     models: dict[str, str], tasks_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for gib, words in (
@@ -162,7 +162,7 @@ def test_it_tells_what_candidates_gib_does(
 
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "slerp", "karcher", "sce"])
 @pytest.mark.parametrize("stand_ins", [("base", "base"), ("base", "green"), ("red", "green")])
-def test_the_space_has_as_many_recipes_as_can_be_counted(
+def test_the_size_of_the_space_equals_a_count_of_recipes(
     method: str, stand_ins: tuple[str, str]
 ) -> None:
     models = {name: f"/m/{name}" for name in ("base", "red", "green")}
@@ -216,7 +216,7 @@ def test_a_70b_family_on_gpus_of_80_gib() -> None:
         plan_gpus(6 * GIB, 8)
 
 
-def test_the_footprint_knows_casts_and_every_tensor(models: dict[str, str]) -> None:
+def test_the_footprint_includes_casts_and_every_tensor(models: dict[str, str]) -> None:
     family = Family(models, "base")
     own = find_footprint(family, "bfloat16", recipes="bfloat16", batch_tokens=100, logits=10)
     cast = find_footprint(family, "float32", recipes="bfloat16", batch_tokens=100, logits=10)

@@ -1,4 +1,4 @@
-"""`gptailor prefetch`: what an offline job will find, proven by loading it without a network."""
+"""`gptailor prefetch` gets what an offline job needs and proves it by loading without a network."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def config_file(folder: Path, models: dict[str, str], tasks: Path, *names: str) 
 
 
 def in_hub_cache(home: Path, name: str, folder: Path) -> Path:
-    """A model as the hub's client keeps it."""
+    """Puts a model into the hub client's cache."""
     place = home / "hub" / f"models--{name.replace('/', '--')}"
     snapshot = place / "snapshots" / COMMIT
     shutil.copytree(folder, snapshot)
@@ -47,7 +47,7 @@ def in_hub_cache(home: Path, name: str, folder: Path) -> Path:
     return snapshot
 
 
-def test_a_model_of_the_hub_is_found_in_its_cache_and_named(
+def test_a_hub_model_is_found_in_the_cache_and_named(
     models: dict[str, str], tasks_dir: Path, tmp_path: Path
 ) -> None:
     home = tmp_path / "hf home"
@@ -70,7 +70,7 @@ def test_a_model_of_the_hub_is_found_in_its_cache_and_named(
     assert found["only_checked"]
 
 
-def test_what_is_not_there_is_told(
+def test_missing_models_and_data_are_reported(
     models: dict[str, str], tasks_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     missing = {**models, "red": "nobody/nothing"}
@@ -89,7 +89,7 @@ def test_what_is_not_there_is_told(
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    """Documents that are had over HTTP only."""
+    """Serves documents that are available only over HTTP."""
     (tmp_path / "served").mkdir()
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -103,7 +103,7 @@ def server(tmp_path: Path) -> Iterator[str]:
         httpd.shutdown()
 
 
-def test_a_task_that_asks_the_network_each_time_is_found_out(
+def test_a_task_that_needs_the_network_each_time_is_detected(
     models: dict[str, str], tasks_dir: Path, tmp_path: Path, server: str
 ) -> None:
     tasks = tmp_path / "tasks"
@@ -120,7 +120,7 @@ def test_a_task_that_asks_the_network_each_time_is_found_out(
         verbs.prefetch(config_file(tmp_path, models, tasks))
 
 
-def test_a_tokenizer_that_is_not_there_is_told(
+def test_a_missing_tokenizer_is_reported(
     models: dict[str, str], tasks_dir: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(models["base"], tmp_path / "base")

@@ -1,6 +1,6 @@
-// CUDA on the CPU, for tests where there is no GPU: the .cu files compiled as C++. A thread of a block is a fiber; they
-// take turns at barriers and shuffles, so that a barrier that not all reach is found (and aborts). Memory is the host's,
-// streams do their work at once. What it cannot show: races between blocks, and time.
+// CUDA on the CPU, for tests without a GPU: the .cu files are compiled as C++. Each thread of a block is a fiber;
+// fibers take turns at barriers and shuffles, so a barrier that not all of them reach is detected (and aborts). Memory
+// is the host's, and streams do their work at once. It can't show races between blocks, or timing.
 #pragma once
 
 #include <ucontext.h>
@@ -58,7 +58,7 @@ inline ucontext_t scheduler;
 inline int current = 0;
 inline Barrier block_barrier, warp_barriers[64];
 inline uint64_t exchanged[64][kWarp];
-inline uint64_t progress = 0;  // counts what happens, to find a block in which nothing does
+inline uint64_t progress = 0;  // counts events, to detect a block in which nothing happens
 
 inline void yield() { swapcontext(&fibers[static_cast<size_t>(current)].context, &scheduler); }
 
@@ -235,7 +235,7 @@ inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSucce
 inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
 inline cudaError_t cudaMemPoolCreate(cudaMemPool_t* pool, const cudaMemPoolProps*) { return *pool = nullptr, cudaSuccess; }
 inline cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t, cudaMemPoolAttr, void*) { return cudaSuccess; }
-// Fresh memory is full of NaN: what is read before it was written is seen.
+// Fresh memory is full of NaN, so a read before the first write shows.
 inline cudaError_t cudaMallocFromPoolAsync(void** memory, size_t n_bytes, cudaMemPool_t, cudaStream_t) {
   *memory = std::aligned_alloc(4096, (n_bytes + 4095) / 4096 * 4096);
   if (*memory == nullptr) return cudaErrorEmulated;
