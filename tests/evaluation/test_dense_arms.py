@@ -82,7 +82,7 @@ def test_dense_arms_have_the_logits_of_their_models(
             assert found.config.vocab_size == expected.config.vocab_size
 
 
-def test_what_is_merged_is_what_is_written(models: dict[str, str], tmp_path: Path) -> None:
+def test_merges_in_memory_equal_the_written_folder(models: dict[str, str], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     family = Family(models, "base")
@@ -131,7 +131,7 @@ def test_other_architectures(kind: str, small: dict[str, int], tmp_path: Path) -
 
 
 @pytest.mark.parametrize("models", ["tied", "uneven"], indirect=True)
-def test_a_search_scores_them_as_eval_and_lm_eval_do(
+def test_a_search_scores_dense_arms_as_eval_and_lm_eval_do(
     models: dict[str, str], tasks_dir: Path, tmp_path: Path
 ) -> None:
     config = tmp_path / "search.yaml"

@@ -93,7 +93,7 @@ def test_the_metric_that_is_meant(folder: Path, name: str) -> None:
         ({"task": "unfit", "metric": "acc"}, "Known: exact_match"),
     ],
 )
-def test_what_a_group_does_not_give(folder: Path, spec: dict[str, str], words: str) -> None:
+def test_metrics_that_a_group_does_not_give(folder: Path, spec: dict[str, str], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         workload(folder, spec)
 

@@ -76,7 +76,7 @@ PROMPTS: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("context", "answer", "sentence"), ANSWERS)
-def test_what_lm_eval_can_not_score_is_refused(
+def test_answers_that_lm_eval_can_not_score_are_refused(
     both: tuple[ResidentLM, HFLM], context: str, answer: str, sentence: str
 ) -> None:
     asked = instance("loglikelihood", context, answer)
@@ -88,7 +88,7 @@ def test_what_lm_eval_can_not_score_is_refused(
 
 
 @pytest.mark.parametrize(("prompt", "settings", "sentence"), PROMPTS)
-def test_what_transformers_can_not_generate_is_refused(
+def test_texts_that_transformers_can_not_generate_are_refused(
     both: tuple[ResidentLM, HFLM], prompt: str, settings: dict[str, Any], sentence: str
 ) -> None:
     asked = instance("generate_until", prompt, {**SETTINGS, **settings})
@@ -110,7 +110,7 @@ def test_what_transformers_can_not_generate_is_refused(
         ("w01 ", "w02"),
     ],
 )
-def test_what_fits_has_the_number_of_lm_eval(
+def test_requests_that_fit_are_scored_as_by_lm_eval(
     both: tuple[ResidentLM, HFLM], context: str, answer: str
 ) -> None:
     asked = instance("loglikelihood", context, answer)
@@ -122,7 +122,7 @@ def test_what_fits_has_the_number_of_lm_eval(
 
 
 @pytest.mark.parametrize("page", ["", "   ", "w01", words(64), words(65), words(200)])
-def test_pages_of_every_length_have_the_number_of_lm_eval(
+def test_pages_of_every_length_are_scored_as_by_lm_eval(
     both: tuple[ResidentLM, HFLM], page: str
 ) -> None:
     asked = instance("loglikelihood_rolling", page)

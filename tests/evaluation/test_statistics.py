@@ -103,7 +103,7 @@ def test_fisher_is_unbiased() -> None:
     assert all(torch.equal(same[name], draws[7][name]) for name in names)
 
 
-def test_fisher_refuses_what_is_not_finite() -> None:
+def test_fisher_refuses_numbers_that_are_not_finite() -> None:
     model = Bigram()
     with torch.no_grad():
         model.second.weight[2, 1] = float("inf")
@@ -149,7 +149,7 @@ def test_gram_matrices_are_those_of_the_inputs(budget: int) -> None:
     assert not any(module._forward_pre_hooks for module in linears.values())
 
 
-def test_gram_matrices_refuse_what_is_not_finite() -> None:
+def test_gram_matrices_refuse_numbers_that_are_not_finite() -> None:
     model = Bigram()
     with torch.no_grad():
         model.first.weight[2, 1] = float("nan")

@@ -183,7 +183,7 @@ def test_a_nan_is_found(method: Method) -> None:
 
 
 @every_method
-def test_the_canonical_form_is_one(method: Method) -> None:
+def test_the_canonical_form_is_unique(method: Method) -> None:
     for entry in merges(method):
         simplest = canonical_layer(entry, "base", MODELS)
         assert canonical_layer(simplest, "base", MODELS) == simplest

@@ -24,7 +24,7 @@ def declared() -> Iterator[str]:
             yield f"  {p.name} = {p.default!r} in {p.low!r} to {p.high!r}, {', '.join(traits)}"
 
 
-def test_defaults_and_bounds_are_what_they_were() -> None:
+def test_defaults_and_bounds_have_not_changed() -> None:
     """Recipes depend on them. After a deliberate change, update the golden file."""
     assert "\n".join(declared()) + "\n" == GOLDEN.read_text()
 

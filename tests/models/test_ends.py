@@ -70,7 +70,7 @@ def test_equal_ends(tmp_path: Path) -> None:
     assert one.are_equal and one.head == {"base": "base"}
 
 
-def test_the_base_stands_for_others_wherever_it_is_named(tmp_path: Path) -> None:
+def test_the_base_represents_equal_ends_wherever_it_is_listed(tmp_path: Path) -> None:
     found(tmp_path, red={})
     models = {name: str(tmp_path / name) for name in ("red", "base")}
     assert Family(models, "base").ends.embeddings == {"red": "base", "base": "base"}

@@ -142,7 +142,7 @@ def test_another_vocabulary_is_left_for_transformers_to_compare(base: Path, tmp_
         family.check_settled()
 
 
-def test_the_order_of_tokens_does_not_count(base: Path, tmp_path: Path) -> None:
+def test_the_order_of_tokens_does_not_matter(base: Path, tmp_path: Path) -> None:
     path = save_model(tmp_path / "other") / "tokenizer.json"
     data = json.loads(path.read_text())
     data["model"]["vocab"] = dict(reversed(data["model"]["vocab"].items()))

@@ -567,7 +567,7 @@ def test_no_partial_file_is_left(
         assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+def test_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     path = statistics_path(tmp_path, "fisher", "a/b c")
     assert path.name == "a%2Fb c.fisher.safetensors"
     with pytest.raises(RuntimeError), writing(path, {}, {"x": ("F32", (2, 3))}):

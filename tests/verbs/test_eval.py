@@ -1,4 +1,4 @@
-"""`gptailor eval` repeats the scores of `lm_eval --model hf` with equal options, and of a search."""
+"""`gptailor eval` gives the scores that `lm_eval --model hf` and a search give with equal options."""
 
 from __future__ import annotations
 
