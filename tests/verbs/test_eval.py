@@ -1,4 +1,4 @@
-"""`gptailor eval` gives the scores that `lm_eval --model hf` and a search give with equal options."""
+"""`gptailor eval` gives the same scores as `lm_eval --model hf` and a search with equal options."""
 
 from __future__ import annotations
 
