@@ -3,8 +3,9 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-# test processes; each needs 1 GB of memory, for `test-long` 3 GB, and there each starts its own Slurm
+# test processes; each needs 1 GB of memory, those of `test-long` 3 GB and a Slurm of their own
 TEST_PROCESSES ?= 3
+LONG_TEST_PROCESSES ?= 4
 SOURCES := $(wildcard csrc/* gptailor/merging/*.py) setup.py pyproject.toml constraints.txt
 
 .PHONY: demo test test-short test-long test-slow sanitize lint typecheck bench clean
@@ -20,7 +21,7 @@ test-short: $(VENV)/.installed
 
 # whole programs: the demo, islands, searches on a cluster through time limits, dead nodes, preemption
 test-long: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "long and not gpu" -n $(TEST_PROCESSES) --dist worksteal
+	$(BIN)/python -m pytest -m "long and not gpu" -n $(LONG_TEST_PROCESSES) --dist worksteal
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "slow or gpu"

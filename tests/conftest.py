@@ -20,8 +20,11 @@ os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval's bootstrap: its pool
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TESTS = Path(__file__).parent
-LONGEST_FIRST = ("execution", "search", "cluster", "verbs", "commands", "docs", "evaluation")
-"""Folders whose files take longest: started first, so none is left running alone at the end."""
+LONGEST_FIRST = (
+    *("cluster/test_slurm_readme.py", "execution", "search", "cluster"),
+    *("verbs", "commands", "docs", "evaluation"),
+)
+"""Files and folders that take longest: started first, so none is left running alone at the end."""
 
 NUM_LAYERS = 6
 WORDS = [f"w{i:02d}" for i in range(90)]
@@ -29,8 +32,13 @@ WORDS = [f"w{i:02d}" for i in range(90)]
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts long files first, for parallel runs that keep a file in one process (`loadfile`)."""
-    order = {folder: number for number, folder in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: order.get(item.path.relative_to(TESTS).parts[0], len(order)))
+
+    def rank(item: pytest.Item) -> int:
+        path = item.path.relative_to(TESTS)
+        here = [n for n, name in enumerate(LONGEST_FIRST) if path.is_relative_to(name)]
+        return min(here, default=len(LONGEST_FIRST))
+
+    items.sort(key=rank)
 
 
 def save_tokenizer(folder: Path) -> None:

@@ -11,9 +11,9 @@ from torch import nn
 
 from gptailor.errors import GptailorError, ModelError, ResourceError
 from gptailor.evaluation.casting import check_range
+from gptailor.evaluation.device_memory import available_bytes
 from gptailor.evaluation.devices import is_out_of_memory, pick_device
 from gptailor.evaluation.loading import load_model, load_tokenizer
-from gptailor.evaluation.memory import available_bytes
 from gptailor.evaluation.statistics import fisher_information, gram_matrices
 from gptailor.evaluation.structure import module_names
 from gptailor.evaluation.text import Sequences, make_sequences, read_documents

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 
 from gptailor.errors import plain
-from gptailor.evaluation.memory import available_bytes
+from gptailor.evaluation.device_memory import available_bytes
 from gptailor.evaluation.memory_policy import ROOM
 
 PRECISE = "float32"

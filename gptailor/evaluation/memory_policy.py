@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from gptailor.errors import ResourceError
+from gptailor.evaluation.device_memory import DeviceMemory
 from gptailor.evaluation.footprint import Blocks
-from gptailor.evaluation.memory import DeviceMemory
 from gptailor.evaluation.spread import gib, layer_ranges, place_layers
 
 CACHED_MODELS = 8

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from gptailor.errors import ModelError
+from gptailor.evaluation.device_memory import device_memory, host_memory
 from gptailor.evaluation.device_pool import DevicePool, open_pools
 from gptailor.evaluation.device_weights import Backend, Group, GroupKey, Place
 from gptailor.evaluation.devices import all_gpus, pick_device
 from gptailor.evaluation.footprint import find_blocks
 from gptailor.evaluation.forward_dtype import PRECISE
-from gptailor.evaluation.memory import device_memory, host_memory
 from gptailor.evaluation.memory_policy import is_mapped, may_spread, plan_memory
 from gptailor.evaluation.merge_cache import Key
 from gptailor.evaluation.merger import Merger, first_rows

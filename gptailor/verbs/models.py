@@ -80,7 +80,7 @@ def stitch(
 
 def _check_room(recipe: Recipe, family: Family, out: str | Path) -> None:
     """Raises a `ResourceError` early if there is too little memory to test the result."""
-    from gptailor.evaluation.memory import available_bytes
+    from gptailor.evaluation.device_memory import available_bytes
     from gptailor.stitching.plan import check_recipe
 
     check_recipe(recipe, family)

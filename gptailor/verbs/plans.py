@@ -273,8 +273,8 @@ def family_files(family: Family) -> list[Path]:
 
 def _check_room(footprint: Footprint, device: str) -> None:
     """Raises a `ResourceError` if the probes would swamp the machine, for example a login node."""
+    from gptailor.evaluation.device_memory import available_bytes
     from gptailor.evaluation.forward_dtype import is_cpu
-    from gptailor.evaluation.memory import available_bytes
 
     room = available_bytes()
     if is_cpu(device) and footprint.model > 0.8 * room:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gptailor.errors import ResourceError
+from gptailor.evaluation.device_memory import DeviceMemory, device_memory, host_memory
 from gptailor.evaluation.footprint import Blocks
-from gptailor.evaluation.memory import DeviceMemory, device_memory, host_memory
 from gptailor.evaluation.memory_policy import check_dense, may_spread, plan_memory
 
 if TYPE_CHECKING:

@@ -75,7 +75,7 @@ class Launcher:
         shape = ("--cpus-per-worker", "2", "--gpus-per-node", "2", "--time", "20", "--mpi", "none")
         return [*search, *shape, *nodes, *words]
 
-    def launch(self, *words: str, seconds: float = 60, code: int = 0) -> tuple[int, str]:
+    def launch(self, *words: str, seconds: float = 300, code: int = 0) -> tuple[int, str]:
         """Launches the small program instead of a search."""
         self.run.mkdir(exist_ok=True)
         program = self.folder / "program.py"
@@ -83,7 +83,7 @@ class Launcher:
         gptailor = f"{sys.executable} {program} {self.run} {seconds} {code}"
         return self.gptailor(*self.launch_words(*words), GPTAILOR=gptailor)
 
-    def submitted(self, *words: str, seconds: float = 60, code: int = 0) -> list[str]:
+    def submitted(self, *words: str, seconds: float = 300, code: int = 0) -> list[str]:
         done, said = self.launch(*words, "--json", seconds=seconds, code=code)
         assert done == 0, said
         jobs: list[str] = json.loads(said.splitlines()[-1])["jobs"]

@@ -1,4 +1,4 @@
-"""A search on two nodes finds what one process finds, even if ranks are killed on the way."""
+"""A search on two nodes finds what one process finds; test_faults.py kills ranks on the way."""
 
 from __future__ import annotations
 
@@ -7,26 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.cluster import Cluster
-from tests.cluster.jobs import check_status, launch, submit, wait_for_ranks
+from tests.cluster.jobs import launch, submit, wait_for_ranks
 from tests.cluster.searches import make_search
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(600)]
-
-
-def test_sbatch_finds_the_same_front_despite_killed_ranks(
-    cluster: Cluster, tmp_path: Path, front: list[tuple[str, float]]
-) -> None:
-    search = make_search(tmp_path / "search", seconds=0.3)
-    job = submit(cluster, search)
-    a_few = search.wait_for(4)
-    cluster.kill_rank(job, search.busy(job))
-    more = search.wait_for(len(a_few) + 8)
-    cluster.kill_rank(job, 0)
-    assert cluster.wait(job, timeout_s=300) == "COMPLETED"
-    search.check(a_few, more)
-    assert search.front() == front
-    assert cluster.sacct(job) == [("COMPLETED", 0)]
-    check_status(cluster, search, job)
 
 
 def test_launch_finds_the_same_front(

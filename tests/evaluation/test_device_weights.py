@@ -173,7 +173,7 @@ def test_copies_of_mapped_files_have_a_limit(
     """bfloat16 candidates computed in float32, with just enough memory for one recipe."""
     family = Family(models, "base")
     plenty = ResidentModel(family, device="cpu", dtype="float32", cache_bytes=0)
-    monkeypatch.setattr("gptailor.evaluation.memory.available_bytes", lambda: 0)
+    monkeypatch.setattr("gptailor.evaluation.device_memory.available_bytes", lambda: 0)
     scarce = ResidentModel(family, device="cpu", dtype="float32", cache_bytes=0)
     weights = scarce.pools[0].weights
     one_model = sum(4 * t.n_elements for t in family.base.tensors.values())

@@ -18,10 +18,10 @@ import torch
 from gptailor.config import EvaluationConfig
 from gptailor.errors import ResourceError
 from gptailor.evaluation import memory_policy
+from gptailor.evaluation.device_memory import DeviceMemory
 from gptailor.evaluation.device_pool import DevicePool
 from gptailor.evaluation.device_weights import Group
 from gptailor.evaluation.footprint import Blocks, find_blocks, padded
-from gptailor.evaluation.memory import DeviceMemory
 from gptailor.evaluation.memory_policy import check_dense, plan_memory
 from gptailor.evaluation.resident import ResidentModel
 from gptailor.evaluation.slots import Parameters
@@ -91,8 +91,8 @@ def planned(family: Family, dtype: str, **options: Any) -> WorkerMemory:
 
 
 def set_memory(monkeypatch: pytest.MonkeyPatch, free: int, total: int) -> None:
-    monkeypatch.setattr("gptailor.evaluation.memory.available_bytes", lambda: free)
-    monkeypatch.setattr("gptailor.evaluation.memory.total_bytes", lambda: total)
+    monkeypatch.setattr("gptailor.evaluation.device_memory.available_bytes", lambda: free)
+    monkeypatch.setattr("gptailor.evaluation.device_memory.total_bytes", lambda: total)
 
 
 @pytest.fixture

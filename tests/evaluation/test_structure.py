@@ -361,12 +361,12 @@ def test_a_result_that_can_not_be_tested_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from gptailor import verbs
-    from gptailor.evaluation import memory
+    from gptailor.evaluation import device_memory
 
     folder = save_real(tmp_path / "m", "llama")
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe(folder, 0, 2).to_yaml())
-    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(device_memory, "available_bytes", lambda: 1000)
     with pytest.raises(ResourceError, match="use --no-verify"):
         verbs.stitch(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -14,9 +14,9 @@ import yaml
 from gptailor import cli, verbs
 from gptailor.config import parse_config
 from gptailor.errors import ResourceError
+from gptailor.evaluation.device_memory import DeviceMemory
 from gptailor.evaluation.evaluator import Evaluator
 from gptailor.evaluation.footprint import Blocks, find_footprint
-from gptailor.evaluation.memory import DeviceMemory
 from gptailor.evaluation.memory_policy import MemoryPlan, check_dense, plan_memory
 from gptailor.models.ends import Ends
 from gptailor.models.family import Family
@@ -87,7 +87,7 @@ def test_figures_are_those_of_real_evaluations(
 def test_probes_that_would_not_fit_are_refused(
     models: dict[str, str], tasks_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gptailor.evaluation.memory.available_bytes", lambda: 100_000)
+    monkeypatch.setattr("gptailor.evaluation.device_memory.available_bytes", lambda: 100_000)
     path = config_file(tmp_path, models, tasks_dir)
     with pytest.raises(ResourceError, match="skip the probes with --no-probe"):
         verbs.plan(path)

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from gptailor.config import Config
 from gptailor.errors import ModelError, ResourceError, UsageError, size
+from gptailor.evaluation.device_memory import available_bytes
 from gptailor.evaluation.family import open_family
 from gptailor.evaluation.forward_dtype import is_cpu
-from gptailor.evaluation.memory import available_bytes
 from gptailor.execution.node.lock import node_lock, own_folder
 from gptailor.execution.node.page_cache import Range, absent, read_all, whole
 from gptailor.execution.node.staging import scratch_folder, staged

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gptailor.evaluation import memory
+from gptailor.evaluation import device_memory
 
 
 def machine() -> int:
@@ -17,7 +17,7 @@ def machine() -> int:
 
 def test_no_group_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_OWN_CGROUPS", tmp_path / "nothing")
-    assert memory.available_bytes() > 0.5 * machine()
+    assert device_memory.available_bytes() > 0.5 * machine()
 
 
 @pytest.mark.parametrize(
@@ -43,4 +43,4 @@ def test_the_smallest_limit_on_the_way_up_counts(
     (tmp_path / "own").write_text(line)
     monkeypatch.setattr(memory, "_OWN_CGROUPS", tmp_path / "own")
     monkeypatch.setattr(memory, "_CGROUPS", groups)
-    assert memory.available_bytes() == memory.total_bytes() == 7000
+    assert device_memory.available_bytes() == device_memory.total_bytes() == 7000
