@@ -205,7 +205,7 @@ def test_islands_join_a_run(launcher: Launcher) -> None:
 @pytest.mark.long  # Slurm's clocks
 def test_requeueing_an_island_leaves_the_others_alone(launcher: Launcher) -> None:
     """The last element has the array's own number, and requeueing that would requeue them all."""
-    jobs = launcher.submitted("--islands", "2", "--nodes", "1", seconds=60)
+    jobs = launcher.submitted("--islands", "2", "--nodes", "1")
     for job in jobs:
         launcher.wait_for_ranks(job, 3)
     for count, job in enumerate(jobs):
@@ -264,7 +264,7 @@ def test_preemption_with_time_to_end(launcher: Launcher) -> None:
     cluster = launcher.cluster
     cluster.run("scontrol", "update", "partitionname=main", "gracetime=20")
     try:
-        (job,) = launcher.submitted("--slurm", "exclusive", seconds=60)
+        (job,) = launcher.submitted("--slurm", "exclusive")
         launcher.wait_for_ranks(job, 5)
         sleeps = ["--exclusive", "-N2", "-p", "high", "--wrap=sleep 2", "-o", "/dev/null"]
         other = cluster.submit(*sleeps)

@@ -16,7 +16,7 @@ def machine() -> int:
 
 
 def test_no_group_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_OWN_CGROUPS", tmp_path / "nothing")
+    monkeypatch.setattr(device_memory, "_OWN_CGROUPS", tmp_path / "nothing")
     assert device_memory.available_bytes() > 0.5 * machine()
 
 
@@ -41,6 +41,6 @@ def test_the_smallest_limit_on_the_way_up_counts(
     deepest.mkdir(parents=True, exist_ok=True)
     (deepest / "memory.max").write_text("max\n")
     (tmp_path / "own").write_text(line)
-    monkeypatch.setattr(memory, "_OWN_CGROUPS", tmp_path / "own")
-    monkeypatch.setattr(memory, "_CGROUPS", groups)
+    monkeypatch.setattr(device_memory, "_OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(device_memory, "_CGROUPS", groups)
     assert device_memory.available_bytes() == device_memory.total_bytes() == 7000
