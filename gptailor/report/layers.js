@@ -14,8 +14,7 @@ function bar(entries, small) {
     band(source.model, small ? 1 : source.part, withCodes ? codes.get(source.model) : "")));
 }
 
-const flags = new Set(["normalize", "rescale", "task_vectors", "filter_wise", "normalize_weights",
-  "nuslerp_flatten", "nuslerp_row_wise"]);
+const flags = new Set(data.flags);
 
 function parameterInWords([name, value]) {
   if (flags.has(name)) return value ? `, ${name === "normalize" ? "normalised" : name}` : "";
@@ -33,7 +32,7 @@ function inWords(entry) {
   const sources = entry.sources.map((x) =>
     x.weight === null ? x.model : `${x.model}\u00a0${format.number(x.weight)}`).join(" + ");
   const values = Object.entries(entry.parameters)
-    .filter(([name]) => name !== "t" || entry.method !== "slerp").map(parameterInWords).join("");
+    .filter(([name]) => name !== data.shares[entry.method]).map(parameterInWords).join("");
   return `${entry.method}: ${sources}${values}${scaled}${modules}`;
 }
 

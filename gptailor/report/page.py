@@ -15,6 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from gptailor.merging.registry import METHODS
 from gptailor.report.export import front_dict, to_json
 from gptailor.report.front_model import Report
 
@@ -54,6 +55,9 @@ def page_data(report: Report) -> dict[str, Any]:
         "title": Path(report.run).resolve().name or report.run,
         "command": f"gptailor stitch {shlex.quote(report.run)}",
         "finished": _utc(report.finished_at),
+        "flags": sorted({p.name for m in METHODS.values() for p in m.parameters if p.is_flag}),
+        # shown as the weights of the two sources
+        "shares": {name: m.share.name for name, m in METHODS.items() if m.share is not None},
         "config": dict(report.config),
         "others": [
             [p.id, p.number, p.layers, report.size_percent(p), p.search.accuracy]
