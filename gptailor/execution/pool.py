@@ -20,7 +20,7 @@ from gptailor.evaluation.outcome import Outcome
 from gptailor.evaluation.similarity import Similarity
 from gptailor.execution.executor import Finished, Job, WorkloadInfo
 from gptailor.execution.node.files import open_candidates
-from gptailor.execution.worker import Worker, without_process_locks
+from gptailor.execution.worker import Worker, without_garbage_collection, without_process_locks
 
 WORDS_BYTES = 200
 """Size of the shared memory for a worker's progress message."""
@@ -174,9 +174,10 @@ def _start_worker(threads: int, words: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm sends it to all processes of a step
     try:
-        import torch
+        with without_garbage_collection():
+            import torch
 
-        without_process_locks()
+            without_process_locks()
         torch.set_num_threads(threads)
     except Exception as error:
         _trouble = error
@@ -190,7 +191,7 @@ def _ability(device: str) -> Ability:
 
 def _load(config: Config, num_workers: int, io: str | None, stage: str | None) -> WorkloadInfo:
     global _worker  # noqa: PLW0603
-    with _portable_errors():
+    with _portable_errors(), without_garbage_collection():
         family = open_candidates(config, workers_here=num_workers, io=io, stage=stage, says=_say)
         _worker = Worker(config, family, num_workers, _say)
         _worker.beat = _beat

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from gptailor.config import Config
@@ -80,6 +82,22 @@ class Worker:
 
     def _counts(self, done: int, of: int) -> None:
         self._how_far = lambda: f"{done} of {of} contexts"
+
+
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Loads libraries and models without the garbage collector, which ignores them afterwards, too.
+
+    They create a million objects that live as long as the process. Searching these for garbage,
+    again and again, took a fifth of the time in which a worker starts. Only for processes of our
+    own: `gc.freeze` applies to every object of the process.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def without_process_locks() -> None:

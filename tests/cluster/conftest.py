@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from tests.cluster.cluster import ROOT, Cluster, running
 from tests.cluster.programs import missing_packages, skip_without
-from tests.cluster.searches import make_search
+from tests.cluster.searches import EVALUATIONS, Search, make_search
 
 
 @pytest.fixture(scope="session")
@@ -45,13 +46,22 @@ def strict_cluster(session_strict_cluster: Cluster) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def front(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, float]]:
-    """The front that a single process finds, by generations, with the same seed."""
-    search = make_search(tmp_path_factory.mktemp("alone") / "search", seconds=0)
-    command = [sys.executable, "-m", "gptailor.cli", "search", str(search.config)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, env=env, check=True, capture_output=True, timeout=120)
-    search.check(search.rows())
-    return search.front()
+    """The front that a single process finds, generation by generation, with the same seed.
+
+    Test processes that run side by side share it.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    with (root / "alone.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / "alone" / "run" / "front.json").exists():
+            search = make_search(root / "alone", seconds=0)
+            command = [sys.executable, "-m", "gptailor.cli", "search", str(search.config)]
+            env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+            subprocess.run(command, env=env, check=True, capture_output=True, timeout=120)
+            search.check(search.rows())
+    return Search(root / "alone" / "search.yaml", root / "alone" / "run", EVALUATIONS).front()
 
 
 @pytest.fixture(autouse=True)

@@ -31,6 +31,7 @@ Rows = dict[tuple[str, str, str], tuple[int, float, Outcome]]
 """Folder, recipe and documents → number, time and outcome."""
 
 NUM_DOCUMENTS = 40
+EVALUATIONS = 48
 TASKS = ("sort", "clock")
 
 _EVALUATED = re.compile(r"(\w{8}): (?:ok|infeasible|failed)\b")
@@ -173,7 +174,7 @@ def make_search(
     folder: Path,
     *,
     seconds: float,
-    evaluations: int = 48,
+    evaluations: int = EVALUATIONS,
     schedule: str = "generational",
     crashes: bool = False,
 ) -> Search:

@@ -105,7 +105,7 @@ def test_five_kills_each_after_a_new_result(
 ) -> None:
     """That is more than the three restarts in a row that a job gets if it makes no progress.
 
-    The third kill hits the rank that searches, unless there are islands.
+    The last kill hits the rank that searches, unless there are islands.
     """
     if islands:
         search = make_search(
@@ -127,7 +127,7 @@ def test_five_kills_each_after_a_new_result(
         wait_until(lambda: mine() > before, 200, "a new result")  # noqa: B023
         seen.append(search.rows())
         ranks = set(cluster.ranks(job).values())
-        cluster.kill_rank(job, 0 if kill == 2 and not islands else search.busy(job))
+        cluster.kill_rank(job, 0 if kill == 4 and not islands else search.busy(job))
         wait_until(lambda: not ranks & set(cluster.ranks(job).values()), 60, "the step ends")  # noqa: B023
     for one in (job, *others):
         assert cluster.wait(one, timeout_s=400) == "COMPLETED"

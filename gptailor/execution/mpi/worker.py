@@ -49,6 +49,7 @@ from gptailor.execution.mpi.messages import (
 )
 from gptailor.execution.node.placement import find_place
 from gptailor.execution.stop import TERM_GRACE_S, Stop
+from gptailor.execution.worker import Worker, without_garbage_collection, without_process_locks
 from gptailor.exit_codes import BUG, of_signal
 from gptailor.patience import EVERY_OF_LONG_S, EVERY_S, Patience, Say
 
@@ -100,7 +101,6 @@ def open_worker(
     import torch
 
     from gptailor.execution.node.files import open_candidates
-    from gptailor.execution.worker import Worker, without_process_locks
 
     without_process_locks()
     placement = orders.placement
@@ -258,7 +258,8 @@ class MpiWorker:
         assert self._orders is not None
         self._orders = replace(self._orders, config=self._orders.config.computed_in(dtype))
         began = time.monotonic()
-        with self._patience.step("Starting", lambda: self._words):
+        step = self._patience.step("Starting", lambda: self._words)
+        with step, without_garbage_collection():
             self._worker, device = self._opens(self._orders, self._go_on, self._log, self._says)
         self._worker.beat = self._beat
         self._channel.send(0, Ready(self._worker.workload(), device))
