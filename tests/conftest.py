@@ -20,25 +20,31 @@ os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval's bootstrap: its pool
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TESTS = Path(__file__).parent
-LONGEST_FIRST = (
-    *("cluster/test_slurm_readme.py", "execution", "search", "cluster"),
-    *("verbs", "commands", "docs", "evaluation"),
-)
-"""Files and folders that take longest: started first, so none is left running alone at the end."""
+LONGEST_FIRST = ("execution", "search", "cluster", "verbs", "commands", "docs", "evaluation")
+"""Folders whose files take longest: started first, so none is left running alone at the end."""
 
 NUM_LAYERS = 6
 WORDS = [f"w{i:02d}" for i in range(90)]
 
 
+@pytest.hookimpl(trylast=True)  # after -m has made its choice
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts long files first, for parallel runs that keep a file in one process (`loadfile`)."""
+    """Puts long files first, and before them tests marked with the minutes that they take.
 
-    def rank(item: pytest.Item) -> int:
-        path = item.path.relative_to(TESTS)
-        here = [n for n, name in enumerate(LONGEST_FIRST) if path.is_relative_to(name)]
-        return min(here, default=len(LONGEST_FIRST))
+    `make test` keeps a file in one process (`loadfile`). `make test-long` cuts the list into one
+    piece per process (`worksteal`), so the longest tests are dealt out to the heads of the pieces.
+    """
+    order = {folder: number for number, folder in enumerate(LONGEST_FIRST)}
+
+    def rank(item: pytest.Item) -> tuple[float, int]:
+        mark = item.get_closest_marker("long")
+        minutes = mark.kwargs.get("minutes", 0) if mark else 0
+        return -minutes, order.get(item.path.relative_to(TESTS).parts[0], len(order))
 
     items.sort(key=rank)
+    if all(item.get_closest_marker("long") for item in items):
+        count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+        items[:] = [item for first in range(count) for item in items[first::count]]
 
 
 def save_tokenizer(folder: Path) -> None:

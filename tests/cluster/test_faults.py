@@ -23,6 +23,7 @@ pytestmark = [
 Front = list[tuple[str, float]]
 
 
+@pytest.mark.long(minutes=2.5)
 def test_a_node_dies(cluster: Cluster, tmp_path: Path, front: Front) -> None:
     search = make_search(tmp_path / "search", seconds=0.5)
     job = submit(cluster, search)
@@ -37,6 +38,7 @@ def test_a_node_dies(cluster: Cluster, tmp_path: Path, front: Front) -> None:
     check_status(cluster, search, job)
 
 
+@pytest.mark.long(minutes=1.5)
 def test_the_node_of_rank_0_dies(cluster: Cluster, tmp_path: Path, front: Front) -> None:
     search = make_search(tmp_path / "search", seconds=0.5)
     job = submit(cluster, search)
@@ -52,6 +54,7 @@ def test_the_node_of_rank_0_dies(cluster: Cluster, tmp_path: Path, front: Front)
     check_status(cluster, search, job)
 
 
+@pytest.mark.long(minutes=4)
 def test_the_time_limit(cluster: Cluster, tmp_path: Path) -> None:
     # 30 s before the end: Slurm checks every 30 s, so it signals 60 to 90 s after the start
     search = make_search(tmp_path / "search", seconds=4, evaluations=66)
@@ -68,6 +71,7 @@ def test_the_time_limit(cluster: Cluster, tmp_path: Path) -> None:
     check_status(cluster, search, job)
 
 
+@pytest.mark.long(minutes=1)
 def test_preemption(cluster: Cluster, tmp_path: Path, front: Front) -> None:
     search = make_search(tmp_path / "search", seconds=0.5)
     job = submit(cluster, search)
@@ -82,6 +86,7 @@ def test_preemption(cluster: Cluster, tmp_path: Path, front: Front) -> None:
     assert [state for state, _ in cluster.sacct(job)] == ["PREEMPTED", "COMPLETED"]
 
 
+@pytest.mark.long(minutes=1)
 def test_scancel_and_resume(cluster: Cluster, tmp_path: Path, front: Front) -> None:
     search = make_search(tmp_path / "search", seconds=0.5)
     job = submit(cluster, search)
@@ -99,6 +104,7 @@ def test_scancel_and_resume(cluster: Cluster, tmp_path: Path, front: Front) -> N
     check_status(cluster, search, job)
 
 
+@pytest.mark.long(minutes=3)
 @pytest.mark.parametrize("islands", [0, 2], ids=["one search", "two islands"])
 def test_five_kills_each_after_a_new_result(
     cluster: Cluster, tmp_path: Path, front: Front, islands: int
@@ -142,6 +148,7 @@ def test_five_kills_each_after_a_new_result(
     check_status(cluster, search, job)
 
 
+@pytest.mark.long(minutes=1.5)
 def test_a_site_that_does_not_requeue(strict_cluster: Cluster, tmp_path: Path) -> None:
     search = make_search(tmp_path / "search", seconds=0.5, evaluations=48)
     job = submit(strict_cluster, search)
@@ -157,6 +164,7 @@ def test_a_site_that_does_not_requeue(strict_cluster: Cluster, tmp_path: Path) -
     search.check(seen, later)
 
 
+@pytest.mark.long(minutes=2)
 def test_one_of_three_islands_is_lost(cluster: Cluster, tmp_path: Path) -> None:
     search = make_search(tmp_path / "search", seconds=1, evaluations=90, schedule="asynchronous")
     jobs = launch(cluster, search, "--islands=3", "--nodes=1", "--workers-per-node=1")

@@ -13,6 +13,7 @@ from tests.cluster.searches import make_search
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(600)]
 
 
+@pytest.mark.long(minutes=1)
 def test_launch_finds_the_same_front(
     cluster: Cluster, tmp_path: Path, front: list[tuple[str, float]]
 ) -> None:

@@ -15,7 +15,7 @@ from gptailor.run.archive import Archive
 from tests.cluster.cluster import ROOT, Cluster
 from tests.cluster.processes import wait_until
 
-pytestmark = [pytest.mark.cluster, pytest.mark.long]  # nine searches
+pytestmark = [pytest.mark.cluster, pytest.mark.long(minutes=4)]  # nine searches
 
 BLOCKS = re.findall(
     r"^```bash\n(.*?)^```", (ROOT / "slurm" / "README.md").read_text(), re.DOTALL | re.MULTILINE

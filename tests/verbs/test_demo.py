@@ -24,7 +24,7 @@ SAID = re.compile(
 )
 
 
-@pytest.mark.long  # 320 evaluations
+@pytest.mark.long(minutes=1)  # 320 evaluations
 @pytest.mark.timeout(900)
 def test_the_demo(tmp_path: Path) -> None:
     run = tmp_path / "run"
