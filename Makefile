@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # test processes; each needs 1 GB of memory, those of `test-long` 3 GB and a Slurm of their own
 TEST_PROCESSES ?= 3
-LONG_TEST_PROCESSES ?= 5
+LONG_TEST_PROCESSES ?= 4
 SOURCES := $(wildcard csrc/* gptailor/merging/*.py) setup.py pyproject.toml constraints.txt
 
 .PHONY: demo test test-short test-long test-slow sanitize lint typecheck bench clean
