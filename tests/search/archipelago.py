@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gptailor.config import Config, parse_config
-from gptailor.evaluation.forward_dtype import Ability
 from gptailor.evaluation.outcome import Cost, Evaluation, Outcome
-from gptailor.execution.executor import EvaluationJob, Finished, Job, WorkloadInfo
+from gptailor.execution.executor import EvaluationJob, Finished, Job
 from gptailor.recipe import Recipe, Take
 from gptailor.run.archive import Archive
 from gptailor.run.folder import RunData
@@ -22,7 +21,7 @@ from gptailor.search.progress import Progress
 from gptailor.search.run import Run
 from gptailor.verbs.runs import worth_a_holdout
 from tests.search.helpers import MODELS, synthetic
-from tests.search.simulated import family_of, similarity
+from tests.search.simulated import Unloaded, family_of, similarity
 
 NUM_LAYERS = 8
 
@@ -62,7 +61,7 @@ def outcome(accuracy: float = 0.5, seconds: float = 1.0) -> Outcome:
     return Outcome("ok", accuracy, (), "", Cost(seconds=seconds))
 
 
-class Sleeper:
+class Sleeper(Unloaded):
     """Workers that sleep instead of evaluating; one dies after `fails_at` jobs, if given."""
 
     def __init__(self, num_workers: int, seconds: float, fails_at: int | None = None) -> None:
@@ -71,18 +70,6 @@ class Sleeper:
         self._seconds = seconds
         self._fails_at = fails_at
         self._running: dict[int, tuple[float, Job]] = {}
-
-    def abilities(self) -> Sequence[Ability]:
-        return [Ability("sleeping", "cpu", (), 2**30)] * self.num_workers
-
-    def load(self, dtype: str) -> None:
-        pass
-
-    def words(self) -> dict[int, str]:
-        return {}
-
-    def workload(self) -> WorkloadInfo:
-        return WorkloadInfo({"search": 1}, "sleeping")
 
     def free(self) -> Sequence[int]:
         return [w for w in range(self.num_workers) if w not in self._running]

@@ -35,7 +35,25 @@ def family_of(num_layers: int, ends: Ends | None = None) -> Any:
     )
 
 
-class Simulated:
+class Unloaded:
+    """The part of an executor that starts workers, for workers without models and documents."""
+
+    num_workers: int
+
+    def abilities(self) -> Sequence[Ability]:
+        return [Ability("simulated", "cpu", (), 2**30)] * self.num_workers
+
+    def load(self, dtype: str) -> None:
+        pass
+
+    def words(self) -> dict[int, str]:
+        return {}
+
+    def workload(self) -> WorkloadInfo:
+        return WorkloadInfo({"search": 1}, "simulated")
+
+
+class Simulated(Unloaded):
     """Workers that take `seconds(job)` for a job and score it with `score(job)`."""
 
     def __init__(
@@ -53,18 +71,6 @@ class Simulated:
         self._score = score
         self._seconds = seconds
         self._queue: list[tuple[float, int, Job, float]] = []
-
-    def abilities(self) -> Sequence[Ability]:
-        return [Ability("simulated", "cpu", (), 2**30)] * self.num_workers
-
-    def load(self, dtype: str) -> None:
-        pass
-
-    def words(self) -> dict[int, str]:
-        return {}
-
-    def workload(self) -> WorkloadInfo:
-        return WorkloadInfo({"search": 1}, "simulated")
 
     def free(self) -> Sequence[int]:
         busy = {worker for _, worker, *_ in self._queue}
