@@ -51,6 +51,28 @@ def choose_documents(
     return chosen
 
 
+def choose_after(
+    sizes: Mapping[str, int], skip: int, num_documents: int, seed: int
+) -> dict[str, set[int]]:
+    """The documents that `choose_documents` would add to its first `skip` next.
+
+    Args:
+        sizes: task → number of its documents.
+        skip: how many documents in all come before.
+        num_documents: how many in all; fewer where a task has no more.
+        seed: as for `choose_documents`.
+    """
+    whole = {name: set(range(size)) for name, size in sizes.items()}
+    before = choose_documents(sizes, skip, seed) if skip else {name: set() for name in sizes}
+    until = choose_documents(sizes, skip + num_documents, seed)
+    chosen = {}
+    for name in sizes:
+        earlier, later = before[name], until[name]
+        every = whole[name]
+        chosen[name] = (every if later is None else later) - (every if earlier is None else earlier)
+    return chosen
+
+
 def telling(documents: Sequence[Any], indices: Collection[int], count: int) -> set[int]:
     """The shortest and longest documents, as they are the most likely to be empty or too long.
 

@@ -13,6 +13,7 @@ from gptailor.evaluation.devices import is_out_of_memory
 from gptailor.evaluation.lm import ResidentLM
 from gptailor.evaluation.loading import load_tokenizer
 from gptailor.evaluation.outcome import Cost, Documents, Outcome, Score
+from gptailor.evaluation.repair.repairs import Repaired, Repairs
 from gptailor.evaluation.resident import ResidentModel
 from gptailor.evaluation.similarity import Similarity, measure
 from gptailor.evaluation.workload import open_workloads
@@ -59,7 +60,23 @@ class Evaluator:
         tokenizer = load_tokenizer(family.base.folder)
         self.lm = ResidentLM(self.resident.model, tokenizer, config.batch_size)
         self.workloads = open_workloads(config, self.lm, seed=seed, comparable=comparable)
+        self.repairs = Repairs(self.resident, self.lm, tuple(self.workloads.values()), workers)
         self._results: Mapping[str, Mapping[str, Any]] = {}  # of the last evaluation
+
+    def assemble(self, recipe: Recipe) -> Repaired | None:
+        """Makes the resident model that of a recipe, with its repair, which is returned.
+
+        Raises:
+            UsageError, ModelError, ResourceError: as for `ResidentModel.assemble` and `Repairs`.
+            FloatingPointError: the repair's numbers are not finite.
+        """
+        if recipe.repair is None:
+            self.resident.assemble(recipe)
+            return None
+        recipe = self.repairs.resolved(recipe)
+        lessons = self.repairs.lessons(recipe)  # assembles the teachers
+        self.resident.assemble(recipe)
+        return self.repairs.apply(recipe, lessons)
 
     def evaluate(self, recipe: Recipe, documents: Documents = "search") -> Outcome:
         """Assembles and scores one recipe; never raises for what the recipe itself causes.
@@ -80,7 +97,7 @@ class Evaluator:
         status: Literal["ok", "infeasible", "failed"] = "ok"
         reason = ""
         try:
-            self.resident.assemble(recipe)
+            self.assemble(recipe)
             assembled = time.perf_counter()
             self._results = workload.run(self.lm)
             scores = workload.scores(self._results)

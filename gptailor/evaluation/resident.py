@@ -174,6 +174,29 @@ class ResidentModel:
         """The layers of the assembled model, bottom to top."""
         return self._skeleton.layers()
 
+    def replace(self, out_layer: int, changed: Parameters) -> nn.Module:
+        """Gives a layer of the assembled model other parameters until the next `assemble`.
+
+        Args:
+            out_layer: its index in the assembled model.
+            changed: parameter as its module names it → the new one.
+
+        Returns:
+            The layer's module.
+        """
+        return self._skeleton.replace(out_layer, changed)
+
+    def file_name(self, src_layer: int, out_layer: int, parameter: str) -> str:
+        """The name in a stitched model's files of a layer's parameter.
+
+        Args:
+            src_layer, out_layer: the layer's index in the candidates and in the stitched model.
+            parameter: as its module names it.
+        """
+        architecture = self.family.architecture
+        name = self._skeleton.layer_names[src_layer][parameter]
+        return architecture.name(out_layer, name[len(architecture.name(src_layer, "")) :])
+
     def check_pointers(self, recipe: Recipe) -> None:
         """Asserts that every taken layer of the assembled model uses the candidate's own memory."""
         recipe = recipe.canonical()

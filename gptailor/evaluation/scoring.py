@@ -55,14 +55,17 @@ class Scoring:
         """
         known = self.known(spec.task)
         key = metrics.choose_key(spec.task, spec.metric, known)
-        leaf = next(name for name in self._set.members[spec.task] if key in self._keys[name])
-        higher = self._set.tasks[leaf].higher_is_better().get(key.partition(",")[0], True)
-        if comparable and not higher:
+        if comparable and self.is_lower_better(spec.task, key):
             raise UsageError(
                 f"The metric {key} of the task {spec.task} is better when it is lower, so it "
                 f"can't be part of an accuracy. Known: {', '.join(known)}."
             )
         return key
+
+    def is_lower_better(self, name: str, key: str) -> bool:
+        """Whether less is better in a metric of a task, group or tag."""
+        leaf = next(one for one in self._set.members[name] if key in self._keys[one])
+        return not self._set.tasks[leaf].higher_is_better().get(key.partition(",")[0], True)
 
     def inside(self, name: str) -> list[str]:
         """A task, group or tag itself, then the groups and tasks in it."""

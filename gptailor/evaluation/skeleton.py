@@ -114,6 +114,12 @@ class Skeleton:
         self._tie()
         self._set_config([src_layer for src_layer, _, _ in entries], cut, vocabulary_rows)
 
+    def replace(self, out_layer: int, changed: Parameters) -> nn.Module:
+        """Gives a layer of the model as it is now other parameters; see `Slots.replace`."""
+        module = self.layers()[out_layer]
+        self._slots.replace(module, changed)
+        return module
+
     def forget(self, parameters: Parameters) -> None:
         """Drops references to parameters whose memory is needed."""
         self._slots.forget(parameters)

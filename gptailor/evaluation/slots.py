@@ -116,6 +116,13 @@ class Slots:
             modules.append(slot.module)
         return modules
 
+    def replace(self, module: nn.Module, changed: Parameters) -> None:
+        """Points some parameters of one of the arranged modules to others, until it is arranged
+        again: its other parameters stay, and the dictionary that it had is not changed."""
+        slot = next(s for pool in self._pools for s in pool if s.module is module)
+        slot.point({**(slot.parameters or {}), **changed})
+        slot.stays = False  # it is no longer the candidate's own layer
+
     def forget(self, parameters: Parameters) -> None:
         """Drops references to parameters, so that their memory can be reused."""
         for src_layer, pool in enumerate(self._pools):

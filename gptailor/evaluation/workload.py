@@ -16,7 +16,7 @@ from typing import Any
 from gptailor.config import EvaluationConfig, TaskSpec
 from gptailor.errors import UsageError
 from gptailor.evaluation import metrics
-from gptailor.evaluation.documents import choose_documents, limited, telling
+from gptailor.evaluation.documents import choose_after, choose_documents, limited, telling
 from gptailor.evaluation.outcome import Documents, Score
 from gptailor.evaluation.requests import Asked, check_requests
 from gptailor.evaluation.scoring import Results, Scoring
@@ -33,6 +33,7 @@ class Workload:
         config: include path, chat template and the like.
         lm: has the chat template and the tokenizer's name; a `ResidentLM`.
         num_documents: how many documents in all; None for all of them.
+        skip: choose them after this many, which are another workload's with the same seed.
         seed: for the choice of documents.
         comparable: refuse metrics that are better when lower (they can't be part of an accuracy).
         few: use only this many documents of each task, those most likely to be refused.
@@ -48,6 +49,7 @@ class Workload:
         lm: Any,
         *,
         num_documents: int | None = None,
+        skip: int = 0,
         seed: int = 0,
         comparable: bool = True,
         few: int | None = None,
@@ -56,7 +58,7 @@ class Workload:
         with quiet(), seeded():
             self._set = load_tasks(specs, config.include_path)
             self._tasks, self._groups = self._set.tasks, self._set.groups
-            self._samples = self._choose(num_documents, seed, few)
+            self._samples = self._choose(num_documents, skip, seed, few)
             for name in self._tasks:
                 self._build_requests(name, config, lm)
             self._documents = {
@@ -89,6 +91,26 @@ class Workload:
         ]
         text = json.dumps([self._metrics, requests, self._documents], default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def members(self, name: str) -> tuple[str, ...]:
+        """The tasks that a requested name stands for."""
+        return self._set.members[name]
+
+    def is_lower_better(self, name: str) -> bool:
+        """Whether less is better in the metric of a requested task."""
+        return self._scoring.is_lower_better(name, self._metrics[name])
+
+    def instances(self, task: str) -> list[Any]:
+        """lm-eval's requests of one task."""
+        return list(self._tasks[task].instances)
+
+    def reference(self, task: str, instance: Any) -> str:
+        """The reference answer of a request's document; empty unless it is a text."""
+        try:
+            found = self._tasks[task].doc_to_target(instance.doc)
+        except Exception:  # a task's own function; the request without an answer is still useful
+            return ""
+        return found if isinstance(found, str) else ""
 
     def contexts(self, lm: Any, count: int) -> list[list[int]]:
         """Tokens of `count` contexts with their continuations, spread evenly over the tasks."""
@@ -162,13 +184,17 @@ class Workload:
         return tuple(found.values())
 
     def _choose(
-        self, num_documents: int | None, seed: int, few: int | None
+        self, num_documents: int | None, skip: int, seed: int, few: int | None
     ) -> dict[str, set[int] | None]:
         """task → indices of the documents that are answered; None for all of them."""
         documents = {name: task.eval_docs for name, task in self._tasks.items()}
         sizes = {name: len(found) for name, found in documents.items()}
         allowed = {name: limited(size, self._set.limits[name]) for name, size in sizes.items()}
-        chosen = choose_documents(allowed, num_documents, seed)
+        chosen: dict[str, set[int] | None]
+        if skip and num_documents is not None:
+            chosen = {**choose_after(allowed, skip, num_documents, seed)}
+        else:
+            chosen = choose_documents(allowed, num_documents, seed)
         for name, size in allowed.items():
             if chosen[name] is None and size < sizes[name]:
                 chosen[name] = set(range(size))

@@ -10,16 +10,20 @@ from gptailor.recipe.recipe import (
     absolute_ref,
     read_recipe,
 )
+from gptailor.recipe.repair import CalibrationDocuments, CalibrationTask, Repair
 
 __all__ = [
     "DTYPES",
     "NO_LAYER",
     "SCHEMA",
+    "CalibrationDocuments",
+    "CalibrationTask",
     "End",
     "KnownLayers",
     "Layer",
     "Merge",
     "Recipe",
+    "Repair",
     "Take",
     "absolute_ref",
     "read_recipe",

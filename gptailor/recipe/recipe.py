@@ -20,6 +20,7 @@ from gptailor.models.calibration import Calibration
 from gptailor.models.untrusted import home_expanded, is_folder
 from gptailor.recipe.canonical import canonical_end, canonical_layer, hashed
 from gptailor.recipe.entry import Layer, Merge, Take, as_mapping, as_model, read_entry
+from gptailor.recipe.repair import Repair, read_repair
 from gptailor.strict_yaml import dump_yaml, load_yaml, read_text
 
 SCHEMA = "gptailor/recipe/1"
@@ -29,7 +30,9 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 End = str | Layer
 """Embeddings or head: the model that provides them, or an entry whose `src_layer` is `NO_LAYER`."""
 
-_KEYS = ("schema", "models", "base", "calibration", "dtype", "embeddings", "head", "layers")
+_KEYS = (
+    "schema", "models", "base", "calibration", "dtype", "embeddings", "head", "repair", "layers",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Recipe:
         head: where the final norm and output head come from.
         dtype: of every floating-point tensor in the result: a key of `DTYPES`.
         calibration: the statistics that `fisher` and `regmean` use; None if there are none.
+        repair: how the cuts are repaired; None if they are not.
     """
 
     models: Mapping[str, str]
@@ -53,6 +57,7 @@ class Recipe:
     head: End
     dtype: str = "bfloat16"
     calibration: Calibration | None = None
+    repair: Repair | None = None
     _cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -71,6 +76,8 @@ class Recipe:
         used = {self.base}
         for entry in (self.embeddings, self.head, *self.layers):
             used.update((entry,) if isinstance(entry, str) else entry.used_models)
+        if self.repair is not None:
+            used.update(self.repair.used_models(self.models))
         return {name: ref for name, ref in self.models.items() if name in used}
 
     @property
@@ -132,7 +139,10 @@ class Recipe:
                 for end in (built.base, built.embeddings, built.head)
             ]
             ends.append(built.dtype)
-            text = json.dumps([SCHEMA, ends, layers], separators=(",", ":"))
+            contents: list[Any] = [SCHEMA, ends, layers]
+            if built.repair is not None:
+                contents.append(built.repair.hashed(refs))
+            text = json.dumps(contents, separators=(",", ":"))
             self._cache["hash"] = hashlib.sha256(text.encode()).hexdigest()
         digest: str = self._cache["hash"]
         return digest
@@ -153,6 +163,7 @@ class Recipe:
             "dtype": self.dtype,
             "embeddings": _end_dict(self.embeddings),
             "head": _end_dict(self.head),
+            **({} if self.repair is None else {"repair": self.repair.to_dict()}),
             "layers": [layer.to_dict() for layer in self.layers],
         }
 
@@ -162,7 +173,7 @@ class Recipe:
         for key, value in self.to_dict().items():
             if key == "layers":
                 text += "layers:\n" + "".join(f"  - {_line(layer)}\n" for layer in value)
-            elif isinstance(value, dict) and key != "models":
+            elif isinstance(value, dict) and key not in ("models", "repair"):
                 text += f"{key}: {_line(value)}\n"
             else:
                 text += dump_yaml({key: value})
@@ -229,6 +240,11 @@ class Recipe:
             head=_read_end(data.get("head", base), models, base, source, "head"),
             dtype=dtype,
             calibration=_read_calibration(data.get("calibration"), f"{source}: calibration"),
+            repair=(
+                read_repair(data["repair"], models, DTYPES, f"{source}: repair")
+                if data.get("repair") is not None
+                else None
+            ),
         )
         if canonical:
             recipe.remember_canonical(canonical)
@@ -241,7 +257,15 @@ class Recipe:
         if calibration is not None:
             place = (folder / Path(calibration.folder).expanduser()).resolve()
             calibration = replace(calibration, folder=str(place))
-        return replace(self, models=models, calibration=calibration, _cache={})
+        repair = None if self.repair is None else self.repair.relative_to(folder)
+        return replace(self, models=models, calibration=calibration, repair=repair, _cache={})
+
+    def with_repair(self, repair: Repair | None) -> Recipe:
+        """The same layers, repaired this way; None for not at all."""
+        if repair == self.repair:
+            return self
+        kept = {key: value for key, value in self._cache.items() if key in ("layers", "ends")}
+        return replace(self, repair=repair, _cache=kept)
 
     def with_statistics_found(self) -> Recipe:
         """The recipe with the digests of the statistics now in its calibration folder.

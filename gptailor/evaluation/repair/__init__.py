@@ -1,0 +1,1 @@
+"""Repairs of cuts: closed-form least squares on hidden states, folded into stock weights."""

@@ -1,0 +1,381 @@
+"""The repair of an assembled model, layer by layer from the bottom, with its own states.
+
+At a layer before a gap, where the next kept layer's source d is not its own plus one, all parts
+that write to the residual stream are fitted together. With their inputs x and the layer's output y,
+the change D of their weights minimises
+
+    Σₜ wₜ |S[d]ₜ − yₜ − xₜ D|² + λ · mean(diag G) |D|²,   wₜ = 1 / mean(S[d]ₜ²),   G = Σₜ wₜ xₜᵀ xₜ
+
+where S[d] is the teacher's state that enters source layer d. The last writer's input has then
+changed, so it is fitted again alone. At other layers only the last writer is fitted. The layers
+above then see the repaired states.
+
+ReplaceMe (arXiv 2505.02819) fits one map behind the last writer, from one model, in one place.
+
+Shapes: B sequences, T tokens, N tokens that count, F inputs of writers, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gptailor.evaluation.lm import ResidentLM
+from gptailor.evaluation.repair.layer_error import LayerError, relative_error
+from gptailor.evaluation.repair.replay import Arguments, check_replay, entering, run_layer
+from gptailor.evaluation.repair.solve import NormalEquations, solve_channels
+from gptailor.evaluation.repair.states_cache import Prefix, StatesCache
+from gptailor.evaluation.repair.targets import Lesson
+from gptailor.evaluation.repair.writers import Writer, find_writers, inputs_of
+from gptailor.evaluation.resident import ResidentModel
+from gptailor.recipe import Recipe
+from gptailor.recipe.repair import Repair
+
+PROBED_ROWS = 4
+"""Sequences that a probe of the architecture runs."""
+
+
+@dataclass
+class _Fit:
+    """One layer while it is fitted.
+
+    Attributes:
+        outputs: the layer's output for each batch, (B, T, H).
+        inputs: for each batch, writer → its input, (B, T, F).
+    """
+
+    outputs: list[torch.Tensor]
+    inputs: list[dict[str, torch.Tensor]]
+
+
+class Repairer:
+    """Repairs recipes of one family.
+
+    Args:
+        resident: has assembled the recipe to repair.
+        lm: runs it.
+        cache_bytes: memory for states and weights of repaired lower layers, which recipes share.
+
+    Attributes:
+        num_tokens: tokens that went through a layer so far, divided by the number of layers of the
+            family: comparable to tokens that went through the model.
+    """
+
+    def __init__(self, resident: ResidentModel, lm: ResidentLM, cache_bytes: int) -> None:
+        self._resident = resident
+        self._lm = lm
+        self._writers: dict[int, tuple[Writer, ...]] = {}
+        self._is_checked = False
+        self._cache = StatesCache(cache_bytes)
+        self._layer_tokens = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that went through layers so far, in units of the whole model."""
+        return self._layer_tokens // self._resident.family.num_layers
+
+    @torch.no_grad()
+    def repair(self, recipe: Recipe, lessons: Sequence[Lesson]) -> Prefix:
+        """Repairs the assembled model in place.
+
+        Args:
+            recipe: the recipe that is assembled, with its repair.
+            lessons: of its teachers.
+
+        Returns:
+            The new parameters and the errors of each layer that was fitted.
+
+        Raises:
+            FloatingPointError: states are not finite, a system can't be solved, or a weight
+                becomes too large for the recipe's dtype.
+            ModelError: the architecture can't be repaired.
+        """
+        recipe = recipe.canonical()
+        repair = recipe.repair
+        assert repair is not None
+        self._check(recipe, lessons)
+        depths = [*recipe.src_layers[1:], self._resident.family.num_layers]
+        chosen = chosen_layers(recipe.src_layers, depths[-1], repair)
+        errors: list[LayerError] = []
+        found = self._cache.longest(recipe, depths)
+        if found is None:
+            states = [self._entering(lesson) for lesson in lessons]
+            begin, changed = 0, dict[int, dict[str, nn.Parameter]]()
+        else:
+            states, begin = list(found.states), found.num_layers
+            changed, errors = dict(found.changed), list(found.errors)
+            for out_layer, parameters in changed.items():
+                self._resident.replace(out_layer, parameters)
+        last = max((j for j, is_chosen in enumerate(chosen) if is_chosen), default=-1)
+        for out_layer in range(begin, last + 1):
+            src_layer, depth = recipe.src_layers[out_layer], depths[out_layer]
+            if chosen[out_layer]:
+                is_gap = depth != src_layer + 1
+                states, new, error = self._fitted(
+                    recipe, repair, out_layer, depth, states, lessons, is_gap=is_gap
+                )
+                if new:
+                    changed[out_layer] = new
+                    errors.append(LayerError(out_layer, *error))
+            else:
+                states = self._passed(out_layer, src_layer, states, lessons)
+            done = Prefix(out_layer + 1, tuple(states), dict(changed), tuple(errors))
+            self._cache.keep(recipe, depths, done)
+        return Prefix(recipe.num_layers, (), changed, tuple(errors))
+
+    def _check(self, recipe: Recipe, lessons: Sequence[Lesson]) -> None:
+        """Checks once that single layers compute what the model computes."""
+        if self._is_checked:
+            return
+        first = lessons[0]
+        layers = self._resident.layers()
+        given = [first.arguments[src_layer] for src_layer in recipe.src_layers]
+        check_replay(self._lm, layers, given, first.batch.input_BT)
+        self._is_checked = True
+
+    def _entering(self, lesson: Lesson) -> torch.Tensor:
+        return entering(self._lm, self._resident.layers()[0], lesson.batch.input_BT)
+
+    def _passed(
+        self,
+        out_layer: int,
+        src_layer: int,
+        states: Sequence[torch.Tensor],
+        lessons: Sequence[Lesson],
+    ) -> list[torch.Tensor]:
+        layer = self._resident.layers()[out_layer]
+        self._layer_tokens += sum(lesson.batch.input_BT.numel() for lesson in lessons)
+        return [
+            run_layer(layer, state, lesson.arguments[src_layer])
+            for state, lesson in zip(states, lessons, strict=True)
+        ]
+
+    def _fitted(
+        self,
+        recipe: Recipe,
+        repair: Repair,
+        out_layer: int,
+        depth: int,
+        states: Sequence[torch.Tensor],
+        lessons: Sequence[Lesson],
+        *,
+        is_gap: bool,
+    ) -> tuple[list[torch.Tensor], dict[str, nn.Parameter], tuple[float, float]]:
+        """Fits one layer; returns its outputs, new parameters, and the errors before and after."""
+        src_layer = recipe.src_layers[out_layer]
+        writers = self._writers_of(out_layer, src_layer, states, lessons)
+        if not writers:
+            return self._passed(out_layer, src_layer, states, lessons), {}, (0.0, 0.0)
+        projections = [w for w in writers if w.layout != "channel"]
+        norms = [w for w in writers if w.layout == "channel"]
+        stages = [norms] if norms else []
+        if projections:
+            stages = [projections[-1:], *stages]
+            if is_gap and len(projections) > 1:
+                stages = [projections, *stages]
+        new: dict[str, nn.Parameter] = {}
+        before = None
+        for number, stage in enumerate(stages):
+            run = self._run(out_layer, src_layer, stage, states, lessons)
+            if before is None:
+                before = relative_error(run.outputs, lessons, depth)
+            solve = self._norm_changes if stage is norms else self._changes
+            changes = solve(out_layer, stage, run, lessons, depth, repair.ridge)
+            changed = self._rounded(recipe, out_layer, changes)
+            is_last = number == len(stages) - 1
+            if is_last and stage is not norms:
+                states = self._corrected(out_layer, stage, run, changed)
+            layer = self._resident.replace(out_layer, changed)
+            new |= changed
+            if is_last and stage is norms:
+                states = [
+                    run_layer(layer, state, lesson.arguments[src_layer])
+                    for state, lesson in zip(states, lessons, strict=True)
+                ]
+        assert before is not None
+        return list(states), new, (before, relative_error(states, lessons, depth))
+
+    def _writers_of(
+        self,
+        out_layer: int,
+        src_layer: int,
+        states: Sequence[torch.Tensor],
+        lessons: Sequence[Lesson],
+    ) -> tuple[Writer, ...]:
+        """The writers of a source layer; its architecture is the same in every model."""
+        if src_layer not in self._writers:
+            few, arguments = states[0][:PROBED_ROWS], lessons[0].arguments[src_layer]
+            given = Arguments(
+                first_rows(arguments.args, len(few), len(states[0])),
+                first_rows(arguments.kwargs, len(few), len(states[0])),
+            )
+            layer = self._resident.layers()[out_layer]
+            self._writers[src_layer] = find_writers(layer, few, given)
+        return self._writers[src_layer]
+
+    def _run(
+        self,
+        out_layer: int,
+        src_layer: int,
+        stage: Sequence[Writer],
+        states: Sequence[torch.Tensor],
+        lessons: Sequence[Lesson],
+    ) -> _Fit:
+        layer = self._resident.layers()[out_layer]
+        fit = _Fit([], [])
+        for state, lesson in zip(states, lessons, strict=True):
+            with inputs_of(layer, [writer.path for writer in stage]) as kept:
+                fit.outputs.append(run_layer(layer, state, lesson.arguments[src_layer]))
+            fit.inputs.append(kept)
+            self._layer_tokens += lesson.batch.input_BT.numel()
+        return fit
+
+    def _changes(
+        self,
+        out_layer: int,
+        stage: Sequence[Writer],
+        fit: _Fit,
+        lessons: Sequence[Lesson],
+        depth: int,
+        ridge: float,
+    ) -> dict[str, torch.Tensor]:
+        """Name of a weight or bias → its change, float32, from one joint solution."""
+        layer = self._resident.layers()[out_layer]
+        device = fit.outputs[0].device
+        widths = [fit.inputs[0][writer.path].shape[-1] for writer in stage]
+        biased = [
+            w for w in stage if getattr(layer.get_submodule(w.path), "bias", None) is not None
+        ]
+        hidden_size = fit.outputs[0].shape[-1]
+        system = NormalEquations(sum(widths) + bool(biased), hidden_size, device, ridge)
+        for output, inputs, lesson in zip(fit.outputs, fit.inputs, lessons, strict=True):
+            counts = lesson.batch.counts_BT.to(device)
+            parts = [inputs[w.path][counts].float() * w.gain for w in stage]
+            if biased:
+                parts.append(torch.full_like(parts[0][:, :1], biased[-1].gain))
+            residual_NH = lesson.target(depth, device) - output[counts].float()
+            system.add(torch.cat(parts, 1), residual_NH, lesson.weights(depth, device))
+        solved_FH = system.solve()
+        changes: dict[str, torch.Tensor] = {}
+        for writer, part_FH in zip(stage, solved_FH[: sum(widths)].split(widths), strict=True):  # type: ignore[no-untyped-call]
+            changes[writer.weight] = part_FH.T if writer.layout == "out_in" else part_FH
+        if biased:
+            changes[f"{biased[-1].path}.bias"] = solved_FH[-1]
+        return changes
+
+    def _norm_changes(
+        self,
+        out_layer: int,
+        stage: Sequence[Writer],
+        fit: _Fit,
+        lessons: Sequence[Lesson],
+        depth: int,
+        ridge: float,
+    ) -> dict[str, torch.Tensor]:
+        """The change of each norm's weight, float32."""
+        layer = self._resident.layers()[out_layer]
+        device = fit.outputs[0].device
+        x, r, w = [], [], []
+        for output, inputs, lesson in zip(fit.outputs, fit.inputs, lessons, strict=True):
+            counts = lesson.batch.counts_BT.to(device)
+            units = [_unit_output(layer.get_submodule(n.path), inputs[n.path]) for n in stage]
+            gains = [unit[counts].float() * n.gain for unit, n in zip(units, stage, strict=True)]
+            x.append(torch.stack(gains))
+            r.append(lesson.target(depth, device) - output[counts].float())
+            w.append(lesson.weights(depth, device))
+        solved_KH = solve_channels(torch.cat(x, 1), torch.cat(r), torch.cat(w), ridge)
+        return {n.weight: change for n, change in zip(stage, solved_KH, strict=True)}
+
+    def _rounded(
+        self, recipe: Recipe, out_layer: int, changes: Mapping[str, torch.Tensor]
+    ) -> dict[str, nn.Parameter]:
+        """The changed parameters, rounded as they would be in a file, then cast as they run."""
+        layer = self._resident.layers()[out_layer]
+        dtype: torch.dtype = getattr(torch, recipe.dtype)
+        new = {}
+        for name, change in changes.items():
+            old = layer.get_parameter(name)
+            exact = old.float() + change.to(old.device)
+            is_precise = old.dtype is torch.float32 and layer_dtype(layer) is not torch.float32
+            value = exact if is_precise else exact.to(dtype)
+            if not bool(torch.isfinite(value).all()):
+                raise FloatingPointError(
+                    f"the repaired {name} of layer {out_layer} is too large for {recipe.dtype}"
+                )
+            new[name] = nn.Parameter(value.to(old.dtype).contiguous(), requires_grad=False)
+        return new
+
+    def _corrected(
+        self,
+        out_layer: int,
+        stage: Sequence[Writer],
+        fit: _Fit,
+        changed: Mapping[str, nn.Parameter],
+    ) -> list[torch.Tensor]:
+        """The layer's outputs with the new weights; nothing after the stage's writers depends on
+        them, so their own change is all that changes."""
+        layer = self._resident.layers()[out_layer]
+        outputs = fit.outputs
+        for writer in stage:
+            old = layer.get_parameter(writer.weight)
+            step = (changed[writer.weight].float() - old.float()) * writer.gain
+            step_IO = (step if writer.layout == "in_out" else step.T).to(old.dtype)
+            bias = f"{writer.path}.bias"
+            shift: torch.Tensor | float = 0.0
+            if bias in changed:
+                shift = (changed[bias].float() - layer.get_parameter(bias).float()) * writer.gain
+            outputs = [
+                (output.float() + (inputs[writer.path] @ step_IO).float() + shift).to(output.dtype)
+                for output, inputs in zip(outputs, fit.inputs, strict=True)
+            ]
+        return outputs
+
+
+def chosen_layers(src_layers: Sequence[int], num_layers: int, repair: Repair) -> list[bool]:
+    """For each output layer, whether the repair changes it."""
+    depths = [*src_layers[1:], num_layers]
+    gaps = [depth != src + 1 for src, depth in zip(src_layers, depths, strict=True)]
+    if repair.layers == "gaps":
+        return gaps
+    if repair.layers == "all":
+        return [True] * len(gaps)
+    return [any(gaps[: j + 1]) for j in range(len(gaps))]
+
+
+def layer_dtype(layer: nn.Module) -> torch.dtype:
+    """The dtype of most of a layer's parameters."""
+    sizes: dict[torch.dtype, int] = {}
+    for parameter in layer.parameters():
+        sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    return max(sizes, key=sizes.__getitem__)
+
+
+def first_rows(value: Any, rows: int, of: int) -> Any:
+    """A layer's arguments with only the first rows of tensors that have one for each sequence."""
+    if isinstance(value, torch.Tensor):
+        return value[:rows] if value.dim() > 1 and value.shape[0] == of else value
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return tuple(first_rows(item, rows, of) for item in value)
+    if isinstance(value, list):
+        return [first_rows(item, rows, of) for item in value]
+    if isinstance(value, dict):
+        return {key: first_rows(item, rows, of) for key, item in value.items()}
+    return value
+
+
+def _unit_output(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What a norm's output gains for each unit of its weight: it is affine in the weight."""
+    kept = norm.get_parameter("weight")
+    try:
+        norm.weight = nn.Parameter(torch.ones_like(kept), requires_grad=False)
+        one = norm(x)
+        norm.weight = nn.Parameter(torch.zeros_like(kept), requires_grad=False)
+        zero = norm(x)
+    finally:
+        norm.weight = kept
+    difference: torch.Tensor = one - zero
+    return difference

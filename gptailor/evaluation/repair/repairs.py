@@ -1,0 +1,144 @@
+"""Repairs of a family's recipes: documents, teachers and repaired layers, each computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from gptailor.errors import UsageError
+from gptailor.evaluation.device_memory import available_bytes
+from gptailor.evaluation.lm import ResidentLM
+from gptailor.evaluation.repair.layer_error import LayerError
+from gptailor.evaluation.repair.reading import Reading, open_calibration_tasks, read_calibration
+from gptailor.evaluation.repair.repairer import Repairer
+from gptailor.evaluation.repair.targets import Lesson, Teachers, dense, uncut
+from gptailor.evaluation.resident import ResidentModel
+from gptailor.evaluation.workload import Workload
+from gptailor.recipe import Recipe
+from gptailor.recipe.repair import BY_TASK, TEXT, CalibrationDocuments, Repair
+
+_SHARE = 16
+"""Repaired lower parts may take this part of the free memory."""
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What a repair did.
+
+    Attributes:
+        repair: with named teachers and the documents' digest.
+        changed: output layer → its new parameters, as its module names them.
+        errors: of each layer that was fitted.
+        num_tokens: tokens that were read.
+    """
+
+    repair: Repair
+    changed: Mapping[int, Mapping[str, nn.Parameter]]
+    errors: tuple[LayerError, ...]
+    num_tokens: int
+
+
+class Repairs:
+    """Prepares and computes repairs.
+
+    Args:
+        resident: assembles recipes.
+        lm: runs them.
+        scored: the workloads that models are scored on, which no repair may read.
+        workers: how many share the machine's memory.
+    """
+
+    def __init__(
+        self,
+        resident: ResidentModel,
+        lm: ResidentLM,
+        scored: Sequence[Workload] = (),
+        workers: int = 1,
+    ) -> None:
+        self._resident = resident
+        self._lm = lm
+        self._scored = tuple(scored)
+        self._teachers = Teachers(resident, lm)
+        self._repairer = Repairer(resident, lm, available_bytes() // (_SHARE * workers))
+        self._readings: dict[CalibrationDocuments, Reading] = {}
+        self._best: dict[tuple[CalibrationDocuments, tuple[str, ...]], Mapping[str, str]] = {}
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that went through layers of students so far, in units of the whole model."""
+        return self._repairer.num_tokens
+
+    def reading(self, documents: CalibrationDocuments) -> Reading:
+        """What a calibration reads; raises like `read_calibration`."""
+        if documents not in self._readings:
+            self._readings[documents] = read_calibration(
+                documents, self._lm, self._resident.device, self._scored
+            )
+        return self._readings[documents]
+
+    def resolved(self, recipe: Recipe) -> Recipe:
+        """The recipe with the best teacher named for each task, and its documents' digest.
+
+        Where a repair leaves the teachers open, each candidate answers the calibration documents
+        of each task, and the best one teaches it; the base teaches the text.
+
+        Raises:
+            UsageError: as for `read_calibration`.
+        """
+        repair = recipe.repair
+        if repair is None:
+            return recipe
+        documents = replace(repair.calibration, digest=self.reading(repair.calibration).digest)
+        teachers = repair.teachers
+        if teachers == BY_TASK:
+            key = repair.calibration, tuple(recipe.models)
+            if key not in self._best:
+                self._best[key] = self._best_by_task(recipe, repair.calibration)
+            best = self._best[key]
+            teachers = tuple((group, best[group]) for group in repair.calibration.groups)
+        return recipe.with_repair(replace(repair, calibration=documents, teachers=teachers))
+
+    def lessons(self, recipe: Recipe) -> list[Lesson]:
+        """What teachers have to say about a resolved recipe; call it before assembling it."""
+        assert recipe.repair is not None
+        return self._teachers.lessons(recipe, self.reading(recipe.repair.calibration))
+
+    def apply(self, recipe: Recipe, lessons: Sequence[Lesson]) -> Repaired:
+        """Repairs the assembled model of a resolved recipe in place; raises like `Repairer`."""
+        repair = recipe.repair
+        assert repair is not None
+        reading = self.reading(repair.calibration)
+        done = self._repairer.repair(recipe, lessons)
+        return Repaired(repair, done.changed, done.errors, reading.num_tokens)
+
+    def weights(self, recipe: Recipe, repaired: Repaired) -> dict[str, torch.Tensor]:
+        """Name in the stitched model's files → repaired weight, as it runs."""
+        return {
+            self._resident.file_name(recipe.src_layers[out_layer], out_layer, name): weight.data
+            for out_layer, changed in repaired.changed.items()
+            for name, weight in changed.items()
+        }
+
+    def _best_by_task(self, recipe: Recipe, documents: CalibrationDocuments) -> Mapping[str, str]:
+        """Group → the candidate that answers its calibration documents best."""
+        best = {TEXT: recipe.base}
+        if not documents.tasks:
+            return best
+        workload = open_calibration_tasks(documents, self._lm)
+        values: dict[str, dict[str, float]] = {}
+        for model in recipe.models:
+            if model not in self._resident.family.candidates:
+                continue
+            whole = uncut(dense(recipe, model), self._resident.family.num_layers)
+            self._resident.assemble(whole)
+            for score in workload.scores(workload.run(self._lm)):
+                is_lower = workload.is_lower_better(score.task)
+                values.setdefault(score.task, {})[model] = -score.value if is_lower else score.value
+        if not values:
+            raise UsageError("The repair has no model that could teach.")
+        for task, of_model in values.items():
+            best[task] = max(of_model, key=of_model.__getitem__)
+        return best

@@ -1,0 +1,166 @@
+"""Teachers' hidden states: where a repaired model's residual stream shall be, at every depth.
+
+Each group of calibration documents has a teacher, a model of full depth without a repair. Its
+states are computed once and kept: in memory while they are small, else in a file without a name
+that goes away with the process.
+
+Shapes: B sequences, T tokens, N tokens that count, H hidden size.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from gptailor.errors import ResourceError, is_disk_full, size
+from gptailor.evaluation.device_memory import available_bytes
+from gptailor.evaluation.lm import ResidentLM
+from gptailor.evaluation.repair.reading import Batch, Reading
+from gptailor.evaluation.repair.replay import Arguments, trace
+from gptailor.evaluation.resident import ResidentModel
+from gptailor.recipe import Layer, Recipe, Take
+from gptailor.recipe.repair import UNCUT
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one batch of documents teaches.
+
+    Attributes:
+        batch: its tokens.
+        states: for each depth d from 0 to L, the teacher's state that enters source layer d, of the
+            tokens that count; (N, H) each, in the dtype of the forward pass.
+        arguments: what each source layer gets besides its input.
+    """
+
+    batch: Batch
+    states: Sequence[torch.Tensor]
+    arguments: Sequence[Arguments]
+
+    def target(self, depth: int, device: torch.device) -> torch.Tensor:
+        """The state at a depth, float32 on a device, (N, H)."""
+        return self.states[depth].to(device).float()
+
+    def weights(self, depth: int, device: torch.device) -> torch.Tensor:
+        """1 / mean square of each token's state, (N,): a few tokens have enormous states, which
+        would otherwise be all that counts."""
+        return 1.0 / (self.target(depth, device).pow(2).mean(-1) + 1e-6)
+
+
+def teachers_of(recipe: Recipe, groups: Sequence[str]) -> dict[str, Recipe]:
+    """Group → its teacher as a recipe without cuts and repair.
+
+    Args:
+        recipe: the recipe to repair; its repair names teachers, not `BY_TASK`.
+        groups: the groups of documents.
+    """
+    repair = recipe.repair
+    assert repair is not None
+    if repair.teachers == UNCUT:
+        return dict.fromkeys(groups, recipe)
+    if isinstance(repair.teachers, str):
+        named = dict.fromkeys(groups, repair.teachers)
+    else:
+        named = dict(repair.teachers)
+    return {group: dense(recipe, named[group]) for group in groups}
+
+
+def dense(recipe: Recipe, model: str) -> Recipe:
+    """A candidate as a recipe; its layers are filled in by `uncut`."""
+    return Recipe(recipe.models, recipe.base, (Take(model, 0),), model, model, recipe.dtype)
+
+
+def uncut(recipe: Recipe, num_layers: int) -> Recipe:
+    """The recipe with all source layers: one that it drops is made like the nearest one below."""
+    kept = {layer.src_layer: layer for layer in recipe.layers}
+    layers: list[Layer] = []
+    latest: Layer = recipe.layers[0]
+    for src_layer in range(num_layers):
+        latest = kept.get(src_layer, latest)
+        layers.append(replace(latest, src_layer=src_layer, scale=1.0))
+    return replace(recipe, layers=tuple(layers), repair=None, _cache={})
+
+
+class Teachers:
+    """Computes and keeps lessons.
+
+    Args:
+        resident: assembles the teachers; stays assembled as the last one.
+        lm: runs them.
+    """
+
+    def __init__(self, resident: ResidentModel, lm: ResidentLM) -> None:
+        self._resident = resident
+        self._lm = lm
+        self._kept: dict[tuple[str, str, str], list[Lesson]] = {}
+
+    def lessons(self, recipe: Recipe, reading: Reading) -> list[Lesson]:
+        """One for each batch, in their order; those of teachers not seen before are computed.
+
+        Raises:
+            ResourceError: there is neither memory nor disk for the states.
+            ModelError: the architecture can't be repaired.
+        """
+        found: list[Lesson] = []
+        used = set()
+        for group, teacher in teachers_of(recipe, reading.groups).items():
+            whole = uncut(teacher, self._resident.family.num_layers)
+            key = whole.hash, reading.digest, group
+            used.add(key)
+            if key not in self._kept:
+                self._forget_all_but(used, recipe)
+                self._kept[key] = self._lessons(
+                    whole, [b for b in reading.batches if b.group == group]
+                )
+            found += self._kept[key]
+        return found
+
+    def _forget_all_but(self, used: set[tuple[str, str, str]], recipe: Recipe) -> None:
+        """Uncut merges are as many as recipes: theirs are only kept for one recipe."""
+        if recipe.repair is not None and recipe.repair.teachers == UNCUT:
+            self._kept = {key: kept for key, kept in self._kept.items() if key in used}
+
+    @torch.no_grad()
+    def _lessons(self, teacher: Recipe, batches: Sequence[Batch]) -> list[Lesson]:
+        self._resident.assemble(teacher)
+        layers = self._resident.layers()
+        lessons = []
+        for batch in batches:
+            seen = trace(self._lm, layers, batch.input_BT)
+            shape = (len(seen.states), int(batch.counts_BT.sum()), seen.states[0].shape[-1])
+            kept = _room(shape, seen.states[0].dtype)
+            for depth, state in enumerate(seen.states):
+                kept[depth] = state[batch.counts_BT.to(state.device)].cpu()
+            if not bool(torch.isfinite(kept).all()):
+                raise FloatingPointError(
+                    f"the hidden states of the teacher ({', '.join(teacher.used_models)}) are not "
+                    "finite numbers"
+                )
+            lessons.append(Lesson(batch, list(kept), seen.arguments))
+        return lessons
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """An empty tensor: in memory if it takes at most a quarter of what is free, else in a file."""
+    n_bytes = int(torch.Size(shape).numel()) * dtype.itemsize
+    if n_bytes <= available_bytes() // 4:
+        return torch.empty(shape, dtype=dtype)
+    try:
+        with tempfile.TemporaryFile() as file:
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
+            path = f"/proc/self/fd/{file.fileno()}"
+            return torch.from_file(
+                path, shared=True, size=n_bytes // dtype.itemsize, dtype=dtype
+            ).view(shape)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise ResourceError(
+            f"The teachers' states of a repair take {size(n_bytes)} for each batch, and neither "
+            f"memory nor {tempfile.gettempdir()} has room for them: read fewer calibration "
+            "documents, or set TMPDIR to a larger disk."
+        ) from error
