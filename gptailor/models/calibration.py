@@ -77,7 +77,7 @@ class Statistics:
             )
         self.method = method
         self.tensors = read_header(self.path)
-        self.metadata = _read_metadata(self.path)
+        self.metadata = read_metadata(self.path)
         if (self.metadata.get("schema"), self.metadata.get("method")) != (SCHEMA, method):
             raise ModelError(
                 f"{self.path} holds no statistics for {method}: make them with "
@@ -221,7 +221,7 @@ def writing(
         raise
 
 
-def _read_metadata(path: Path) -> dict[str, str]:
+def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a file whose header has been checked."""
     with open_regular(path) as file:
         raw = read_up_to(file, int.from_bytes(read_up_to(file, 8), "little"))

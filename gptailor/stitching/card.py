@@ -14,13 +14,14 @@ from gptailor.recipe import End, Layer, Merge, Recipe
 from gptailor.stitching.plan import count_parameters
 
 
-def model_card(recipe: Recipe, family: Family, notes: str = "") -> str:
+def model_card(recipe: Recipe, family: Family, notes: str = "", repair: str = "") -> str:
     """The text of `README.md`, with the front matter that the Hugging Face hub reads.
 
     Args:
         recipe: the recipe that was built.
         family: the opened candidates.
         notes: Markdown to put before the layer map, for example scores.
+        repair: Markdown about the recipe's repair, to put after the layer map.
     """
     hub_ids = [ref for ref in recipe.models.values() if not is_folder(Path(ref))]
     front = {
@@ -47,6 +48,7 @@ def model_card(recipe: Recipe, family: Family, notes: str = "") -> str:
         f"Final norm and head: {_end(recipe.head)}.",
         "Each line is an output layer, bottom to top; `gptailor_recipe.yaml` rebuilds the model.",
         "```\n" + "\n".join(_layer_lines(recipe)) + "\n```",
+        repair.strip(),
     ]
     return "\n\n".join(line for line in lines if line) + "\n"
 

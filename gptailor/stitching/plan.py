@@ -19,6 +19,7 @@ from gptailor.models.checkpoint import FLOAT_DTYPES, TensorInfo
 from gptailor.models.family import Family
 from gptailor.models.scales import check_scales
 from gptailor.recipe import DTYPES, NO_LAYER, End, Layer, Merge, Recipe, Take
+from gptailor.stitching.patch import Patch
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,17 @@ class Plan:
 _SIZES = {"BF16": 2, "F16": 2, "F32": 4}
 
 
-def make_plan(recipe: Recipe, family: Family) -> Plan:
+REPAIR = "repair"
+"""As `Source.model`: the tensor comes from a patch."""
+
+
+def make_plan(recipe: Recipe, family: Family, patch: Patch | None = None) -> Plan:
     """Resolves a recipe to tensors.
+
+    Args:
+        recipe: what to build.
+        family: the candidates.
+        patch: the weights of the recipe's repair; None for the model without it.
 
     Raises:
         UsageError: a layer's index is out of range, a scale can't be folded, or a module matches no
@@ -116,7 +126,35 @@ def make_plan(recipe: Recipe, family: Family) -> Plan:
         *_stack(recipe, family),
         *plan_end(recipe.head, family.architecture.head, recipe, family),
     ]
+    if patch is not None:
+        tensors = _patched(tensors, patch)
     return Plan(recipe, config, tuple(tensors), notes)
+
+
+def _patched(tensors: Sequence[OutTensor], patch: Patch) -> list[OutTensor]:
+    """The same tensors, with those of the patch in their places.
+
+    Raises:
+        ModelError: the patch belongs to another model.
+    """
+    left = dict(patch.tensors)
+    result = []
+    for tensor in tensors:
+        info = left.pop(tensor.name, None)
+        if info is None:
+            result.append(tensor)
+            continue
+        if (info.dtype, info.shape) != (tensor.dtype, tensor.shape):
+            raise ModelError(
+                f"{patch.path}: {info.name} is {info.dtype} of the shape {list(info.shape)}, but "
+                f"the recipe needs {tensor.dtype} of the shape {list(tensor.shape)}: remove the "
+                "file, and it is computed again."
+            )
+        source = Source(REPAIR, info)
+        result.append(OutTensor(tensor.name, tensor.dtype, tensor.shape, (source,)))
+    if left:
+        raise ModelError(f"{patch.path} holds {next(iter(left))}, which the recipe does not build.")
+    return result
 
 
 def check_recipe(recipe: Recipe, family: Family) -> None:
@@ -130,6 +168,8 @@ def check_recipe(recipe: Recipe, family: Family) -> None:
     family.check_settled()
     if any(layer.scale != 1.0 for layer in recipe.layers):  # the canonical form drops the last one
         check_scales(family.base.config, family.base.folder)
+        if recipe.repair is not None:
+            raise UsageError("A recipe with scales can't be repaired: leave out scale or repair.")
     recipe = recipe.canonical()
     _check_layers(recipe, family)
     _check_shared(recipe, family)

@@ -29,6 +29,7 @@ from gptailor.stitching.layout import (
     lay_out,
     parse_size,
 )
+from gptailor.stitching.patch import Patch
 from gptailor.stitching.plan import Plan, make_plan
 
 RECIPE_FILE = "gptailor_recipe.yaml"
@@ -44,6 +45,7 @@ def write_model(
     sync: bool = True,
     max_shard_size: str = MAX_SHARD_SIZE,
     test: Callable[[Path], object] | None = None,
+    patch: Patch | None = None,
 ) -> Plan:
     """Writes the model that a recipe describes.
 
@@ -57,6 +59,7 @@ def write_model(
         max_shard_size: the largest size of a weight file, unless a single tensor is larger; like
             5GB or 500MiB.
         test: called with the complete folder before it gets its name; raises if it is unusable.
+        patch: the weights of the recipe's repair; needed if it has one.
 
     Returns:
         The plan that was followed.
@@ -74,20 +77,22 @@ def write_model(
             f"The base {family.base.folder} has no tokenizer: copy tokenizer.json and "
             "tokenizer_config.json there."
         )
-    plan = make_plan(recipe, family)
+    if (recipe.repair is None) != (patch is None):
+        raise ValueError("a recipe with a repair needs its weights, and no other recipe has any")
+    plan = make_plan(recipe, family, patch)
     family.base.check_result(plan.config, [(t.name, t.dtype, t.shape) for t in plan.tensors])
     with new_folder(out, sync, test) as folder:
         can_share = SharingProbe(folder)
         shards = lay_out(plan.tensors, max_bytes, can_share)
-        sources = _Sources(family)
+        sources = _Sources(family, patch)
         check_space(folder, plan.n_bytes - _spared(shards, sources, can_share))
-        write_shards(shards, family, folder, threads=threads, flush=sync)
+        write_shards(shards, family, folder, threads=threads, flush=sync, patch=patch)
         for name in side_files(family.base.folder):
             copy_side_file(family.base.folder / name, folder / name)
         texts = {
             "config.json": json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n",
             RECIPE_FILE: recipe.to_yaml(),
-            "README.md": model_card(recipe, family, notes),
+            "README.md": model_card(recipe, family, notes, "" if patch is None else patch.notes),
         }
         if len(shards) > 1:
             texts["model.safetensors.index.json"] = index_text(shards)
@@ -104,6 +109,7 @@ def write_shards(
     *,
     threads: int = 0,
     flush: bool = False,
+    patch: Patch | None = None,
 ) -> None:
     """Writes the weight files into `folder`.
 
@@ -113,12 +119,13 @@ def write_shards(
         folder: the destination.
         threads: for merging; 0 for as many as there are cores.
         flush: start write-back at once, because fsync will follow.
+        patch: a file with other sources.
 
     Raises:
         ModelError: a source has changed, can't be read, or is to be merged and holds NaN.
         OSError: the files can't be written, for example because the disk is full.
     """
-    sources = _Sources(family)
+    sources = _Sources(family, patch)
     for shard in shards:
         with (folder / shard.name).open("xb", buffering=0) as file:
             fd = file.fileno()
@@ -152,9 +159,12 @@ def write_shards(
 class _Sources:
     """The checkpoint of each source file."""
 
-    def __init__(self, family: Family) -> None:
+    def __init__(self, family: Family, patch: Patch | None = None) -> None:
         checkpoints = [candidate.checkpoint for candidate in family.candidates.values()]
         self._by_path = {path: c for c in checkpoints for path in c.files}
+        if patch is not None:
+            family.base.checkpoint.add_file(patch.path)
+            self._by_path[patch.path] = family.base.checkpoint
 
     def checkpoint(self, part: Range) -> Checkpoint:
         return self._by_path[part.path]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +13,12 @@ from gptailor.errors import ModelError, ResourceError, UsageError, unknown
 from gptailor.evaluation.family import open_family
 from gptailor.merging.registry import CALIBRATED
 from gptailor.models.family import Family
-from gptailor.patience import Patience, slowly
+from gptailor.patience import Patience, Say, slowly
 from gptailor.recipe import DTYPES, Recipe, Take, read_recipe
 
 if TYPE_CHECKING:
     from gptailor.evaluation.outcome import Score
+    from gptailor.stitching.patch import Patch
 
 
 def stitch(
@@ -62,20 +64,50 @@ def stitch(
         note(text)
     if verify:
         _check_room(recipe, family, out)
-    with Patience(note) as patience, patience.step(f"Writing {out}"):
-        plan = write_model(
-            recipe,
-            family,
-            out,
-            notes=notes,
-            sync=sync,
-            threads=threads,
-            max_shard_size=MAX_SHARD_SIZE if max_shard_size is None else max_shard_size,
-            test=_smoke_test(out, patience) if verify else None,
-        )
+    with Patience(note) as patience, ExitStack() as stack:
+        patch = None
+        if recipe.repair is not None:
+            recipe, patch = stack.enter_context(_repaired(recipe, family, out, patience, note))
+        with patience.step(f"Writing {out}"):
+            plan = write_model(
+                recipe,
+                family,
+                out,
+                notes=notes,
+                sync=sync,
+                threads=threads,
+                max_shard_size=MAX_SHARD_SIZE if max_shard_size is None else max_shard_size,
+                test=_smoke_test(out, patience) if verify else None,
+                patch=patch,
+            )
     for text in plan.notes:
         note(text)
     return Path(out)
+
+
+@contextlib.contextmanager
+def _repaired(
+    recipe: Recipe, family: Family, out: str | Path, patience: Patience, note: Say
+) -> Iterator[tuple[Recipe, Patch]]:
+    """Computes a recipe's repair; its file lies beside the output and is removed at the end."""
+    from gptailor.evaluation.footprint import held_bytes
+    from gptailor.evaluation.forward_dtype import choose, find_ability
+    from gptailor.evaluation.repair.patch_file import compute_patch
+    from gptailor.stitching.folder import check_out
+
+    check_out(Path(out), family)  # before minutes are spent
+    choice = choose("auto", recipe.dtype, [find_ability("auto")], held_bytes(family))
+    said = [""]
+    path = Path(out).parent / f".{Path(out).name}.repair.safetensors"
+    try:
+        with patience.step("Repairing", lambda: said[-1]):
+            resolved, patch = compute_patch(
+                recipe, family, path, dtype=choice.dtype, says=said.append
+            )
+        note(f"Repaired {len(patch.tensors)} weights; the model card lists the layers.")
+        yield resolved, patch
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _check_room(recipe: Recipe, family: Family, out: str | Path) -> None:
