@@ -25,10 +25,14 @@ from gptailor.errors import UsageError, plain, unknown
 from gptailor.merging.registry import TASK_ARITHMETIC, get_method
 from gptailor.models.untrusted import home_expanded, is_folder
 from gptailor.recipe import DTYPES, absolute_ref
+from gptailor.recipe.repair import BY_TASK, RepairedLayers
 from gptailor.strict_yaml import dump_yaml, load_yaml, read_text, truth
 
 ARMS = ("dense", "block_influence", "angular", "uniform", "paper", "random")
 """The control arms that a search can start from; dense candidates are always evaluated."""
+
+REFIT = "refit"
+"""The name of the candidate that a search makes itself, see `RepairSpace.refit`."""
 
 RENAMED = {"search.seeds": "search.arms"}
 """Keys of earlier versions that are still read → their names today."""
@@ -72,13 +76,66 @@ class MergeSpace(_Strict):
         return tuple(sorted(set(lambdas)))
 
 
+class RepairCalibration(_Strict):
+    """What a search's repairs read.
+
+    Attributes:
+        tasks: their documents that are not scored; None for the tasks of the evaluation.
+        include_path: as for the evaluation; None for its value.
+        documents: how many in all; None for as many as an evaluation scores.
+        text: a file whose lines are documents, or a `.jsonl` whose objects have a `text`, read in
+            addition to the tasks.
+        tokens: how much of the text is read, at most.
+    """
+
+    tasks: tuple[str, ...] | None = None
+    include_path: str | None = None
+    documents: Annotated[int, Field(ge=1)] | None = None
+    text: str | None = None
+    tokens: Annotated[int, Field(ge=1)] = 4096
+
+
+class RepairSpace(_Strict):
+    """How the recipes of a search are repaired; see `gptailor.recipe.Repair`.
+
+    Attributes:
+        layers: gaps, after or all.
+        teachers: "task" for each task's best dense candidate, "merge", a model's name, or task →
+            model.
+        calibration: what is read.
+        ridge: relative to the mean diagonal of the normal equations, or auto.
+        refit: make one more candidate before the search: the merge of all variants, every layer
+            refitted to the teachers.
+    """
+
+    layers: RepairedLayers = "gaps"
+    teachers: str | dict[str, str] = BY_TASK
+    calibration: RepairCalibration = RepairCalibration()
+    ridge: Annotated[float, Field(ge=1e-6, le=1e6)] | Literal["auto"] = "auto"
+    refit: bool = True
+
+
 class Space(_Strict):
-    """Which recipes the search may propose."""
+    """Which recipes the search may propose.
+
+    Attributes:
+        layers, merge: how many layers they keep, and how these may be merged.
+        scale: no scales, so far.
+        dtype: of the recipes.
+        repair: how cuts are repaired; "auto": by the defaults, if the tasks have documents that are
+            not scored (`evaluation.rungs`); false: not at all.
+    """
 
     layers: LayerSpace = LayerSpace()
     merge: MergeSpace = MergeSpace()
     scale: Literal[False] = False
     dtype: str = "bfloat16"
+    repair: RepairSpace | Literal["auto", False] = "auto"
+
+    @field_validator("repair", mode="before")
+    @classmethod
+    def _off(cls, value: object) -> object:
+        return False if value is False or value in ("false", "off", "no") else value
 
     @field_validator("scale", mode="before")
     @classmethod
@@ -263,6 +320,26 @@ class Config(_Strict):
                 raise unknown("objective", objective, known, "objectives")
         return self
 
+    def with_refit(self) -> Config:
+        """Returns a copy with one more candidate, `REFIT`, in the output folder.
+
+        Raises:
+            UsageError: another candidate has that name.
+        """
+        place = str((Path(self.output) / REFIT).resolve())
+        if self.models.get(REFIT, place) != place:
+            raise UsageError(
+                f"models: the name {REFIT} is taken by the candidate that the search makes: choose "
+                "another one, or set space.repair.refit: false."
+            )
+        return self.model_copy(update={"models": {**self.models, REFIT: place}})
+
+    def without_repair(self) -> Config:
+        """Returns a copy whose recipes are not repaired."""
+        models = {name: ref for name, ref in self.models.items() if name != REFIT}
+        space = self.space.model_copy(update={"repair": False})
+        return self.model_copy(update={"models": models, "space": space})
+
     def computed_in(self, dtype: str) -> Config:
         """Returns a copy with `evaluation.dtype` set to `dtype`."""
         evaluation = self.evaluation.model_copy(update={"dtype": dtype})
@@ -347,11 +424,24 @@ def with_absolute_paths(config: Config, folder: Path) -> Config:
     data["models"] = {name: absolute_ref(ref, folder) for name, ref in config.models.items()}
     include_path = config.evaluation.include_path
     if include_path is not None:
-        place = (folder / home_expanded(include_path)).resolve()
-        if not is_folder(place):
-            raise UsageError(f"evaluation.include_path: the folder {place} does not exist.")
-        data["evaluation"]["include_path"] = str(place)
+        data["evaluation"]["include_path"] = _folder("evaluation", folder, include_path)
+    if isinstance(config.space.repair, RepairSpace):
+        calibration = config.space.repair.calibration
+        written = data["space"]["repair"]["calibration"]
+        if calibration.include_path is not None:
+            key = "space.repair.calibration"
+            written["include_path"] = _folder(key, folder, calibration.include_path)
+        if calibration.text is not None:
+            written["text"] = str((folder / home_expanded(calibration.text)).resolve())
     return Config.model_validate(data)
+
+
+def _folder(section: str, folder: Path, include_path: str) -> str:
+    """A section's include_path as an absolute path, from `folder`."""
+    place = (folder / home_expanded(include_path)).resolve()
+    if not is_folder(place):
+        raise UsageError(f"{section}.include_path: the folder {place} does not exist.")
+    return str(place)
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -370,9 +460,10 @@ def _override(data: dict[str, Any], override: str) -> None:
 def _explained(error: ValidationError, source: str) -> UsageError:
     """One sentence for pydantic's first complaint; suggests the nearest key for a typo."""
     first = error.errors()[0]
-    where = plain(".".join(str(part) for part in first["loc"]), 100)
+    loc = [part for part in first["loc"] if part != RepairSpace.__name__]  # a branch of a union
+    where = plain(".".join(str(part) for part in loc), 100)
     if first["type"] == "extra_forbidden":
-        *parents, key = first["loc"]
+        *parents, key = loc
         inside = plain(".".join(map(str, parents)), 100)
         place = ": ".join([source, inside] if parents else [source])
         return unknown("key", key, _keys(parents), place)

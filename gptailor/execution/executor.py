@@ -13,7 +13,7 @@ from typing import Protocol
 from gptailor.evaluation.forward_dtype import Ability
 from gptailor.evaluation.outcome import Documents, Outcome
 from gptailor.evaluation.similarity import Similarity
-from gptailor.recipe import Recipe
+from gptailor.recipe import Recipe, Repair
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,12 @@ class WorkloadInfo:
     Attributes:
         num_documents: "search" and, if there is one, "holdout" → documents of one evaluation.
         digest: changes when tasks or documents do.
+        repair: how all recipes are repaired, perhaps without teachers yet; None for not at all.
     """
 
     num_documents: dict[str, int]
     digest: str
+    repair: Repair | None = None
 
 
 class Executor(Protocol):

@@ -6,14 +6,17 @@ import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gptailor.config import Config
+from gptailor.errors import UsageError
 from gptailor.evaluation.outcome import Outcome
 from gptailor.evaluation.similarity import Similarity
 from gptailor.execution.executor import EvaluationJob, Job, SimilarityJob, WorkloadInfo
 from gptailor.models.family import Family
 from gptailor.patience import Say
+from gptailor.recipe import Repair
 
 if TYPE_CHECKING:
     from gptailor.evaluation.evaluator import Evaluator
@@ -55,7 +58,26 @@ class Worker:
         """What will be evaluated."""
         workloads = self.evaluator.workloads
         digest = "-".join(workload.digest for workload in workloads.values())
-        return WorkloadInfo({n: w.num_documents for n, w in workloads.items()}, digest)
+        repair = self._repair()
+        if repair is not None:
+            digest = f"{digest}-{repair.calibration.digest}"
+        return WorkloadInfo({n: w.num_documents for n, w in workloads.items()}, digest, repair)
+
+    def _repair(self) -> Repair | None:
+        """How recipes are repaired, with the digest of what is read."""
+        from gptailor.evaluation.repair.settings import is_automatic, planned_repair
+
+        planned = planned_repair(self._config)
+        if planned is None:
+            return None
+        try:
+            reading = self.evaluator.repairs.reading(planned.calibration)
+        except UsageError:
+            if is_automatic(self._config):
+                return None  # no documents are left to read
+            raise
+        calibration = replace(planned.calibration, digest=reading.digest)
+        return replace(planned, calibration=calibration)
 
     def do(self, job: Job) -> Outcome | Similarity:
         """Does a job; raises like `Evaluator`."""

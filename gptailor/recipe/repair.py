@@ -7,8 +7,10 @@ outputs on calibration documents shall bring the stream to where a teacher's is 
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Collection, Mapping
+import operator
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -150,6 +152,25 @@ class Repair:
         written: dict[str, Any] = {"layers": self.layers, "teachers": teachers}
         written |= {"ridge": self.ridge, "calibration": self.calibration.to_dict()}
         return written | ({"dtype": self.dtype} if self.dtype else {})
+
+
+def repaired_layers(
+    src_layers: Sequence[int], num_layers: int, layers: RepairedLayers
+) -> list[bool]:
+    """For each output layer, whether a repair changes it.
+
+    Args:
+        src_layers: the source layer of each output layer.
+        num_layers: source layers of the family.
+        layers: which ones are repaired.
+    """
+    depths = [*src_layers[1:], num_layers]
+    gaps = [depth != src + 1 for src, depth in zip(src_layers, depths, strict=True)]
+    if layers == "gaps":
+        return gaps
+    if layers == "all":
+        return [True] * len(gaps)
+    return list(itertools.accumulate(gaps, operator.or_))
 
 
 def read_repair(

@@ -1,6 +1,8 @@
 """The control arms: prunings that need no search, and that the search starts from.
 
 - `dense:MODEL`: an unchanged candidate.
+- `refit:1`: the merge of all variants, refitted, if the search made one; a candidate for all other
+  arms except `uniform` and `paper`.
 - `block_influence:SIZE@MODEL`: layers with the least Block Influence are dropped (Men et al. 2024,
   ShortGPT, arXiv 2403.03853).
 - `angular:SIZE@MODEL`: the contiguous block with the least angular distance is dropped (Gromov et
@@ -10,6 +12,8 @@
   depth are dropped, the others merge all variants by task arithmetic with λ = 1 / their number
   (GPTailor, arXiv 2506.20480, and the configurations published with it).
 - `random:SIZE@MODEL`: random layers of one random candidate are dropped.
+
+`+repair` behind a name: the same arm, repaired like the search's recipes (`evaluation/repair`).
 
 SIZE is the fraction of layers that is kept. If candidates differ in their embeddings, final norm or
 head, an arm takes those of MODEL, or merges them like its layers.
@@ -24,6 +28,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from gptailor.config import REFIT
 from gptailor.evaluation.similarity import Similarity
 from gptailor.merging.registry import LINEAR, TASK_ARITHMETIC
 from gptailor.recipe import NO_LAYER, End, Merge, Recipe, Take
@@ -51,7 +56,8 @@ def control_arms(
     """
     found: list[tuple[str, Recipe]] = []
     for model in space.names:  # always: everything else is compared with them
-        found.append((f"dense:{model}", _taken(space, model, range(space.num_layers))))
+        arm = f"{REFIT}:1" if model == REFIT else f"dense:{model}"
+        found.append((arm, _taken(space, model, range(space.num_layers))))
     if "uniform" in arms and len(space.names) > 1:
         found.append(("uniform:1", _averaged(space, range(space.num_layers))))
     for size in sorted(set(sizes), reverse=True):
@@ -117,7 +123,7 @@ def _paper(space: SearchSpace, keep: int, rng: np.random.Generator) -> Recipe:
     if len(free) < num_gone:
         free = np.setdiff1d(np.arange(num_layers), space.protected)
     gone = rng.choice(free, min(num_gone, len(free)), replace=False)
-    variants = [name for name in space.names if name != space.base]
+    variants = [name for name in space.names if name not in (space.base, REFIT)]
     weights = tuple((name, round(1 / len(variants), 6)) for name in variants)
     values = (("lambda", 1.0), ("normalize", 0.0))
     kept = np.setdiff1d(np.arange(num_layers), gone)
@@ -131,7 +137,7 @@ def _taken(space: SearchSpace, model: str, kept: Sequence[int] | npt.NDArray[np.
 
 
 def _averaged(space: SearchSpace, kept: Sequence[int] | npt.NDArray[np.int64]) -> Recipe:
-    weights = tuple((name, 1.0) for name in space.names)
+    weights = tuple((name, 1.0) for name in space.names if name != REFIT)
     return _merged(space, Merge(LINEAR.name, NO_LAYER, weights, (("normalize", 1.0),)), kept)
 
 

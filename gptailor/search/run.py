@@ -12,14 +12,15 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from gptailor.config import Config
+from gptailor.config import REFIT, Config
 from gptailor.evaluation.family import find_calibration
 from gptailor.evaluation.outcome import Documents, Evaluation
+from gptailor.evaluation.repair.settings import with_teachers
 from gptailor.evaluation.similarity import Similarity
 from gptailor.execution.executor import job_name
 from gptailor.execution.stop import Stop
 from gptailor.models.family import Family
-from gptailor.recipe import Recipe
+from gptailor.recipe import Recipe, Repair
 from gptailor.run.archive import Archive
 from gptailor.search.algorithms import ALGORITHMS
 from gptailor.search.arms import NEEDS_SIMILARITY, control_arms
@@ -104,6 +105,9 @@ class Run:
         arms = control_arms(
             self.space, search.arms, search.arm_sizes, self._similarities(), search.seed
         )
+        repair = self.executor.workload().repair
+        if repair is not None:
+            arms += self._repaired_arms(arms, repair)
         for arm, recipe in arms:
             self.recorder.archive.add_arm(arm, recipe)
         recipes = _unique([recipe for _, recipe in arms])[: search.evaluations]
@@ -154,6 +158,26 @@ class Run:
         num_objectives = len(self.config.objectives)
         return kind(self.space, Settings(num_objectives, search.population, seed, tuple(start)))
 
+    def _repaired_arms(
+        self, arms: Sequence[tuple[str, Recipe]], repair: Repair
+    ) -> list[tuple[str, Recipe]]:
+        """Chooses teachers by the scores of the dense candidates; from now on the space repairs.
+
+        Returns:
+            The control arms that have something to repair, repaired.
+        """
+        dense = [recipe for arm, recipe in arms if arm.startswith(("dense:", f"{REFIT}:"))]
+        with self.progress.step(lambda: self.progress.line(time.monotonic()), self._doing):
+            self._queue.evaluate(dense, "search")
+        best = best_by_task([(r, self.recorder.find(r)) for r in dense])
+        self.space.repair = with_teachers(repair, best, self.space.base)
+        teachers = ", ".join(f"{model} for {task}" for task, model in best.items())
+        self.progress.note(f"Recipes are repaired; teachers: {teachers}.")
+        repaired = [
+            (f"{arm}+repair", self.space.recipe(r.layers, r.embeddings, r.head)) for arm, r in arms
+        ]
+        return [(arm, recipe) for arm, recipe in repaired if recipe.repair is not None]
+
     def _similarities(self) -> dict[str, Similarity]:
         if not set(NEEDS_SIMILARITY) & set(self.config.search.arms):
             return {}
@@ -169,6 +193,20 @@ class Run:
         ]
         more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
         return ", ".join(texts[:3]) + more
+
+
+def best_by_task(scored: Sequence[tuple[Recipe, Evaluation | None]]) -> dict[str, str]:
+    """Task → the dense candidate with the best score; the first of several.
+
+    Args:
+        scored: dense candidates with their evaluations.
+    """
+    best: dict[str, tuple[float, str]] = {}
+    for recipe, evaluation in scored:
+        for score in evaluation.outcome.scores if evaluation is not None else ():
+            if score.task not in best or score.value > best[score.task][0]:
+                best[score.task] = score.value, recipe.layers[0].models[0]
+    return {task: model for task, (_, model) in best.items()}
 
 
 def _unique(recipes: Sequence[Recipe]) -> list[Recipe]:

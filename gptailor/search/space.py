@@ -30,8 +30,9 @@ from gptailor.errors import UsageError
 from gptailor.merging.registry import Method, get_method
 from gptailor.models.calibration import Calibration
 from gptailor.models.ends import Ends
-from gptailor.recipe import NO_LAYER, End, Layer, Merge, Recipe, Take
+from gptailor.recipe import NO_LAYER, End, Layer, Merge, Recipe, Repair, Take
 from gptailor.recipe.canonical import canonical_end, canonical_layer
+from gptailor.recipe.repair import repaired_layers
 
 Genome = npt.NDArray[np.int64]
 """Shape (R, G)."""
@@ -54,6 +55,7 @@ class SearchSpace:
         ends: which models have the same embeddings and head; default: all have the base's.
 
     Attributes:
+        repair: of the recipes that have a layer to repair; None for none.
         protected: source layers that are always kept, ascending.
         layer_rows: the rows of a genome that encode source layers.
 
@@ -70,6 +72,7 @@ class SearchSpace:
         calibration: Calibration | None = None,
         ends: Ends | None = None,
     ) -> None:
+        self.repair: Repair | None = None
         self.models = dict(models)
         self.calibration = calibration
         self.names = list(models)
@@ -164,6 +167,10 @@ class SearchSpace:
         self, layers: Sequence[Layer], embeddings: End | None = None, head: End | None = None
     ) -> Recipe:
         """A recipe of this family with these layers; by default with the base's ends."""
+        src_layers = [layer.src_layer for layer in layers]
+        repair = self.repair
+        if repair and not any(repaired_layers(src_layers, self.num_layers, repair.layers)):
+            repair = None
         return Recipe(
             models=self.models,
             base=self.base,
@@ -172,6 +179,7 @@ class SearchSpace:
             head=self.base if head is None else head,
             dtype=self.dtype,
             calibration=self.calibration,
+            repair=repair,
         )
 
     def encode(self, recipe: Recipe) -> Genome:

@@ -49,9 +49,6 @@ def stitch(
     Raises:
         UsageError, ModelError, ResourceError: see `stitching.write.write_model`.
     """
-    from gptailor.stitching.layout import MAX_SHARD_SIZE
-    from gptailor.stitching.write import write_model
-
     notes = ""
     if point is None:
         if Path(source).is_dir():
@@ -62,12 +59,47 @@ def stitch(
         family = open_family(recipe.used_models, recipe.base, io)
     for text in family.notes:
         note(text)
+    return write_stitched(
+        recipe,
+        family,
+        out,
+        notes=notes,
+        verify=verify,
+        sync=sync,
+        threads=threads,
+        max_shard_size=max_shard_size,
+        note=note,
+    )
+
+
+def write_stitched(
+    recipe: Recipe,
+    family: Family,
+    out: str | Path,
+    *,
+    notes: str = "",
+    verify: bool = True,
+    sync: bool = True,
+    threads: int = 0,
+    max_shard_size: str | None = None,
+    device: str = "auto",
+    note: Callable[[str], None] = lambda text: None,
+) -> Path:
+    """Writes the model of a recipe of an opened family, with its repair; returns its folder.
+
+    The other arguments and errors are those of `stitch`; `device` is where a repair is computed.
+    """
+    from gptailor.stitching.layout import MAX_SHARD_SIZE
+    from gptailor.stitching.write import write_model
+
     if verify:
         _check_room(recipe, family, out)
     with Patience(note) as patience, ExitStack() as stack:
         patch = None
         if recipe.repair is not None:
-            recipe, patch = stack.enter_context(_repaired(recipe, family, out, patience, note))
+            recipe, patch = stack.enter_context(
+                _repaired(recipe, family, out, device, patience, note)
+            )
         with patience.step(f"Writing {out}"):
             plan = write_model(
                 recipe,
@@ -87,7 +119,7 @@ def stitch(
 
 @contextlib.contextmanager
 def _repaired(
-    recipe: Recipe, family: Family, out: str | Path, patience: Patience, note: Say
+    recipe: Recipe, family: Family, out: str | Path, device: str, patience: Patience, note: Say
 ) -> Iterator[tuple[Recipe, Patch]]:
     """Computes a recipe's repair; its file lies beside the output and is removed at the end."""
     from gptailor.evaluation.footprint import held_bytes
@@ -96,13 +128,13 @@ def _repaired(
     from gptailor.stitching.folder import check_out
 
     check_out(Path(out), family)  # before minutes are spent
-    choice = choose("auto", recipe.dtype, [find_ability("auto")], held_bytes(family))
+    choice = choose("auto", recipe.dtype, [find_ability(device)], held_bytes(family))
     said = [""]
     path = Path(out).parent / f".{Path(out).name}.repair.safetensors"
     try:
         with patience.step("Repairing", lambda: said[-1]):
             resolved, patch = compute_patch(
-                recipe, family, path, dtype=choice.dtype, says=said.append
+                recipe, family, path, dtype=choice.dtype, device=device, says=said.append
             )
         note(f"Repaired {len(patch.tensors)} weights; the model card lists the layers.")
         yield resolved, patch

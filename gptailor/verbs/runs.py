@@ -112,27 +112,22 @@ def _search(
     from gptailor.config import Config, read_config
     from gptailor.execution.job_monitor import JobMonitor
     from gptailor.execution.local import open_executor
-    from gptailor.execution.slurm.exit_code_file import is_supervised
     from gptailor.report import write_report
     from gptailor.run.archive import Archive
     from gptailor.run.resume import check_resumable
     from gptailor.search.island_peers import open_islands
     from gptailor.search.progress import Progress
     from gptailor.search.run import Run
+    from gptailor.verbs.refit import as_begun
     from gptailor.verbs.watched_run import WatchedRun
 
     if not isinstance(config, Config):
         config = read_config(config, overrides)
+    config = as_begun(config)
     output = Path(config.output)
     place = check_place(config, resume, island)
     log = (lambda text: None) if crew is None else crew.log.say
-    # now, not after the models are loaded; but the lock of a dead node may stay for a while
-    wait_s = LOCK_WAIT_S if is_supervised() else 0.0
-    say = _say if crew is None else crew.say
-    Archive.check_not_in_use(place, wait_s=wait_s, note=say)
-    with slowly(f"Opening {len(config.models)} candidates", say):
-        family = open_family(config.models, config.base, io)
-        check_space(config, family)
+    config, family = _opened(config, place, io, _say if crew is None else crew.say)
     progress = Progress(config.search.evaluations, family.num_layers, log=log)
     number = None if island is None else island[0]
     with progress, JobMonitor(stop, config.search.evaluations, output, number) as monitor:
@@ -162,6 +157,22 @@ def _search(
         with progress.step("Writing the report"):
             write_report(output)
     return output
+
+
+def _opened(config: Config, place: Path, io: str | None, say: Say) -> tuple[Config, Family]:
+    """Opens the candidates, after making the refitted one if the search has one."""
+    from gptailor.execution.slurm.exit_code_file import is_supervised
+    from gptailor.run.archive import Archive
+    from gptailor.verbs.refit import with_refit_made
+
+    # now, not after the models are loaded; but the lock of a dead node may stay for a while
+    wait_s = LOCK_WAIT_S if is_supervised() else 0.0
+    Archive.check_not_in_use(place, wait_s=wait_s, note=say)
+    config = with_refit_made(config, io, say)
+    with slowly(f"Opening {len(config.models)} candidates", say):
+        family = open_family(config.models, config.base, io)
+        check_space(config, family)
+    return config, family
 
 
 def _joined(

@@ -33,7 +33,7 @@ from gptailor.evaluation.repair.targets import Lesson
 from gptailor.evaluation.repair.writers import Writer, find_writers, inputs_of
 from gptailor.evaluation.resident import ResidentModel
 from gptailor.recipe import Recipe
-from gptailor.recipe.repair import Repair
+from gptailor.recipe.repair import Repair, repaired_layers
 
 PROBED_ROWS = 4
 """Sequences that a probe of the architecture runs."""
@@ -99,7 +99,7 @@ class Repairer:
         assert repair is not None
         self._check(recipe, lessons)
         depths = [*recipe.src_layers[1:], self._resident.family.num_layers]
-        chosen = chosen_layers(recipe.src_layers, depths[-1], repair)
+        chosen = repaired_layers(recipe.src_layers, depths[-1], repair.layers)
         errors: list[LayerError] = []
         found = self._cache.longest(recipe, depths)
         if found is None:
@@ -333,17 +333,6 @@ class Repairer:
                 for output, inputs in zip(outputs, fit.inputs, strict=True)
             ]
         return outputs
-
-
-def chosen_layers(src_layers: Sequence[int], num_layers: int, repair: Repair) -> list[bool]:
-    """For each output layer, whether the repair changes it."""
-    depths = [*src_layers[1:], num_layers]
-    gaps = [depth != src + 1 for src, depth in zip(src_layers, depths, strict=True)]
-    if repair.layers == "gaps":
-        return gaps
-    if repair.layers == "all":
-        return [True] * len(gaps)
-    return [any(gaps[: j + 1]) for j in range(len(gaps))]
 
 
 def layer_dtype(layer: nn.Module) -> torch.dtype:
