@@ -63,6 +63,11 @@ class Evaluator:
         self.repairs = Repairs(self.resident, self.lm, tuple(self.workloads.values()), workers)
         self._results: Mapping[str, Mapping[str, Any]] = {}  # of the last evaluation
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that went through the model so far, those of repairs included."""
+        return self.lm.num_tokens + self.repairs.num_tokens
+
     def assemble(self, recipe: Recipe) -> Repaired | None:
         """Makes the resident model that of a recipe, with its repair, which is returned.
 
@@ -89,7 +94,7 @@ class Evaluator:
             ResourceError: memory or disk is exhausted, which is not the recipe's fault.
             ModelError: a candidate's file changed, so nothing read since then is valid.
         """
-        began, forward_s, num_tokens = time.perf_counter(), self.lm.forward_s, self.lm.num_tokens
+        began, forward_s, num_tokens = time.perf_counter(), self.lm.forward_s, self.num_tokens
         workload = self.workloads[documents]
         assembled = began
         scores: tuple[Score, ...] = ()
@@ -122,7 +127,7 @@ class Evaluator:
             assemble_s=assembled - began,
             forward_s=self.lm.forward_s - forward_s,
             num_documents=workload.num_documents if status == "ok" else 0,
-            num_tokens=self.lm.num_tokens - num_tokens,
+            num_tokens=self.num_tokens - num_tokens,
         )
         accuracy = weighted_mean(scores) if status == "ok" else None
         return Outcome(status, accuracy, scores, reason, cost)

@@ -64,7 +64,8 @@ function scores(point) {
     h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Task"), h("th", { scope: "col" }, "Score"),
       h("th", { scope: "col" }, "Best dense"), h("th", { scope: "col" }, "Kept"))),
     scoreGroup("Search documents", "search", point.search),
-    scoreGroup("Holdout documents", "holdout", point.holdout)));
+    scoreGroup("Holdout documents", "holdout", point.holdout),
+    scoreGroup("Holdout documents, without repair", "holdout", point.holdout_without_repair)));
 }
 
 function detail(point) {

@@ -153,6 +153,9 @@ def point_dict(report: Report, point: Point) -> dict[str, Any]:
         "layers": point.layers,
         "search": _measured_dict(report.search, point.search),
         "holdout": _measured_dict(report.holdout, point.holdout) if point.holdout else None,
+        "holdout_without_repair": (
+            _measured_dict(report.holdout, point.plain) if point.plain else None
+        ),
         "layer_map": layer_map(point.recipe),
         "ends": ends(point.recipe),
         "recipe": point.recipe.to_dict(),

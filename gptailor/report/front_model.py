@@ -36,6 +36,8 @@ class Point:
             the search.
         search: its scores on the documents that the search saw.
         holdout: its scores on those it never saw; None if it was not scored on them.
+        plain: the scores of the same layers without repair, on the holdout; None for a recipe
+            without repair, or if that was not scored.
     """
 
     number: int
@@ -44,6 +46,7 @@ class Point:
     arms: tuple[str, ...]
     search: Measured
     holdout: Measured | None
+    plain: Measured | None = None
 
     @property
     def id(self) -> str:
@@ -172,6 +175,7 @@ def _report(data: RunData, run: str) -> Report:
             p,
             search=search.with_retention(p.search),
             holdout=p.holdout and holdout.with_retention(p.holdout),
+            plain=p.plain and holdout.with_retention(p.plain),
         )
         for p in points
     )
@@ -213,6 +217,7 @@ def _points(rows: Sequence[Evaluation]) -> tuple[Point, ...]:
             row.arms,
             measured,
             holdouts.get(row.recipe.hash),
+            holdouts.get(row.recipe.with_repair(None).hash) if row.recipe.repair else None,
         )
         for row in rows
         if row.documents == "search" and (measured := measured_of(row.outcome))

@@ -48,11 +48,12 @@ def check(
         UsageError: the configuration itself is wrong.
     """
     from gptailor.config import read_config
+    from gptailor.verbs.as_begun import as_begun
 
     parsed = read_config(config, overrides)
     problems: list[str] = []
     try:
-        check_place(parsed, resume)
+        check_place(as_begun(parsed), resume)
     except GptailorError as error:
         problems.append(str(error))
     return problems + find_problems(parsed, fast=fast, note=note)

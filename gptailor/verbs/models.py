@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -130,7 +132,8 @@ def _repaired(
     check_out(Path(out), family)  # before minutes are spent
     choice = choose("auto", recipe.dtype, [find_ability(device)], held_bytes(family))
     said = [""]
-    path = Path(out).parent / f".{Path(out).name}.repair.safetensors"
+    name = f".{Path(out).name}.repair-{socket.gethostname()}-{os.getpid()}.safetensors"
+    path = Path(out).parent / name
     try:
         with patience.step("Repairing", lambda: said[-1]):
             resolved, patch = compute_patch(

@@ -118,7 +118,7 @@ def _search(
     from gptailor.search.island_peers import open_islands
     from gptailor.search.progress import Progress
     from gptailor.search.run import Run
-    from gptailor.verbs.refit import as_begun
+    from gptailor.verbs.as_begun import as_begun
     from gptailor.verbs.watched_run import WatchedRun
 
     if not isinstance(config, Config):
@@ -151,7 +151,9 @@ def _search(
                 run = Run(config, family, archive, executor, progress, stop, tick, others)
                 progress.watch(lambda: tick(run))
                 run.search()
-                run.holdout([e.recipe for e in worth_a_holdout(run.evaluations("search"))])
+                chosen = [e.recipe for e in worth_a_holdout(run.evaluations("search"))]
+                plain = [recipe.with_repair(None) for recipe in chosen]
+                run.holdout([*chosen, *plain])
         finally:
             executor.close()
         with progress.step("Writing the report"):

@@ -124,9 +124,9 @@ def change():
         with open(path, "rb") as file, open(path + "~", "wb") as new:
             new.write(file.read())
         os.replace(path + "~", path)
-def early(part):  # after the header was read, before the weights are
+def early(*args):  # after the header was read, before the weights are
     change()
-    return copies(part)
+    return copies(*args)
 def late(*args, **kwargs):
     shards(*args, **kwargs)
     change()

@@ -1,0 +1,252 @@
+"""What repairs give back after a cut, on documents that neither they nor a choice have seen.
+
+    python benchmarks/repair.py examples/smollm2 [--sizes 0.9,0.8,0.75,0.7,0.6] [--seeds 3]
+        [--documents 600] [--text FILE] [--json OUT]
+
+The folder holds a `search.yaml` with a holdout. For the merge of all variants (task arithmetic,
+λ = 1/√n), its refit (every layer refitted), and the best dense candidate of the first task, layers
+are cut by Block Influence. Each cut is scored on the holdout tasks
+
+- as it is,
+- with Prune&Comp's compensation (arXiv 2507.18212): the state behind a gap is scaled to the size
+  that it had,
+- with ReplaceMe's map (arXiv 2505.02819): the MLP's output before a gap is multiplied by the matrix
+  that best predicts the state behind it,
+- repaired at the gaps, after the first gap, and at all layers.
+
+Repairs read search documents, chosen anew for each seed. `refit` is the merge with nothing cut.
+With a text, the first half is read by a second set of repairs, and the perplexity per token of the
+second half is printed for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptailor.config import Config, EvaluationConfig, read_config
+from gptailor.evaluation.evaluator import Evaluator
+from gptailor.evaluation.family import open_family
+from gptailor.evaluation.repair.replay import run_layer
+from gptailor.evaluation.repair.settings import planned_repair
+from gptailor.evaluation.repair.targets import Lesson
+from gptailor.evaluation.text import make_sequences, read_documents
+from gptailor.recipe import Layer, Recipe, Repair, Take
+from gptailor.recipe.repair import UNCUT, RepairedLayers
+from gptailor.verbs.models import write_stitched
+from gptailor.verbs.refit import refit_recipe
+
+KINDS: tuple[RepairedLayers, ...] = ("gaps", "after", "all")
+
+
+class Bench:
+    """A family with a refitted merge, scored on holdout documents."""
+
+    def __init__(self, config: Config, num_documents: int, scratch: Path, text: Path | None):
+        assert config.evaluation.holdout is not None
+        self.config = config
+        planned = planned_repair(config)
+        assert planned is not None
+        self.planned = replace(planned, dtype="")
+        family = open_family(config.models, config.base)
+        self.num_layers = family.num_layers
+        self.merge = refit_recipe(config, self.planned, family.num_layers)
+        write_stitched(self.merge, family, scratch / "refit", verify=False, sync=False)
+        self.models = {**config.models, "refit": str(scratch / "refit")}
+        asked = config.evaluation.model_dump()
+        asked |= {"tasks": asked["holdout"]["tasks"], "holdout": None, "rungs": (num_documents,)}
+        self.evaluator = Evaluator(
+            open_family(self.models, config.base), EvaluationConfig.model_validate(asked)
+        )
+        self.text = text
+        if text is not None:
+            lm = self.evaluator.lm
+            documents = read_documents(text)
+            found = make_sequences(documents[len(documents) // 2 :], lm.tok_encode, 8192, 256)
+            self.elsewhere = found.tokens
+
+    def recipe(self, layers: Sequence[Layer], repair: Repair | None = None) -> Recipe:
+        base = self.config.base
+        return Recipe(self.models, base, tuple(layers), base, base, "bfloat16", repair=repair)
+
+    def repair(
+        self, kind: RepairedLayers, seed: int, *, with_text: bool = False, **changes: Any
+    ) -> Repair:
+        calibration = replace(self.planned.calibration, seed=seed, skip=0)
+        if with_text and self.text is not None:
+            calibration = replace(calibration, text=str(self.text))
+        return replace(self.planned, layers=kind, calibration=calibration, **changes)
+
+    def score(self, recipe: Recipe) -> tuple[float, float]:
+        """Accuracy, and seconds to assemble."""
+        outcome = self.evaluator.evaluate(recipe)
+        if outcome.accuracy is None:
+            raise outcome.as_error()
+        return outcome.accuracy, outcome.cost.assemble_s
+
+    def score_assembled(self) -> float:
+        """Accuracy of the model as it is assembled now."""
+        workload = self.evaluator.workloads["search"]
+        scores = workload.scores(workload.run(self.evaluator.lm))
+        return statistics.mean(score.value for score in scores)
+
+    @torch.no_grad()
+    def perplexity(self) -> float:
+        """Of the second half of the text, by the model as it is assembled now."""
+        if self.text is None:
+            return math.nan
+        total, count = 0.0, 0
+        for tokens in self.elsewhere:
+            ids = torch.tensor([tokens])
+            logits = self.evaluator.lm.model(input_ids=ids, use_cache=False).logits[0].float()
+            total -= float(logits[:-1].log_softmax(-1).gather(1, ids[0, 1:, None]).sum())
+            count += len(tokens) - 1
+        return math.exp(total / count)
+
+    def lessons(self, recipe: Recipe) -> list[Lesson]:
+        """The states of the recipe's own layers without cuts; assembles the recipe afterwards."""
+        asked = recipe.with_repair(self.repair("gaps", 0, teachers=UNCUT))
+        lessons = self.evaluator.repairs.lessons(asked)
+        self.evaluator.resident.assemble(recipe)
+        return lessons
+
+    def compensated(self, recipe: Recipe) -> Recipe:
+        """Prune&Comp: layers before a gap are scaled by the growth of the state across the gap."""
+        lessons = self.lessons(recipe)
+        layers = list(recipe.layers)
+        for j, depth in gaps(recipe, self.num_layers):
+            at = layers[j].src_layer + 1
+            norms = [
+                [one.states[d].float().norm(dim=-1).mean() for d in (at, depth)] for one in lessons
+            ]
+            before, behind = (sum(float(pair[i]) for pair in norms) for i in range(2))
+            layers[j] = replace(layers[j], scale=min(max(behind / before, 0.1), 10.0))
+        return replace(recipe, layers=tuple(layers), _cache={})
+
+    @torch.no_grad()
+    def replaced(self, recipe: Recipe) -> None:
+        """ReplaceMe: leaves the recipe assembled with its maps folded into `down_proj`."""
+        lessons = self.lessons(recipe)
+        resident = self.evaluator.resident
+        gaps_at = dict(gaps(recipe, self.num_layers))
+        hidden = [self._entering(one) for one in lessons]
+        for j, src_layer in enumerate(recipe.src_layers):
+            layer = resident.layers()[j]
+            seen: list[torch.Tensor] = []
+            hook = layer.get_submodule("mlp").register_forward_hook(
+                lambda module, args, output, seen=seen: seen.append(output)
+            )
+            outputs = [
+                run_layer(layer, h, one.arguments[src_layer])
+                for h, one in zip(hidden, lessons, strict=True)
+            ]
+            hook.remove()
+            if j in gaps_at:
+                x, y = [], []
+                for mlp, output, one in zip(seen, outputs, lessons, strict=True):
+                    counts = one.batch.counts_BT
+                    x.append(mlp[counts].double())
+                    y.append(one.states[gaps_at[j]].double() - (output - mlp)[counts].double())
+                X, Y = torch.cat(x), torch.cat(y)
+                gram = X.T @ X
+                gram.diagonal().add_(1e-4 * gram.diagonal().mean())
+                T = torch.linalg.solve(gram, X.T @ Y)
+                old = layer.get_parameter("mlp.down_proj.weight")
+                new = (T.T @ old.double()).to(old.dtype)
+                parameter = torch.nn.Parameter(new, requires_grad=False)
+                layer = resident.replace(j, {"mlp.down_proj.weight": parameter})
+                outputs = [
+                    run_layer(layer, h, one.arguments[src_layer])
+                    for h, one in zip(hidden, lessons, strict=True)
+                ]
+            hidden = outputs
+
+    def _entering(self, lesson: Lesson) -> torch.Tensor:
+        from gptailor.evaluation.repair.replay import entering
+
+        resident = self.evaluator.resident
+        return entering(self.evaluator.lm, resident.layers()[0], lesson.batch.input_BT)
+
+
+def gaps(recipe: Recipe, num_layers: int) -> Iterator[tuple[int, int]]:
+    """(output layer, next source layer) of each layer before a gap."""
+    depths = [*recipe.src_layers[1:], num_layers]
+    for j, (src_layer, depth) in enumerate(zip(recipe.src_layers, depths, strict=True)):
+        if depth != src_layer + 1:
+            yield j, depth
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--sizes", default="0.9,0.8,0.75,0.7,0.6")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--documents", type=int, default=600)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    config = read_config(arguments.folder / "search.yaml")
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(config, arguments.documents, Path(scratch), arguments.text)
+        base, first = config.base, next(name for name in config.models if name != config.base)
+        took = bench.score(bench.recipe([Take(base, i) for i in range(bench.num_layers)]))
+        print(f"base {took[0]:.3f}", flush=True)
+
+        def note(what: str, size: float, kind: str, values: list[float], *rest: float) -> None:
+            spread = f"{min(values):.3f}-{max(values):.3f}" if len(values) > 1 else ""
+            extra = " ".join(f"{value:.1f}" for value in rest)
+            print(
+                f"{what:10} {size:4.2f} {kind:12} {statistics.mean(values):.3f} {spread} {extra}",
+                flush=True,
+            )
+            rows.append(
+                {"what": what, "size": size, "kind": kind, "accuracy": values, "rest": rest}
+            )
+
+        stacks: dict[str, list[Layer]] = {
+            "merge": list(bench.merge.layers),
+            "refit": [Take("refit", i) for i in range(bench.num_layers)],
+            first: [Take(first, i) for i in range(bench.num_layers)],
+        }
+        for what, stack in stacks.items():
+            accuracy, _ = bench.score(bench.recipe(stack))
+            note(what, 1.0, "plain", [accuracy], bench.perplexity())
+            influence = bench.evaluator.similarity("refit", "bfloat16").block_influence
+            order = sorted(range(bench.num_layers), key=lambda i: (-influence[i], i))
+            for size in map(float, arguments.sizes.split(",")):
+                kept = sorted(order[: round(size * bench.num_layers)])
+                cut = [stack[i] for i in kept]
+                recipe = bench.recipe(cut)
+                accuracy, _ = bench.score(recipe)
+                note(what, size, "plain", [accuracy], bench.perplexity())
+                accuracy, _ = bench.score(bench.compensated(recipe))
+                note(what, size, "prune&comp", [accuracy], bench.perplexity())
+                bench.replaced(recipe)
+                note(what, size, "replaceme", [bench.score_assembled()], bench.perplexity())
+                for kind in KINDS:
+                    found = []
+                    for seed in range(arguments.seeds):
+                        found.append(bench.score(bench.recipe(cut, bench.repair(kind, seed))))
+                    seconds = statistics.median(s for _, s in found)
+                    note(what, size, kind, [a for a, _ in found], bench.perplexity(), seconds)
+                if arguments.text is not None:
+                    repair = bench.repair("gaps", 0, with_text=True)
+                    accuracy, seconds = bench.score(bench.recipe(cut, repair))
+                    note(what, size, "gaps+text", [accuracy], bench.perplexity(), seconds)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({"rows": rows, "at": time.time()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
