@@ -168,7 +168,7 @@ class Run:
         """
         dense = [recipe for arm, recipe in arms if arm.startswith(("dense:", f"{REFIT}:"))]
         with self.progress.step(lambda: self.progress.line(time.monotonic()), self._doing):
-            self._queue.evaluate(dense, "search")
+            self._queue.evaluate(_unique(dense), "search")
         best = best_by_task([(r, self.recorder.find(r)) for r in dense])
         self.space.repair = with_teachers(repair, best, self.space.base)
         teachers = ", ".join(f"{model} for {task}" for task, model in best.items())

@@ -14,7 +14,8 @@ def as_begun(config: Config) -> Config:
     """The configuration with the choices that a run makes when it begins.
 
     Automatic repairs are off if the run in the output folder was begun without them. With repairs
-    there is one more candidate, unless there is nothing to merge.
+    there is one more candidate, unless there is nothing to merge, or the space has a merge method
+    that needs statistics of every candidate.
 
     Raises:
         UsageError: a candidate has the name of the one that would be made, or a repair has nothing
@@ -26,6 +27,8 @@ def as_begun(config: Config) -> Config:
         return config.without_repair()
     asked = config.space.repair
     wants_refit = not isinstance(asked, RepairSpace) or asked.refit
+    if config.space.merge.calibrated:  # it would have no statistics
+        wants_refit = False
     if planned_repair(config) is None or not wants_refit or len(config.models) < 2:
         return config
     return config.with_refit()

@@ -363,7 +363,13 @@ def search_config_seeds() -> list[bytes]:
 
 _MODELS = {"base": "a", "red": "b"}
 _SEARCHED = parse_config(
-    {"models": _MODELS, "base": "base", "evaluation": {"tasks": ["t"]}}, "search.yaml"
+    {
+        "models": _MODELS,
+        "base": "base",
+        "space": {"repair": False},  # as in recorded journals
+        "evaluation": {"tasks": ["t"]},
+    },
+    "search.yaml",
 )
 _ISLAND: list[Archive] = []
 
