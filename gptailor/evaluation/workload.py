@@ -193,6 +193,9 @@ class Workload:
         chosen: dict[str, set[int] | None]
         if skip and num_documents is not None:
             chosen = {**choose_after(allowed, skip, num_documents, seed)}
+            for name, indices in chosen.items():
+                if not indices:  # lm-eval takes an empty choice for all documents
+                    raise UsageError(f"There are no documents of {name} left to read.")
         else:
             chosen = choose_documents(allowed, num_documents, seed)
         for name, size in allowed.items():

@@ -17,6 +17,7 @@ from gptailor.run.archive import Archive
 from gptailor.run.config_difference import config_difference
 from gptailor.run.island_folder import island_numbers
 from gptailor.run.layout import ARCHIVE, CONFIG, ISLANDS
+from gptailor.strict_yaml import load_yaml, read_text
 
 
 def check_resumable(archive: Archive, config: Config, family: Family, documents: str) -> None:
@@ -87,11 +88,23 @@ def check_config_file(run: Path, config: Config) -> None:
     path = run / CONFIG
     if not path.is_file():
         return
+    recorded = read_config(path)
+    if began_without_repair(path):
+        recorded = recorded.without_repair()
     different = config_difference(
-        json.loads(read_config(path).model_dump_json()), json.loads(config.model_dump_json())
+        json.loads(recorded.model_dump_json()), json.loads(config.model_dump_json())
     )
     if different:
         raise _is_another(run, different)
+
+
+def began_without_repair(path: Path) -> bool:
+    """Whether a run's config.yaml says that nothing is repaired, or, being older, says nothing."""
+    if not path.is_file():
+        return False
+    data = load_yaml(read_text(path), str(path))
+    space = data.get("space") if isinstance(data, dict) else None
+    return not isinstance(space, dict) or space.get("repair", False) is False
 
 
 def check_kind(run: Path, *, has_islands: bool) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from gptailor.config import Config, RepairSpace
 from gptailor.run.layout import CONFIG
+from gptailor.run.resume import began_without_repair
 
 
 def as_begun(config: Config) -> Config:
@@ -23,7 +22,7 @@ def as_begun(config: Config) -> Config:
     """
     from gptailor.evaluation.repair.settings import planned_repair
 
-    if config.space.repair == "auto" and _begun_without(Path(config.output) / CONFIG):
+    if config.space.repair == "auto" and began_without_repair(Path(config.output) / CONFIG):
         return config.without_repair()
     asked = config.space.repair
     wants_refit = not isinstance(asked, RepairSpace) or asked.refit
@@ -32,14 +31,3 @@ def as_begun(config: Config) -> Config:
     if planned_repair(config) is None or not wants_refit or len(config.models) < 2:
         return config
     return config.with_refit()
-
-
-def _begun_without(path: Path) -> bool:
-    """Whether a run's configuration says that nothing is repaired, as those of earlier versions."""
-    from gptailor.strict_yaml import load_yaml, read_text
-
-    if not path.is_file():
-        return False
-    data: Any = load_yaml(read_text(path), str(path))
-    space = data.get("space") if isinstance(data, Mapping) else None
-    return not (isinstance(space, Mapping) and space.get("repair", False) is not False)
