@@ -57,6 +57,45 @@ def test_real_evaluations_find_the_front_of_one_process(
     assert scored[0] == scored[1]
 
 
+@pytest.mark.long  # three ranks load models and libraries
+def test_repairs_are_those_of_one_process(
+    models: dict[str, str], tasks_dir: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"  # the refitted candidate's place is part of a recipe's hash
+    config = {
+        "models": {name: models[name] for name in ("base", "red", "green")},
+        "base": "base",
+        "space": {"layers": {"min": 3}, "repair": {"layers": "all"}},
+        "evaluation": {
+            "tasks": ["t_long"],
+            "include_path": str(tasks_dir),
+            "rungs": [8],
+            "device": "cpu",
+        },
+        "search": {
+            "population": 6,
+            "evaluations": 20,
+            "arms": ["random", "block_influence"],
+            "arm_sizes": [0.67],
+            "schedule": "generational",
+        },
+        "output": str(run),
+    }
+    path = tmp_path / "search.yaml"
+    path.write_text(yaml.safe_dump(config))
+    ended = mpi.wait(mpi.start(["search", str(path)], 3, program=CLI), 250)
+    assert ended.code == 0, ended.stderr
+    run.rename(tmp_path / "mpi")
+    verbs.search(path)
+    assert front(tmp_path / "mpi") == front(run)
+    scored = [
+        {e.recipe.hash: e.outcome.accuracy for e in mpi.evaluations(place)}
+        for place in (tmp_path / "mpi", run)
+    ]
+    assert scored[0] == scored[1]
+    assert sum(e.recipe.repair is not None for e in mpi.evaluations(run)) >= 10
+
+
 def test_an_asynchronous_search(tmp_path: Path) -> None:
     path = mpi.write_search(tmp_path, schedule="asynchronous")
     faults = {"worker": [1, 1, "speaks"]}
