@@ -34,8 +34,9 @@ class NormalEquations:
 
     def add(self, x_NF: torch.Tensor, r_NH: torch.Tensor, w_N: torch.Tensor) -> None:
         """Adds tokens; all float32."""
-        root_N1 = w_N.sqrt()[:, None]
-        x_NF, r_NH = x_NF * root_N1, r_NH * root_N1
+        dtype = self._gram_FF.dtype  # of products, too: rounded ones can't be solved exactly
+        root_N1 = w_N.to(dtype).sqrt()[:, None]
+        x_NF, r_NH = x_NF.to(dtype) * root_N1, r_NH.to(dtype) * root_N1
         num_features = x_NF.shape[1]
         step = -(-num_features // _BLOCKS)
         for begin in range(0, num_features, step):  # the lower triangle is enough
