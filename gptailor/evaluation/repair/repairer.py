@@ -186,12 +186,13 @@ class Repairer:
             solve = self._norm_changes if stage is norms else self._changes
             changes = solve(out_layer, stage, run, lessons, depth, repair.ridge)
             changed = self._rounded(recipe, out_layer, changes)
-            is_last = number == len(stages) - 1
-            if is_last and stage is not norms:
+            is_end = number == len(stages) - 1
+            is_added = stage is not norms and all(writer.is_last for writer in stage)
+            if is_end and is_added:
                 states = self._corrected(out_layer, stage, run, changed)
             layer = self._resident.replace(out_layer, changed)
             new |= changed
-            if is_last and stage is norms:
+            if is_end and not is_added:
                 states = [
                     run_layer(layer, state, lesson.arguments[src_layer])
                     for state, lesson in zip(states, lessons, strict=True)
@@ -230,7 +231,8 @@ class Repairer:
         for state, lesson in zip(states, lessons, strict=True):
             with inputs_of(layer, [writer.path for writer in stage]) as kept:
                 fit.outputs.append(run_layer(layer, state, lesson.arguments[src_layer]))
-            fit.inputs.append(kept)
+            shape = state.shape[:2]  # some layers flatten it
+            fit.inputs.append({path: x.reshape(*shape, x.shape[-1]) for path, x in kept.items()})
             self._layer_tokens += lesson.batch.input_BT.numel()
         return fit
 
