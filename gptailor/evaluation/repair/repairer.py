@@ -19,14 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from gptailor.evaluation.lm import ResidentLM
 from gptailor.evaluation.repair.layer_error import LayerError, relative_error
-from gptailor.evaluation.repair.replay import Arguments, check_replay, entering, run_layer
+from gptailor.evaluation.repair.reading import Reading
+from gptailor.evaluation.repair.replay import check_replay, entering, run_layer, trace
 from gptailor.evaluation.repair.solve import NormalEquations, solve_channels
 from gptailor.evaluation.repair.states_cache import Prefix, StatesCache
 from gptailor.evaluation.repair.targets import Lesson
@@ -68,7 +68,7 @@ class Repairer:
     def __init__(self, resident: ResidentModel, lm: ResidentLM, cache_bytes: int) -> None:
         self._resident = resident
         self._lm = lm
-        self._writers: dict[int, tuple[Writer, ...]] = {}
+        self._writers: dict[tuple[str, str], list[tuple[Writer, ...]]] = {}
         self._is_checked = False
         self._cache = StatesCache(cache_bytes)
         self._layer_tokens = 0
@@ -79,11 +79,33 @@ class Repairer:
         return self._layer_tokens // self._resident.family.num_layers
 
     @torch.no_grad()
+    def look(self, dense: Recipe, reading: Reading) -> None:
+        """Finds the writers of every source layer, if they are not yet known.
+
+        They are looked for in a model that no recipe changes, as a repair must not depend on the
+        recipes that were repaired before, not even in the last digit of a gain.
+
+        Args:
+            dense: a candidate, uncut; it may be assembled.
+            reading: what is read.
+        """
+        key = reading.digest, dense.dtype
+        if key in self._writers:
+            return
+        self._resident.assemble(dense)
+        layers = self._resident.layers()
+        seen = trace(self._lm, layers, reading.batches[0].input_BT[:PROBED_ROWS])
+        self._writers[key] = [
+            find_writers(layer, state, given)
+            for layer, state, given in zip(layers, seen.states, seen.arguments, strict=False)
+        ]
+
+    @torch.no_grad()
     def repair(self, recipe: Recipe, lessons: Sequence[Lesson]) -> Prefix:
         """Repairs the assembled model in place.
 
         Args:
-            recipe: the recipe that is assembled, with its repair.
+            recipe: the recipe that is assembled, with its repair, whose reading was looked at.
             lessons: of its teachers.
 
         Returns:
@@ -167,7 +189,7 @@ class Repairer:
     ) -> tuple[list[torch.Tensor], dict[str, nn.Parameter], tuple[float, float]]:
         """Fits one layer; returns its outputs, new parameters, and the errors before and after."""
         src_layer = recipe.src_layers[out_layer]
-        writers = self._writers_of(out_layer, src_layer, states, lessons)
+        writers = self._writers[repair.calibration.digest, recipe.dtype][src_layer]
         if not writers:
             return self._passed(out_layer, src_layer, states, lessons), {}, (0.0, 0.0)
         projections = [w for w in writers if w.layout != "channel"]
@@ -199,24 +221,6 @@ class Repairer:
                 ]
         assert before is not None
         return list(states), new, (before, relative_error(states, lessons, depth))
-
-    def _writers_of(
-        self,
-        out_layer: int,
-        src_layer: int,
-        states: Sequence[torch.Tensor],
-        lessons: Sequence[Lesson],
-    ) -> tuple[Writer, ...]:
-        """The writers of a source layer; its architecture is the same in every model."""
-        if src_layer not in self._writers:
-            few, arguments = states[0][:PROBED_ROWS], lessons[0].arguments[src_layer]
-            given = Arguments(
-                first_rows(arguments.args, len(few), len(states[0])),
-                first_rows(arguments.kwargs, len(few), len(states[0])),
-            )
-            layer = self._resident.layers()[out_layer]
-            self._writers[src_layer] = find_writers(layer, few, given)
-        return self._writers[src_layer]
 
     def _run(
         self,
@@ -343,19 +347,6 @@ def layer_dtype(layer: nn.Module) -> torch.dtype:
     for parameter in layer.parameters():
         sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
     return max(sizes, key=sizes.__getitem__)
-
-
-def first_rows(value: Any, rows: int, of: int) -> Any:
-    """A layer's arguments with only the first rows of tensors that have one for each sequence."""
-    if isinstance(value, torch.Tensor):
-        return value[:rows] if value.dim() > 1 and value.shape[0] == of else value
-    if isinstance(value, tuple) and not hasattr(value, "_fields"):
-        return tuple(first_rows(item, rows, of) for item in value)
-    if isinstance(value, list):
-        return [first_rows(item, rows, of) for item in value]
-    if isinstance(value, dict):
-        return {key: first_rows(item, rows, of) for key, item in value.items()}
-    return value
 
 
 def _unit_output(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -104,7 +104,11 @@ class Repairs:
     def lessons(self, recipe: Recipe) -> list[Lesson]:
         """What teachers have to say about a resolved recipe; call it before assembling it."""
         assert recipe.repair is not None
-        return self._teachers.lessons(recipe, self.reading(recipe.repair.calibration))
+        reading = self.reading(recipe.repair.calibration)
+        lessons = self._teachers.lessons(recipe, reading)
+        base = uncut(dense(recipe, recipe.base), self._resident.family.num_layers)
+        self._repairer.look(base, reading)
+        return lessons
 
     def apply(self, recipe: Recipe, lessons: Sequence[Lesson]) -> Repaired:
         """Repairs the assembled model of a resolved recipe in place; raises like `Repairer`."""
