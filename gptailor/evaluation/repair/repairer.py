@@ -142,6 +142,7 @@ class Repairer:
                 )
                 if new:
                     changed[out_layer] = new
+                if error is not None:
                     errors.append(LayerError(out_layer, *error))
             else:
                 states = self._passed(out_layer, src_layer, states, lessons)
@@ -186,12 +187,16 @@ class Repairer:
         lessons: Sequence[Lesson],
         *,
         is_gap: bool,
-    ) -> tuple[list[torch.Tensor], dict[str, nn.Parameter], tuple[float, float]]:
-        """Fits one layer; returns its outputs, new parameters, and the errors before and after."""
+    ) -> tuple[list[torch.Tensor], dict[str, nn.Parameter], tuple[float, float] | None]:
+        """Fits one layer; returns its outputs, new parameters, and the errors before and after.
+
+        There are no new parameters if they would not help, which can be because of what stands
+        behind the writers; there are no errors, either, if there is no writer.
+        """
         src_layer = recipe.src_layers[out_layer]
         writers = self._writers[repair.calibration.digest, recipe.dtype][src_layer]
         if not writers:
-            return self._passed(out_layer, src_layer, states, lessons), {}, (0.0, 0.0)
+            return self._passed(out_layer, src_layer, states, lessons), {}, None
         projections = [w for w in writers if w.layout != "channel"]
         norms = [w for w in writers if w.layout == "channel"]
         stages = [norms] if norms else []
@@ -200,11 +205,13 @@ class Repairer:
             if is_gap and len(projections) > 1:
                 stages = [projections, *stages]
         new: dict[str, nn.Parameter] = {}
-        before = None
+        old: dict[str, nn.Parameter] = {}
+        unchanged: list[torch.Tensor] = []
+        before = 0.0
         for number, stage in enumerate(stages):
             run = self._run(out_layer, src_layer, stage, states, lessons)
-            if before is None:
-                before = relative_error(run.outputs, lessons, depth)
+            if number == 0:
+                unchanged, before = run.outputs, relative_error(run.outputs, lessons, depth)
             solve = self._norm_changes if stage is norms else self._changes
             changes = solve(out_layer, stage, run, lessons, depth, repair.ridge)
             changed = self._rounded(recipe, out_layer, changes)
@@ -212,15 +219,20 @@ class Repairer:
             is_added = stage is not norms and all(writer.is_last for writer in stage)
             if is_end and is_added:
                 states = self._corrected(out_layer, stage, run, changed)
-            layer = self._resident.replace(out_layer, changed)
+            layer = self._resident.layers()[out_layer]
+            old = {name: layer.get_parameter(name) for name in changed} | old
+            self._resident.replace(out_layer, changed)
             new |= changed
             if is_end and not is_added:
                 states = [
                     run_layer(layer, state, lesson.arguments[src_layer])
                     for state, lesson in zip(states, lessons, strict=True)
                 ]
-        assert before is not None
-        return list(states), new, (before, relative_error(states, lessons, depth))
+        after = relative_error(states, lessons, depth)
+        if after > before:
+            self._resident.replace(out_layer, old)
+            return unchanged, {}, (before, before)
+        return list(states), new, (before, after)
 
     def _run(
         self,
