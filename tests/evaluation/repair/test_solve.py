@@ -28,7 +28,9 @@ def system(num_tokens: int, num_features: int, num_outputs: int, seed: int = 0) 
     return x_NF, r_NH, torch.rand(num_tokens, generator=generator) + 0.01
 
 
-def reference(x_NF: torch.Tensor, r_NH: torch.Tensor, w_N: torch.Tensor, ridge: float) -> np.ndarray:
+def reference(
+    x_NF: torch.Tensor, r_NH: torch.Tensor, w_N: torch.Tensor, ridge: float
+) -> np.ndarray:
     """The rows of the ridge stand below those of the tokens."""
     root_N1 = np.sqrt(w_N.double().numpy())[:, None]
     x, r = x_NF.double().numpy() * root_N1, r_NH.double().numpy() * root_N1
