@@ -199,7 +199,7 @@ def read_repair(
         raise unknown("choice of layers", layers, get_args(RepairedLayers), where)
     calibration = read_calibration_documents(found["calibration"], f"{where}: calibration")
     dtype = found.get("dtype", "")
-    if dtype and dtype not in dtypes:
+    if not isinstance(dtype, str) or (dtype and dtype not in dtypes):
         raise unknown("dtype", dtype, dtypes, where)
     return Repair(
         calibration,
@@ -214,10 +214,9 @@ def read_ridge(value: object, where: str) -> float:
     """A ridge as a number; `auto` is the default."""
     if value == "auto":
         return DEFAULT_RIDGE
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 1e-6 <= float(value) <= 1e6:  # type: ignore[arg-type]
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 1e-6 <= value <= 1e6:
         raise UsageError(f"{where}: ridge is {value!r}, but must be auto or from 1e-6 to 1e6.")
-    return float(value)  # type: ignore[arg-type]
+    return float(value)
 
 
 def read_calibration_documents(data: object, where: str) -> CalibrationDocuments:
@@ -237,10 +236,14 @@ def read_calibration_documents(data: object, where: str) -> CalibrationDocuments
     for key in ("apply_chat_template", "fewshot_as_multiturn"):
         if not isinstance(found.get(key, False), bool):
             raise UsageError(f"{where}: {key} must be true or false.")
+    if found.get("fewshot_as_multiturn") and not found.get("apply_chat_template"):
+        raise UsageError(f"{where}: fewshot_as_multiturn needs apply_chat_template.")
     for key in ("include_path", "system_instruction", "text", "digest"):
-        value = found.get(key, "")
+        value = found.get(key, "—")
         if not isinstance(value, str) or (key != "system_instruction" and not value.isprintable()):
             raise UsageError(f"{where}: {key} must be text.")
+        if key in ("include_path", "text") and not value:
+            raise UsageError(f"{where}: {key} is empty, but must name a place.")
     if not read and "text" not in found:
         raise UsageError(f"{where} names neither tasks nor a text.")
     return CalibrationDocuments(read, **found)
@@ -250,9 +253,9 @@ def _read_task(data: object, where: str) -> CalibrationTask:
     found = {"task": data} if isinstance(data, str) else dict(as_mapping(data, where))
     _check_keys(found, ("task", "num_fewshot"), where)
     name, shots = found.get("task"), found.get("num_fewshot")
-    if not isinstance(name, str) or not name.isprintable() or name == TEXT:
+    if not isinstance(name, str) or not name or not name.isprintable() or name == TEXT:
         raise UsageError(f"{where}: {name!r} is not the name of a task.")
-    if shots is not None and (not isinstance(shots, int) or shots < 0):
+    if shots is not None and (not isinstance(shots, int) or isinstance(shots, bool) or shots < 0):
         raise UsageError(f"{where}: num_fewshot is {shots!r}, but must be a number from 0 on.")
     return CalibrationTask(name, shots)
 
@@ -269,7 +272,7 @@ def _read_teachers(
     for group, model in found.items():
         if group not in calibration.groups:
             raise unknown("task", group, calibration.groups, where)
-        if model not in models:
+        if not isinstance(model, str) or model not in models:
             raise unknown("model", model, models, where)
     missing = [group for group in calibration.groups if group not in found]
     if missing:
