@@ -136,11 +136,14 @@ class Repair:
     def hashed(self, refs: Mapping[str, str]) -> list[Any]:
         """The contents of a recipe's hash: what determines the result, with references as names.
 
-        Documents count by their tokens if these are known, else by where they come from.
+        Documents count by their tokens if these are known, else by where they come from. All models
+        count where any of them may become a teacher.
         """
         teachers: Any = self.teachers
-        if isinstance(teachers, str):
-            teachers = refs.get(teachers, teachers)
+        if teachers == BY_TASK:
+            teachers = [BY_TASK, sorted(refs.values())]
+        elif isinstance(teachers, str):
+            teachers = teachers if teachers == UNCUT else refs[teachers]
         else:
             teachers = [[group, refs[model]] for group, model in sorted(teachers)]
         documents = self.calibration.digest or json.dumps(self.calibration.to_dict())
