@@ -104,6 +104,10 @@ class Workload:
         """lm-eval's requests of one task."""
         return list(self._tasks[task].instances)
 
+    def documents(self, task: str) -> list[Any]:
+        """The documents of one task that are answered."""
+        return [document for _, document in self._documents[task]]
+
     def reference(self, task: str, instance: Any) -> str:
         """The reference answer of a request's document; empty unless it is a text."""
         try:

@@ -141,22 +141,30 @@ def open_calibration_tasks(documents: CalibrationDocuments, lm: ResidentLM) -> W
 
 
 def check_unscored(workload: Workload, scored: Sequence[Workload]) -> None:
-    """Raises a `UsageError` if a calibration document is one that models are scored on."""
-    contexts = {
-        str(instance.args[0])
-        for other in scored
-        for task in other.task_names
-        for instance in other.instances(task)
-        if instance.args and instance.args[0]
-    }
+    """Raises a `UsageError` if a calibration document is one that models are scored on.
+
+    Documents are compared, as the same one has another context with other examples, and contexts,
+    as several tasks may ask the same.
+    """
+    documents: set[tuple[str, str]] = set()
+    contexts: set[str] = set()
+    for other in scored:
+        for task in other.task_names:
+            documents.update((task, _shown(document)) for document in other.documents(task))
+            contexts.update(str(i.args[0]) for i in other.instances(task) if i.args and i.args[0])
     for task in sorted(workload.task_names):
-        for instance in workload.instances(task):
-            if instance.args and instance.args[0] and str(instance.args[0]) in contexts:
-                raise UsageError(
-                    f"A calibration document of {task} is also scored ({instance.args[0][:60]!r}): "
-                    "a repair must not see what measures it. Name other documents for the "
-                    "calibration."
-                )
+        found = [str(i.args[0]) for i in workload.instances(task) if i.args]
+        both = [context for context in found if context in contexts]
+        both += [text for d in workload.documents(task) if (task, text := _shown(d)) in documents]
+        if both:
+            raise UsageError(
+                f"A calibration document of {task} is also scored ({both[0][:60]!r}): a repair "
+                "must not see what measures it. Name other documents for the calibration."
+            )
+
+
+def _shown(document: Any) -> str:
+    return json.dumps(document, sort_keys=True, default=str)
 
 
 def _sequences(workload: Workload, name: str, lm: ResidentLM) -> set[Tokens]:
