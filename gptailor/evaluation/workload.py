@@ -109,12 +109,17 @@ class Workload:
         return [document for _, document in self._documents[task]]
 
     def reference(self, task: str, instance: Any) -> str:
-        """The reference answer of a request's document; empty unless it is a text."""
+        """The reference answer of a request's document, as it follows its context in a few-shot
+        example; empty unless it is a text."""
         try:
             found = self._tasks[task].doc_to_target(instance.doc)
+            delimiter = self._tasks[task].config.target_delimiter
         except Exception:  # a task's own function; the request without an answer is still useful
             return ""
-        return found if isinstance(found, str) else ""
+        if not isinstance(found, str) or not found:
+            return ""
+        is_apart = instance.args[0][-1:].isspace() or found[0].isspace()
+        return found if is_apart else f"{delimiter}{found}"
 
     def contexts(self, lm: Any, count: int) -> list[list[int]]:
         """Tokens of `count` contexts with their continuations, spread evenly over the tasks."""
