@@ -91,7 +91,9 @@ class Repairs:
         repair = recipe.repair
         if repair is None:
             return recipe
-        documents = replace(repair.calibration, digest=self.reading(repair.calibration).digest)
+        reading = self.reading(repair.calibration)
+        documents = replace(repair.calibration, digest=reading.digest)
+        self._readings[documents] = reading
         teachers = repair.teachers
         if teachers == BY_TASK:
             key = repair.calibration, tuple(recipe.models)
@@ -132,6 +134,7 @@ class Repairs:
         if not documents.tasks:
             return best
         workload = open_calibration_tasks(documents, self._lm)
+        workload.check_requests(self._lm)
         values: dict[str, dict[str, float]] = {}
         for model in recipe.models:
             if model not in self._resident.family.candidates:
