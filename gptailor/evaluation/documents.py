@@ -59,12 +59,14 @@ def choose_after(
     Args:
         sizes: task → number of its documents.
         skip: how many documents in all come before.
-        num_documents: how many in all; fewer where a task has no more.
+        num_documents: how many in all, but one for each task; fewer where a task has no more.
         seed: as for `choose_documents`.
     """
     whole = {name: set(range(size)) for name, size in sizes.items()}
     before = choose_documents(sizes, skip, seed) if skip else {name: set() for name in sizes}
-    until = choose_documents(sizes, skip + num_documents, seed)
+    least = len(sizes)
+    end = (max(skip, least) if skip else 0) + max(num_documents, least)
+    until = choose_documents(sizes, end, seed)
     chosen = {}
     for name in sizes:
         earlier, later = before[name], until[name]

@@ -208,6 +208,11 @@ class Workload:
         else:
             chosen = choose_documents(allowed, num_documents, seed)
         for name, size in allowed.items():
+            if skip and chosen[name] == set():  # lm-eval would take all of them
+                raise UsageError(
+                    f"The task {name} has no documents behind the {skip} that are left to others: "
+                    "score fewer documents (evaluation.rungs), or name other tasks or a text."
+                )
             if chosen[name] is None and size < sizes[name]:
                 chosen[name] = set(range(size))
             if few is not None:
