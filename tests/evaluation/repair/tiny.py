@@ -111,8 +111,8 @@ def lm_of(model: Any, folder: Path) -> ResidentLM:
     return ResidentLM(model, load_tokenizer(folder), 4)
 
 
-def save_tiny(folder: Path, name: str, num_layers: int = 4, seed: int = 0) -> Path:
+def save_tiny(folder: Path, name: str, num_layers: int, *, dtype: str = "float32") -> Path:
     """Writes a model and the tests' tokenizer."""
-    tiny(name, num_layers, seed).save_pretrained(folder)
+    tiny(name, num_layers, dtype=dtype).save_pretrained(folder)
     save_tokenizer(folder)
     return folder
