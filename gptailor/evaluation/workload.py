@@ -202,16 +202,13 @@ class Workload:
         chosen: dict[str, set[int] | None]
         if skip and num_documents is not None:
             chosen = {**choose_after(allowed, skip, num_documents, seed)}
-            for name, indices in chosen.items():
-                if not indices:  # lm-eval takes an empty choice for all documents
-                    raise UsageError(f"There are no documents of {name} left to read.")
         else:
             chosen = choose_documents(allowed, num_documents, seed)
         for name, size in allowed.items():
             if skip and chosen[name] == set():  # lm-eval would take all of them
                 raise UsageError(
-                    f"The task {name} has no documents behind the {skip} that are left to others: "
-                    "score fewer documents (evaluation.rungs), or name other tasks or a text."
+                    f"The task {name} has no documents left besides the {skip} that are scored: "
+                    "score fewer (evaluation.rungs), or name other tasks or a text."
                 )
             if chosen[name] is None and size < sizes[name]:
                 chosen[name] = set(range(size))

@@ -268,7 +268,7 @@ def test_a_run_of_an_earlier_version_is_resumed_without_repairs(
     ("repair", "rungs", "message"),
     [
         ({"layers": "all"}, [], "space.repair has nothing to read"),
-        ({"layers": "all"}, [24], "no documents of t_long left to read"),
+        ({"layers": "all"}, [24], "t_long has no documents left besides the 24"),
         ({"calibration": {"tasks": ["t_lnog"]}}, [8], "t_lnog"),
         ({"calibration": {"text": "nowhere.txt"}}, [8], "nowhere.txt can't be read"),
         ({"layer": "all"}, [8], "did you mean 'layers'"),

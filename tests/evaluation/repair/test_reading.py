@@ -349,8 +349,8 @@ def test_tasks_without_documents_left_are_refused(lm: ResidentLM, tasks_dir: Pat
     """lm-eval takes an empty choice for no choice."""
     search = scored(lm, tasks_dir, "t_shared")
     text = refused(documents(tasks_dir, "t_shared", skip=24), lm, search)
-    assert "The task t_shared has no documents behind the 24 that are left to others" in text
-    assert "score fewer documents (evaluation.rungs), or name other tasks or a text" in text
+    assert "The task t_shared has no documents left besides the 24 that are scored" in text
+    assert "score fewer (evaluation.rungs), or name other tasks or a text" in text
     for skip in (48, 10**9):
         text = refused(documents(tasks_dir, "t_shared", "t_long", skip=skip), lm)
         assert "The task t_shared has no documents" in text

@@ -15,13 +15,19 @@ from safetensors.torch import load_file, save_file
 from gptailor.config import EvaluationConfig
 from gptailor.evaluation.evaluator import Evaluator
 from gptailor.evaluation.repair import targets
-from gptailor.evaluation.repair.repairer import chosen_layers
 from gptailor.evaluation.repair.repairs import Repaired
 from gptailor.evaluation.repair.replay import trace
 from gptailor.evaluation.repair.states_cache import Prefix, StatesCache
 from gptailor.models.family import Family
 from gptailor.recipe import Layer, Merge, Recipe, Take
-from gptailor.recipe.repair import BY_TASK, UNCUT, CalibrationDocuments, CalibrationTask, Repair
+from gptailor.recipe.repair import (
+    BY_TASK,
+    UNCUT,
+    CalibrationDocuments,
+    CalibrationTask,
+    Repair,
+    repaired_layers,
+)
 from tests.conftest import save_llama
 from tests.evaluation.own_tasks import tasks_of, words
 from tests.evaluation.repair import reference
@@ -125,7 +131,7 @@ def test_weights_are_those_of_the_reference(
         {group: reference.open_exact(models[model]) for group, model in teachers},
         reference.rows_of(evaluator.repairs.reading(done.repair.calibration)),
         ridge,
-        chosen_layers(src_layers, 6, done.repair),
+        repaired_layers(src_layers, 6, done.repair.layers),
     )
     for out_layer, layer in enumerate(student.model.layers):
         mine = evaluator.resident.layers()[out_layer]
@@ -245,10 +251,10 @@ def test_a_teachers_own_layers_stay(
         ((0, 1, 2, 3, 4, 5), [], []),
     ],
 )
-def test_chosen_layers(src_layers: tuple[int, ...], gaps: list[int], after: list[int]) -> None:
+def test_repaired_layers(src_layers: tuple[int, ...], gaps: list[int], after: list[int]) -> None:
     for layers, expected in (("gaps", gaps), ("after", after), ("all", range(len(src_layers)))):
         repair = Repair(CalibrationDocuments(text="t"), layers)  # type: ignore[arg-type]
-        chosen = chosen_layers(src_layers, 6, repair)
+        chosen = repaired_layers(src_layers, 6, repair.layers)
         assert [i for i, is_chosen in enumerate(chosen) if is_chosen] == list(expected)
 
 
