@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import socket
 import textwrap
@@ -132,8 +133,11 @@ def _repaired(
     check_out(Path(out), family)  # before minutes are spent
     choice = choose("auto", recipe.dtype, [find_ability(device)], held_bytes(family))
     said = [""]
-    name = f".{Path(out).name}.repair-{socket.gethostname()}-{os.getpid()}.safetensors"
-    path = Path(out).parent / name
+    marker = f".{Path(out).name}.repair-{socket.gethostname()}-"
+    for stale in Path(out).parent.glob(f"{glob.escape(marker)}*.safetensors"):
+        if not Path("/proc", stale.stem.removeprefix(marker)).exists():  # that process was killed
+            stale.unlink(missing_ok=True)
+    path = Path(out).parent / f"{marker}{os.getpid()}.safetensors"
     try:
         with patience.step("Repairing", lambda: said[-1]):
             resolved, patch = compute_patch(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,6 +236,26 @@ def test_a_resumed_search_ends_at_the_same_front(
         # the refitted candidate lies in another folder, so hashes differ
         fronts.append([(row.recipe.src_layers, row.outcome.accuracy) for row in rows])
     assert sorted(fronts[0]) == sorted(fronts[1])
+
+
+def test_a_search_that_is_killed_while_it_refits_begins_again(
+    configured: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    configured(search__evaluations=10)
+    words = [sys.executable, "-m", "gptailor.cli", "search", str(tmp_path / "search.yaml")]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("Making one more candidate"):
+            break
+    time.sleep(0.5)
+    process.kill()
+    process.wait()
+    run = tmp_path / "run"
+    assert not (run / "refit").exists()
+    assert not (run / "archive.db").exists()
+    assert search(tmp_path) == 0  # without --resume: nothing had begun
+    assert not [path for path in run.iterdir() if "repair" in path.name]
 
 
 def test_automatic_repairs_are_off_where_nothing_is_left_to_read(
