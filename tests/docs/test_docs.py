@@ -13,7 +13,8 @@ import yaml
 
 from gptailor import cli
 from gptailor.commands import COMMANDS
-from gptailor.recipe import Recipe
+from gptailor.recipe import DTYPES, Recipe
+from gptailor.recipe.repair import read_repair
 from gptailor.run.archive import Archive
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,3 +131,13 @@ def test_help_answers_at_once_and_shows_an_example() -> None:
             [sys.executable, "-c", code, verb, "-h"], capture_output=True, text=True, check=True
         )
         assert "example: gptailor" in done.stdout
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/repair.md"])
+def test_the_repairs_of_the_pages_are_read(page: str) -> None:
+    text = (ROOT / page).read_text()
+    found = re.findall(r"^```yaml\n(repair:.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert found
+    for block in found:
+        repair = read_repair(yaml.safe_load(block)["repair"], ["base", "math"], DTYPES, page)
+        assert repair.calibration.groups == ("reasoning", "reading", "text")
