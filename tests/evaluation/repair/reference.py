@@ -1,4 +1,4 @@
-"""A slow repair of Llama models in float64: one sequence at a time, every pass from the start."""
+"""A slow repair in float64: one sequence at a time, every pass from the start."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from gptailor.evaluation.repair.reading import Reading
 
 Rows = list[tuple[str, torch.Tensor, torch.Tensor]]
 """Group, tokens, and which of them count, of each sequence."""
-_WRITERS = ("self_attn.o_proj", "mlp.down_proj")
+Part = tuple[str, str, float]
+"""Path, layout and gain of a writer."""
 
 
 def open_exact(folder: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, experts_implementation="eager"
+    ).eval()
 
 
 def rows_of(reading: Reading) -> Rows:
@@ -33,14 +36,33 @@ def rows_of(reading: Reading) -> Rows:
     return found
 
 
+def stack(model: Any) -> tuple[nn.Module, str]:
+    """The module that holds the layers, and their name in it."""
+    count = model.config.num_hidden_layers
+    return next(
+        (module, name)
+        for module in model.modules()
+        for name, part in module.named_children()
+        if isinstance(part, nn.ModuleList) and len(part) == count
+    )
+
+
+def layers_of(model: Any) -> list[nn.Module]:
+    parent, name = stack(model)
+    return list(getattr(parent, name))
+
+
 def cut(model: Any, src_layers: Sequence[int]) -> Any:
     """A copy with only some layers."""
     result = copy.deepcopy(model)
-    layers = [copy.deepcopy(model.model.layers[src_layer]) for src_layer in src_layers]
-    result.model.layers = nn.ModuleList(layers)
+    parent, name = stack(result)
+    layers = [copy.deepcopy(getattr(parent, name)[src_layer]) for src_layer in src_layers]
+    setattr(parent, name, nn.ModuleList(layers))
     result.config.num_hidden_layers = len(layers)
     for number, layer in enumerate(layers):
-        layer.self_attn.layer_idx = number
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = number
     return result
 
 
@@ -48,7 +70,7 @@ def cut(model: Any, src_layers: Sequence[int]) -> Any:
 def states(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
     """What enters each layer, and what leaves the last one, (T, H) each."""
     found: list[torch.Tensor] = []
-    layers = model.model.layers
+    layers = layers_of(model)
     hooks = [
         layer.register_forward_pre_hook(
             lambda module, args, kwargs: found.append((*args, *kwargs.values())[0][0]),
@@ -70,14 +92,23 @@ def states(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def inputs(model: Any, out_layer: int, path: str, tokens: torch.Tensor) -> torch.Tensor:
-    """What enters one projection, (T, F)."""
+def features(model: Any, out_layer: int, part: Part, tokens: torch.Tensor) -> torch.Tensor:
+    """What each unit of a change of a part's parameters adds to the layer's output, (T, F).
+
+    A projection has its inputs and, if it has a bias, a 1; a norm its normalized input.
+    """
+    path, layout, gain = part
     found: list[torch.Tensor] = []
-    part = model.model.layers[out_layer].get_submodule(path)
-    hook = part.register_forward_pre_hook(lambda module, args: found.append(args[0][0]))
+    module: Any = layers_of(model)[out_layer].get_submodule(path)
+    hook = module.register_forward_pre_hook(lambda module, args: found.append(args[0]))
     model(input_ids=tokens[None], use_cache=False)
     hook.remove()
-    return found[0]
+    x = found[0].reshape(len(tokens), -1)
+    if layout == "channel":
+        epsilon = getattr(module, "eps", None) or module.variance_epsilon
+        size: torch.Tensor = (x.pow(2).mean(-1, keepdim=True) + epsilon).sqrt()
+        return gain * x / size
+    return gain * x
 
 
 def repair(
@@ -87,7 +118,8 @@ def repair(
     rows: Rows,
     ridge: float,
     chosen: Sequence[bool],
-) -> None:
+    writers: Sequence[Part],
+) -> list[tuple[float, float]]:
     """Repairs a cut model in place.
 
     Args:
@@ -97,33 +129,111 @@ def repair(
         rows: what is read.
         ridge: relative to the mean of the diagonal.
         chosen: for each layer, whether it is repaired.
+        writers: of each layer, in their order.
+
+    Returns:
+        The relative errors before and after of each layer that is repaired.
     """
     lessons = [states(teachers[group], tokens) for group, tokens, _ in rows]
     depths = [*src_layers[1:], len(lessons[0]) - 1]
+    errors = []
     for out_layer, (src_layer, depth) in enumerate(zip(src_layers, depths, strict=True)):
         if not chosen[out_layer]:
             continue
-        stages = [_WRITERS[1:]] if depth == src_layer + 1 else [_WRITERS, _WRITERS[1:]]
+        targets = [
+            lesson[depth][counts] for (*_, counts), lesson in zip(rows, lessons, strict=True)
+        ]
+        roots = [1.0 / (t.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() for t in targets]
+
+        def residuals(
+            out_layer: int = out_layer,
+            targets: list[torch.Tensor] = targets,
+            roots: list[torch.Tensor] = roots,
+        ) -> torch.Tensor:
+            found = [
+                (target - states(student, tokens)[out_layer + 1][counts]) * root
+                for (_, tokens, counts), target, root in zip(rows, targets, roots, strict=True)
+            ]
+            return torch.cat(found)
+
+        whole = torch.cat([t * root for t, root in zip(targets, roots, strict=True)]).norm()
+        layer = layers_of(student)[out_layer]
+        kept, before = copy.deepcopy(layer.state_dict()), float(residuals().norm() / whole)
+        are_norms = writers[-1][1] == "channel"
+        is_gap = depth != src_layer + 1
+        stages = [writers] if are_norms else [writers[-1:]]
+        if is_gap and not are_norms and len(writers) > 1:
+            stages = [writers, *stages]
         for stage in stages:
-            x, r = [], []
-            for (_, tokens, counts), lesson in zip(rows, lessons, strict=True):
-                target = lesson[depth][counts]
-                root = 1.0 / (target.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
-                given = [inputs(student, out_layer, path, tokens)[counts] for path in stage]
-                output = states(student, tokens)[out_layer + 1][counts]
-                x.append(torch.cat(given, 1) * root)
-                r.append((target - output) * root)
-            solved = _least_squares(torch.cat(x).numpy(), torch.cat(r).numpy(), ridge)
-            begin = 0
-            for path in stage:
-                weight = student.model.layers[out_layer].get_submodule(path).weight
-                change = torch.from_numpy(solved[begin : begin + weight.shape[1]])
-                begin += weight.shape[1]
-                weight.data = weight.data + change.T
+            x = [
+                torch.cat(
+                    [
+                        root * features(student, out_layer, part, tokens)[counts]
+                        for (_, tokens, counts), root in zip(rows, roots, strict=True)
+                    ]
+                )
+                for part in stage
+            ]
+            if are_norms:
+                _fit_norms(layer, stage, x, residuals(), ridge)
+            else:
+                _fit_projections(layer, stage, x, torch.cat(roots), residuals(), ridge)
+        after = float(residuals().norm() / whole)
+        if after > before:
+            layer.load_state_dict(kept)
+            after = before
+        errors.append((before, after))
+    return errors
 
 
-def _least_squares(x: np.ndarray, r: np.ndarray, ridge: float) -> np.ndarray:
+def _fit_projections(
+    layer: nn.Module,
+    stage: Sequence[Part],
+    x: list[torch.Tensor],
+    ones: torch.Tensor,
+    residual: torch.Tensor,
+    ridge: float,
+) -> None:
+    """All weights together, and the bias of the last one that has one."""
+    parts = [layer.get_submodule(path) for path, *_ in stage]
+    biased = [
+        (part, gain)
+        for part, (*_, gain) in zip(parts, stage, strict=True)
+        if getattr(part, "bias", None) is not None
+    ]
+    columns = [*x, *([ones * biased[-1][1]] if biased else [])]
+    solved = torch.from_numpy(_least_squares(torch.cat(columns, 1), residual, ridge))
+    begin = 0
+    for part, (_, layout, _) in zip(parts, stage, strict=True):
+        weight: Any = part.weight
+        count = weight.shape[0 if layout == "in_out" else 1]
+        change = solved[begin : begin + count]
+        weight.data = weight.data + (change if layout == "in_out" else change.T)
+        begin += count
+    if biased:
+        bias: Any = biased[-1][0].bias
+        bias.data = bias.data + solved[-1]
+
+
+def _fit_norms(
+    layer: nn.Module,
+    stage: Sequence[Part],
+    x: list[torch.Tensor],
+    residual: torch.Tensor,
+    ridge: float,
+) -> None:
+    """Each channel for itself; the ridge is relative to the mean over norms and channels."""
+    mean = float(torch.stack(x).pow(2).sum(1).mean())
+    for channel in range(residual.shape[1]):
+        given = torch.stack([one[:, channel] for one in x], 1)
+        own = ridge * mean / float(given.pow(2).sum(0).mean())
+        solved = _least_squares(given, residual[:, channel : channel + 1], own)
+        for (path, *_), change in zip(stage, solved[:, 0], strict=True):
+            layer.get_parameter(f"{path}.weight").data[channel] += float(change)
+
+
+def _least_squares(x: torch.Tensor, r: torch.Tensor, ridge: float) -> np.ndarray:
     size = x.shape[1]
-    rows = np.sqrt(ridge * np.square(x).sum(0).mean()) * np.eye(size)
+    rows = np.sqrt(ridge * float(x.pow(2).sum(0).mean())) * np.eye(size)
     above, below = np.concatenate([x, rows]), np.concatenate([r, np.zeros((size, r.shape[1]))])
     return np.asarray(np.linalg.lstsq(above, below, rcond=None)[0])

@@ -111,8 +111,24 @@ def lm_of(model: Any, folder: Path) -> ResidentLM:
     return ResidentLM(model, load_tokenizer(folder), 4)
 
 
-def save_tiny(folder: Path, name: str, num_layers: int, *, dtype: str = "float32") -> Path:
-    """Writes a model and the tests' tokenizer."""
-    tiny(name, num_layers, dtype=dtype).save_pretrained(folder)
+def save_tiny(
+    folder: Path,
+    name: str,
+    num_layers: int,
+    seed: int = 0,
+    like: Path | None = None,
+    dtype: str = "float32",
+) -> Path:
+    """Writes a model and the tests' tokenizer: random, or a step away from the one in `like`."""
+    from transformers import AutoModelForCausalLM
+
+    model = tiny(name, num_layers, seed)
+    if like is not None:
+        start = AutoModelForCausalLM.from_pretrained(like, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter, step in zip(start.parameters(), model.parameters(), strict=True):
+                parameter.add_(step, alpha=0.2)
+        model = start
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
     save_tokenizer(folder)
     return folder
