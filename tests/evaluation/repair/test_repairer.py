@@ -29,7 +29,7 @@ from gptailor.recipe.repair import (
     repaired_layers,
 )
 from tests.conftest import save_llama
-from tests.evaluation.own_tasks import tasks_of, words
+from tests.evaluation.own_tasks import CHOICE, rows, tasks_of, words, write_task
 from tests.evaluation.repair import reference
 from tests.evaluation.repair.test_writers import WRITERS
 from tests.evaluation.repair.tiny import ARCHITECTURES, save_tiny
@@ -524,6 +524,30 @@ def test_the_best_candidate_teaches_each_task(
     assert len(set(best.values())) > 1
     named = recipe(models, *MIXED, repair=replace(resolved, calibration=given))
     assert_equal(assembled(evaluator, mended), assembled(evaluator_of(models, tasks_dir), named))
+
+
+def test_documents_that_no_candidate_can_answer_are_named(
+    evaluator: Evaluator, models: dict[str, str], tmp_path: Path
+) -> None:
+    """They can be read, but show no best teacher."""
+    write_task(tmp_path, "t_own", rows(2, options=[words(70), words(2)]), **CHOICE)
+    given = CalibrationDocuments((CalibrationTask("t_own"),), str(tmp_path))
+    outcome = evaluator.evaluate(recipe(models, *MIXED, repair=Repair(given)))
+    assert outcome.status == "infeasible"
+    assert "The task t_own can't be scored: document 1" in outcome.reason
+    outcome = evaluator.evaluate(recipe(models, *MIXED, repair=Repair(given, teachers="red")))
+    assert outcome.status == "ok", outcome.reason
+
+
+def test_documents_are_read_once(
+    evaluator: Evaluator, documents: CalibrationDocuments, models: dict[str, str]
+) -> None:
+    mended = recipe(models, *MIXED, repair=Repair(documents, teachers="red"))
+    resolved = evaluator.repairs.resolved(mended).repair
+    assert resolved is not None
+    reading = evaluator.repairs.reading(documents)
+    assert reading.digest == resolved.calibration.digest
+    assert evaluator.repairs.reading(resolved.calibration) is reading
 
 
 def test_states_of_teachers_may_be_in_a_file(
