@@ -7,7 +7,8 @@ the change D of their weights minimises
     Σₜ wₜ |S[d]ₜ − yₜ − xₜ D|² + λ · mean(diag G) |D|²,   wₜ = 1 / mean(S[d]ₜ²),   G = Σₜ wₜ xₜᵀ xₜ
 
 where S[d] is the teacher's state that enters source layer d. The last writer's input has then
-changed, so it is fitted again alone. At other layers only the last writer is fitted. The layers
+changed, so it is fitted again alone. At other layers only the last writer is fitted. Norms that
+write to the stream are fitted after the projections, in every layer that is repaired. The layers
 above then see the repaired states.
 
 ReplaceMe (arXiv 2505.02819) fits one map behind the last writer, from one model, in one place.

@@ -40,10 +40,8 @@ class Prefix:
 
     @property
     def n_bytes(self) -> int:
-        """Memory of its states, and of its last parameters, which no shorter one has."""
-        own = [*self.states]
-        for out_layer in range(max(self.num_layers - EVERY, 0), self.num_layers):
-            own += self.changed.get(out_layer, {}).values()
+        """Memory of its states and parameters; shorter ones share some of these."""
+        own = [*self.states, *(p for new in self.changed.values() for p in new.values())]
         return sum(tensor.numel() * tensor.element_size() for tensor in own)
 
 
