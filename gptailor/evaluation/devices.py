@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 
 from gptailor.errors import UsageError
@@ -34,3 +36,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def give_back_memory() -> None:
+    """Frees what models that are no longer used have left behind in this process, so that other
+    processes can use it: models have reference cycles, and torch keeps freed memory of a GPU."""
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing if this process has not used a GPU

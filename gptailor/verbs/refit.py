@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from gptailor.config import REFIT, Config
-from gptailor.errors import UsageError
+from gptailor.errors import ModelError, ResourceError, UsageError
 from gptailor.evaluation.family import open_family
 from gptailor.merging.registry import TASK_ARITHMETIC
 from gptailor.models.untrusted import is_folder
@@ -25,12 +25,13 @@ def with_refit_made(config: Config, io: str | None, note: Say) -> Config:
         note: takes what the user should know.
 
     Returns:
-        The same configuration, or one without repairs if they are automatic and the tasks have no
-        documents left to read.
+        The same configuration, or one without repairs if they are automatic and not possible: no
+        documents are left to read, or the architecture or the memory does not allow it.
 
     Raises:
         UsageError, ModelError, ResourceError: it can't be made.
     """
+    from gptailor.evaluation.devices import give_back_memory
     from gptailor.evaluation.repair.settings import is_automatic, planned_repair
     from gptailor.verbs.models import write_stitched
 
@@ -47,13 +48,15 @@ def with_refit_made(config: Config, io: str | None, note: Say) -> Config:
     note(f"Making one more candidate, {REFIT}: the merge of all variants, refitted.")
     try:
         write_stitched(recipe, family, place, device=config.evaluation.device, note=note)
-    except UsageError as error:
+    except (UsageError, ModelError, ResourceError) as error:
         if is_folder(place):  # another island was faster
             return config
         if not is_automatic(config):
             raise
         note(f"Nothing is repaired: {error}")
         return config.without_repair()
+    finally:
+        give_back_memory()  # workers come next
     return config
 
 

@@ -111,14 +111,8 @@ def test_a_scale_beside_a_repair_is_refused(
         verbs.stitch(written(recipe, tmp_path / "recipe.yaml"), tmp_path / "out", verify=False)
 
 
-def test_a_full_disk_leaves_nothing_behind(
-    models: dict[str, str],
-    calibration: CalibrationDocuments,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    path = written(cut(models, Repair(calibration)), tmp_path / "recipe.yaml")
+def fill_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on there is no room for the file of a repair."""
     real = os.pwrite
 
     def full(fd: int, data: Any, offset: int) -> int:
@@ -127,6 +121,17 @@ def test_a_full_disk_leaves_nothing_behind(
         return real(fd, data, offset)
 
     monkeypatch.setattr(os, "pwrite", full)
+
+
+def test_a_full_disk_leaves_nothing_behind(
+    models: dict[str, str],
+    calibration: CalibrationDocuments,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = written(cut(models, Repair(calibration)), tmp_path / "recipe.yaml")
+    fill_disk(monkeypatch)
     assert cli.main(["stitch", str(path), str(tmp_path / "out"), "--no-verify"]) == 4
     assert "No space left on device" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
@@ -270,6 +275,21 @@ def test_automatic_repairs_are_off_where_nothing_is_left_to_read(
     with Archive(tmp_path / "run", readonly=True) as archive:
         assert all(row.recipe.repair is None for row in archive.evaluations())
     assert search(tmp_path, "--resume", "search.evaluations=10") == 0
+
+
+def test_a_full_disk_ends_a_search_only_if_it_asks_for_repairs(
+    configured: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fill_disk(monkeypatch)
+    configured(space__repair={"layers": "gaps"}, search__evaluations=6)
+    assert search(tmp_path) == 4
+    configured(search__evaluations=6)
+    assert search(tmp_path) == 0
+    assert "Nothing is repaired: " in capsys.readouterr().err
+    assert not (tmp_path / "run" / "refit").exists()
 
 
 def test_a_run_of_an_earlier_version_is_resumed_without_repairs(
