@@ -31,13 +31,13 @@ def with_refit_made(config: Config, io: str | None, note: Say) -> Config:
     Raises:
         UsageError, ModelError, ResourceError: it can't be made.
     """
+    place = Path(config.models.get(REFIT, config.output))
+    if REFIT not in config.models or is_folder(place):
+        return config
     from gptailor.evaluation.devices import give_back_memory
     from gptailor.evaluation.repair.settings import is_automatic, planned_repair
     from gptailor.verbs.models import write_stitched
 
-    place = Path(config.models.get(REFIT, config.output))
-    if REFIT not in config.models or is_folder(place):
-        return config
     planned = planned_repair(config)
     assert planned is not None
     own = {name: ref for name, ref in config.models.items() if name != REFIT}
