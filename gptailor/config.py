@@ -135,7 +135,7 @@ class Space(_Strict):
     @field_validator("repair", mode="before")
     @classmethod
     def _off(cls, value: object) -> object:
-        return False if value is False or value in ("false", "off", "no") else value
+        return truth(value)
 
     @field_validator("scale", mode="before")
     @classmethod

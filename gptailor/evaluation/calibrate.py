@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gptailor.errors import GptailorError, ModelError, ResourceError
-from gptailor.evaluation.casting import check_range
+from gptailor.evaluation.casting import as_bytes, check_range
 from gptailor.evaluation.device_memory import available_bytes
 from gptailor.evaluation.devices import is_out_of_memory, pick_device
 from gptailor.evaluation.loading import load_model, load_tokenizer
@@ -178,7 +178,7 @@ def _write_fisher(
     with writing(path, metadata, shapes) as file:
         for name, tensor in known.items():
             if id(tensor) in names:
-                file.write(name, _bytes((fisher[names[id(tensor)]] / mean).bfloat16()))
+                file.write(name, as_bytes((fisher[names[id(tensor)]] / mean).bfloat16()))
 
 
 def _write_regmean(
@@ -209,9 +209,4 @@ def _write_regmean(
         budget = torch.cuda.mem_get_info(device)[0] // 2
     with writing(path, metadata, shapes) as file:
         for name, gram_II in gram_matrices(model, sequences.tokens, linears, budget):
-            file.write(name, _bytes(gram_II))
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    flat = tensor.contiguous().reshape(-1).cpu()
-    return flat.view(torch.uint8).numpy().data
+            file.write(name, as_bytes(gram_II))

@@ -46,3 +46,9 @@ def check_range(exact: torch.Tensor, rounded: torch.Tensor, name: str) -> None:
             f"{name}: element {place} is {value:g}, but the largest number in float16 is 65504: "
             "use dtype bfloat16."
         )
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor, row by row, as a file has them."""
+    flat = tensor.contiguous().reshape(-1).cpu()
+    return flat.view(torch.uint8).numpy().data

@@ -75,13 +75,10 @@ class Evaluator:
             UsageError, ModelError, ResourceError: as for `ResidentModel.assemble` and `Repairs`.
             FloatingPointError: the repair's numbers are not finite.
         """
-        if recipe.repair is None:
-            self.resident.assemble(recipe)
-            return None
-        recipe = self.repairs.resolved(recipe)
-        lessons = self.repairs.lessons(recipe)  # assembles the teachers
+        if recipe.repair is not None:
+            return self.repairs.assemble(recipe)
         self.resident.assemble(recipe)
-        return self.repairs.apply(recipe, lessons)
+        return None
 
     def evaluate(self, recipe: Recipe, documents: Documents = "search") -> Outcome:
         """Assembles and scores one recipe; never raises for what the recipe itself causes.

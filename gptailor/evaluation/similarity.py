@@ -26,27 +26,16 @@ NUM_SEQUENCES = 128
 BATCH_SIZE = 16
 
 
-def _hidden_state(value: Any) -> torch.Tensor:
-    """A layer's input or output tensor: the value itself, or the first item of a tuple or list."""
-    while isinstance(value, tuple | list):
-        value = value[0]
-    found: torch.Tensor = value
-    return found
-
-
-def _input_state(args: Any, kwargs: Any) -> torch.Tensor:
-    """The hidden state among a layer's arguments."""
-    return _hidden_state(args or kwargs.get("hidden_states", tuple(kwargs.values())))
-
-
 def _check_states(resident: ResidentModel, lm: ResidentLM) -> None:
     """Raises a `ModelError` unless each layer gets one state per token of a sequence."""
     import torch
 
+    from gptailor.evaluation.repair.replay import split
+
     shapes: list[torch.Size] = []
     hooks = [
         module.register_forward_pre_hook(
-            lambda module, args, kwargs: shapes.append(_input_state(args, kwargs).shape),
+            lambda module, args, kwargs: shapes.append(split(args, kwargs)[0].shape),
             with_kwargs=True,
         )
         for module in resident.layers()
@@ -119,6 +108,8 @@ def measure(
     import torch
     import torch.nn.functional as F
 
+    from gptailor.evaluation.repair.replay import hidden_state, split
+
     family = resident.family
     layers = tuple(Take(model, i) for i in range(family.num_layers))
     recipe = Recipe(family.refs, family.base_name, layers, model, model, dtype)
@@ -142,10 +133,10 @@ def measure(
         before_BTH = state_BTH
 
     def look_at_input(module: Any, args: Any, kwargs: Any) -> None:
-        look(_input_state(args, kwargs))
+        look(split(args, kwargs)[0])
 
     def look_at_output(module: Any, args: Any, output: Any) -> None:
-        look(_hidden_state(output))
+        look(hidden_state(output))
 
     modules = resident.layers()
     hooks = [m.register_forward_pre_hook(look_at_input, with_kwargs=True) for m in modules]

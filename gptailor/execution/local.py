@@ -31,6 +31,7 @@ class InProcess:
         self._config = config
         self._io, self._stage = io, stage
         self._opened: Worker | None = None
+        self._info: WorkloadInfo | None = None
         self._loads = ""
         self._job: Job | None = None
 
@@ -43,6 +44,7 @@ class InProcess:
         config = self._config.computed_in(dtype)
         family = open_candidates(config, io=self._io, stage=self._stage, says=self._say)
         self._opened = Worker(config, family, says=self._say)
+        self._info = self._opened.workload()
 
     def _say(self, text: str) -> None:
         self._loads = text
@@ -59,7 +61,8 @@ class InProcess:
 
     def workload(self) -> WorkloadInfo:
         """What will be evaluated."""
-        return self._worker.workload()
+        assert self._info is not None, "load comes first"
+        return self._info
 
     def free(self) -> Sequence[int]:
         """The worker, if it has no job."""

@@ -37,8 +37,7 @@ def relative_error(outputs: Sequence[torch.Tensor], lessons: Sequence[Lesson], d
         device = output.device
         target = lesson.target(depth, device)
         w_N1 = lesson.weights(depth, device)[:, None]
-        residual = target - output[lesson.batch.counts_BT.to(device)].float()
-        wrong += float((w_N1 * residual.pow(2)).sum())
+        wrong += float((w_N1 * lesson.residual(output, depth).pow(2)).sum())
         whole += float((w_N1 * target.pow(2)).sum())
     if not math.isfinite(wrong):
         raise FloatingPointError("hidden states are not finite numbers")

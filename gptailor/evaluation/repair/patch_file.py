@@ -7,22 +7,20 @@ from pathlib import Path
 import torch
 
 from gptailor.errors import ModelError, ResourceError
+from gptailor.evaluation.casting import as_bytes
 from gptailor.evaluation.devices import is_out_of_memory
 from gptailor.evaluation.lm import ResidentLM
-from gptailor.evaluation.loading import load_tokenizer
+from gptailor.evaluation.loading import TORCH_DTYPES, load_tokenizer
 from gptailor.evaluation.repair.repairs import Repaired, Repairs
 from gptailor.evaluation.resident import ResidentModel
 from gptailor.models.calibration import writing
 from gptailor.models.family import Family
 from gptailor.patience import Say
 from gptailor.recipe import Recipe
-from gptailor.recipe.repair import TEXT
 from gptailor.stitching.patch import SCHEMA, Patch, read_patch
 from gptailor.stitching.plan import make_plan
 
 BATCH_SIZE = 32
-
-_TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 def compute_patch(
@@ -58,13 +56,7 @@ def compute_patch(
         resident = ResidentModel(family, dtype=recipe.repair.dtype or dtype, device=device)
         lm = ResidentLM(resident.model, load_tokenizer(family.base.folder), BATCH_SIZE)
         repairs = Repairs(resident, lm)
-        says("choosing teachers")
-        recipe = repairs.resolved(recipe)
-        says("running teachers")
-        lessons = repairs.lessons(recipe)
-        says("fitting layers")
-        resident.assemble(recipe)
-        repaired = repairs.apply(recipe, lessons)
+        repaired = repairs.assemble(recipe, says)
     except FloatingPointError as error:
         raise ModelError(f"The repair can't be computed: {error}.") from error
     except (MemoryError, RuntimeError) as error:
@@ -73,6 +65,7 @@ def compute_patch(
                 "Out of memory while the repair was computed: read fewer calibration documents."
             ) from error
         raise
+    recipe = recipe.with_repair(repaired.repair)
     weights = repairs.weights(recipe, repaired)
     return recipe, write_patch(recipe, family, path, repaired, weights)
 
@@ -101,24 +94,21 @@ def write_patch(
     shapes = {name: (types[name], tuple(weight.shape)) for name, weight in weights.items()}
     with writing(path, metadata, shapes) as file:
         for name, weight in weights.items():
-            data = weight.to(_TORCH_DTYPES[types[name]]).contiguous().reshape(-1).cpu()
-            file.write(name, data.view(torch.uint8).numpy().data)
+            file.write(name, as_bytes(weight.to(TORCH_DTYPES[types[name]])))
     return read_patch(path)
 
 
 def notes(repaired: Repaired) -> str:
     """What a repair did, in Markdown."""
     repair = repaired.repair
-    documents = repair.calibration
     teachers = repair.teachers if isinstance(repair.teachers, str) else dict(repair.teachers)
     if isinstance(teachers, dict):
         teachers = ", ".join(f"{model} ({group})" for group, model in teachers.items())
-    read = [one.task for one in documents.tasks] + ([TEXT] if documents.text is not None else [])
     lines = [
         "Repaired without training: in the layers below, projections that write to the residual "
         "stream were refitted by least squares, so that the stream follows that of the teachers at "
         f"the same depth. Teachers: {teachers}. Read: {repaired.num_tokens:,} tokens of "
-        f"{', '.join(read)}. Ridge {repair.ridge:g}.",
+        f"{', '.join(repair.calibration.groups)}. Ridge {repair.ridge:g}.",
         "| output layer | distance to the teachers before | after |\n|--:|--:|--:|\n"
         + "\n".join(
             f"| {error.out_layer} | {error.before:.3f} | {error.after:.3f} |"

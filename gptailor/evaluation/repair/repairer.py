@@ -272,11 +272,10 @@ class Repairer:
         hidden_size = fit.outputs[0].shape[-1]
         system = NormalEquations(sum(widths) + bool(biased), hidden_size, device, ridge)
         for output, inputs, lesson in zip(fit.outputs, fit.inputs, lessons, strict=True):
-            counts = lesson.batch.counts_BT.to(device)
-            parts = [inputs[w.path][counts].float() * w.gain for w in stage]
+            parts = [lesson.counted(inputs[w.path]) * w.gain for w in stage]
             if biased:
                 parts.append(torch.full_like(parts[0][:, :1], biased[-1].gain))
-            residual_NH = lesson.target(depth, device) - output[counts].float()
+            residual_NH = lesson.residual(output, depth)
             system.add(torch.cat(parts, 1), residual_NH, lesson.weights(depth, device))
         solved_FH = system.solve()
         changes: dict[str, torch.Tensor] = {}
@@ -300,11 +299,10 @@ class Repairer:
         device = fit.outputs[0].device
         x, r, w = [], [], []
         for output, inputs, lesson in zip(fit.outputs, fit.inputs, lessons, strict=True):
-            counts = lesson.batch.counts_BT.to(device)
             units = [_unit_output(layer.get_submodule(n.path), inputs[n.path]) for n in stage]
-            gains = [unit[counts].float() * n.gain for unit, n in zip(units, stage, strict=True)]
+            gains = [lesson.counted(unit) * n.gain for unit, n in zip(units, stage, strict=True)]
             x.append(torch.stack(gains))
-            r.append(lesson.target(depth, device) - output[counts].float())
+            r.append(lesson.residual(output, depth))
             w.append(lesson.weights(depth, device))
         solved_KH = solve_channels(torch.cat(x, 1), torch.cat(r), torch.cat(w), ridge)
         return {n.weight: change for n, change in zip(stage, solved_KH, strict=True)}

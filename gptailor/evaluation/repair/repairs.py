@@ -14,9 +14,10 @@ from gptailor.evaluation.lm import ResidentLM
 from gptailor.evaluation.repair.layer_error import LayerError
 from gptailor.evaluation.repair.reading import Reading, open_calibration_tasks, read_calibration
 from gptailor.evaluation.repair.repairer import Repairer
-from gptailor.evaluation.repair.targets import Lesson, Teachers, dense, uncut
+from gptailor.evaluation.repair.targets import Lesson, Teachers, dense
 from gptailor.evaluation.resident import ResidentModel
 from gptailor.evaluation.workload import Workload
+from gptailor.patience import Say
 from gptailor.recipe import Recipe
 from gptailor.recipe.repair import BY_TASK, TEXT, CalibrationDocuments, Repair
 
@@ -103,12 +104,32 @@ class Repairs:
             teachers = tuple((group, best[group]) for group in repair.calibration.groups)
         return recipe.with_repair(replace(repair, calibration=documents, teachers=teachers))
 
+    def assemble(self, recipe: Recipe, says: Say = lambda text: None) -> Repaired:
+        """Makes the resident model that of a recipe with a repair, resolved or not.
+
+        Args:
+            recipe: the recipe.
+            says: called with what is being done.
+
+        Raises:
+            UsageError, ModelError, ResourceError: as for `resolved`, `ResidentModel.assemble` and
+                `Repairer`.
+            FloatingPointError: the repair's numbers are not finite.
+        """
+        says("choosing teachers")
+        recipe = self.resolved(recipe)
+        says("running teachers")
+        lessons = self.lessons(recipe)  # assembles the teachers
+        says("fitting layers")
+        self._resident.assemble(recipe)
+        return self.apply(recipe, lessons)
+
     def lessons(self, recipe: Recipe) -> list[Lesson]:
         """What teachers have to say about a resolved recipe; call it before assembling it."""
         assert recipe.repair is not None
         reading = self.reading(recipe.repair.calibration)
         lessons = self._teachers.lessons(recipe, reading)
-        base = uncut(dense(recipe, recipe.base), self._resident.family.num_layers)
+        base = dense(recipe, recipe.base, self._resident.family.num_layers)
         self._repairer.look(base, reading)
         return lessons
 
@@ -139,8 +160,7 @@ class Repairs:
         for model in recipe.models:
             if model not in self._resident.family.candidates:
                 continue
-            whole = uncut(dense(recipe, model), self._resident.family.num_layers)
-            self._resident.assemble(whole)
+            self._resident.assemble(dense(recipe, model, self._resident.family.num_layers))
             for score in workload.scores(workload.run(self._lm)):
                 is_lower = workload.is_lower_better(score.task)
                 values.setdefault(score.task, {})[model] = -score.value if is_lower else score.value

@@ -45,33 +45,43 @@ class Lesson:
         """The state at a depth, float32 on a device, (N, H)."""
         return self.states[depth].to(device).float()
 
+    def counted(self, x_BTF: torch.Tensor) -> torch.Tensor:
+        """The values of tokens that count, float32, (N, F)."""
+        return x_BTF[self.batch.counts_BT.to(x_BTF.device)].float()
+
+    def residual(self, output_BTH: torch.Tensor, depth: int) -> torch.Tensor:
+        """What is missing from a student's state at a depth, float32, (N, H)."""
+        return self.target(depth, output_BTH.device) - self.counted(output_BTH)
+
     def weights(self, depth: int, device: torch.device) -> torch.Tensor:
         """1 / mean square of each token's state, (N,): a few tokens have enormous states, which
         would otherwise be all that counts."""
         return 1.0 / (self.target(depth, device).pow(2).mean(-1) + 1e-6)
 
 
-def teachers_of(recipe: Recipe, groups: Sequence[str]) -> dict[str, Recipe]:
+def teachers_of(recipe: Recipe, groups: Sequence[str], num_layers: int) -> dict[str, Recipe]:
     """Group → its teacher as a recipe without cuts and repair.
 
     Args:
         recipe: the recipe to repair; its repair names teachers, not `BY_TASK`.
         groups: the groups of documents.
+        num_layers: source layers of the family.
     """
     repair = recipe.repair
     assert repair is not None
     if repair.teachers == UNCUT:
-        return dict.fromkeys(groups, recipe)
+        return dict.fromkeys(groups, uncut(recipe, num_layers))
     if isinstance(repair.teachers, str):
         named = dict.fromkeys(groups, repair.teachers)
     else:
         named = dict(repair.teachers)
-    return {group: dense(recipe, named[group]) for group in groups}
+    return {group: dense(recipe, named[group], num_layers) for group in groups}
 
 
-def dense(recipe: Recipe, model: str) -> Recipe:
-    """A candidate as a recipe; its layers are filled in by `uncut`."""
-    return Recipe(recipe.models, recipe.base, (Take(model, 0),), model, model, recipe.dtype)
+def dense(recipe: Recipe, model: str, num_layers: int) -> Recipe:
+    """One of a recipe's candidates, whole, as a recipe."""
+    layers = tuple(Take(model, src_layer) for src_layer in range(num_layers))
+    return Recipe(recipe.models, recipe.base, layers, model, model, recipe.dtype)
 
 
 def uncut(recipe: Recipe, num_layers: int) -> Recipe:
@@ -107,8 +117,8 @@ class Teachers:
         """
         found: list[Lesson] = []
         used = set()
-        for group, teacher in teachers_of(recipe, reading.groups).items():
-            whole = uncut(teacher, self._resident.family.num_layers)
+        num_layers = self._resident.family.num_layers
+        for group, whole in teachers_of(recipe, reading.groups, num_layers).items():
             key = whole.hash, reading.digest, group
             used.add(key)
             if key not in self._kept:
