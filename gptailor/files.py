@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import secrets
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -25,3 +28,18 @@ def write_whole(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def process_marker(path: Path, kind: str) -> str:
+    """The start of the names, beside `path`, of what processes of this host have not finished; a
+    process appends its id."""
+    return f".{path.name}.{kind}-{socket.gethostname()}-"
+
+
+def left_behind(path: Path, kind: str) -> Iterator[Path]:
+    """What processes of this host that are gone, because they were killed, left beside `path`."""
+    marker = process_marker(path, kind)
+    for found in path.parent.glob(f"{glob.escape(marker)}*"):
+        pid = found.name.removeprefix(marker)
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            yield found

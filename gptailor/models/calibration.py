@@ -8,11 +8,9 @@ metadata says which text they come from and which weights they belong to.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from gptailor.errors import ModelError, ResourceError, UsageError
+from gptailor.files import left_behind, process_marker
 from gptailor.models.checkpoint import DTYPE_BITS, FLOAT_DTYPES, TensorInfo, read_header
 from gptailor.models.untrusted import open_regular, parse_json, read_up_to
 
@@ -199,14 +198,11 @@ def writing(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     places = {name: (8 + len(text) + at, n_bytes) for name, (at, n_bytes) in places.items()}
-    marker = f".{path.name}.tmp-{socket.gethostname()}-"
-    temporary = path.with_name(f"{marker}{os.getpid()}")
+    temporary = path.with_name(f"{process_marker(path, 'tmp')}{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob(f"{glob.escape(marker)}*"):  # of processes that were killed
-            pid = stale.name.removeprefix(marker)
-            if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-                stale.unlink(missing_ok=True)
+        for stale in left_behind(path, "tmp"):
+            stale.unlink(missing_ok=True)
         with temporary.open("wb", buffering=0) as file:
             file.write(len(text).to_bytes(8, "little") + text)
             file.truncate(8 + len(text) + position)

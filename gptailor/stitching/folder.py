@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import errno
-import glob
 import os
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from gptailor.errors import GptailorError, ResourceError, UsageError, is_disk_full, sizes
+from gptailor.files import left_behind, process_marker
 from gptailor.models.family import Family
 
 
@@ -54,15 +53,12 @@ def new_folder(
         UsageError: `out` appeared in the meantime.
         ResourceError: the folder can't be written, for example because the disk is full.
     """
-    marker = f".{out.name}.tmp-{socket.gethostname()}-"
+    folder = out.parent / f"{process_marker(out, 'tmp')}{os.getpid()}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        for stale in out.parent.glob(f"{glob.escape(marker)}*"):
-            pid = stale.name.removeprefix(marker)
-            # our own pid: a dead process had it before, which happens in containers
-            if pid == str(os.getpid()) or (pid.isdigit() and not Path(f"/proc/{pid}").exists()):
-                shutil.rmtree(stale, ignore_errors=True)
-        folder = out.parent / f"{marker}{os.getpid()}"
+        # our own: a dead process had our id before, which happens in containers
+        for stale in (folder, *left_behind(out, "tmp")):
+            shutil.rmtree(stale, ignore_errors=True)
         folder.mkdir()
     except OSError as error:
         raise ResourceError(f"{out.parent} can't be written: {error.strerror}.") from error

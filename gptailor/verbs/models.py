@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
-import socket
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from gptailor.errors import ModelError, ResourceError, UsageError, unknown
 from gptailor.evaluation.family import open_family
+from gptailor.files import left_behind, process_marker
 from gptailor.merging.registry import CALIBRATED
 from gptailor.models.family import Family
 from gptailor.patience import Patience, Say, slowly
@@ -133,11 +132,9 @@ def _repaired(
     check_out(Path(out), family)  # before minutes are spent
     choice = choose("auto", recipe.dtype, [find_ability(device)], held_bytes(family))
     said = [""]
-    marker = f".{Path(out).name}.repair-{socket.gethostname()}-"
-    for stale in Path(out).parent.glob(f"{glob.escape(marker)}*.safetensors"):
-        if not Path("/proc", stale.stem.removeprefix(marker)).exists():  # that process was killed
-            stale.unlink(missing_ok=True)
-    path = Path(out).parent / f"{marker}{os.getpid()}.safetensors"
+    for stale in left_behind(Path(out), "repair"):
+        stale.unlink(missing_ok=True)
+    path = Path(out).parent / f"{process_marker(Path(out), 'repair')}{os.getpid()}"
     try:
         with patience.step("Repairing", lambda: said[-1]):
             resolved, patch = compute_patch(
