@@ -35,11 +35,13 @@ class Lesson:
         states: for each depth d from 0 to L, the teacher's state that enters source layer d, of the
             tokens that count; (N, H) each, in the dtype of the forward pass.
         arguments: what each source layer gets besides its input.
+        share: of one token, so that each group counts as much as any other, however long it is.
     """
 
     batch: Batch
     states: Sequence[torch.Tensor]
     arguments: Sequence[Arguments]
+    share: float = 1.0
 
     def target(self, depth: int, device: torch.device) -> torch.Tensor:
         """The state at a depth, float32 on a device, (N, H)."""
@@ -54,9 +56,9 @@ class Lesson:
         return self.target(depth, output_BTH.device) - self.counted(output_BTH)
 
     def weights(self, depth: int, device: torch.device) -> torch.Tensor:
-        """1 / mean square of each token's state, (N,): a few tokens have enormous states, which
-        would otherwise be all that counts."""
-        return 1.0 / (self.target(depth, device).pow(2).mean(-1) + 1e-6)
+        """`share` / mean square of each token's state, (N,): a few tokens have enormous states,
+        which would otherwise be all that counts."""
+        return self.share / (self.target(depth, device).pow(2).mean(-1) + 1e-6)
 
 
 def teachers_of(recipe: Recipe, groups: Sequence[str], num_layers: int) -> dict[str, Recipe]:
@@ -139,6 +141,7 @@ class Teachers:
         self._resident.assemble(teacher)
         layers = self._resident.layers()
         lessons = []
+        share = 1.0 / max(sum(int(batch.counts_BT.sum()) for batch in batches), 1)
         for batch in batches:
             seen = trace(self._lm, layers, batch.input_BT)
             shape = (len(seen.states), int(batch.counts_BT.sum()), seen.states[0].shape[-1])
@@ -150,7 +153,7 @@ class Teachers:
                     f"the hidden states of the teacher ({', '.join(teacher.used_models)}) are not "
                     "finite numbers"
                 )
-            lessons.append(Lesson(batch, list(kept), seen.arguments))
+            lessons.append(Lesson(batch, list(kept), seen.arguments, share))
         return lessons
 
 
