@@ -151,22 +151,36 @@ class Space(_Strict):
 
 
 class TaskSpec(_Strict):
-    """One task or group of lm-eval.
+    """One task or group of lm-eval, or a text.
 
     Attributes:
-        task: lm-eval's name of a task, group or tag.
+        task: lm-eval's name of a task, group or tag; any name for a text.
+        text: a file whose lines are documents, or a `.jsonl` whose objects have a `text`; the
+            model's perplexity on them is the score.
         num_fewshot: examples in the context; None for the task's own number.
         metric: "acc", or with its filter "exact_match,strict-match"; None for the task's first
             metric, or the one that a group aggregates.
-        weight: in the accuracy objective.
+        weight: in the accuracy; 0 for a task of the holdout that is only shown.
         limit: as in lm-eval: only the first documents of each task; a fraction of them if below 1.
     """
 
     task: str
+    text: str | None = None
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     metric: str | None = None
-    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TaskSpec:
+        if self.text is not None and self.num_fewshot is not None:
+            raise ValueError("a text is read without examples: leave num_fewshot out")
+        if self.text is not None and self.weight > 0:
+            raise ValueError(
+                "a text is scored by its perplexity, which can't be part of an accuracy: set "
+                "weight: 0"
+            )
+        return self
 
 
 class _Tasks(_Strict):
@@ -182,6 +196,15 @@ class _Tasks(_Strict):
 
 class Holdout(_Tasks):
     """Tasks that the search never sees; the front is scored on them at the end."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _some_count(cls, tasks: tuple[TaskSpec, ...]) -> tuple[TaskSpec, ...]:
+        if not any(spec.weight > 0 for spec in tasks):
+            raise ValueError(
+                "all tasks have weight 0, so there is no accuracy: add one with a weight above 0"
+            )
+        return tasks
 
 
 class EvaluationConfig(_Tasks):
@@ -215,6 +238,17 @@ class EvaluationConfig(_Tasks):
         default_factory=lambda given: bool(given.get("apply_chat_template"))
     )
     system_instruction: str | None = None
+
+    @field_validator("tasks")
+    @classmethod
+    def _all_count(cls, tasks: tuple[TaskSpec, ...]) -> tuple[TaskSpec, ...]:
+        for spec in tasks:
+            if spec.weight == 0:
+                raise ValueError(
+                    f"the task {spec.task} has weight 0, which only tasks of the holdout may have: "
+                    "move it to evaluation.holdout, or give it a weight above 0"
+                )
+        return tasks
 
     @field_validator("dtype")
     @classmethod
@@ -417,7 +451,7 @@ def parse_evaluation(data: object, source: str) -> EvaluationConfig:
 
 
 def with_absolute_paths(config: Config, folder: Path) -> Config:
-    """Returns the configuration with folders (models, calibration, tasks) relative to `folder`."""
+    """Returns the configuration with its paths, except the output, relative to `folder`."""
     data = config.model_dump()
     if config.calibration is not None:
         data["calibration"] = str((folder / Path(config.calibration).expanduser()).resolve())
@@ -425,6 +459,10 @@ def with_absolute_paths(config: Config, folder: Path) -> Config:
     include_path = config.evaluation.include_path
     if include_path is not None:
         data["evaluation"]["include_path"] = _folder("evaluation", folder, include_path)
+    if config.evaluation.holdout is not None:
+        for task in data["evaluation"]["holdout"]["tasks"]:
+            if task["text"] is not None:
+                task["text"] = str((folder / home_expanded(task["text"])).resolve())
     if isinstance(config.space.repair, RepairSpace):
         calibration = config.space.repair.calibration
         written = data["space"]["repair"]["calibration"]

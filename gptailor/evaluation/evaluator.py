@@ -162,5 +162,6 @@ class Evaluator:
 
 
 def weighted_mean(scores: tuple[Score, ...]) -> float:
-    """The accuracy objective: the weighted mean of the tasks' scores."""
-    return sum(s.value * s.weight for s in scores) / sum(s.weight for s in scores)
+    """The accuracy objective: the weighted mean of the tasks' scores that count."""
+    counted = [s for s in scores if s.counts]  # the others may be infinite
+    return sum(s.value * s.weight for s in counted) / sum(s.weight for s in counted)

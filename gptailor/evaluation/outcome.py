@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
@@ -21,10 +22,11 @@ class Score:
     Attributes:
         task: lm-eval's name.
         metric: lm-eval's key, for example "acc,none".
-        value: in the metric's own unit; a fraction of 1 for accuracies.
+        value: in the metric's own unit; a fraction of 1 for accuracies. It may not be finite if
+            the weight is 0.
         stderr: standard error of `value`; None where lm-eval has none.
         num_documents: the number of documents that it is the mean of.
-        weight: the task's weight in the accuracy objective.
+        weight: the task's weight in the accuracy; 0 if it is only shown.
         values: one for each document, always in the same order, so two models can be compared
             document by document; empty where `value` is not their mean.
         leaves: for a group or tag, (number of documents, weight) of each task, in the order of
@@ -43,18 +45,26 @@ class Score:
     leaves: tuple[tuple[int, float], ...] = ()
     chance: float | None = None
 
+    @property
+    def counts(self) -> bool:
+        """Whether it is part of the accuracy."""
+        return self.weight != 0
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles with compact values: workers send scores, and a search keeps all of them."""
         return Score.from_dict, (self.to_dict(),)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, with the values encoded as one short text."""
+        """For JSON: the values encoded as one short text, None for a value that is not finite."""
         data = {name: getattr(self, name) for name in _SCORE_KEYS}
-        return {**data, "values": document_values.encode(self.values)}
+        value = self.value if math.isfinite(self.value) else None
+        return {**data, "value": value, "values": document_values.encode(self.values)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Score:
         """Reads what `to_dict` returned, also without values, leaves and chance (older versions).
+
+        A value of None is read as infinity: what is not finite is mostly a perplexity.
 
         Raises:
             ValueError: the values can't be decoded.
@@ -62,7 +72,8 @@ class Score:
         """
         values = document_values.decode(data.get("values") or "")
         leaves = tuple((count, weight) for count, weight in data.get("leaves", ()))
-        return cls(**{**data, "values": values, "leaves": leaves})
+        value = math.inf if data["value"] is None else data["value"]
+        return cls(**{**data, "value": value, "values": values, "leaves": leaves})
 
 
 _SCORE_KEYS = tuple(field.name for field in fields(Score))
@@ -93,7 +104,7 @@ class Outcome:
 
     Attributes:
         status: "ok", "infeasible" or "failed"; a crash is "failed" and has no score.
-        accuracy: weighted mean of the scores; None unless "ok".
+        accuracy: weighted mean of the scores that count; None unless "ok".
         scores: one for each task that was asked for.
         reason: why it is infeasible, or the traceback of the crash, whose last line names the
             error.

@@ -1,4 +1,4 @@
-"""Finds the lm-eval tasks of a configuration by name, loads their data and sets them up.
+"""Finds the tasks of a configuration, in lm-eval or in texts, loads their data and sets them up.
 
 lm-eval sets tasks up inside `simple_evaluate`; this module does the same, once.
 """
@@ -15,6 +15,8 @@ from gptailor.config import TaskSpec
 from gptailor.errors import UsageError, plain, unknown
 from gptailor.evaluation.surroundings import SEEDS
 from gptailor.evaluation.task_errors import not_loaded
+from gptailor.evaluation.text import read_documents
+from gptailor.evaluation.text_task import text_task
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,16 @@ def load_tasks(specs: Sequence[TaskSpec], include_path: str | None) -> TaskSet:
     """Loads tasks, groups and tags with their data.
 
     Raises:
-        UsageError: a name is unknown, a task is named twice, or its data can't be loaded.
+        UsageError: a name is unknown, a task is named twice, or its data or text can't be loaded.
     """
-    manager = task_manager(include_path, [spec.task for spec in specs])
+    names = [spec.task for spec in specs if spec.text is None]
+    manager = task_manager(include_path, names) if names else None
     found = TaskSet()
     for spec in specs:
-        if spec.task not in manager.all_tasks:
-            raise _unknown(spec.task, manager, include_path)
-        try:
-            loaded = manager.load([spec.task])
-        except Exception as error:  # a dataset's loader can raise anything
-            raise not_loaded(spec.task, error) from error
+        if spec.text is not None:
+            loaded = {"tasks": {spec.task: text_task(spec.task, spec.text)}}
+        else:
+            loaded = _loaded(spec.task, manager, include_path)
         for name, task in loaded["tasks"].items():
             if name in found.tasks:
                 raise UsageError(f"The task {name} is named twice (by {spec.task}, too).")
@@ -62,10 +63,34 @@ def load_tasks(specs: Sequence[TaskSpec], include_path: str | None) -> TaskSet:
     return found
 
 
-def unknown_tasks(names: Sequence[str], include_path: str | None) -> list[UsageError]:
-    """An error for each name that lm-eval doesn't have; loads no data."""
-    manager = task_manager(include_path, names)
-    return [_unknown(n, manager, include_path) for n in names if n not in manager.all_tasks]
+def _loaded(name: str, manager: Any, include_path: str | None) -> dict[str, Any]:
+    """What lm-eval loads under a name."""
+    if name not in manager.all_tasks:
+        raise _unknown(name, manager, include_path)
+    try:
+        loaded: dict[str, Any] = manager.load([name])
+    except Exception as error:  # a dataset's loader can raise anything
+        raise not_loaded(name, error) from error
+    return loaded
+
+
+def unknown_tasks(specs: Sequence[TaskSpec], include_path: str | None) -> list[UsageError]:
+    """An error for each name that lm-eval doesn't have and each text that can't be read.
+
+    Loads no data of other tasks.
+    """
+    errors = []
+    names = [spec.task for spec in specs if spec.text is None]
+    if names:
+        manager = task_manager(include_path, names)
+        errors = [_unknown(n, manager, include_path) for n in names if n not in manager.all_tasks]
+    for spec in specs:
+        try:
+            if spec.text is not None:
+                read_documents(spec.text)
+        except UsageError as error:
+            errors.append(error)
+    return errors
 
 
 def task_manager(include_path: str | None, names: Sequence[str]) -> Any:

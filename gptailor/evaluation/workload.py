@@ -35,7 +35,8 @@ class Workload:
         num_documents: how many documents in all; None for all of them.
         skip: choose them after this many, which are another workload's with the same seed.
         seed: for the choice of documents.
-        comparable: refuse metrics that are better when lower (they can't be part of an accuracy).
+        comparable: refuse metrics that are better when lower (they can't be part of an accuracy)
+            unless the task has weight 0.
         few: use only this many documents of each task, those most likely to be refused.
 
     Raises:
@@ -68,7 +69,8 @@ class Workload:
             keys = {name: self._given_keys(name) for name in self._tasks}
         self._scoring = Scoring(self._set, keys, self._documents)
         self._metrics = {
-            spec.task: self._scoring.choose(spec, comparable=comparable) for spec in self.specs
+            spec.task: self._scoring.choose(spec, comparable=comparable and spec.weight > 0)
+            for spec in self.specs
         }
 
     @property
@@ -167,13 +169,13 @@ class Workload:
         """The requested scores, one for each spec, from what `run` returned.
 
         Raises:
-            FloatingPointError: one of them is not a finite number.
+            FloatingPointError: one that counts is not a finite number.
         """
         scores = []
         for spec in self.specs:
             key = self._metrics[spec.task]
             score = self._scoring.score(spec.task, key, results, spec.weight)
-            if not math.isfinite(score.value):
+            if score.counts and not math.isfinite(score.value):
                 raise FloatingPointError(f"{key} of {spec.task} is not a finite number")
             scores.append(score)
         return tuple(scores)

@@ -46,17 +46,28 @@ function scoreGroup(title, set, measured) {
     h("th", { class: "wrap left", scope: "row", title: hover }, name),
     h("td", {}, format.score(value), " ", h("small", {}, plusMinus(stderr))),
     h("td", {}, format.score(whole)), h("td", {}, kept));
-  const tasks = measured.scores.map((x) => {
+  const tasks = measured.scores.filter((x) => x.weight !== 0).map((x) => {
     const weight = x.weight === 1 ? "" : h("small", {}, ` weight ${format.number(x.weight)}`);
     const chance = x.chance === null ? "" : `, chance ${format.score(x.chance)}`;
     const hover = `${x.metric}, ${format.count(x.num_documents)} documents, weight ${x.weight}${chance}`;
     return row([x.task, weight], x.value, x.stderr, x.best_dense,
       format.percent(x.retention_percent), {}, hover);
   });
+  // Tasks that are no part of the accuracy, such as the perplexity of a text: plain numbers.
+  const others = measured.scores.filter((x) => x.weight === 0).map((x) => {
+    const hover = `${x.metric}, ${format.count(x.num_documents)} documents, no part of the accuracy; `
+      + `held against the base, ${data.base}`;
+    return h("tr", { class: "uncounted" },
+      h("th", { class: "wrap left", scope: "row", title: hover },
+        x.task, h("small", {}, ` ${x.metric.replace(/,none$/, "")}`)),
+      h("td", {}, format.plain(x.value), " ", h("small", {}, plusMinus(x.stderr))),
+      h("td", {}, x.best_dense === null ? "–" : format.plain(x.best_dense)), h("td", {}));
+  });
   return h("tbody", {},
     h("tr", { class: "group" }, h("th", { colspan: 4, scope: "rowgroup" }, title)), tasks,
     row("accuracy", measured.accuracy, measured.stderr, data.yardsticks[set].accuracy,
-      format.percent(measured.retention_percent), { class: "total" }));
+      format.percent(measured.retention_percent), { class: "total" }),
+    others);
 }
 
 function scores(point) {

@@ -43,6 +43,13 @@ const format = {
   },
   points: (value) => (value === null || value === undefined ? "–"
     : `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(1)}`),
+  // A score in its own unit, such as a perplexity: three digits, or all before the point.
+  plain(value) {
+    if (value === null || value === undefined) return "not finite";
+    const size = Math.abs(value);
+    if (size >= 1e7) return value.toExponential(2);
+    return size < 999.5 ? value.toPrecision(3) : Math.round(value).toLocaleString("en-US");
+  },
   number: (value) => String(Number(value.toPrecision(4))),
 };
 const plusMinus = (stderr) =>

@@ -121,7 +121,7 @@ class Report:
 
     @property
     def holdout_tasks(self) -> tuple[str, ...]:
-        """Names of the holdout's tasks, in order; empty if nothing was scored on them."""
+        """Names of the holdout's tasks that count, in order; empty if nothing was scored."""
         return tuple(_tasks(p.holdout for p in self.points if p.holdout))
 
     @property
@@ -169,7 +169,9 @@ def _report(data: RunData, run: str) -> Report:
     rows, family = data.evaluations, data.family
     points = _points(rows)
     num_layers = _num_layers(family, [row.recipe for row in rows])
-    search, holdout = _yardsticks(points, rows, num_layers)
+    recipes = [row.recipe for row in rows]
+    base = recipes[0].base if recipes else ""
+    search, holdout = _yardsticks(points, rows, num_layers, base)
     points = tuple(
         replace(
             p,
@@ -183,13 +185,12 @@ def _report(data: RunData, run: str) -> Report:
     sizes = [(p.number, p.parameters, p.search.accuracy) for p in points]
     controls = [s for s, p in zip(sizes, points, strict=True) if p.arms]
     control_history = hypervolume_history(controls, largest)
-    recipes = [row.recipe for row in rows]
     return Report(
         run=run,
         num_layers=num_layers,
         largest_parameters=largest,
         models=_models(family, recipes),
-        base=recipes[0].base if recipes else "",
+        base=base,
         config=data.config,
         points=points,
         front=pareto_front(points, lambda p: (p.parameters, p.search.accuracy, p.recipe.hash)),
@@ -225,7 +226,7 @@ def _points(rows: Sequence[Evaluation]) -> tuple[Point, ...]:
 
 
 def _yardsticks(
-    points: Sequence[Point], rows: Iterable[Evaluation], num_layers: int
+    points: Sequence[Point], rows: Iterable[Evaluation], num_layers: int, base: str
 ) -> tuple[Yardstick, Yardstick]:
     """The yardsticks of the search's documents and of the holdout's."""
     dense = [p for p in points if p.is_dense and p.layers == num_layers]
@@ -234,7 +235,12 @@ def _yardsticks(
     search = [(p.id, p.dense_names, p.search) for p in dense]
     holdout = [(p.id, p.dense_names, p.holdout) for p in dense if p.holdout]
     is_partial = bool(missing and tried)
-    return yardstick_of(search), yardstick_of(holdout, is_partial=is_partial)
+    bases = [p.holdout for p in dense if p.holdout and f"{DENSE}:{base}" in p.arms]
+    others = {(s.task, s.metric): s for measured in bases for s in measured.others}
+    return (
+        yardstick_of(search),
+        replace(yardstick_of(holdout, is_partial=is_partial), others=others),
+    )
 
 
 def _tasks(parts: Iterable[Measured]) -> dict[str, None]:

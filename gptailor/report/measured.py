@@ -47,15 +47,18 @@ class Measured:
     Attributes:
         accuracy: weighted mean of the scores.
         stderr: its standard error, with the tasks treated as independent; None if a score has none.
-        scores: one for each task.
+        scores: one for each task that is part of the accuracy.
         retention: accuracy in percent of the best dense candidate's on the same documents; None
             if there is none, or if that is not clearly above chance.
+        others: scores that are shown but not part of the accuracy. They may be better when lower,
+            and may not be finite.
     """
 
     accuracy: float
     stderr: float | None
     scores: tuple[Score, ...]
     retention: float | None = None
+    others: tuple[Score, ...] = ()
 
     @property
     def chance(self) -> float | None:
@@ -76,8 +79,10 @@ def measured_of(outcome: Outcome) -> Measured | None:
     accuracy = outcome.accuracy
     if outcome.status != "ok" or accuracy is None or not math.isfinite(accuracy):
         return None
-    alone = Measured(accuracy, None, outcome.scores)
-    return Measured(accuracy, _independent([(1.0, alone)]), outcome.scores)
+    scores = tuple(score for score in outcome.scores if score.counts)
+    others = tuple(score for score in outcome.scores if not score.counts)
+    alone = Measured(accuracy, None, scores)
+    return Measured(accuracy, _independent([(1.0, alone)]), scores, others=others)
 
 
 def figure(value: float, terms: Terms) -> Figure:

@@ -24,6 +24,7 @@ class Yardstick:
         is_near_chance: it is not clearly above chance, so there are no percentages.
         tasks: (task, metric) → the best score of any dense candidate.
         is_partial: some dense candidates have not been scored on these documents yet.
+        others: (task, metric) → the base's score of a task that is no part of the accuracy.
     """
 
     point: str | None = None
@@ -32,6 +33,7 @@ class Yardstick:
     is_near_chance: bool = False
     tasks: Mapping[tuple[str, str], Score] = field(default_factory=dict)
     is_partial: bool = False
+    others: Mapping[tuple[str, str], Score] = field(default_factory=dict)
 
     @property
     def has_percentages(self) -> bool:
@@ -52,8 +54,21 @@ class Yardstick:
             return measured
         return replace(measured, retention=100.0 * measured.accuracy / self.best.accuracy)
 
+    def dense_score(self, score: Score) -> Score | None:
+        """What a task's score is held against: the best dense candidate's on that task.
+
+        The base's if the task is no part of the accuracy.
+        """
+        found = self.tasks if score.counts else self.others
+        return found.get((score.task, score.metric))
+
     def kept_of_task(self, score: Score) -> float | None:
-        """A task's score in percent of the best dense candidate's on that task."""
+        """A task's score in percent of the best dense candidate's on that task.
+
+        None without percentages, or if the task is no part of the accuracy.
+        """
+        if not score.counts:
+            return None
         best = self.tasks.get((score.task, score.metric))
         if best is None or _is_near_chance(Measured(best.value, best.stderr, (best,))):
             return None

@@ -111,7 +111,7 @@ class HeaderLine(Line):
 class _Score(Line):
     task: _Text
     metric: _Text
-    value: _Real
+    value: _Real | None  # None: not finite
     stderr: _Real | None
     num_documents: _Count
     weight: _Finite

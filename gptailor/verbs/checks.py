@@ -180,7 +180,7 @@ def _unknown_tasks(config: Config) -> list[str]:
         return [
             str(error)
             for specs in (evaluation.tasks, holdout)
-            for error in unknown_tasks([spec.task for spec in specs], evaluation.include_path)
+            for error in unknown_tasks(specs, evaluation.include_path)
         ]
     except UsageError as error:
         return [str(error)]
