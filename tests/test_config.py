@@ -274,6 +274,38 @@ def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Monk
     assert config.output == "runs/x"  # relative to where the command runs
 
 
+WEIGHTS: list[tuple[str, list[Any], str]] = [
+    ("evaluation.tasks", ["a", {"task": "b", "weight": 0}], "the task b has weight 0, which only"),
+    ("evaluation.holdout.tasks", [{"task": "b", "weight": 0}], "so there is no accuracy: add one"),
+    ("evaluation.holdout.tasks", ["a", {"task": "b", "weight": -1}], "greater than or equal to 0"),
+    (
+        "evaluation.holdout.tasks",
+        [{"task": "b", "text": "t.txt"}],
+        "tasks.0: a text is scored by its perplexity, which can't be part of an accuracy: set we",
+    ),
+    (
+        "evaluation.holdout.tasks",
+        ["a", {"task": "b", "text": "t.txt", "weight": 0, "num_fewshot": 0}],
+        "tasks.1: a text is read without examples: leave num_fewshot out.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "tasks", "message"), WEIGHTS)
+def test_tasks_that_do_not_count(path: str, tasks: list[Any], message: str) -> None:
+    assert message in refused(changed(path, tasks))
+
+
+def test_a_text_is_relative_to_the_file(tmp_path: Path) -> None:
+    held = ["x", {"task": "language", "text": "a/b.txt", "weight": 0}]
+    config = read_config(written(tmp_path, changed("evaluation.holdout.tasks", held)))
+    assert config.evaluation.holdout is not None
+    texts = [spec.text for spec in config.evaluation.holdout.tasks]
+    assert texts == [None, str(tmp_path / "a" / "b.txt")]
+    (tmp_path / "again.yaml").write_text(config_yaml(config))
+    assert read_config(tmp_path / "again.yaml") == config
+
+
 def test_include_path_must_exist(tmp_path: Path) -> None:
     path = written(tmp_path, changed("evaluation.include_path", "nowhere"))
     with pytest.raises(UsageError, match=f"include_path: the folder {tmp_path}/nowhere does not"):

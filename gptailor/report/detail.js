@@ -55,8 +55,8 @@ function scoreGroup(title, set, measured) {
   });
   // Tasks that are no part of the accuracy, such as the perplexity of a text: plain numbers.
   const others = measured.scores.filter((x) => x.weight === 0).map((x) => {
-    const hover = `${x.metric}, ${format.count(x.num_documents)} documents, no part of the accuracy; `
-      + `held against the base, ${data.base}`;
+    const hover = `${x.metric}, ${format.count(x.num_documents)} documents, no part of the accuracy, `
+      + "held against the base";
     return h("tr", { class: "uncounted" },
       h("th", { class: "wrap left", scope: "row", title: hover },
         x.task, h("small", {}, ` ${x.metric.replace(/,none$/, "")}`)),

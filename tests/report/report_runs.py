@@ -221,6 +221,24 @@ def make_small(
     return folder
 
 
+def make_with_text(folder: Path, perplexities: dict[str, float]) -> Path:
+    """A run whose holdout also has a text with weight 0: arm, or "search", → its perplexity.
+
+    Each model is right about fewer documents than the one before.
+    """
+    metric = "word_perplexity,none"
+    with Archive(folder) as archive:
+        for number, (name, perplexity) in enumerate(perplexities.items()):
+            recipe = dense(name.partition(":")[2]) if name.startswith("dense:") else CUT
+            if ":" in name:
+                archive.add_arm(name, recipe)
+            task = score_of("fresh", "acc,none", right(300 - 20 * number, 400))
+            text = Score("language", metric, perplexity, None, 7, 0.0)
+            for documents, scores in (("search", (task,)), ("holdout", (text, task))):
+                add(archive, recipe, documents, Outcome("ok", task.value, scores, "", Cost()))
+    return folder
+
+
 def right(count: int, of: int, begin: int = 0) -> list[float]:
     """Values of `of` documents: from `begin` on, `count` are right."""
     return [float((i - begin) % of < count) for i in range(of)]

@@ -13,7 +13,14 @@ from gptailor.recipe import NO_LAYER, Merge, Take
 from gptailor.report import Report, load_report, write_report
 from gptailor.run.archive import Archive
 from tests.report.report_browser import Browser
-from tests.report.report_runs import add, make_run, make_small, near_chance, recipe_of
+from tests.report.report_runs import (
+    add,
+    make_run,
+    make_small,
+    make_with_text,
+    near_chance,
+    recipe_of,
+)
 from tests.report.test_report_page import HOSTILE, runs_without_a_front
 
 pytestmark = pytest.mark.system
@@ -241,3 +248,19 @@ def test_runs_without_a_front_are_drawn(browser: Browser, tmp_path: Path) -> Non
         show(browser, write_report(path).as_uri())
         assert count(browser, ".mark") == 0
         assert text(browser, "#detail-title") == "No point chosen"
+
+
+def test_a_text_is_a_plain_number(browser: Browser, tmp_path: Path) -> None:
+    found = {"dense:math": 1114.6, "dense:base": 31.68, "search": float("inf")}
+    run = make_with_text(tmp_path, found)
+    url = write_report(run).as_uri()
+    cells = (
+        "[...document.querySelectorAll('tr.uncounted')].map((r) => "
+        "[...r.children].map((c) => c.textContent.trim()))"
+    )
+    for point, value in zip(load_report(run).points, ("1,115", "31.7", "not finite"), strict=True):
+        show(browser, f"{url}#point={point.id}")
+        assert browser.evaluate(cells) == [["language word_perplexity", value, "31.7", ""]]
+    hover = browser.evaluate("document.querySelector('tr.uncounted th').title")
+    expected = "word_perplexity,none, 7 documents, no part of the accuracy, held against the base"
+    assert hover == expected

@@ -18,14 +18,36 @@ from gptailor.errors import ResourceError, UsageError
 from gptailor.evaluation.outcome import Cost, Outcome, Score
 from gptailor.recipe import NO_LAYER, Merge, Recipe, Take
 from gptailor.report import load_report, write_report
-from gptailor.report.export import ends, layer_map, write_atomically
+from gptailor.report.export import (
+    ends,
+    front_csv,
+    front_dict,
+    layer_map,
+    point_dict,
+    to_json,
+    write_atomically,
+)
 from gptailor.report.front_model import Point
 from gptailor.report.headline import headline
 from gptailor.report.hypervolume import hypervolume_history
 from gptailor.report.measured import Measured
 from gptailor.run.archive import Archive
 from gptailor.run.pareto import pareto_front
-from tests.report.report_runs import CRASH, LAYERS, NAMES, add, dense, make_run, recipe_of, size_of
+from tests.report.report_runs import (
+    CRASH,
+    CUT,
+    LAYERS,
+    NAMES,
+    Sets,
+    add,
+    dense,
+    make_run,
+    make_small,
+    make_with_text,
+    recipe_of,
+    right,
+    size_of,
+)
 
 sizes = st.integers(1, 12)
 accuracies = st.sampled_from([0.0, 0.1, 0.2, 0.25, 0.3, 0.5, 0.7, 0.9])
@@ -387,3 +409,29 @@ def test_reading_does_not_write(run: Path) -> None:
 
 def test_outcomes_of_the_made_up_run_are_plausible(run: Path) -> None:
     assert all(0.0 < p.search.accuracy < 1.0 for p in load_report(run).points)
+
+
+def test_a_task_with_weight_0_is_shown_and_counts_nowhere(tmp_path: Path) -> None:
+    found = {"dense:math": 31.7, "dense:base": 20.5, "search": float("inf")}
+    report = load_report(make_with_text(tmp_path / "with", found))
+    models: dict[str, tuple[Recipe, Sets]] = {
+        "dense:math": (dense("math"), (right(300, 400), right(300, 400))),
+        "dense:base": (dense("base"), (right(280, 400), right(280, 400))),
+        "search": (CUT, (right(260, 400), right(260, 400))),
+    }
+    without = load_report(make_small(tmp_path / "without", models, tasks=("fresh", "fresh")))
+    told = [(found.text, found.note) for found in map(headline, (report, without))]
+    assert told[0] == told[1] and "keeps 87" in told[0][0]
+    assert (report.holdout_tasks, report.has_other_holdout_tasks) == (("fresh",), False)
+    for point, other in zip(report.points, without.points, strict=True):
+        assert point.holdout is not None and other.holdout is not None
+        assert replace(point.holdout, others=()) == other.holdout
+    shown = [point_dict(report, point)["holdout"]["scores"] for point in report.points]
+    assert [[score["task"] for score in scores] for scores in shown] == [["fresh", "language"]] * 3
+    text = [(s["value"], s["best_dense"], s["retention_percent"]) for _, s in shown]
+    assert text == [(31.7, 20.5, None), (20.5, 20.5, None), (float("inf"), 20.5, None)]
+    task = [(s["best_dense"], s["retention_percent"]) for s, _ in shown]
+    assert task == [(0.75, 100.0), (0.75, pytest.approx(93.33, abs=0.01)), (0.75, task[2][1])]
+    rows = list(csv.DictReader(front_csv(report).splitlines()))
+    assert {row["holdout:language:word_perplexity,none"] for row in rows} <= {"31.7", "20.5", "inf"}
+    json.loads(to_json(front_dict(report)), parse_constant=pytest.fail)

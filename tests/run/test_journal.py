@@ -72,6 +72,7 @@ ENTRIES: list[Entry] = [
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: type(entry).__name__)
 def test_round_trip(entry: Entry) -> None:
     line = to_line(entry)
+    json.loads(line, parse_constant=pytest.fail)  # JSON for every reader: infinity is null
     assert line.count(b"\n") == 1
     assert line.endswith(b"\n")
     assert from_line(line[:-1], Path("j"), 1 if entry is HEADER else 2) == entry

@@ -211,6 +211,12 @@ def groups_that_overlap(place: Path, config: dict[str, Any]) -> None:
     config["evaluation"]["tasks"] = ["t_group", "other"]
 
 
+@breaks("The text .*/gone.txt can't be read: No such file or directory")
+def a_text_that_is_not_there(place: Path, config: dict[str, Any]) -> None:
+    text = {"task": "language", "text": "gone.txt", "weight": 0}
+    config["evaluation"]["holdout"] = {"tasks": ["t_long", text]}
+
+
 @breaks("The task t_long is part of the search, so it is no holdout")
 def a_holdout_inside_of_a_group_of_the_search(place: Path, config: dict[str, Any]) -> None:
     config["evaluation"] |= {"tasks": ["t_group"], "holdout": {"tasks": ["t_long"]}}
