@@ -97,6 +97,8 @@ function detail(point) {
     layerMap(point),
     h("h3", {}, "Scores"),
     h("p", { class: "hint" }, "Each task is held against the dense candidate that is best at it; no "
-      + "percentage where that one is not clearly above chance."),
+      + "percentage where that one is not clearly above chance."
+      + (point.holdout?.scores.some((x) => x.weight === 0)
+        ? " Below the accuracy: what is no part of it, held against the base." : "")),
     scores(point));
 }
