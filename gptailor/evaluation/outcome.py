@@ -72,8 +72,10 @@ class Score:
         """
         values = document_values.decode(data.get("values") or "")
         leaves = tuple((count, weight) for count, weight in data.get("leaves", ()))
-        value = math.inf if data["value"] is None else data["value"]
-        return cls(**{**data, "value": value, "values": values, "leaves": leaves})
+        read = {**data, "values": values, "leaves": leaves}
+        if data.get("value", 0.0) is None:
+            read["value"] = math.inf
+        return cls(**read)
 
 
 _SCORE_KEYS = tuple(field.name for field in fields(Score))
