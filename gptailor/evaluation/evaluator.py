@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -31,6 +32,7 @@ class Evaluator:
         comparable: refuse metrics that can't be part of an accuracy.
         workers: how many evaluators share the device.
         says: called with what is being loaded.
+        note: takes what the user should know.
 
     Raises:
         UsageError, ModelError, ResourceError: the family or the tasks can't be used.
@@ -45,6 +47,7 @@ class Evaluator:
         comparable: bool = True,
         workers: int = 1,
         says: Callable[[str], None] = lambda text: None,
+        note: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
     ) -> None:
         self.family = family
         says("loading the base")
@@ -60,7 +63,8 @@ class Evaluator:
         tokenizer = load_tokenizer(family.base.folder)
         self.lm = ResidentLM(self.resident.model, tokenizer, config.batch_size)
         self.workloads = open_workloads(config, self.lm, seed=seed, comparable=comparable)
-        self.repairs = Repairs(self.resident, self.lm, tuple(self.workloads.values()), workers)
+        scored = tuple(self.workloads.values())
+        self.repairs = Repairs(self.resident, self.lm, scored, workers, note)
         self._results: Mapping[str, Mapping[str, Any]] = {}  # of the last evaluation
 
     @property

@@ -18,7 +18,7 @@ def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     `evaluation.dtype: auto` in the new one matches whatever the run has. Either may use the key
     names of an earlier version.
     """
-    (old, _), (new, _) = (renamed_keys(_with_repair(one)) for one in (old, new))
+    (old, _), (new, _) = (renamed_keys(with_repair_known(one)) for one in (old, new))
     evaluation = new.get("evaluation")
     if isinstance(evaluation, Mapping):
         theirs = dtype_of(old)
@@ -28,12 +28,10 @@ def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return _difference(old, new, "")
 
 
-def _with_repair(config: Mapping[str, Any]) -> dict[str, Any]:
+def with_repair_known(config: Mapping[str, Any]) -> dict[str, Any]:
     """A stored configuration with `space.repair`: runs of earlier versions repaired nothing."""
     space = config.get("space")
-    if not isinstance(space, Mapping) or "repair" in space:
-        return dict(config)
-    return {**config, "space": {**space, "repair": False}}
+    return {**config, "space": {"repair": False, **(space if isinstance(space, Mapping) else {})}}
 
 
 def dtype_of(config: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from gptailor.errors import UsageError
 from gptailor.evaluation.family import find_calibration
 from gptailor.models.family import Family
 from gptailor.run.archive import Archive
-from gptailor.run.config_difference import config_difference
+from gptailor.run.config_difference import config_difference, with_repair_known
 from gptailor.run.island_folder import island_numbers
 from gptailor.run.layout import ARCHIVE, CONFIG, ISLANDS
 from gptailor.strict_yaml import load_yaml, read_text
@@ -103,8 +103,8 @@ def began_without_repair(path: Path) -> bool:
     if not path.is_file():
         return False
     data = load_yaml(read_text(path), str(path))
-    space = data.get("space") if isinstance(data, dict) else None
-    return not isinstance(space, dict) or space.get("repair", False) is False
+    stored = data if isinstance(data, dict) else {}
+    return with_repair_known(stored)["space"]["repair"] is False
 
 
 def check_kind(run: Path, *, has_islands: bool) -> None:

@@ -138,7 +138,7 @@ def _repaired(
     try:
         with patience.step("Repairing", lambda: said[-1]):
             resolved, patch = compute_patch(
-                recipe, family, path, dtype=choice.dtype, device=device, says=said.append
+                recipe, family, path, dtype=choice.dtype, device=device, says=said.append, note=note
             )
         note(f"Repaired {len(patch.tensors)} weights; the model card lists the layers.")
         yield resolved, patch
@@ -333,7 +333,9 @@ def evaluate(
     config = config.model_copy(update={"dtype": choice.dtype})
     said = [""]
     with slowly("Starting", note, lambda: said[-1]):
-        evaluator = Evaluator(family, config, seed=seed, comparable=False, says=said.append)
+        evaluator = Evaluator(
+            family, config, seed=seed, comparable=False, says=said.append, note=note
+        )
     scores: list[Score] = []
     for documents in evaluator.workloads:
         with slowly("Evaluating", note, lambda: f"{evaluator.lm.num_tokens:,} tokens so far"):

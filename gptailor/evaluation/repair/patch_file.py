@@ -31,6 +31,7 @@ def compute_patch(
     dtype: str,
     device: str = "auto",
     says: Say = lambda text: None,
+    note: Say = lambda text: None,
 ) -> tuple[Recipe, Patch]:
     """Computes the repair of a recipe in this process.
 
@@ -41,6 +42,7 @@ def compute_patch(
         dtype: of the forward passes, unless the repair names one.
         device: as in `search.yaml`.
         says: called with what is being done.
+        note: takes what the user should know.
 
     Returns:
         The recipe with its repair resolved, and the patch.
@@ -55,7 +57,7 @@ def compute_patch(
         says("loading the base")
         resident = ResidentModel(family, dtype=recipe.repair.dtype or dtype, device=device)
         lm = ResidentLM(resident.model, load_tokenizer(family.base.folder), BATCH_SIZE)
-        repairs = Repairs(resident, lm)
+        repairs = Repairs(resident, lm, note=note)
         repaired = repairs.assemble(recipe, says)
     except FloatingPointError as error:
         raise ModelError(f"The repair can't be computed: {error}.") from error

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ from gptailor.evaluation.workload import Workload
 from gptailor.recipe.repair import TEXT, CalibrationDocuments
 
 BATCH_TOKENS = 4096
-"""Tokens of a batch, padding included: enough to keep a processor busy."""
+"""Tokens of a batch, padding included: enough to keep a processor busy. Where memory is short, they
+are fewer, which rounds results differently."""
 
 TEXT_LENGTH = 128
 """The longest piece of a text, in tokens; short ones make the states of more different texts."""
@@ -56,6 +57,7 @@ class Reading:
     Attributes:
         batches: those of one group next to each other.
         groups: the groups' names.
+        num_documents: documents of tasks.
         num_tokens: tokens that count.
         num_run: tokens that are run, padding included.
         digest: of all sequences (16 hex digits).
@@ -63,9 +65,33 @@ class Reading:
 
     batches: tuple[Batch, ...]
     groups: tuple[str, ...]
+    num_documents: int
     num_tokens: int
     num_run: int
     digest: str
+
+    def smaller_batch(self, batch_tokens: int) -> int | None:
+        """The next power of two below a number of tokens that splits a batch; None if every batch
+        is one sequence."""
+        several = [b.input_BT.numel() for b in self.batches if len(b.input_BT) > 1]
+        if not several:
+            return None
+        while batch_tokens >= max(several):
+            batch_tokens //= 2
+        return batch_tokens
+
+    def in_batches(self, batch_tokens: int) -> Reading:
+        """The same sequences in batches of so many tokens, as if they had been read that way."""
+        batches: list[Batch] = []
+        for group in self.groups:
+            own = [batch for batch in self.batches if batch.group == group]
+            found = sorted(tokens for batch in own for tokens in _rows(batch))
+            batches += _batches(group, found, own[0].input_BT.device, batch_tokens)
+        return replace(
+            self,
+            batches=tuple(batches),
+            num_run=sum(batch.input_BT.numel() for batch in batches),
+        )
 
 
 def read_calibration(
@@ -73,6 +99,7 @@ def read_calibration(
     lm: ResidentLM,
     device: torch.device,
     scored: Sequence[Workload],
+    batch_tokens: int = BATCH_TOKENS,
 ) -> Reading:
     """Reads tasks and text.
 
@@ -81,15 +108,18 @@ def read_calibration(
         lm: encodes it.
         device: for the batches.
         scored: the workloads that models are scored on.
+        batch_tokens: tokens of a batch, padding included, unless one sequence has more.
 
     Raises:
         UsageError: a task or the text can't be read, there are no documents, one of them is scored,
             or the documents are not those that `documents.digest` stands for.
     """
     groups: dict[str, set[Tokens]] = {}
+    num_documents = 0
     if documents.tasks:
         workload = open_calibration_tasks(documents, lm)
         check_unscored(workload, scored)
+        num_documents = workload.num_documents
         for task in documents.tasks:
             groups[task.task] = _sequences(workload, task.task, lm)
     if documents.text is not None:
@@ -109,11 +139,14 @@ def read_calibration(
             "restore the tasks and the text, or remove the digest from the recipe's repair."
         )
     batches = [
-        batch for name, found in groups.items() for batch in _batches(name, sorted(found), device)
+        batch
+        for name, found in groups.items()
+        for batch in _batches(name, sorted(found), device, batch_tokens)
     ]
     return Reading(
         tuple(batches),
         tuple(groups),
+        num_documents,
         sum(int(batch.counts_BT.sum()) for batch in batches),
         sum(batch.input_BT.numel() for batch in batches),
         digest,
@@ -192,13 +225,16 @@ def _text_sequences(documents: CalibrationDocuments, lm: ResidentLM) -> set[Toke
     return set(found.tokens)
 
 
-def _batches(name: str, sequences: Sequence[Tokens], device: torch.device) -> list[Batch]:
+def _batches(
+    name: str, sequences: Sequence[Tokens], device: torch.device, batch_tokens: int
+) -> list[Batch]:
     """Batches of similar lengths.
 
     Args:
         name: the group's.
         sequences: in lexical order, so that a common beginning is shared with the one before.
         device: for the tensors.
+        batch_tokens: of a batch, padding included, unless one sequence has more.
     """
     shared = [0, *(_common(a, b) for a, b in itertools.pairwise(sequences))]
     rows = sorted(zip(sequences, shared, strict=True), key=lambda row: (-len(row[0]), row[0]))
@@ -206,7 +242,7 @@ def _batches(name: str, sequences: Sequence[Tokens], device: torch.device) -> li
     begin = 0
     while begin < len(rows):
         length = len(rows[begin][0])
-        part = rows[begin : begin + max(BATCH_TOKENS // length, 1)]
+        part = rows[begin : begin + max(batch_tokens // length, 1)]
         begin += len(part)
         input_BT = torch.zeros(len(part), length, dtype=torch.long)
         counts_BT = torch.zeros(len(part), length, dtype=torch.bool)
@@ -215,6 +251,13 @@ def _batches(name: str, sequences: Sequence[Tokens], device: torch.device) -> li
             counts_BT[row, known : len(tokens)] = True
         batches.append(Batch(name, input_BT.to(device), counts_BT.to(device)))
     return batches
+
+
+def _rows(batch: Batch) -> list[Tokens]:
+    """The sequences of a batch, without padding: the last token of each one counts, as only
+    beginnings are shared."""
+    ends = [int(counts_T.nonzero()[-1]) + 1 for counts_T in batch.counts_BT]
+    return [tuple(row[:end]) for row, end in zip(batch.input_BT.tolist(), ends, strict=True)]
 
 
 def _common(first: Tokens, second: Tokens) -> int:

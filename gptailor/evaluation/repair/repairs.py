@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from gptailor.errors import UsageError
-from gptailor.evaluation.device_memory import available_bytes
+from gptailor.errors import ResourceError, UsageError
+from gptailor.evaluation.device_memory import device_memory
+from gptailor.evaluation.devices import give_back_memory, is_out_of_memory
 from gptailor.evaluation.lm import ResidentLM
 from gptailor.evaluation.repair.layer_error import LayerError
-from gptailor.evaluation.repair.reading import Reading, open_calibration_tasks, read_calibration
+from gptailor.evaluation.repair.reading import (
+    BATCH_TOKENS,
+    Reading,
+    open_calibration_tasks,
+    read_calibration,
+)
 from gptailor.evaluation.repair.repairer import Repairer
 from gptailor.evaluation.repair.targets import Lesson, Teachers, dense
 from gptailor.evaluation.resident import ResidentModel
@@ -22,7 +29,7 @@ from gptailor.recipe import Recipe
 from gptailor.recipe.repair import BY_TASK, TEXT, CalibrationDocuments, Repair
 
 _SHARE = 16
-"""Repaired lower parts may take this part of the free memory."""
+"""Repaired lower parts may take this part of the device's free memory."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,10 @@ class Repairs:
         lm: runs them.
         scored: the workloads that models are scored on, which no repair may read.
         workers: how many share the machine's memory.
+        note: takes what the user should know.
+
+    Attributes:
+        batch_tokens: tokens of a batch; fewer after memory was exhausted.
     """
 
     def __init__(
@@ -58,25 +69,35 @@ class Repairs:
         lm: ResidentLM,
         scored: Sequence[Workload] = (),
         workers: int = 1,
+        note: Say = lambda text: print(text, file=sys.stderr),
     ) -> None:
         self._resident = resident
         self._lm = lm
         self._scored = tuple(scored)
-        self._teachers = Teachers(resident, lm)
-        self._repairer = Repairer(resident, lm, available_bytes() // (_SHARE * workers))
+        self._note = note
+        self.batch_tokens = BATCH_TOKENS
+        free_bytes = device_memory(resident.device).free_bytes
+        self._cache_bytes = free_bytes // (_SHARE * workers)
+        self._earlier_tokens = 0
+        self._start_afresh()
         self._readings: dict[CalibrationDocuments, Reading] = {}
         self._best: dict[tuple[CalibrationDocuments, tuple[str, ...]], Mapping[str, str]] = {}
+
+    def _start_afresh(self) -> None:
+        """Forgets all states and repaired layers."""
+        self._teachers = Teachers(self._resident, self._lm)
+        self._repairer = Repairer(self._resident, self._lm, self._cache_bytes)
 
     @property
     def num_tokens(self) -> int:
         """Tokens that went through layers of students so far, in units of the whole model."""
-        return self._repairer.num_tokens
+        return self._earlier_tokens + self._repairer.num_tokens
 
     def reading(self, documents: CalibrationDocuments) -> Reading:
         """What a calibration reads; raises like `read_calibration`."""
         if documents not in self._readings:
             self._readings[documents] = read_calibration(
-                documents, self._lm, self._resident.device, self._scored
+                documents, self._lm, self._resident.device, self._scored, self.batch_tokens
             )
         return self._readings[documents]
 
@@ -107,22 +128,55 @@ class Repairs:
     def assemble(self, recipe: Recipe, says: Say = lambda text: None) -> Repaired:
         """Makes the resident model that of a recipe with a repair, resolved or not.
 
+        Where memory is exhausted, this repair and all later ones run smaller batches.
+
         Args:
             recipe: the recipe.
             says: called with what is being done.
 
         Raises:
-            UsageError, ModelError, ResourceError: as for `resolved`, `ResidentModel.assemble` and
-                `Repairer`.
+            UsageError, ModelError: as for `resolved`, `ResidentModel.assemble` and `Repairer`.
+            ResourceError: the same, or memory is exhausted even if sequences run one by one.
             FloatingPointError: the repair's numbers are not finite.
         """
         says("choosing teachers")
         recipe = self.resolved(recipe)
-        says("running teachers")
-        lessons = self.lessons(recipe)  # assembles the teachers
-        says("fitting layers")
-        self._resident.assemble(recipe)
-        return self.apply(recipe, lessons)
+        assert recipe.repair is not None
+        documents = recipe.repair.calibration
+        while True:
+            try:
+                says("running teachers")
+                lessons = self.lessons(recipe)  # assembles the teachers
+                says("fitting layers")
+                self._resident.assemble(recipe)
+                return self.apply(recipe, lessons)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                lessons = []
+                fewer = self.reading(documents).smaller_batch(self.batch_tokens)
+                if fewer is None:
+                    raise ResourceError(
+                        "Out of memory while a repair was computed, though it ran sequences one by "
+                        "one: read fewer documents (space.repair.calibration.documents in a "
+                        "search, repair.calibration.documents in a recipe), or use fewer workers."
+                    ) from error
+            self._use_batches(fewer)  # only now has the error let go of what was in memory
+
+    def _use_batches(self, batch_tokens: int) -> None:
+        """Batches have so many tokens from now on."""
+        self._note(
+            "Out of memory while a repair was computed: from now on, batches have "
+            f"{batch_tokens:,} tokens instead of {self.batch_tokens:,}, which can change the last "
+            "bits of results."
+        )
+        self.batch_tokens = batch_tokens
+        self._earlier_tokens = self.num_tokens
+        self._cache_bytes //= 2
+        self._start_afresh()
+        again = {id(kept): kept.in_batches(batch_tokens) for kept in self._readings.values()}
+        self._readings = {key: again[id(kept)] for key, kept in self._readings.items()}
+        give_back_memory()
 
     def lessons(self, recipe: Recipe) -> list[Lesson]:
         """What teachers have to say about a resolved recipe; call it before assembling it."""
