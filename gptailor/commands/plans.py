@@ -54,6 +54,7 @@ def _plan_lines(plan: Plan) -> list[str]:
         f"batch       about {size(needs.activations)} inside a layer and {size(needs.logits)} of "
         "logits",
         *_memory_lines(plan),
+        *_repair_lines(plan),
     ]
     for probe in plan.probes:
         lines.append(
@@ -107,6 +108,24 @@ def _memory_lines(plan: Plan) -> list[str]:
                 holds.append("embeddings, final norm, head")
             lines.append(f"            GPU {part.gpu}: {', '.join(holds)}, {size(part.n_bytes)}")
     return [*lines, _stay_line(gpus.all_stay)]
+
+
+def _repair_lines(plan: Plan) -> list[str]:
+    needs, found = plan.repair, plan.repair_room
+    if needs is None:
+        return []
+    read = f"repair      {needs.documents:,} documents, {needs.tokens:,} tokens in addition"
+    if found is None:
+        return [read]
+    where = "in a file in TMPDIR" if found.in_file else "in memory"
+    return [
+        f"{read}; teachers' states take {size(needs.teachers)} {where}",
+        f"            {found.why_not or _fits(needs.on_device, found.room)}",
+    ]
+
+
+def _fits(taken: int, room: int) -> str:
+    return f"each worker needs {size(taken)} for it, of {size(room)} that all else leaves"
 
 
 def _stay_line(all_stay: bool) -> str:

@@ -12,15 +12,19 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from gptailor.config import Config, parse_config
 from gptailor.errors import GptailorError
 from gptailor.evaluation.family import open_family
 from gptailor.evaluation.lm import ResidentLM, plan_batches, read_inputs
 from gptailor.evaluation.loading import load_tokenizer
 from gptailor.evaluation.pointers import find_pointers
+from gptailor.evaluation.repair.reading import Reading, read_calibration
 from gptailor.evaluation.structure import Structure
 from gptailor.evaluation.workload import Workload, open_workloads
 from gptailor.models.family import Family
+from gptailor.recipe.repair import CalibrationDocuments
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,11 @@ class DryRun:
         family: its candidates, of which only the base's headers and tokenizer are read.
         few: use only this many documents of each task, those most likely to be refused.
 
+    Attributes:
+        lm: encodes requests; its model has no weights.
+        stack: the path of the model's layers.
+        workloads: the tasks.
+
     Raises:
         UsageError: a task or its data can't be loaded, or the model can't answer a request.
         ModelError: transformers can't build the base, stores it in a way that a search can't use,
@@ -63,6 +72,7 @@ class DryRun:
         structure = Structure(base.folder, base.config, base.checkpoint.tensors)
         find_pointers(structure, family)
         tokenizer = load_tokenizer(base.folder)
+        self.stack = structure.stack
         self.lm = ResidentLM(structure.shell.eval(), tokenizer, config.evaluation.batch_size)
         self.workloads = open_workloads(
             config.evaluation, self.lm, seed=config.search.seed, few=few
@@ -72,9 +82,12 @@ class DryRun:
         """The sizes of the search's workload and, if there is one, the holdout's."""
         return {name: self._size(workload) for name, workload in self.workloads.items()}
 
-    def _size(self, workload: Workload) -> WorkloadSize:
-        import torch
+    def reading(self, documents: CalibrationDocuments) -> Reading:
+        """What repairs read; raises a `UsageError` like `read_calibration`."""
+        scored = tuple(self.workloads.values())
+        return read_calibration(documents, self.lm, torch.device("cpu"), scored)
 
+    def _size(self, workload: Workload) -> WorkloadSize:
         requests = workload.requests()
         batches: list[tuple[int, int]] = []  # (tokens, logits)
         for kind, instances in requests.items():

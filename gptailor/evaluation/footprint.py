@@ -121,7 +121,7 @@ def find_footprint(
     """
     item = DTYPE_BITS[DTYPES[dtype]] // 8
     text = text_config(family.base.config)
-    hidden, inner = _widths(text)
+    hidden, inner = widths(text)
     vocabulary = int(text.get("vocab_size") or 0)
     base_first = sorted(family.candidates, key=lambda name: name != family.base_name)
     layers, outside = _one_model(family, dtype, lambda n_bytes: n_bytes)
@@ -227,7 +227,7 @@ def _is_cast(info: TensorInfo, candidate: Candidate, recipes: str, dtype: str) -
     return not info.dtype == _type(info, candidate, recipes) == DTYPES[dtype]
 
 
-def _widths(text: Mapping[str, Any]) -> tuple[int, int]:
+def widths(text: Mapping[str, Any]) -> tuple[int, int]:
     """The hidden size, and the width of a layer's widest part."""
     hidden = next((text[k] for k in ("hidden_size", "n_embd", "d_model") if text.get(k)), 0)
     inner = next((text[k] for k in ("intermediate_size", "n_inner", "ffn_dim") if text.get(k)), 0)

@@ -178,6 +178,24 @@ def _plan_mapped(blocks: Blocks, host: DeviceMemory, workers: int, cache_bytes: 
     )
 
 
+def room_beside(blocks: Blocks, plan: MemoryPlan, memories: Sequence[DeviceMemory]) -> int:
+    """What is left for anything else beside candidates, their copies and merged layers, on the
+    device with the least room, in bytes.
+
+    Args:
+        blocks: the family's weights.
+        plan: how devices are used.
+        memories: a worker's share of each of them, in the same order.
+    """
+    room = []
+    for number, (device, memory) in enumerate(zip(plan.devices, memories, strict=True)):
+        wanted = _wanted_bytes(blocks, device, number == 0)
+        taken = plan.copy_bytes if plan.is_mapped else min(wanted, device.candidate_bytes)
+        if device.model_bytes:
+            room.append(memory.free_bytes - taken - plan.cache_bytes)
+    return max(0, min(room))
+
+
 def check_dense(blocks: Blocks, plan: MemoryPlan, device_type: str) -> None:
     """Checks that a dense model fits, as a search evaluates dense models first.
 
@@ -245,10 +263,14 @@ def _device_plan(blocks: Blocks, layers: range, has_ends: bool, candidate_bytes:
 
 
 def _all_stay(blocks: Blocks, device: DevicePlan, has_ends: bool) -> bool:
-    """Whether a device has room for all candidates in the dtypes of their files, which merges read,
-    together with their copies."""
+    return _wanted_bytes(blocks, device, has_ends) <= device.candidate_bytes
+
+
+def _wanted_bytes(blocks: Blocks, device: DevicePlan, has_ends: bool) -> int:
+    """A device's part of all candidates in the dtypes of their files, which merges read, together
+    with their copies."""
     layers = slice(device.first_layer, device.end_layer)
-    needed = sum(blocks.read_layers[layers]) + (blocks.read_outside if has_ends else 0)
+    wanted = sum(blocks.read_layers[layers]) + (blocks.read_outside if has_ends else 0)
     if blocks.copies:
-        needed += device.model_bytes * blocks.num_candidates
-    return needed <= device.candidate_bytes
+        wanted += device.model_bytes * blocks.num_candidates
+    return wanted

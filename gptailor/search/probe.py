@@ -34,7 +34,11 @@ class Probe:
 
 
 def probe_recipes(space: SearchSpace) -> dict[str, Recipe]:
-    """The recipes that are measured."""
+    """The recipes that are measured.
+
+    With repairs, the half merged one lacks a layer in the middle, if it may: most recipes of a
+    search have something to repair.
+    """
     dense = space.blank()
     half = dense.copy()
     if space.methods:  # ends that differ, too: they are the largest merges
@@ -47,6 +51,8 @@ def probe_recipes(space: SearchSpace) -> dict[str, Recipe]:
     count = max(space.min_layers - len(space.protected), 0)
     gone = np.delete(free, np.linspace(0, len(free) - 1, count).round().astype(int))
     smallest[space.layer_rows][gone, KEEP] = 0
+    if space.repair is not None and len(gone):
+        half[space.layer_rows][gone[len(gone) // 2], KEEP] = 0
     genomes = {"dense": dense, "half merged": half, "smallest": smallest}
     return {name: space.decode(genome) for name, genome in genomes.items()}
 
@@ -56,12 +62,17 @@ def measure_probes(evaluator: Evaluator, space: SearchSpace) -> list[Probe]:
 
     Raises:
         UsageError: one of them has no scores.
+        ModelError: the architecture can't be repaired.
         ResourceError: memory is exhausted.
     """
     requests = evaluator.workloads["search"].requests()
     evaluator.lm.encoded(requests.get("loglikelihood", []))  # a worker does this only once
     probes = []
-    for name, recipe in probe_recipes(space).items():
+    recipes = probe_recipes(space)
+    for recipe in recipes.values():
+        if recipe.repair is not None:  # teachers run only once, too
+            evaluator.repairs.lessons(evaluator.repairs.resolved(recipe))
+    for name, recipe in recipes.items():
         outcome = evaluator.evaluate(recipe)
         if outcome.status != "ok":
             reason = outcome.reason.strip().splitlines()[-1]

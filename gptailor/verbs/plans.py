@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,11 +19,13 @@ from gptailor.patience import Say, slowly
 
 if TYPE_CHECKING:
     from gptailor.config import Config
-    from gptailor.evaluation.dry_run import WorkloadSize
+    from gptailor.evaluation.dry_run import DryRun, WorkloadSize
     from gptailor.evaluation.footprint import Footprint
+    from gptailor.evaluation.repair.footprint import RepairFootprint
+    from gptailor.evaluation.repair.reading import Reading
+    from gptailor.recipe import Repair
     from gptailor.search.probe import Probe
-    from gptailor.search.space import SearchSpace
-    from gptailor.verbs.worker_memory import GpuPlan
+    from gptailor.verbs.worker_memory import GpuPlan, RepairRoom
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 """Keeps the libraries in a job from using the network."""
@@ -141,6 +143,8 @@ class Plan:
         cpu_candidates: memory that candidates may take if `evaluation.candidates_gib` is set, so
             that they are read, in bytes; None if they are mapped.
         cpu_stay: all candidates, or all copies, stay in memory.
+        repair: what repairs read and take; None if recipes are not repaired.
+        repair_room: how they fit into a worker's memory; None without, or if it can't evaluate.
         device: where the probes were measured.
         probes: the measured evaluations; empty without.
         workers: number of workers that the following figures are for.
@@ -162,6 +166,8 @@ class Plan:
     cpu_copies: int
     cpu_candidates: int | None
     cpu_stay: bool
+    repair: RepairFootprint | None
+    repair_room: RepairRoom | None
     device: str
     probes: list[Probe]
     workers: int
@@ -182,6 +188,8 @@ def plan(
 ) -> Plan:
     """Estimates what a search costs, from headers, tasks and three evaluations on this machine.
 
+    The candidate that a search makes itself counts like the base until it exists.
+
     Args:
         config: a `search.yaml`.
         overrides: `key.path=value`.
@@ -201,20 +209,28 @@ def plan(
     from gptailor.evaluation.family import find_calibration
     from gptailor.evaluation.footprint import find_footprint, held_bytes
     from gptailor.evaluation.forward_dtype import Ability, choose, find_ability
+    from gptailor.evaluation.repair.footprint import find_repair_footprint
+    from gptailor.evaluation.repair.settings import is_automatic
     from gptailor.models.ends import announcements
     from gptailor.search.space import SearchSpace
+    from gptailor.verbs.as_begun import as_begun
     from gptailor.verbs.worker_memory import find_worker_memory
 
-    parsed = read_config(config, overrides)
-    family = open_family(parsed.models, parsed.base)
+    parsed = as_begun(read_config(config, overrides))
+    family = _open(parsed)
     for text in (*parsed.notes, *family.notes, *announcements(family.candidates.values())):
         note(text)
+    with slowly("Loading the tasks", note):
+        dry_run = DryRun(parsed, family)
+        sizes = dry_run.sizes()
+    repairs = _repairs(parsed, dry_run, note)
+    if repairs is None and _makes_refit(parsed):
+        parsed = parsed.without_repair()
+        family = _open(parsed)
     calibration = find_calibration(parsed, family)
     space = SearchSpace(
         parsed.space, parsed.models, parsed.base, family.num_layers, calibration, family.ends
     )
-    with slowly("Loading the tasks", note):
-        sizes = DryRun(parsed, family).sizes()
     there = Ability("a GPU's node", "cuda", (), 0)  # planned for, possibly not this machine
     ability = find_ability(parsed.evaluation.device) if gpu_gib is None else there
     choice = choose(
@@ -227,20 +243,36 @@ def plan(
         batch_tokens=max(size.batch_tokens for size in sizes.values()),
         logits=max(size.logits for size in sizes.values()),
     )
+    needs = None
+    if repairs is not None:
+        needs = find_repair_footprint(
+            family, dry_run.lm.model, dry_run.stack, *repairs, choice.dtype
+        )
     memory = find_worker_memory(
         footprint.blocks,
         parsed.evaluation,
         workers=workers,
         gpus_per_worker=gpus_per_worker,
         gpu_gib=gpu_gib,
+        repair=needs,
     )
     device = ""
     probes: list[Probe] = []
     if probe:
-        _check_room(footprint, parsed.evaluation.device)
+        extra = 0 if needs is None else needs.on_device
+        _check_room(footprint.model + extra, parsed.evaluation.device)
         work = 2e-12 * family.parameters() * sizes["search"].tokens
         note(f"Measuring three evaluations of up to {work:,.3g} Tflop (--no-probe skips them).")
-        device, probes = _probes(parsed.computed_in(choice.dtype), space, note)
+        try:
+            device, probes = _probes(parsed.computed_in(choice.dtype), repairs and repairs[0], note)
+        except (UsageError, ModelError) as error:
+            if repairs is None or not is_automatic(parsed):
+                raise
+            note(f"Nothing is repaired: {error}")
+            return plan(
+                config, [*overrides, "space.repair=false"], workers=workers,
+                gpus_per_worker=gpus_per_worker, gpu_gib=gpu_gib, note=note,
+            )  # fmt: skip
     seconds = sum(p.seconds for p in probes) / len(probes) if probes else None
     per_hour = None if seconds is None else workers * 3600.0 / seconds
     return Plan(
@@ -257,6 +289,8 @@ def plan(
         cpu_copies=memory.cpu_copies,
         cpu_candidates=memory.cpu_candidates,
         cpu_stay=memory.cpu_stay,
+        repair=needs,
+        repair_room=memory.repair,
         device=device,
         probes=probes,
         workers=workers,
@@ -266,37 +300,98 @@ def plan(
     )
 
 
+def _open(config: Config) -> Family:
+    """The family; the candidate that a search makes is represented by the base until it exists."""
+    from gptailor.config import REFIT
+    from gptailor.models.family import resolve
+
+    folders = {}
+    if _makes_refit(config) and not is_folder(Path(config.models[REFIT])):
+        folders[REFIT] = resolve(config.models[config.base])
+    return open_family(config.models, config.base, folders=folders)
+
+
+def _makes_refit(config: Config) -> bool:
+    """Whether one of the candidates is the one that a search makes."""
+    from gptailor.config import REFIT
+
+    return config.models.get(REFIT) == str((Path(config.output) / REFIT).resolve())
+
+
+def _repairs(config: Config, dry_run: DryRun, note: Say) -> tuple[Repair, Reading] | None:
+    """How recipes are repaired, and what that reads; None if they are not.
+
+    Raises:
+        UsageError: there is nothing to read, though the configuration asks for repairs.
+    """
+    from gptailor.evaluation.repair.settings import is_automatic, planned_repair
+
+    planned = planned_repair(config)
+    if planned is None:
+        return None
+    try:
+        with slowly("Loading what repairs read", note):
+            return planned, dry_run.reading(planned.calibration)
+    except UsageError as error:
+        if not is_automatic(config):
+            raise
+        note(f"Nothing is repaired: {error}")
+        return None
+
+
 def family_files(family: Family) -> list[Path]:
     """The weight files of all candidates."""
     return [path for c in family.candidates.values() for path in c.checkpoint.files]
 
 
-def _check_room(footprint: Footprint, device: str) -> None:
+def _check_room(needed: int, device: str) -> None:
     """Raises a `ResourceError` if the probes would swamp the machine, for example a login node."""
     from gptailor.evaluation.device_memory import available_bytes
     from gptailor.evaluation.forward_dtype import is_cpu
 
     room = available_bytes()
-    if is_cpu(device) and footprint.model > 0.8 * room:
-        needed, there = sizes(footprint.model, room)
+    if is_cpu(device) and needed > 0.8 * room:
+        taken, there = sizes(needed, room)
         raise ResourceError(
-            f"A model takes {needed}, but only {there} of memory are "
+            f"An evaluation takes {taken}, but only {there} of memory are "
             "free here: skip the probes with --no-probe, or plan on a compute node."
         )
 
 
-def _probes(config: Config, space: SearchSpace, note: Say) -> tuple[str, list[Probe]]:
-    """The device, and the probes measured on it."""
+def _probes(config: Config, repair: Repair | None, note: Say) -> tuple[str, list[Probe]]:
+    """The device, and the probes measured on it.
+
+    Args:
+        config: the search, with a dtype.
+        repair: of all recipes; None for none.
+        note: see `plan`.
+    """
+    from gptailor.config import REFIT
     from gptailor.evaluation.evaluator import Evaluator
+    from gptailor.evaluation.family import find_calibration
     from gptailor.execution.node.files import open_candidates
     from gptailor.search.probe import measure_probes
+    from gptailor.search.space import SearchSpace
 
+    own = {
+        name: ref for name, ref in config.models.items() if name != REFIT or is_folder(Path(ref))
+    }
+    config = config.model_copy(update={"models": own})
     evaluation = config.evaluation.model_copy(update={"holdout": None})
     said = [""]
     with slowly("Starting a worker", note, lambda: said[-1]):
         family = open_candidates(config, note=note, says=said.append)
-        evaluator = Evaluator(family, evaluation, seed=config.search.seed, says=said.append)
-    with slowly("Measuring", note, lambda: f"{evaluator.lm.num_tokens:,} tokens so far"):
+        evaluator = Evaluator(
+            family, evaluation, seed=config.search.seed, says=said.append, note=note
+        )
+    space = SearchSpace(
+        config.space, own, config.base, family.num_layers, find_calibration(config, family),
+        family.ends,
+    )  # fmt: skip
+    if repair is not None:
+        # a search chooses the teachers by scores; which model it is does not change the time
+        space.repair = replace(repair, teachers=config.base)
+    with slowly("Measuring", note, lambda: f"{evaluator.num_tokens:,} tokens so far"):
         return str(evaluator.resident.device), measure_probes(evaluator, space)
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gptailor.errors import ResourceError
+from gptailor.errors import ResourceError, sizes
 from gptailor.evaluation.device_memory import DeviceMemory, device_memory, host_memory
 from gptailor.evaluation.footprint import Blocks
-from gptailor.evaluation.memory_policy import check_dense, may_spread, plan_memory
+from gptailor.evaluation.memory_policy import (
+    MemoryPlan,
+    check_dense,
+    may_spread,
+    plan_memory,
+    room_beside,
+)
 
 if TYPE_CHECKING:
     from gptailor.config import EvaluationConfig
+    from gptailor.evaluation.repair.footprint import RepairFootprint
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,21 @@ class GpuPlan:
 
 
 @dataclass(frozen=True)
+class RepairRoom:
+    """How a worker's repairs fit beside everything else.
+
+    Attributes:
+        room: what candidates and merged layers leave on a device, in bytes.
+        in_file: the teachers' states will not be in memory.
+        why_not: a clause that says why a repair does not fit, or empty.
+    """
+
+    room: int
+    in_file: bool
+    why_not: str
+
+
+@dataclass(frozen=True)
 class WorkerMemory:
     """A worker's memory. All sizes are in bytes.
 
@@ -60,6 +81,7 @@ class WorkerMemory:
         cpu_copies: what copies of mapped candidates may take there.
         cpu_candidates: what candidates may take there if they are read; None if they are mapped.
         cpu_stay: all candidates, or all copies, stay there.
+        repair: how repairs fit; None if nothing is repaired, or no evaluation fits.
     """
 
     gpus: GpuPlan | None
@@ -68,6 +90,7 @@ class WorkerMemory:
     cpu_copies: int
     cpu_candidates: int | None
     cpu_stay: bool
+    repair: RepairRoom | None
 
 
 def find_worker_memory(
@@ -77,6 +100,7 @@ def find_worker_memory(
     workers: int,
     gpus_per_worker: int,
     gpu_gib: float | None,
+    repair: RepairFootprint | None = None,
 ) -> WorkerMemory:
     """Plans a worker's memory: on GPUs of its own, or on this machine's CPU.
 
@@ -86,25 +110,59 @@ def find_worker_memory(
         workers: how many share the CPU.
         gpus_per_worker: how many GPUs each of them has.
         gpu_gib: memory of a GPU; None: of this machine's GPU, or the CPU if it has none.
+        repair: what a repair takes; None if nothing is repaired.
     """
     gib = evaluation.candidates_gib
     candidate_bytes = None if gib is None else int(gib * 2**30)
     host = host_memory()
     cpu = plan_memory(blocks, "cpu", [host], host, workers=workers, candidate_bytes=candidate_bytes)
     gpu = _gpu_memory(evaluation.device, gpu_gib)
-    gpus, why_not = None, ""
+    gpus, why_not, found = None, "", None
     try:
         if gpu is None:
             check_dense(blocks, cpu, "cpu")
+            if repair is not None:
+                share = DeviceMemory(host.free_bytes // workers, host.total_bytes // workers)
+                room = room_beside(blocks, cpu, [share])
+                found = _repair_room(repair, room, host.free_bytes // workers, on_host=True)
         else:
             spreads = gpu_gib is not None or may_spread(evaluation.device, 1)
             memories = [gpu] * (gpus_per_worker if spreads else 1)
-            gpus = _plan_gpus(blocks, memories, host, candidate_bytes)
+            plan = plan_memory(blocks, "cuda", memories, host, candidate_bytes=candidate_bytes)
+            check_dense(blocks, plan, "cuda")
+            gpus = _plan_gpus(plan)
+            if repair is not None:
+                room = room_beside(blocks, plan, memories[: len(plan.devices)])
+                found = _repair_room(repair, room, host.free_bytes, on_host=False)
     except ResourceError as error:
         why_not = str(error)
     return WorkerMemory(
-        gpus, why_not, cpu.cache_bytes, cpu.copy_bytes, candidate_bytes, cpu.all_stay
+        gpus, why_not, cpu.cache_bytes, cpu.copy_bytes, candidate_bytes, cpu.all_stay, found
     )
+
+
+def _repair_room(
+    needs: RepairFootprint, room: int, host_bytes: int, *, on_host: bool
+) -> RepairRoom:
+    """Compares what a repair takes with what is left.
+
+    Args:
+        needs: what it takes.
+        room: what is left on the device.
+        host_bytes: a worker's share of the node's free memory.
+        on_host: the device is the node.
+    """
+    in_file = needs.teachers > host_bytes // 4
+    total = needs.on_device + (needs.teachers if on_host and not in_file else 0)
+    why_not = ""
+    if total > room:
+        taken, left = sizes(total, room)
+        why_not = (
+            f"a repair takes {taken}, but candidates and merged layers leave {left}: lower "
+            "evaluation.candidates_gib, use fewer workers per device, or read fewer documents "
+            "(space.repair.calibration.documents)"
+        )
+    return RepairRoom(room, in_file, why_not)
 
 
 def _gpu_memory(device: str, gpu_gib: float | None) -> DeviceMemory | None:
@@ -121,14 +179,7 @@ def _gpu_memory(device: str, gpu_gib: float | None) -> DeviceMemory | None:
     return device_memory(pick_device(device)) if torch.cuda.is_available() else None
 
 
-def _plan_gpus(
-    blocks: Blocks,
-    memories: Sequence[DeviceMemory],
-    host: DeviceMemory,
-    candidate_bytes: int | None,
-) -> GpuPlan:
-    found = plan_memory(blocks, "cuda", memories, host, candidate_bytes=candidate_bytes)
-    check_dense(blocks, found, "cuda")
+def _plan_gpus(found: MemoryPlan) -> GpuPlan:
     parts = tuple(
         GpuPart(gpu, device.first_layer, device.end_layer, device.model_bytes)
         for gpu, device in enumerate(found.devices)

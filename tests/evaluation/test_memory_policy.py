@@ -22,7 +22,8 @@ from gptailor.evaluation.device_memory import DeviceMemory
 from gptailor.evaluation.device_pool import DevicePool
 from gptailor.evaluation.device_weights import Group
 from gptailor.evaluation.footprint import Blocks, find_blocks, padded
-from gptailor.evaluation.memory_policy import check_dense, plan_memory
+from gptailor.evaluation.memory_policy import check_dense, plan_memory, room_beside
+from gptailor.evaluation.repair.footprint import RepairFootprint
 from gptailor.evaluation.resident import ResidentModel
 from gptailor.evaluation.slots import Parameters
 from gptailor.models.family import Family
@@ -299,3 +300,60 @@ def test_one_candidate_in_a_wider_type_is_spread(family: Family) -> None:
     alone = plan_memory(blocks, "cuda", [gpu], host, candidate_bytes=budget)
     with pytest.raises(ResourceError, match="give each worker more GPUs"):
         check_dense(blocks, alone, "cuda")
+
+
+# What is left beside candidates and merged layers
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("share", [0.6, 8.0, 40.0])
+def test_room_on_a_gpu(family: Family, dtype: str, share: float) -> None:
+    """All memory is for weights, merged layers, or left."""
+    blocks = find_blocks(family, dtype)
+    gpu = DeviceMemory(*[int(share * blocks.files)] * 2)
+    plan = plan_memory(blocks, "cuda", [gpu], DeviceMemory(GIB, GIB))
+    room = room_beside(blocks, plan, [gpu])
+    budget = plan.devices[0].candidate_bytes
+    if share > 1:
+        assert plan.all_stay
+        needed = blocks.files + (4 * blocks.model if blocks.copies else 0)
+        assert room == gpu.free_bytes - plan.cache_bytes - needed
+    else:
+        assert not plan.all_stay
+        assert room == gpu.free_bytes - plan.cache_bytes - budget == gpu.free_bytes // 4
+
+
+def test_the_fullest_gpu_has_the_least_room(family: Family) -> None:
+    blocks = find_blocks(family, "float32")
+    gpus = [DeviceMemory(n, n) for n in (int(blocks.model), int(0.8 * blocks.model))]
+    plan = plan_memory(blocks, "cuda", gpus, DeviceMemory(GIB, GIB), candidate_bytes=1 << 18)
+    plan = replace(plan, cache_bytes=0)
+    rooms = [gpu.free_bytes - (1 << 18) for gpu in gpus]
+    assert len(plan.devices) == 2
+    assert room_beside(blocks, plan, gpus) == max(0, min(rooms))
+
+
+def test_room_on_the_cpu(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = RepairFootprint(4, 100, 120, 50, system=300, states=700, teachers=4000)
+    found = {}
+    for free in (1 << 20, 8 << 20):
+        for workers in (1, 4):
+            set_memory(monkeypatch, free, free)
+            plan = planned(family, "float32", workers=workers, repair=needs)
+            assert plan.repair is not None
+            taken = plan.cpu_copies + plan.cpu_cache
+            assert plan.repair.room == max(0, free // workers - taken)
+            assert not plan.repair.in_file
+            assert bool(plan.repair.why_not) == (plan.repair.room < 5000)
+            found[free, workers] = plan.repair.room
+    assert found[8 << 20, 1] > found[8 << 20, 4] > found[1 << 20, 4]
+    many = replace(needs, teachers=free)
+    plan = planned(family, "float32", workers=4, repair=many)
+    assert plan.repair is not None
+    assert plan.repair.in_file
+    assert not plan.repair.why_not
+    wide = replace(needs, system=free)
+    plan = planned(family, "float32", workers=4, repair=wide)
+    assert plan.repair is not None
+    assert "use fewer workers per device" in plan.repair.why_not
+    assert planned(family, "float32").repair is None

@@ -13,7 +13,7 @@ import yaml
 
 from gptailor import cli, verbs
 from gptailor.config import parse_config
-from gptailor.errors import ResourceError
+from gptailor.errors import ModelError, ResourceError, UsageError
 from gptailor.evaluation.device_memory import DeviceMemory
 from gptailor.evaluation.evaluator import Evaluator
 from gptailor.evaluation.footprint import Blocks, find_footprint
@@ -118,6 +118,116 @@ def test_tokens_of_every_kind_of_request(
         assert size.tokens == seen
     else:  # an estimate: text may end early, and prompts are padded
         assert 0.5 * seen <= size.tokens <= 2 * seen
+
+
+# Repairs
+
+
+@pytest.fixture
+def repaired(models: dict[str, str], tasks_dir: Path, tmp_path: Path) -> tuple[Path, list[str]]:
+    """The arguments of a plan with repairs."""
+    path = config_file(tmp_path, models, tasks_dir, dtype="bfloat16", rungs=[12], holdout=None)
+    return path, ["evaluation.tasks=[t_long]", f"output={tmp_path / 'run'}"]
+
+
+def test_repairs_count_in_documents_memory_and_time(
+    repaired: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    path, overrides = repaired
+    plan, plain = (
+        verbs.plan(path, [*overrides, f"space.repair={repair}"]) for repair in ("auto", "false")
+    )
+    assert plan.repair is not None
+    assert plan.repair_room is not None
+    assert (plain.repair, plain.repair_room) == (None, None)
+    assert plan.sizes == plain.sizes
+    assert plan.sizes["search"].documents == plan.repair.documents == 12
+    assert plan.repair.width == 32 + 80
+    assert not plan.repair_room.why_not
+    dense, half, smallest = plan.probes
+    assert [p.layers for p in plan.probes] == [6, 5, 3]
+    assert [p.layers for p in plain.probes] == [6, 6, 3]
+    assert dense.tokens == plan.sizes["search"].tokens < min(half.tokens, smallest.tokens)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_candidate_that_a_search_makes_counts_before_it_exists(
+    repaired: tuple[Path, list[str]], models: dict[str, str], tmp_path: Path
+) -> None:
+    path, overrides = repaired
+    before = verbs.plan(path, overrides, probe=False)
+    assert before.footprint.candidates["refit"] == before.footprint.candidates["base"]
+    assert set(before.footprint.candidates) == {*models, "refit"}
+    without = verbs.plan(path, [*overrides, "space.repair={refit: false}"], probe=False)
+    assert set(without.footprint.candidates) == set(models)
+    assert without.repair == before.repair
+    assert without.recipes_log10 < before.recipes_log10
+    assert before.node_bytes / without.node_bytes == pytest.approx(1.25, rel=0.01)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "refit").symlink_to(models["red"])
+    after = verbs.plan(path, overrides)
+    assert after.footprint == before.footprint
+    assert len(after.probes) == 3
+
+
+def test_a_candidate_of_the_user_may_have_that_name(
+    repaired: tuple[Path, list[str]], models: dict[str, str]
+) -> None:
+    path, overrides = repaired
+    own = [*overrides, f"models.refit={models['red']}"]
+    for more in (["space.repair={refit: false}"], ["space.repair=false"], ["evaluation.rungs=[]"]):
+        plan = verbs.plan(path, [*own, *more], probe=False)
+        assert set(plan.footprint.candidates) == {*models, "refit"}
+    with pytest.raises(UsageError, match="the name refit is taken"):
+        verbs.plan(path, own, probe=False)
+
+
+def test_repairs_that_are_automatic_are_left_out_if_they_are_not_possible(
+    repaired: tuple[Path, list[str]], models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, overrides = repaired
+    all_scored = [*overrides, "evaluation.rungs=[24]"]
+    notes: list[str] = []
+    plan = verbs.plan(path, all_scored, note=notes.append)
+    assert any(n.startswith("Nothing is repaired: ") and "t_long has no" in n for n in notes)
+    assert plan.repair is None
+    assert set(plan.footprint.candidates) == set(models)
+    assert [p.layers for p in plan.probes] == [6, 6, 3]
+    with pytest.raises(UsageError, match="t_long has no documents left"):
+        verbs.plan(path, [*all_scored, "space.repair={layers: gaps}"])
+
+    def refused(*_: object) -> None:
+        raise ModelError("The layers depend on more than their input.")
+
+    monkeypatch.setattr("gptailor.evaluation.repair.repairer.check_replay", refused)
+    plan = verbs.plan(path, overrides, note=notes.append)
+    assert "ended as infeasible: The layers depend on more than their input." in notes[-2]
+    assert plan.repair is None
+    assert set(plan.footprint.candidates) == set(models)
+    assert len(plan.probes) == 3
+    with pytest.raises(UsageError, match="depend on more"):
+        verbs.plan(path, [*overrides, "space.repair={layers: gaps}"])
+
+
+def test_a_repair_that_does_not_fit_is_announced(
+    repaired: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, overrides = repaired
+    words = ["plan", str(path), *overrides, "--no-probe"]
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out
+    assert "repair      12 documents, " in said
+    assert "in memory\n            each worker needs " in said
+    assert cli.main([*words, "--gpu-gib", "0.001"]) == 0
+    said = capsys.readouterr().out
+    assert "a repair takes " in said
+    assert "(space.repair.calibration.documents)" in said
+    assert cli.main([*words, "--gpu-gib", "0.0001"]) == 0  # no evaluation fits, either
+    said = capsys.readouterr().out
+    assert "repair      12 documents, " in said
+    assert "a repair takes " not in said
+    assert cli.main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["repair"]["documents"] == 12
 
 
 def test_output_for_people_and_for_scripts(

@@ -92,7 +92,7 @@ def find_writers(
         gain = passed_on(path, noise, still)
         if not gain:
             continue
-        layout = _layout(layer.get_submodule(path), size)
+        layout = layout_of(layer.get_submodule(path), size)
         if layout is not None:
             is_last = not still or bool(passed_on(path, noise, {}))
             found.append(Writer(path, layout, gain, is_last))
@@ -142,7 +142,7 @@ def _outputs(
     }
 
 
-def _layout(part: nn.Module, size: int) -> Layout | None:
+def layout_of(part: nn.Module, size: int) -> Layout | None:
     """The layout of a module's weight if its outputs could be a residual stream of this size."""
     weight = getattr(part, "weight", None)
     if not isinstance(weight, torch.Tensor) or next(part.children(), None) is not None:
