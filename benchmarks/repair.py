@@ -44,7 +44,7 @@ from gptailor.evaluation.text import make_sequences, read_documents
 from gptailor.recipe import Layer, Recipe, Repair, Take
 from gptailor.recipe.repair import UNCUT, RepairedLayers
 from gptailor.verbs.models import write_stitched
-from gptailor.verbs.refit import refit_recipe
+from gptailor.verbs.preparation import refit_recipe
 
 KINDS: tuple[RepairedLayers, ...] = ("gaps", "after", "all")
 

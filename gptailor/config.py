@@ -25,7 +25,7 @@ from gptailor.errors import UsageError, plain, unknown
 from gptailor.merging.registry import TASK_ARITHMETIC, get_method
 from gptailor.models.untrusted import home_expanded, is_folder
 from gptailor.recipe import DTYPES, absolute_ref
-from gptailor.recipe.repair import BY_TASK, RepairedLayers
+from gptailor.recipe.repair import BY_TASK, DEFAULT_TOKENS, RepairedLayers
 from gptailor.strict_yaml import dump_yaml, load_yaml, read_text, truth
 
 ARMS = ("dense", "block_influence", "angular", "uniform", "paper", "random")
@@ -33,6 +33,12 @@ ARMS = ("dense", "block_influence", "angular", "uniform", "paper", "random")
 
 REFIT = "refit"
 """The name of the candidate that a search makes itself, see `RepairSpace.refit`."""
+
+TEXTS = "texts"
+"""The folder in the output with what the base wrote for repairs and for the holdout."""
+
+AUTO = "auto"
+"""As the text of a repair: what the base writes itself."""
 
 RENAMED = {"search.seeds": "search.arms"}
 """Keys of earlier versions that are still read → their names today."""
@@ -83,16 +89,22 @@ class RepairCalibration(_Strict):
         tasks: their documents that are not scored; None for the tasks of the evaluation.
         include_path: as for the evaluation; None for its value.
         documents: how many in all; None for as many as an evaluation scores.
-        text: a file whose lines are documents, or a `.jsonl` whose objects have a `text`, read in
-            addition to the tasks.
+        text: what is read besides the tasks, so that a repair keeps the language: a file whose
+            lines are documents, or a `.jsonl` whose objects have a `text`; "auto": what the base
+            writes itself (`evaluation.own_text`); false: nothing.
         tokens: how much of the text is read, at most.
     """
 
     tasks: tuple[str, ...] | None = None
     include_path: str | None = None
     documents: Annotated[int, Field(ge=1)] | None = None
-    text: str | None = None
-    tokens: Annotated[int, Field(ge=1)] = 4096
+    text: str | Literal[False] = AUTO
+    tokens: Annotated[int, Field(ge=1)] = DEFAULT_TOKENS
+
+    @field_validator("text", mode="before")
+    @classmethod
+    def _off(cls, value: object) -> object:
+        return False if value is None else truth(value)
 
 
 class RepairSpace(_Strict):
@@ -469,7 +481,7 @@ def with_absolute_paths(config: Config, folder: Path) -> Config:
         if calibration.include_path is not None:
             key = "space.repair.calibration"
             written["include_path"] = _folder(key, folder, calibration.include_path)
-        if calibration.text is not None:
+        if calibration.text and calibration.text != AUTO:
             written["text"] = str((folder / home_expanded(calibration.text)).resolve())
     return Config.model_validate(data)
 

@@ -30,6 +30,27 @@ def write_whole(path: Path, data: bytes) -> None:
         raise
 
 
+def write_new(path: Path, data: bytes) -> None:
+    """Writes a file like `write_whole`, but if several processes do so at once, the first one wins.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        try:
+            path.hardlink_to(temporary)
+        except FileExistsError:
+            pass
+        except OSError:  # a filesystem without links
+            temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
 def process_marker(path: Path, kind: str) -> str:
     """The start of the names, beside `path`, of what processes of this host have not finished; a
     process appends its id."""

@@ -64,7 +64,7 @@ def write_own_text(
                 shape = min(_ROWS, num_pieces - begin), 1
                 first_B1 = torch.full(shape, lm.prefix_token_id, device=resident.device)
                 seen_B1 = torch.ones_like(first_B1)
-                written = resident.model.generate(  # type: ignore[operator]
+                written = resident.model.generate(
                     first_B1, attention_mask=seen_B1, generation_config=settings
                 )
                 pieces += lm.tokenizer.batch_decode(written[:, 1:], skip_special_tokens=True)

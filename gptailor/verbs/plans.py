@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from gptailor.errors import GptailorError, ModelError, ResourceError, UsageError, sizes
@@ -204,6 +205,31 @@ def plan(
         ModelError: a model or tokenizer is unusable.
         ResourceError: this machine has too little memory for the probes.
     """
+    with TemporaryDirectory() as scratch:
+        return _plan(
+            config,
+            overrides,
+            workers=workers,
+            gpus_per_worker=gpus_per_worker,
+            gpu_gib=gpu_gib,
+            probe=probe,
+            note=note,
+            scratch=Path(scratch),
+        )
+
+
+def _plan(
+    config: str | Path,
+    overrides: Sequence[str],
+    *,
+    workers: int,
+    gpus_per_worker: int,
+    gpu_gib: float | None,
+    probe: bool,
+    note: Say,
+    scratch: Path,
+) -> Plan:
+    """`plan`, with a folder for what will not stay."""
     from gptailor.config import read_config
     from gptailor.evaluation.dry_run import DryRun
     from gptailor.evaluation.family import find_calibration
@@ -223,7 +249,7 @@ def plan(
     with slowly("Loading the tasks", note):
         dry_run = DryRun(parsed, family)
         sizes = dry_run.sizes()
-    repairs = _repairs(parsed, dry_run, note)
+    repairs = _repairs(parsed, dry_run, scratch, note)
     if repairs is None and _makes_refit(parsed):
         parsed = parsed.without_repair()
         family = _open(parsed)
@@ -318,17 +344,29 @@ def _makes_refit(config: Config) -> bool:
     return config.models.get(REFIT) == str((Path(config.output) / REFIT).resolve())
 
 
-def _repairs(config: Config, dry_run: DryRun, note: Say) -> tuple[Repair, Reading] | None:
+def _repairs(
+    config: Config, dry_run: DryRun, scratch: Path, note: Say
+) -> tuple[Repair, Reading] | None:
     """How recipes are repaired, and what that reads; None if they are not.
+
+    Until the base has written its text, numbers stand in for it: there are as many tokens.
 
     Raises:
         UsageError: there is nothing to read, though the configuration asks for repairs.
     """
-    from gptailor.evaluation.repair.settings import is_automatic, planned_repair
+    from gptailor.evaluation.own_text import LENGTH
+    from gptailor.evaluation.repair.settings import is_automatic, own_texts, planned_repair
 
     planned = planned_repair(config)
     if planned is None:
         return None
+    calibration = planned.calibration
+    if calibration.text == str(own_texts(config)[0]) and not Path(calibration.text).exists():
+        stand_in = scratch / "text.txt"
+        pieces = range(0, calibration.tokens, LENGTH)
+        rows = (" ".join(map(str, range(begin, begin + LENGTH))) for begin in pieces)
+        stand_in.write_text("\n".join(rows))
+        planned = replace(planned, calibration=replace(calibration, text=str(stand_in)))
     try:
         with slowly("Loading what repairs read", note):
             return planned, dry_run.reading(planned.calibration)

@@ -165,12 +165,12 @@ def _opened(config: Config, place: Path, io: str | None, say: Say) -> tuple[Conf
     """Opens the candidates, after making the refitted one if the search has one."""
     from gptailor.execution.slurm.exit_code_file import is_supervised
     from gptailor.run.archive import Archive
-    from gptailor.verbs.refit import with_refit_made
+    from gptailor.verbs.preparation import prepared
 
     # now, not after the models are loaded; but the lock of a dead node may stay for a while
     wait_s = LOCK_WAIT_S if is_supervised() else 0.0
     Archive.check_not_in_use(place, wait_s=wait_s, note=say)
-    config = with_refit_made(config, io, say)
+    config = prepared(config, io, say)
     with slowly(f"Opening {len(config.models)} candidates", say):
         family = open_family(config.models, config.base, io)
         check_space(config, family)

@@ -69,7 +69,7 @@ def find_repair_footprint(
         tokens=reading.num_tokens,
         run_tokens=reading.num_run,
         width=width,
-        system=needed_bytes(width, hidden, repair.ridge),
+        system=needed_bytes(width, hidden, reading.num_tokens, repair.ridge),
         states=reading.num_run * (2 * hidden + width) * item + batch * width * (8 + exact),
         teachers=reading.num_tokens * hidden * (family.num_layers + 1) * item,
     )

@@ -29,6 +29,12 @@ BATCH_TOKENS = 4096
 """Tokens of a batch, padding included: enough to keep a processor busy. Where memory is short, they
 are fewer, which rounds results differently."""
 
+FULL_TOKENS = 512
+"""A batch that has so many ends where rows would be padded by much."""
+
+LEAST_FILLED = 0.75
+"""The length of a row relative to the longest, below which it is padded by much."""
+
 TEXT_LENGTH = 128
 """The longest piece of a text, in tokens; short ones make the states of more different texts."""
 
@@ -123,6 +129,7 @@ def read_calibration(
         for task in documents.tasks:
             groups[task.task] = _sequences(workload, task.task, lm)
     if documents.text is not None:
+        _check_unscored_text(documents.text, scored)
         groups[TEXT] = _text_sequences(documents, lm)
     for name, found in groups.items():
         if not found:
@@ -196,6 +203,23 @@ def check_unscored(workload: Workload, scored: Sequence[Workload]) -> None:
             )
 
 
+def _check_unscored_text(path: str, scored: Sequence[Workload]) -> None:
+    """Raises a `UsageError` if a document of the text is one whose perplexity is measured."""
+    texts = {
+        instance.args[0].strip()
+        for workload in scored
+        for task in workload.task_names
+        for instance in workload.instances(task)
+        if instance.request_type == "loglikelihood_rolling"
+    }
+    for document in read_documents(path) if texts else ():
+        if document.strip() in texts:
+            raise UsageError(
+                f"A document of the text {path} is also scored ({document[:60]!r}): a repair must "
+                "not see what measures it. Name another text for the calibration."
+            )
+
+
 def _shown(document: Any) -> str:
     return json.dumps(document, sort_keys=True, default=str)
 
@@ -243,6 +267,9 @@ def _batches(
     while begin < len(rows):
         length = len(rows[begin][0])
         part = rows[begin : begin + max(batch_tokens // length, 1)]
+        enough = -(-FULL_TOKENS // length)
+        short = (n for n, row in enumerate(part) if len(row[0]) < LEAST_FILLED * length)
+        part = part[: max(next(short, len(part)), enough)]
         begin += len(part)
         input_BT = torch.zeros(len(part), length, dtype=torch.long)
         counts_BT = torch.zeros(len(part), length, dtype=torch.bool)

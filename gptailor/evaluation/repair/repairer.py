@@ -28,7 +28,7 @@ from gptailor.evaluation.lm import ResidentLM
 from gptailor.evaluation.repair.layer_error import LayerError, relative_error
 from gptailor.evaluation.repair.reading import Reading
 from gptailor.evaluation.repair.replay import check_replay, entering, run_layer, trace
-from gptailor.evaluation.repair.solve import NormalEquations, solve_channels
+from gptailor.evaluation.repair.solve import RidgeRegression, solve_channels
 from gptailor.evaluation.repair.states_cache import Prefix, StatesCache
 from gptailor.evaluation.repair.targets import Lesson
 from gptailor.evaluation.repair.writers import Writer, find_writers, inputs_of
@@ -270,7 +270,8 @@ class Repairer:
             w for w in stage if getattr(layer.get_submodule(w.path), "bias", None) is not None
         ]
         hidden_size = fit.outputs[0].shape[-1]
-        system = NormalEquations(sum(widths) + bool(biased), hidden_size, device, ridge)
+        num_tokens = sum(lesson.num_tokens for lesson in lessons)
+        system = RidgeRegression(sum(widths) + bool(biased), hidden_size, num_tokens, device, ridge)
         for output, inputs, lesson in zip(fit.outputs, fit.inputs, lessons, strict=True):
             parts = [lesson.counted(inputs[w.path]) * w.gain for w in stage]
             if biased:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
-from gptailor.config import Config, RepairSpace
+from gptailor.config import AUTO, TEXTS, Config, RepairSpace
 from gptailor.errors import UsageError
 from gptailor.recipe.repair import (
     BY_TASK,
@@ -15,6 +16,12 @@ from gptailor.recipe.repair import (
     CalibrationTask,
     Repair,
 )
+
+
+def own_texts(config: Config) -> tuple[Path, Path]:
+    """Where a search keeps what the base writes: for its repairs, and for its holdout."""
+    folder = (Path(config.output) / TEXTS).resolve()
+    return folder / "calibration.jsonl", folder / "holdout.jsonl"
 
 
 def is_automatic(config: Config) -> bool:
@@ -40,7 +47,7 @@ def planned_repair(config: Config) -> Repair | None:
     names = tuple(specs) if given.tasks is None else given.tasks
     if given.tasks is None and rung is None:  # every document is scored
         names = ()
-    if not names and given.text is None:
+    if not names and given.text in (AUTO, False):
         raise UsageError(
             "space.repair has nothing to read, as every document is scored: set evaluation.rungs, "
             "or name tasks or a text in space.repair.calibration."
@@ -54,7 +61,7 @@ def planned_repair(config: Config) -> Repair | None:
         apply_chat_template=evaluation.apply_chat_template,
         fewshot_as_multiturn=evaluation.fewshot_as_multiturn,
         system_instruction=evaluation.system_instruction,
-        text=given.text,
+        text=str(own_texts(config)[0]) if given.text == AUTO else given.text or None,
         tokens=given.tokens,
     )
     teachers = space.teachers

@@ -1,6 +1,6 @@
-"""Weighted ridge regression with the tokens streamed through its normal equations.
+"""Weighted ridge regression.
 
-Shapes: N tokens, F features, H hidden size.
+Shapes: N tokens, F features, H hidden size, R rows, K columns.
 """
 
 from __future__ import annotations
@@ -9,62 +9,98 @@ import torch
 
 EXACT_BELOW = 0.01
 """Ridges below which systems are solved in float64: the condition number is at most about the
-number of features divided by the ridge."""
+size of the system divided by the ridge."""
 
 _BLOCKS = 8
 
 
-class NormalEquations:
-    """Σₜ wₜ xₜ xₜᵀ and Σₜ wₜ xₜ rₜᵀ of features x and residuals r.
+class RidgeRegression:
+    """Finds D (F, H) that minimises Σₜ wₜ |rₜ − xₜ D|² + λ · mean(diag Σₜ wₜ xₜᵀ xₜ) |D|².
+
+    With more tokens than features, tokens are streamed through the normal equations
+    (XᵀX + μI) D = XᵀR. With fewer, rows are kept and D = Xᵀ (XXᵀ + μI)⁻¹ R, which is the same
+    matrix from a system of N instead of F equations.
 
     Args:
         num_features: F.
         num_outputs: H.
+        num_tokens: N, how many will be added.
         device: where they are.
-        ridge: λ, relative to the mean of the diagonal.
+        ridge: λ.
     """
 
     def __init__(
-        self, num_features: int, num_outputs: int, device: torch.device, ridge: float
+        self,
+        num_features: int,
+        num_outputs: int,
+        num_tokens: int,
+        device: torch.device,
+        ridge: float,
     ) -> None:
         self._ridge = ridge
-        dtype = torch.float64 if ridge < EXACT_BELOW else torch.float32
-        self._gram_FF = torch.zeros(num_features, num_features, dtype=dtype, device=device)
-        self._right_FH = torch.zeros(num_features, num_outputs, dtype=dtype, device=device)
+        self._is_dual = num_tokens < num_features
+        dtype = _dtype(ridge)
+        rows = num_tokens if self._is_dual else num_features
+        # X and R, or XᵀX and XᵀR
+        self._left = torch.zeros(rows, num_features, dtype=dtype, device=device)
+        self._right = torch.zeros(rows, num_outputs, dtype=dtype, device=device)
+        self._num_added = 0
 
     def add(self, x_NF: torch.Tensor, r_NH: torch.Tensor, w_N: torch.Tensor) -> None:
         """Adds tokens; all float32."""
-        dtype = self._gram_FF.dtype  # of products, too: rounded ones can't be solved exactly
+        dtype = self._left.dtype  # of products, too: rounded ones can't be solved exactly
         root_N1 = w_N.to(dtype).sqrt()[:, None]
         x_NF, r_NH = x_NF.to(dtype) * root_N1, r_NH.to(dtype) * root_N1
-        num_features = x_NF.shape[1]
-        step = -(-num_features // _BLOCKS)
-        for begin in range(0, num_features, step):  # the lower triangle is enough
-            block_NS = x_NF[:, begin : begin + step]
-            self._gram_FF[begin:, begin : begin + step] += x_NF[:, begin:].T @ block_NS
-        self._right_FH += x_NF.T @ r_NH
+        if self._is_dual:
+            rows = slice(self._num_added, self._num_added + len(x_NF))
+            self._left[rows], self._right[rows] = x_NF, r_NH
+        else:
+            _add_gram(self._left, x_NF.T)
+            self._right += x_NF.T @ r_NH
+        self._num_added += len(x_NF)
 
     def solve(self) -> torch.Tensor:
-        """D (F, H), float32, that minimises Σₜ wₜ |rₜ − xₜ D|² + λ · mean(diag G) |D|².
+        """D (F, H), float32; uses the system up.
 
         Raises:
             FloatingPointError: states were not finite, or the system can't be solved.
         """
-        diagonal_F = self._gram_FF.diagonal()
-        scale = diagonal_F.mean()
-        if not bool(torch.isfinite(scale)) or not bool(torch.isfinite(self._right_FH).all()):
+        num_features = self._left.shape[1]
+        gram = self._left
+        if self._is_dual:
+            num_rows = len(self._left)
+            gram = torch.zeros(num_rows, num_rows, dtype=gram.dtype, device=gram.device)
+            _add_gram(gram, self._left)
+        diagonal = gram.diagonal()
+        scale = diagonal.sum() / num_features
+        if not bool(torch.isfinite(scale)) or not bool(torch.isfinite(self._right).all()):
             raise FloatingPointError("hidden states are not finite numbers")
         if scale == 0:
-            return torch.zeros_like(self._right_FH, dtype=torch.float32)
-        diagonal_F += self._ridge * scale
-        factor_FF, failed = torch.linalg.cholesky_ex(self._gram_FF)  # reads the lower triangle
+            shape = num_features, self._right.shape[1]
+            return torch.zeros(shape, dtype=torch.float32, device=gram.device)
+        diagonal += self._ridge * scale
+        factor, failed = torch.linalg.cholesky_ex(gram)  # reads the lower triangle
         if int(failed):
             raise FloatingPointError(
-                f"a repair's equations with {len(factor_FF)} unknowns can't be solved: use a "
+                f"a repair's equations with {len(factor)} unknowns can't be solved: use a "
                 "larger ridge"
             )
-        solved_FH: torch.Tensor = torch.cholesky_solve(self._right_FH, factor_FF)
-        return solved_FH.to(torch.float32)
+        solved: torch.Tensor = torch.cholesky_solve(self._right, factor)
+        if self._is_dual:
+            solved = self._left.T @ solved
+        return solved.to(torch.float32)
+
+
+def _add_gram(gram_RR: torch.Tensor, x_RK: torch.Tensor) -> None:
+    """Adds the lower triangle of x xᵀ."""
+    num_rows = len(x_RK)
+    step = -(-num_rows // _BLOCKS)
+    for begin in range(0, num_rows, step):
+        gram_RR[begin:, begin : begin + step] += x_RK[begin:] @ x_RK[begin : begin + step].T
+
+
+def _dtype(ridge: float) -> torch.dtype:
+    return torch.float64 if ridge < EXACT_BELOW else torch.float32
 
 
 def solve_channels(
@@ -90,7 +126,11 @@ def solve_channels(
     return solved_KH.float().contiguous()
 
 
-def needed_bytes(num_features: int, num_outputs: int, ridge: float) -> int:
-    """Memory of a system and its factor."""
-    width = 8 if ridge < EXACT_BELOW else 4
-    return width * num_features * (2 * num_features + 2 * num_outputs)
+def needed_bytes(num_features: int, num_outputs: int, num_tokens: int, ridge: float) -> int:
+    """Memory of a `RidgeRegression`, its factor and its solution."""
+    if num_tokens < num_features:
+        values = num_tokens * (num_features + 2 * num_tokens + 2 * num_outputs)
+        values += num_features * num_outputs
+    else:
+        values = 2 * num_features * (num_features + num_outputs)
+    return _dtype(ridge).itemsize * values

@@ -43,6 +43,11 @@ class Lesson:
     arguments: Sequence[Arguments]
     share: float = 1.0
 
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return len(self.states[0])
+
     def target(self, depth: int, device: torch.device) -> torch.Tensor:
         """The state at a depth, float32 on a device, (N, H)."""
         return self.states[depth].to(device).float()

@@ -126,7 +126,7 @@ def repair(
         student: the result of `cut`.
         src_layers: its layers.
         teachers: group → model.
-        rows: what is read.
+        rows: what is read; each group counts as much as any other.
         ridge: relative to the mean of the diagonal.
         chosen: for each layer, whether it is repaired.
         writers: of each layer, in their order.
@@ -136,6 +136,10 @@ def repair(
     """
     lessons = [states(teachers[group], tokens) for group, tokens, _ in rows]
     depths = [*src_layers[1:], len(lessons[0]) - 1]
+    counted: dict[str, int] = {}
+    for group, _, counts in rows:
+        counted[group] = counted.get(group, 0) + int(counts.sum())
+    shares = [1.0 / counted[group] for group, *_ in rows]
     errors = []
     for out_layer, (src_layer, depth) in enumerate(zip(src_layers, depths, strict=True)):
         if not chosen[out_layer]:
@@ -143,7 +147,10 @@ def repair(
         targets = [
             lesson[depth][counts] for (*_, counts), lesson in zip(rows, lessons, strict=True)
         ]
-        roots = [1.0 / (t.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() for t in targets]
+        roots = [
+            (share / (t.pow(2).mean(-1, keepdim=True) + 1e-6)).sqrt()
+            for t, share in zip(targets, shares, strict=True)
+        ]
 
         def residuals(
             out_layer: int = out_layer,

@@ -13,7 +13,7 @@ from torch import nn
 
 from gptailor.evaluation.repair import solve, targets
 from gptailor.evaluation.repair.footprint import find_repair_footprint
-from gptailor.evaluation.repair.solve import NormalEquations
+from gptailor.evaluation.repair.solve import RidgeRegression
 from gptailor.evaluation.repair.widths import find_widths
 from gptailor.evaluation.structure import Structure
 from gptailor.recipe import CalibrationDocuments, CalibrationTask, Repair
@@ -94,11 +94,13 @@ def test_a_repair_takes_what_was_planned(
     systems: list[tuple[int, int, int]] = []
     states: list[int] = []
 
-    class Watched(NormalEquations):
+    class Watched(RidgeRegression):
         def solve(self) -> torch.Tensor:
             solved = super().solve()
-            sizes = self._gram_FF, self._right_FH
-            systems.append((*self._right_FH.shape, sum(t.nbytes for t in sizes)))
+            taken = 2 * (self._left.nbytes + self._right.nbytes)
+            if self._is_dual:
+                taken += 2 * len(self._left) ** 2 * 4 - self._left.nbytes + solved.nbytes
+            systems.append((*solved.shape, taken))
             return solved
 
     room = targets._room
@@ -108,12 +110,13 @@ def test_a_repair_takes_what_was_planned(
         states.append(kept.nbytes)
         return kept
 
-    monkeypatch.setattr("gptailor.evaluation.repair.repairer.NormalEquations", Watched)
+    monkeypatch.setattr("gptailor.evaluation.repair.repairer.RidgeRegression", Watched)
     monkeypatch.setattr(targets, "_room", watched)
     done = assembled(evaluator, recipe(models, *MIXED, repair=repair))
     widest = max(systems)
     assert (found.width, HIDDEN) == widest[:2]
-    assert found.system == 2 * widest[2] == solve.needed_bytes(found.width, HIDDEN, ridge)
+    assert found.system == widest[2]
+    assert found.system == solve.needed_bytes(found.width, HIDDEN, found.tokens, ridge)
     assert found.teachers == sum(states)
     assert found.tokens == done.num_tokens < found.run_tokens
     assert found.documents == 24

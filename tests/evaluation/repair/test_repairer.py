@@ -191,7 +191,7 @@ def measured(evaluator: Evaluator, mended: Recipe, *, plain: bool = False) -> li
             for out_layer, depth in enumerate(depths):
                 target = lesson.states[depth].double()
                 found = seen.states[out_layer + 1][lesson.batch.counts_BT].double()
-                w_N1 = 1.0 / (target.pow(2).mean(-1, keepdim=True) + 1e-6)
+                w_N1 = lesson.share / (target.pow(2).mean(-1, keepdim=True) + 1e-6)
                 wrong[out_layer] += float((w_N1 * (found - target).pow(2)).sum())
                 whole[out_layer] += float((w_N1 * target.pow(2)).sum())
     return [(w / a) ** 0.5 for w, a in zip(wrong, whole, strict=True)]
@@ -328,7 +328,8 @@ def test_lower_layers_are_not_run_again(
     first = tokens(recipe(models, *MIXED, repair=repair))
     assert tokens(recipe(models, *MIXED, repair=repair)) == 0
     assert 0 < tokens(recipe(models, *MIXED[:3], Take("blue", 5), repair=repair)) < 0.7 * first
-    assert tokens(recipe(models, Take("blue", 0), *MIXED[1:], repair=repair)) == first
+    again = tokens(recipe(models, Take("blue", 0), *MIXED[1:], repair=repair))
+    assert abs(again - first) <= 1  # whole tokens of the whole model
 
 
 def test_without_a_cache_the_bits_are_the_same(

@@ -10,7 +10,7 @@ import torch
 
 from gptailor.evaluation.repair.solve import (
     EXACT_BELOW,
-    NormalEquations,
+    RidgeRegression,
     needed_bytes,
     solve_channels,
 )
@@ -44,7 +44,7 @@ def solved(
     x_NF: torch.Tensor, r_NH: torch.Tensor, w_N: torch.Tensor, ridge: float, *cuts: int
 ) -> torch.Tensor:
     """The solution, with the tokens added in parts that end at `cuts`."""
-    equations = NormalEquations(x_NF.shape[1], r_NH.shape[1], CPU, ridge)
+    equations = RidgeRegression(x_NF.shape[1], r_NH.shape[1], len(x_NF), CPU, ridge)
     for begin, end in pairwise([0, *cuts, len(x_NF)]):
         equations.add(x_NF[begin:end], r_NH[begin:end], w_N[begin:end])
     return equations.solve()
@@ -145,8 +145,24 @@ def test_small_ridges_are_solved_exactly() -> None:
 
 
 def test_small_ridges_need_twice_the_memory() -> None:
-    assert needed_bytes(100, 10, 0.3) == 4 * 100 * 220
-    assert needed_bytes(100, 10, 1e-3) == 2 * needed_bytes(100, 10, 0.3)
+    assert needed_bytes(100, 10, 200, 0.3) == 4 * 100 * 220
+    for num_tokens in (20, 200):
+        assert needed_bytes(100, 10, num_tokens, 1e-3) == 2 * needed_bytes(100, 10, num_tokens, 0.3)
+
+
+def test_few_tokens_make_a_small_system() -> None:
+    """Hidden size 4,096 and the widths of a 7B: 4,096 tokens need a third of the memory."""
+    assert needed_bytes(15104, 4096, 4096, 0.3) < needed_bytes(15104, 4096, 15104, 0.3) / 3
+
+
+def test_few_and_many_tokens_give_the_same_solution() -> None:
+    """Where both forms can be used: tokens without weight change nothing but their number."""
+    x_NF, r_NH, w_N = system(60, 50, 8)
+    w_N[40:] = 0.0
+    for ridge in (1e-4, 0.3):
+        many = solved(x_NF, r_NH, w_N, ridge)
+        few = solved(x_NF[:40], r_NH[:40], w_N[:40], ridge)
+        assert torch.allclose(many, few, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("ridge", [1e-6, 0.01, 0.3])
