@@ -25,7 +25,7 @@ from gptailor.errors import UsageError, plain, unknown
 from gptailor.merging.registry import TASK_ARITHMETIC, get_method
 from gptailor.models.untrusted import home_expanded, is_folder
 from gptailor.recipe import DTYPES, absolute_ref
-from gptailor.recipe.repair import BY_TASK, DEFAULT_TOKENS, RepairedLayers
+from gptailor.recipe.repair import BY_TASK, RepairedLayers
 from gptailor.strict_yaml import dump_yaml, load_yaml, read_text, truth
 
 ARMS = ("dense", "block_influence", "angular", "uniform", "paper", "random")
@@ -82,26 +82,40 @@ class MergeSpace(_Strict):
         return tuple(sorted(set(lambdas)))
 
 
+class FrontCalibration(_Strict):
+    """How much repairs of the front read, and that of `REFIT`: more than the search's.
+
+    Attributes:
+        documents: how many in all; None for 128 of each task. If there are fewer, all.
+        tokens: how much of the text, at most.
+    """
+
+    documents: Annotated[int, Field(ge=1)] | None = None
+    tokens: Annotated[int, Field(ge=1)] = 4096
+
+
 class RepairCalibration(_Strict):
     """What a search's repairs read.
 
     Attributes:
         tasks: their documents that are not scored; None for the tasks of the evaluation.
         include_path: as for the evaluation; None for its value.
-        documents: how many in all; None for as many as an evaluation scores.
+        documents: how many in all; None for half as many as an evaluation scores.
         text: what is read besides the tasks, so that a repair keeps the language: a file whose
             lines are documents, or a `.jsonl` whose objects have a `text`; "auto": what the base
             writes itself (`evaluation.own_text`); false: nothing.
         tokens: how much of the text is read, at most.
+        front: what repairs of the front read, once the search has ended; false for no more.
     """
 
     tasks: tuple[str, ...] | None = None
     include_path: str | None = None
     documents: Annotated[int, Field(ge=1)] | None = None
     text: str | Literal[False] = AUTO
-    tokens: Annotated[int, Field(ge=1)] = DEFAULT_TOKENS
+    tokens: Annotated[int, Field(ge=1)] = 512
+    front: FrontCalibration | Literal[False] = FrontCalibration()
 
-    @field_validator("text", mode="before")
+    @field_validator("text", "front", mode="before")
     @classmethod
     def _off(cls, value: object) -> object:
         return False if value is None else truth(value)

@@ -17,7 +17,7 @@ from gptailor.evaluation.outcome import Cost, Documents, Outcome, Score
 from gptailor.evaluation.repair.repairs import Repaired, Repairs
 from gptailor.evaluation.resident import ResidentModel
 from gptailor.evaluation.similarity import Similarity, measure
-from gptailor.evaluation.workload import open_workloads
+from gptailor.evaluation.workload import Workload, open_workloads
 from gptailor.models.family import Family
 from gptailor.recipe import Recipe
 
@@ -96,7 +96,7 @@ class Evaluator:
             ModelError: a candidate's file changed, so nothing read since then is valid.
         """
         began, forward_s, num_tokens = time.perf_counter(), self.lm.forward_s, self.num_tokens
-        workload = self.workloads[documents]
+        workload = self._workload(documents)
         assembled = began
         scores: tuple[Score, ...] = ()
         self._results = {}
@@ -135,7 +135,10 @@ class Evaluator:
 
     def all_scores(self, documents: Documents = "search") -> tuple[Score, ...]:
         """Every metric of the last evaluation; see `Workload.all_scores`."""
-        return self.workloads[documents].all_scores(self._results)
+        return self._workload(documents).all_scores(self._results)
+
+    def _workload(self, documents: Documents) -> Workload:
+        return self.workloads["search" if documents == "front" else documents]
 
     def similarity(
         self, model: str, dtype: str, far: Callable[[int, int], None] = lambda done, of: None

@@ -12,7 +12,12 @@ from gptailor.evaluation import document_values
 from gptailor.recipe import Recipe
 
 Status = Literal["ok", "infeasible", "failed"]
-Documents = Literal["search", "holdout"]
+Documents = Literal["search", "front", "holdout"]
+"""What recipes are scored on. "front": the search's documents again, after the search, with a
+repair that read more."""
+
+SEARCH_DOCUMENTS = ("search", "front")
+"""Scores on these can be compared: they are the same documents."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,11 +82,13 @@ class WorkloadInfo:
         num_documents: "search" and, if there is one, "holdout" → documents of one evaluation.
         digest: changes when tasks or documents do.
         repair: how all recipes are repaired, perhaps without teachers yet; None for not at all.
+        front_repair: how the best ones are repaired once the search has ended; None if like all.
     """
 
     num_documents: dict[str, int]
     digest: str
     repair: Repair | None = None
+    front_repair: Repair | None = None
 
 
 class Executor(Protocol):

@@ -58,16 +58,20 @@ class Worker:
         """What will be evaluated."""
         workloads = self.evaluator.workloads
         digest = "-".join(workload.digest for workload in workloads.values())
-        repair = self._repair()
-        if repair is not None:
-            digest = f"{digest}-{repair.calibration.digest}"
-        return WorkloadInfo({n: w.num_documents for n, w in workloads.items()}, digest, repair)
+        from gptailor.evaluation.repair.settings import front_repair, planned_repair
 
-    def _repair(self) -> Repair | None:
-        """How recipes are repaired, with the digest of what is read."""
-        from gptailor.evaluation.repair.settings import is_automatic, planned_repair
+        repair = self._with_digest(planned_repair(self._config))
+        front = self._with_digest(front_repair(self._config))
+        for found in (repair, front):
+            if found is not None:
+                digest = f"{digest}-{found.calibration.digest}"
+        counts = {str(name): workload.num_documents for name, workload in workloads.items()}
+        return WorkloadInfo(counts, digest, repair, front)
 
-        planned = planned_repair(self._config)
+    def _with_digest(self, planned: Repair | None) -> Repair | None:
+        """A planned repair with the digest of what it reads; None if there is nothing to read."""
+        from gptailor.evaluation.repair.settings import is_automatic
+
         if planned is None:
             return None
         try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gptailor.evaluation.outcome import Evaluation
+from gptailor.evaluation.outcome import SEARCH_DOCUMENTS, Evaluation
 from gptailor.recipe import Recipe
 from gptailor.report.hypervolume import hypervolume_history
 from gptailor.report.ledger import Problem, Spent, problems, spent, total
@@ -221,7 +221,7 @@ def _points(rows: Sequence[Evaluation]) -> tuple[Point, ...]:
             holdouts.get(row.recipe.with_repair(None).hash) if row.recipe.repair else None,
         )
         for row in rows
-        if row.documents == "search" and (measured := measured_of(row.outcome))
+        if row.documents in SEARCH_DOCUMENTS and (measured := measured_of(row.outcome))
     )
 
 

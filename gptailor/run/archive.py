@@ -262,7 +262,7 @@ class Counts:
         search: recipes on the documents of the search, with and without scores.
         infeasible: how many of these were infeasible.
         failed: how many of these failed.
-        holdout: recipes on the other documents.
+        holdout: recipes on the holdout's documents.
         total: evaluations that the run's configuration asks for; 0 if unknown.
         best_small: the best accuracy with at most 75 % of the layers; None if there is none.
     """
@@ -295,7 +295,7 @@ def count_undisturbed(folder: str | Path) -> Counts | None:
             meta = dict(db.execute("SELECT key, value FROM meta WHERE key IN ('config', 'family')"))
             num_layers = int(json.loads(meta.get("family", "{}")).get("num_layers", 0))
             (best,) = db.execute(
-                "SELECT max(accuracy) FROM evaluations WHERE documents = 'search'"
+                "SELECT max(accuracy) FROM evaluations WHERE documents IN ('search', 'front')"
                 " AND json_array_length(recipe, '$.layers') <= ?",
                 (most_small_layers(num_layers),),
             ).fetchone()
@@ -308,7 +308,7 @@ def count_undisturbed(folder: str | Path) -> Counts | None:
         search=sum(search.values()),
         infeasible=search.get("infeasible", 0),
         failed=search.get("failed", 0),
-        holdout=sum(counts.values()) - sum(search.values()),
+        holdout=sum(n for (documents, _), n in counts.items() if documents == "holdout"),
         total=total,
         best_small=best,
     )

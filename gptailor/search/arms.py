@@ -13,7 +13,8 @@
   (GPTailor, arXiv 2506.20480, and the configurations published with it).
 - `random:SIZE@MODEL`: random layers of one random candidate are dropped.
 
-`+repair` behind a name: the same arm, repaired like the search's recipes (`evaluation/repair`).
+`+repair` behind a name: the same arm, repaired like the search's recipes (`evaluation/repair`);
+`+repair(384)`: with a repair that read 384 documents, as those of the front.
 
 SIZE is the fraction of layers that is kept. If candidates differ in their embeddings, final norm or
 head, an arm takes those of MODEL, or merges them like its layers.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gptailor.config import REFIT, Config
@@ -127,6 +128,35 @@ class Run:
         if search.schedule == "auto":
             return self.executor.num_workers * MIN_ROUNDS > search.population
         return search.schedule == "asynchronous"
+
+    def repair_front(self, evaluations: Sequence[Evaluation]) -> None:
+        """Evaluates the recipes that are repaired again, with a repair that reads more.
+
+        A search's repairs read little, since there are many; what they read decides how good a deep
+        cut becomes (docs/repair.md).
+        """
+        front = self.executor.workload().front_repair
+        recipes = []
+        for evaluation in evaluations:
+            repair = evaluation.recipe.repair
+            if front is None or repair is None:
+                continue
+            better = evaluation.recipe.with_repair(replace(front, teachers=repair.teachers))
+            if better.hash == evaluation.recipe.hash:  # there was no more to read
+                continue
+            recipes.append(better)
+            for arm in evaluation.arms:
+                self.recorder.archive.add_arm(f"{arm}({front.calibration.documents})", better)
+        if not recipes:
+            return
+        self.progress.note(f"Repairing {len(recipes)} recipes with more documents.")
+        before = self.recorder.num_gained
+
+        def what() -> str:
+            return f"Repairing with more documents, {self.recorder.num_gained - before} done"
+
+        with self.progress.step(what, self._doing):
+            self._queue.evaluate(_unique(recipes), "front")
 
     def holdout(self, recipes: Sequence[Recipe]) -> None:
         """Scores recipes on the tasks that the search has not seen, if there are any."""

@@ -48,9 +48,9 @@ def prepared(config: Config, io: str | None, note: Say) -> Config:
     Raises:
         UsageError, ModelError, ResourceError: what it needs can't be made.
     """
-    from gptailor.evaluation.repair.settings import is_automatic, planned_repair
+    from gptailor.evaluation.repair.settings import front_repair, is_automatic, planned_repair
 
-    planned = planned_repair(config)
+    planned = front_repair(config) or planned_repair(config)
     if planned is None:
         return config
     try:

@@ -151,7 +151,9 @@ def _search(
                 run = Run(config, family, archive, executor, progress, stop, tick, others)
                 progress.watch(lambda: tick(run))
                 run.search()
-                chosen = [e.recipe for e in worth_a_holdout(run.evaluations("search"))]
+                run.repair_front(worth_a_holdout(run.evaluations("search")))
+                scored = [*run.evaluations("search"), *run.evaluations("front")]
+                chosen = [e.recipe for e in worth_a_holdout(scored)]
                 plain = [recipe.with_repair(None) for recipe in chosen]
                 run.holdout([*chosen, *plain])
         finally:
@@ -282,6 +284,7 @@ def demo(out: str | Path = "gptailor-demo", *, workers: int = 1) -> Path:
     """
     from gptailor.config import read_config
     from gptailor.demo import PATH
+    from gptailor.evaluation.outcome import SEARCH_DOCUMENTS
     from gptailor.run.folder import read_run
     from gptailor.run.pareto import most_small_layers
 
@@ -289,7 +292,7 @@ def demo(out: str | Path = "gptailor-demo", *, workers: int = 1) -> Path:
     config = read_config(PATH / "search.yaml")
     config = config.model_copy(update={"output": str(out)})
     search(config, resume=True, workers=workers)
-    evaluations = [e for e in read_run(out).evaluations if e.documents == "search"]
+    evaluations = [e for e in read_run(out).evaluations if e.documents in SEARCH_DOCUMENTS]
     num_layers = max(e.recipe.num_layers for e in evaluations)
     limit = most_small_layers(num_layers)
     small = [

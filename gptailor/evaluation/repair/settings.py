@@ -17,6 +17,9 @@ from gptailor.recipe.repair import (
     Repair,
 )
 
+FRONT_DOCUMENTS = 128
+"""Of each task, for repairs of the front."""
+
 
 def own_texts(config: Config) -> tuple[Path, Path]:
     """Where a search keeps what the base writes: for its repairs, and for its holdout."""
@@ -55,7 +58,7 @@ def planned_repair(config: Config) -> Repair | None:
     calibration = CalibrationDocuments(
         tasks=tuple(CalibrationTask(name, specs.get(name)) for name in names),
         include_path=given.include_path or evaluation.include_path,
-        documents=given.documents or rung or DEFAULT_DOCUMENTS,
+        documents=given.documents or (rung and -(-rung // 2)) or DEFAULT_DOCUMENTS,
         skip=rung or 0 if set(names) <= set(specs) else 0,
         seed=config.search.seed,
         apply_chat_template=evaluation.apply_chat_template,
@@ -72,6 +75,30 @@ def planned_repair(config: Config) -> Repair | None:
         DEFAULT_RIDGE if space.ridge == "auto" else space.ridge,
         "" if evaluation.dtype == "auto" else evaluation.dtype,
     )
+
+
+def front_repair(config: Config) -> Repair | None:
+    """The repair of a search's best recipes, once it has ended, and of the refitted candidate.
+
+    It reads what `planned_repair` reads and more; None if there is none, or if it is the same.
+
+    Raises:
+        UsageError: as for `planned_repair`.
+    """
+    planned, asked = planned_repair(config), config.space.repair
+    if planned is None:
+        return None
+    space = asked if isinstance(asked, RepairSpace) else RepairSpace()
+    front, calibration = space.calibration.front, planned.calibration
+    if front is False:
+        return None
+    documents = front.documents or FRONT_DOCUMENTS * len(calibration.tasks)
+    more = replace(
+        calibration,
+        documents=max(documents, calibration.documents),
+        tokens=max(front.tokens, calibration.tokens),
+    )
+    return None if more == calibration else replace(planned, calibration=more)
 
 
 def with_teachers(repair: Repair, best: dict[str, str], base: str) -> Repair:

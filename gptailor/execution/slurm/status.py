@@ -234,6 +234,7 @@ def _evaluated(run: Path, records: Sequence[JobRecord]) -> Evaluated:
 
 def _in_journals(run: Path) -> Evaluated | None:
     """Counts what all islands have evaluated, each recipe once; None if that can't be read."""
+    from gptailor.evaluation.outcome import SEARCH_DOCUMENTS
     from gptailor.run.folder import journals_of, read_run
 
     if not journals_of(run):  # no island has started yet
@@ -244,13 +245,14 @@ def _in_journals(run: Path) -> Evaluated | None:
         return None
     search = [e for e in data.evaluations if e.documents == "search"]
     limit = most_small_layers(int(data.family.get("num_layers", 0)))
-    small = [e.outcome.accuracy for e in search if e.recipe.num_layers <= limit]
+    alike = [e for e in data.evaluations if e.documents in SEARCH_DOCUMENTS]
+    small = [e.outcome.accuracy for e in alike if e.recipe.num_layers <= limit]
     states = [e.outcome.status for e in search]
     return Evaluated(
         done=len(search),
         infeasible=states.count("infeasible"),
         failed=states.count("failed"),
-        holdout=len(data.evaluations) - len(search),
+        holdout=sum(e.documents == "holdout" for e in data.evaluations),
         total=int(data.config.get("search", {}).get("evaluations", 0)),
         best=max((accuracy for accuracy in small if accuracy is not None), default=None),
     )
