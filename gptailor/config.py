@@ -134,7 +134,7 @@ class RepairSpace(_Strict):
             refitted to the teachers.
     """
 
-    layers: RepairedLayers = "gaps"
+    layers: RepairedLayers = "after"
     teachers: str | dict[str, str] = BY_TASK
     calibration: RepairCalibration = RepairCalibration()
     ridge: Annotated[float, Field(ge=1e-6, le=1e6)] | Literal["auto"] = "auto"

@@ -25,7 +25,7 @@ class RepairFootprint:
         documents: how many documents of tasks are read.
         tokens: how many tokens count, those of a text included.
         run_tokens: how many go through a layer, padding and common beginnings included.
-        width: inputs of the projections that are fitted together, in the widest layer.
+        width: inputs of the projection that is fitted, in the widest layer.
         system: the equations of that layer, with their factor.
         states: what enters and leaves a layer, and the projections' inputs, for all tokens; for one
             batch also as they are added to the equations.

@@ -1,15 +1,13 @@
 """The repair of an assembled model, layer by layer from the bottom, with its own states.
 
-At a layer before a gap, where the next kept layer's source d is not its own plus one, all parts
-that write to the residual stream are fitted together. With their inputs x and the layer's output y,
-the change D of their weights minimises
+In a layer that is repaired, the last projection that writes to the residual stream is fitted. With
+its inputs x and the layer's output y, the change D of its weight minimises
 
     Σₜ wₜ |S[d]ₜ − yₜ − xₜ D|² + λ · mean(diag G) |D|²,   wₜ = 1 / mean(S[d]ₜ²),   G = Σₜ wₜ xₜᵀ xₜ
 
-where S[d] is the teacher's state that enters source layer d. The last writer's input has then
-changed, so it is fitted again alone. At other layers only the last writer is fitted. Norms that
-write to the stream are fitted after the projections, in every layer that is repaired. The layers
-above then see the repaired states.
+where d is the source layer that the next kept layer comes from, and S[d] the teacher's state that
+enters it. Norms that write to the stream are fitted after the projection. The layers above then see
+the repaired states. Each group of documents has the same share of all weights wₜ.
 
 ReplaceMe (arXiv 2505.02819) fits one map behind the last writer, from one model, in one place.
 
@@ -137,10 +135,7 @@ class Repairer:
         for out_layer in range(begin, last + 1):
             src_layer, depth = recipe.src_layers[out_layer], depths[out_layer]
             if chosen[out_layer]:
-                is_gap = depth != src_layer + 1
-                states, new, error = self._fitted(
-                    recipe, repair, out_layer, depth, states, lessons, is_gap=is_gap
-                )
+                states, new, error = self._fitted(recipe, repair, out_layer, depth, states, lessons)
                 if new:
                     changed[out_layer] = new
                 if error is not None:
@@ -186,8 +181,6 @@ class Repairer:
         depth: int,
         states: Sequence[torch.Tensor],
         lessons: Sequence[Lesson],
-        *,
-        is_gap: bool,
     ) -> tuple[list[torch.Tensor], dict[str, nn.Parameter], tuple[float, float] | None]:
         """Fits one layer; returns its outputs, new parameters, and the errors before and after.
 
@@ -198,13 +191,8 @@ class Repairer:
         writers = self._writers[repair.calibration.digest, recipe.dtype][src_layer]
         if not writers:
             return self._passed(out_layer, src_layer, states, lessons), {}, None
-        projections = [w for w in writers if w.layout != "channel"]
         norms = [w for w in writers if w.layout == "channel"]
-        stages = [norms] if norms else []
-        if projections:
-            stages = [projections[-1:], *stages]
-            if is_gap and len(projections) > 1:
-                stages = [projections, *stages]
+        stages = [stage for stage in ([w for w in writers if w not in norms][-1:], norms) if stage]
         new: dict[str, nn.Parameter] = {}
         old: dict[str, nn.Parameter] = {}
         unchanged: list[torch.Tensor] = []
@@ -213,22 +201,21 @@ class Repairer:
             run = self._run(out_layer, src_layer, stage, states, lessons)
             if number == 0:
                 unchanged, before = run.outputs, relative_error(run.outputs, lessons, depth)
-            solve = self._norm_changes if stage is norms else self._changes
-            changes = solve(out_layer, stage, run, lessons, depth, repair.ridge)
+            if stage is norms:
+                changes = self._norm_changes(out_layer, norms, run, lessons, depth, repair.ridge)
+            else:
+                changes = self._changes(out_layer, stage[0], run, lessons, depth, repair.ridge)
             changed = self._rounded(recipe, out_layer, changes)
             is_end = number == len(stages) - 1
-            is_added = stage is not norms and all(writer.is_last for writer in stage)
+            is_added = stage is not norms and stage[0].is_last
             if is_end and is_added:
-                states = self._corrected(out_layer, stage, run, changed)
+                states = self._corrected(out_layer, stage[0], run, changed)
             layer = self._resident.layers()[out_layer]
             old = {name: layer.get_parameter(name) for name in changed} | old
             self._resident.replace(out_layer, changed)
             new |= changed
             if is_end and not is_added:
-                states = [
-                    run_layer(layer, state, lesson.arguments[src_layer])
-                    for state, lesson in zip(states, lessons, strict=True)
-                ]
+                states = self._passed(out_layer, src_layer, states, lessons)
         after = relative_error(states, lessons, depth)
         if after > before:
             self._resident.replace(out_layer, old)
@@ -256,34 +243,31 @@ class Repairer:
     def _changes(
         self,
         out_layer: int,
-        stage: Sequence[Writer],
+        writer: Writer,
         fit: _Fit,
         lessons: Sequence[Lesson],
         depth: int,
         ridge: float,
     ) -> dict[str, torch.Tensor]:
-        """Name of a weight or bias → its change, float32, from one joint solution."""
-        layer = self._resident.layers()[out_layer]
+        """The change of a projection's weight, and of its bias if it has one, float32."""
+        part = self._resident.layers()[out_layer].get_submodule(writer.path)
         device = fit.outputs[0].device
-        widths = [fit.inputs[0][writer.path].shape[-1] for writer in stage]
-        biased = [
-            w for w in stage if getattr(layer.get_submodule(w.path), "bias", None) is not None
-        ]
+        has_bias = getattr(part, "bias", None) is not None
+        width = fit.inputs[0][writer.path].shape[-1]
         hidden_size = fit.outputs[0].shape[-1]
         num_tokens = sum(lesson.num_tokens for lesson in lessons)
-        system = RidgeRegression(sum(widths) + bool(biased), hidden_size, num_tokens, device, ridge)
+        system = RidgeRegression(width + has_bias, hidden_size, num_tokens, device, ridge)
         for output, inputs, lesson in zip(fit.outputs, fit.inputs, lessons, strict=True):
-            parts = [lesson.counted(inputs[w.path]) * w.gain for w in stage]
-            if biased:
-                parts.append(torch.full_like(parts[0][:, :1], biased[-1].gain))
-            residual_NH = lesson.residual(output, depth)
-            system.add(torch.cat(parts, 1), residual_NH, lesson.weights(depth, device))
+            x_NF = lesson.counted(inputs[writer.path]) * writer.gain
+            if has_bias:
+                x_NF = torch.cat([x_NF, torch.full_like(x_NF[:, :1], writer.gain)], 1)
+            system.add(x_NF, lesson.residual(output, depth), lesson.weights(depth, device))
         solved_FH = system.solve()
-        changes: dict[str, torch.Tensor] = {}
-        for writer, part_FH in zip(stage, solved_FH[: sum(widths)].split(widths), strict=True):  # type: ignore[no-untyped-call]
-            changes[writer.weight] = part_FH.T if writer.layout == "out_in" else part_FH
-        if biased:
-            changes[f"{biased[-1].path}.bias"] = solved_FH[-1]
+        change_FH = solved_FH[:width]
+        weight = change_FH.T if writer.layout == "out_in" else change_FH
+        changes = {writer.weight: weight}
+        if has_bias:
+            changes[f"{writer.path}.bias"] = solved_FH[-1]
         return changes
 
     def _norm_changes(
@@ -330,27 +314,23 @@ class Repairer:
     def _corrected(
         self,
         out_layer: int,
-        stage: Sequence[Writer],
+        writer: Writer,
         fit: _Fit,
         changed: Mapping[str, nn.Parameter],
     ) -> list[torch.Tensor]:
-        """The layer's outputs with the new weights; nothing after the stage's writers depends on
-        them, so their own change is all that changes."""
+        """The layer's outputs with a writer's new weights, on which nothing else in it depends."""
         layer = self._resident.layers()[out_layer]
-        outputs = fit.outputs
-        for writer in stage:
-            old = layer.get_parameter(writer.weight)
-            step = (changed[writer.weight].float() - old.float()) * writer.gain
-            step_IO = (step if writer.layout == "in_out" else step.T).to(old.dtype)
-            bias = f"{writer.path}.bias"
-            shift: torch.Tensor | float = 0.0
-            if bias in changed:
-                shift = (changed[bias].float() - layer.get_parameter(bias).float()) * writer.gain
-            outputs = [
-                (output.float() + (inputs[writer.path] @ step_IO).float() + shift).to(output.dtype)
-                for output, inputs in zip(outputs, fit.inputs, strict=True)
-            ]
-        return outputs
+        old = layer.get_parameter(writer.weight)
+        step = (changed[writer.weight].float() - old.float()) * writer.gain
+        step_IO = (step if writer.layout == "in_out" else step.T).to(old.dtype)
+        bias = f"{writer.path}.bias"
+        shift: torch.Tensor | float = 0.0
+        if bias in changed:
+            shift = (changed[bias].float() - layer.get_parameter(bias).float()) * writer.gain
+        return [
+            (output.float() + (inputs[writer.path] @ step_IO).float() + shift).to(output.dtype)
+            for output, inputs in zip(fit.outputs, fit.inputs, strict=True)
+        ]
 
 
 def layer_dtype(layer: nn.Module) -> torch.dtype:

@@ -8,7 +8,7 @@ if only additions, constant factors and changes of shape come after it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,10 +27,10 @@ _PASSES_ON = (
 
 
 def find_widths(shell: nn.Module, stack: str, size: int) -> tuple[int, ...]:
-    """F of each source layer: all inputs of its projections that write to the residual stream, and
-    one for biases; 0 where only norms can be fitted.
+    """F of each source layer: the inputs of its last projection that writes to the residual stream,
+    and one for a bias; 0 where only norms can be fitted.
 
-    Where the model can't run without values, every projection onto the stream's size counts.
+    Where the model can't run without values: of its widest projection onto the stream's size.
 
     Args:
         shell: the model on the meta device.
@@ -45,8 +45,7 @@ def find_widths(shell: nn.Module, stack: str, size: int) -> tuple[int, ...]:
             continue
     widths = []
     for layer in shell.get_submodule(stack).children():
-        paths = [path for path, _ in layer.named_modules()]
-        widths.append(_width(layer, paths, size))
+        widths.append(max((_width(part, size) for part in layer.modules()), default=0))
     return tuple(widths)
 
 
@@ -93,7 +92,10 @@ def _watch(layer: nn.Module, widths: list[int]) -> list[Any]:
             node: [path for path in paths if layout_of(layer.get_submodule(path), size)]
             for node, paths in made.items()
         }
-        widths.append(_width(layer, _added(state.grad_fn, entered[-1], parts), size))
+        added = _added(state.grad_fn, entered[-1], parts)
+        ran = [path for paths in parts.values() for path in paths if path in added]
+        found = [_width(layer.get_submodule(path), size) for path in ran]
+        widths.append(next((width for width in reversed(found) if width), 0))
 
     return [
         layer.register_forward_pre_hook(begin, with_kwargs=True),
@@ -127,13 +129,10 @@ def _added(output: Any, entered: Any, parts: Mapping[Any, list[str]]) -> list[st
     return found
 
 
-def _width(layer: nn.Module, paths: Sequence[str], size: int) -> int:
-    """The inputs of those of these parts that are projections, and one if any has a bias."""
-    width, has_bias = 0, False
-    for path in paths:
-        part = layer.get_submodule(path)
-        layout = layout_of(part, size)
-        if layout in ("out_in", "in_out"):
-            width += part.get_parameter("weight").shape[1 if layout == "out_in" else 0]
-            has_bias |= getattr(part, "bias", None) is not None
-    return width + has_bias
+def _width(part: nn.Module, size: int) -> int:
+    """The inputs of a projection, and one if it has a bias; 0 for anything else."""
+    layout = layout_of(part, size)
+    if layout not in ("out_in", "in_out"):
+        return 0
+    width = part.get_parameter("weight").shape[1 if layout == "out_in" else 0]
+    return int(width) + (getattr(part, "bias", None) is not None)

@@ -141,7 +141,7 @@ def repair(
         counted[group] = counted.get(group, 0) + int(counts.sum())
     shares = [1.0 / counted[group] for group, *_ in rows]
     errors = []
-    for out_layer, (src_layer, depth) in enumerate(zip(src_layers, depths, strict=True)):
+    for out_layer, depth in enumerate(depths):
         if not chosen[out_layer]:
             continue
         targets = [
@@ -167,10 +167,7 @@ def repair(
         layer = layers_of(student)[out_layer]
         kept, before = copy.deepcopy(layer.state_dict()), float(residuals().norm() / whole)
         are_norms = writers[-1][1] == "channel"
-        is_gap = depth != src_layer + 1
         stages = [writers] if are_norms else [writers[-1:]]
-        if is_gap and not are_norms and len(writers) > 1:
-            stages = [writers, *stages]
         for stage in stages:
             x = [
                 torch.cat(
