@@ -37,6 +37,9 @@ REFIT = "refit"
 TEXTS = "texts"
 """The folder in the output with what the base wrote for repairs and for the holdout."""
 
+LANGUAGE = "language"
+"""The task that a search with repairs adds to its holdout."""
+
 AUTO = "auto"
 """As the text of a repair: what the base writes itself."""
 
@@ -393,6 +396,25 @@ class Config(_Strict):
                 "another one, or set space.repair.refit: false."
             )
         return self.model_copy(update={"models": {**self.models, REFIT: place}})
+
+    @property
+    def own_texts(self) -> tuple[str, str]:
+        """Files with what the base writes: for repairs, and for the holdout."""
+        folder = (Path(self.output) / TEXTS).resolve()
+        return str(folder / "calibration.jsonl"), str(folder / "holdout.jsonl")
+
+    def with_language(self) -> Config:
+        """Returns a copy whose holdout also has the perplexity of what the base wrote, if it has no
+        text so far."""
+        holdout = self.evaluation.holdout
+        if holdout is None or any(spec.text is not None for spec in holdout.tasks):
+            return self
+        if LANGUAGE in [spec.task for spec in (*self.evaluation.tasks, *holdout.tasks)]:
+            return self
+        text = TaskSpec(task=LANGUAGE, text=self.own_texts[1], weight=0)
+        changed = holdout.model_copy(update={"tasks": (*holdout.tasks, text)})
+        evaluation = self.evaluation.model_copy(update={"holdout": changed})
+        return self.model_copy(update={"evaluation": evaluation})
 
     def without_repair(self) -> Config:
         """Returns a copy whose recipes are not repaired."""

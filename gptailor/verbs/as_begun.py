@@ -13,8 +13,8 @@ def as_begun(config: Config) -> Config:
     """The configuration with the choices that a run makes when it begins.
 
     Automatic repairs are off if the run in the output folder was begun without them. With repairs
-    there is one more candidate, unless there is nothing to merge, or the space has a merge method
-    that needs statistics of every candidate.
+    a holdout has one more task, once its text exists, and there is one more candidate, unless there
+    is nothing to merge, or the space has a merge method that needs statistics of every candidate.
 
     Raises:
         UsageError: a candidate has the name of the one that would be made, or a repair has nothing
@@ -28,6 +28,8 @@ def as_begun(config: Config) -> Config:
     wants_refit = not isinstance(asked, RepairSpace) or asked.refit
     if config.space.merge.calibrated:  # it would have no statistics
         wants_refit = False
-    if planned_repair(config) is None or not wants_refit or len(config.models) < 2:
+    if planned_repair(config) is None:
         return config
-    return config.with_refit()
+    if Path(config.own_texts[1]).exists():
+        config = config.with_language()
+    return config.with_refit() if wants_refit and len(config.models) > 1 else config

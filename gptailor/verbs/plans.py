@@ -355,13 +355,13 @@ def _repairs(
         UsageError: there is nothing to read, though the configuration asks for repairs.
     """
     from gptailor.evaluation.own_text import LENGTH
-    from gptailor.evaluation.repair.settings import is_automatic, own_texts, planned_repair
+    from gptailor.evaluation.repair.settings import is_automatic, planned_repair
 
     planned = planned_repair(config)
     if planned is None:
         return None
     calibration = planned.calibration
-    if calibration.text == str(own_texts(config)[0]) and not Path(calibration.text).exists():
+    if calibration.text == config.own_texts[0] and not Path(calibration.text).exists():
         stand_in = scratch / "text.txt"
         pieces = range(0, calibration.tokens, LENGTH)
         rows = (" ".join(map(str, range(begin, begin + LENGTH))) for begin in pieces)

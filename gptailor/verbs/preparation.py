@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptailor.config import REFIT, Config, TaskSpec
+from gptailor.config import REFIT, Config
 from gptailor.errors import GptailorError, ModelError, ResourceError, UsageError, is_disk_full
 from gptailor.evaluation.family import open_family
 from gptailor.files import write_new
@@ -25,11 +25,8 @@ from gptailor.verbs.checks import check_space
 if TYPE_CHECKING:
     from gptailor.models.family import Family
 
-LANGUAGE = "language"
-"""The task that is added to a holdout: the perplexity of a text that the base wrote."""
-
 HOLDOUT_PIECES = 32
-"""How much of it: pieces of `own_text.LENGTH` tokens."""
+"""How much the base writes for the holdout: pieces of `own_text.LENGTH` tokens."""
 
 
 def prepared(config: Config, io: str | None, note: Say) -> Config:
@@ -61,7 +58,7 @@ def prepared(config: Config, io: str | None, note: Say) -> Config:
             raise
         note(f"Nothing is repaired: {error}")
         return config.without_repair()
-    return _with_language(config)
+    return config.with_language()
 
 
 def refit_recipe(config: Config, planned: Repair, num_layers: int) -> Recipe:
@@ -96,14 +93,14 @@ def _opened(config: Config, io: str | None, note: Say) -> Family:
 def _write_texts(config: Config, planned: Repair, io: str | None, note: Say) -> None:
     """Has the base write the texts that the search needs, unless it has written them before."""
     from gptailor.evaluation.own_text import LENGTH, write_own_text
-    from gptailor.evaluation.repair.settings import own_texts
 
-    places = own_texts(config)
+    calibration, holdout = config.own_texts
     wanted = {}
-    if planned.calibration.text == str(places[0]):
-        wanted[places[0]] = -(-planned.calibration.tokens // LENGTH)
-    if config.evaluation.holdout is not None:
-        wanted[places[1]] = HOLDOUT_PIECES
+    if planned.calibration.text == calibration:
+        wanted[Path(calibration)] = -(-planned.calibration.tokens // LENGTH)
+    measured = config.with_language().evaluation.holdout
+    if measured is not None and holdout in [spec.text for spec in measured.tasks]:
+        wanted[Path(holdout)] = HOLDOUT_PIECES
     ref = config.models[config.base]
     is_begun = _is_begun(config)
     missing = {
@@ -207,19 +204,3 @@ def _was_made_from(place: Path, recipe: Recipe) -> bool:
     teachers = repair.teachers if asked.teachers != BY_TASK else BY_TASK
     open_again = found.with_repair(replace(repair, calibration=calibration, teachers=teachers))
     return open_again.hash == recipe.hash and open_again.models == recipe.models
-
-
-def _with_language(config: Config) -> Config:
-    """The configuration with the perplexity of the base's own text in its holdout."""
-    from gptailor.evaluation.repair.settings import own_texts
-
-    holdout = config.evaluation.holdout
-    if holdout is None:
-        return config
-    names = [spec.task for spec in (*config.evaluation.tasks, *holdout.tasks)]
-    if LANGUAGE in names or any(spec.text is not None for spec in holdout.tasks):
-        return config
-    text = TaskSpec(task=LANGUAGE, text=str(own_texts(config)[1]), weight=0)
-    changed = holdout.model_copy(update={"tasks": (*holdout.tasks, text)})
-    evaluation = config.evaluation.model_copy(update={"holdout": changed})
-    return config.model_copy(update={"evaluation": evaluation})

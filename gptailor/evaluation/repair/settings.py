@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
-from gptailor.config import AUTO, TEXTS, Config, RepairSpace
+from gptailor.config import AUTO, Config, RepairSpace
 from gptailor.errors import UsageError
 from gptailor.recipe.repair import (
     BY_TASK,
@@ -19,12 +18,6 @@ from gptailor.recipe.repair import (
 
 FRONT_DOCUMENTS = 128
 """Of each task, for repairs of the front."""
-
-
-def own_texts(config: Config) -> tuple[Path, Path]:
-    """Where a search keeps what the base writes: for its repairs, and for its holdout."""
-    folder = (Path(config.output) / TEXTS).resolve()
-    return folder / "calibration.jsonl", folder / "holdout.jsonl"
 
 
 def is_automatic(config: Config) -> bool:
@@ -64,7 +57,7 @@ def planned_repair(config: Config) -> Repair | None:
         apply_chat_template=evaluation.apply_chat_template,
         fewshot_as_multiturn=evaluation.fewshot_as_multiturn,
         system_instruction=evaluation.system_instruction,
-        text=str(own_texts(config)[0]) if given.text == AUTO else given.text or None,
+        text=config.own_texts[0] if given.text == AUTO else given.text or None,
         tokens=given.tokens,
     )
     teachers = space.teachers
