@@ -3,20 +3,22 @@
     python benchmarks/repair.py examples/smollm2 [--sizes 0.9,0.8,0.75,0.7,0.6] [--seeds 3]
         [--documents 600] [--text FILE] [--json OUT]
 
-The folder holds a `search.yaml` with a holdout. For the merge of all variants (task arithmetic,
-λ = 1/√n), its refit (every layer refitted), and the best dense candidate of the first task, layers
-are cut by Block Influence. Each cut is scored on the holdout tasks
+The folder holds a `search.yaml` with a holdout, whose tasks are scored. First come the whole
+models: the base, its refitted merge, and a merge of all variants by each merge method. Then the
+merge (task arithmetic, λ = 1/√n), its refit and the first variant are cut by the Block Influence of
+the refit's layers. Each cut is scored
 
 - as it is,
 - with Prune&Comp's compensation (arXiv 2507.18212): the state behind a gap is scaled to the size
   that it had,
 - with ReplaceMe's map (arXiv 2505.02819): the MLP's output before a gap is multiplied by the matrix
   that best predicts the state behind it,
-- repaired at the gaps, after the first gap, and at all layers.
+- repaired at the gaps, after the first gap, and at all layers, as the front of a search is; after
+  the first gap also without the base's text, and as all recipes of a search are, which read less.
 
-Repairs read search documents, chosen anew for each seed. `refit` is the merge with nothing cut.
-With a text, the first half is read by a second set of repairs, and the perplexity per token of the
-second half is printed for all.
+Repairs read search documents, chosen anew for each seed. With `--text`, its perplexity per token is
+printed for all; no repair reads it. Times are seconds for one repair, and for scoring one recipe on
+the search's documents.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -38,13 +40,13 @@ from gptailor.config import Config, EvaluationConfig, read_config
 from gptailor.evaluation.evaluator import Evaluator
 from gptailor.evaluation.family import open_family
 from gptailor.evaluation.repair.replay import run_layer
-from gptailor.evaluation.repair.settings import planned_repair
+from gptailor.evaluation.repair.settings import front_repair, planned_repair
 from gptailor.evaluation.repair.targets import Lesson
 from gptailor.evaluation.text import make_sequences, read_documents
-from gptailor.recipe import Layer, Recipe, Repair, Take
+from gptailor.merging.registry import METHODS
+from gptailor.recipe import Layer, Merge, Recipe, Repair, Take
 from gptailor.recipe.repair import UNCUT, RepairedLayers
-from gptailor.verbs.models import write_stitched
-from gptailor.verbs.preparation import refit_recipe
+from gptailor.verbs.preparation import prepared, refit_recipe
 
 KINDS: tuple[RepairedLayers, ...] = ("gaps", "after", "all")
 
@@ -54,38 +56,51 @@ class Bench:
 
     def __init__(self, config: Config, num_documents: int, scratch: Path, text: Path | None):
         assert config.evaluation.holdout is not None
-        self.config = config
-        planned = planned_repair(config)
+        config = config.model_copy(update={"output": str(scratch)}).with_refit()
+        planned, front = planned_repair(config), front_repair(config)
         assert planned is not None
-        self.planned = replace(planned, dtype="")
+        assert front is not None
+        self.config, self.planned, self.front = config, planned, front
+        prepared(config, None, lambda text: None)
         family = open_family(config.models, config.base)
         self.num_layers = family.num_layers
-        self.merge = refit_recipe(config, self.planned, family.num_layers)
-        write_stitched(self.merge, family, scratch / "refit", verify=False, sync=False)
-        self.models = {**config.models, "refit": str(scratch / "refit")}
+        self.merge = refit_recipe(config, front, family.num_layers)
         asked = config.evaluation.model_dump()
         asked |= {"tasks": asked["holdout"]["tasks"], "holdout": None, "rungs": (num_documents,)}
-        self.evaluator = Evaluator(
-            open_family(self.models, config.base), EvaluationConfig.model_validate(asked)
-        )
+        self.evaluator = Evaluator(family, EvaluationConfig.model_validate(asked))
         self.text = text
         if text is not None:
             lm = self.evaluator.lm
-            documents = read_documents(text)
-            found = make_sequences(documents[len(documents) // 2 :], lm.tok_encode, 8192, 256)
+            found = make_sequences(read_documents(text), lm.tok_encode, 8192, 256)
             self.elsewhere = found.tokens
 
     def recipe(self, layers: Sequence[Layer], repair: Repair | None = None) -> Recipe:
         base = self.config.base
-        return Recipe(self.models, base, tuple(layers), base, base, "bfloat16", repair=repair)
+        models = self.config.models
+        return Recipe(models, base, tuple(layers), base, base, "bfloat16", repair=repair)
 
     def repair(
-        self, kind: RepairedLayers, seed: int, *, with_text: bool = False, **changes: Any
+        self, kind: RepairedLayers, seed: int, *, little: bool = False, **changes: Any
     ) -> Repair:
-        calibration = replace(self.planned.calibration, seed=seed, skip=0)
-        if with_text and self.text is not None:
-            calibration = replace(calibration, text=str(self.text))
-        return replace(self.planned, layers=kind, calibration=calibration, **changes)
+        """As in a search: little for all recipes, more for the front."""
+        repair = self.planned if little else self.front
+        calibration = replace(repair.calibration, seed=seed, skip=0, **changes)
+        return replace(repair, layers=kind, calibration=calibration)
+
+    def merges(self) -> Iterator[tuple[str, list[Layer]]]:
+        """A whole merge of all variants by each method, with its own parameters."""
+        variants = [name for name in self.merge.models if name not in (self.config.base, "refit")]
+        for name, method in METHODS.items():
+            if method.is_calibrated or method.max_sources < len(variants):
+                continue
+            weights = tuple((variant, 1.0) for variant in variants)
+            values = {
+                p.name: p.search[0] if p.default is None else p.default for p in method.parameters
+            }
+            layers: list[Layer] = [
+                Merge(name, i, weights, tuple(values.items())) for i in range(self.num_layers)
+            ]
+            yield name, layers
 
     def score(self, recipe: Recipe) -> tuple[float, float]:
         """Accuracy, and seconds to assemble."""
@@ -115,7 +130,7 @@ class Bench:
 
     def lessons(self, recipe: Recipe) -> list[Lesson]:
         """The states of the recipe's own layers without cuts; assembles the recipe afterwards."""
-        asked = recipe.with_repair(self.repair("gaps", 0, teachers=UNCUT))
+        asked = recipe.with_repair(replace(self.repair("gaps", 0), teachers=UNCUT))
         lessons = self.evaluator.repairs.lessons(asked)
         self.evaluator.resident.assemble(recipe)
         return lessons
@@ -199,51 +214,55 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(config, arguments.documents, Path(scratch), arguments.text)
-        base, first = config.base, next(name for name in config.models if name != config.base)
-        took = bench.score(bench.recipe([Take(base, i) for i in range(bench.num_layers)]))
-        print(f"base {took[0]:.3f}", flush=True)
+        first = next(name for name in config.models if name != config.base)
 
-        def note(what: str, size: float, kind: str, values: list[float], *rest: float) -> None:
+        def note(what: str, size: float, kind: str, values: list[float], *seconds: float) -> None:
             spread = f"{min(values):.3f}-{max(values):.3f}" if len(values) > 1 else ""
-            extra = " ".join(f"{value:.1f}" for value in rest)
+            perplexity = bench.perplexity()
+            extra = " ".join(f"{value:.1f} s" for value in seconds)
             print(
-                f"{what:10} {size:4.2f} {kind:12} {statistics.mean(values):.3f} {spread} {extra}",
+                f"{what:16} {size:4.2f} {kind:16} {statistics.mean(values):.3f} {spread:11} "
+                f"{perplexity:9.1f} {extra}",
                 flush=True,
             )
-            rows.append(
-                {"what": what, "size": size, "kind": kind, "accuracy": values, "rest": rest}
-            )
+            rows.append({
+                "what": what, "size": size, "kind": kind, "accuracy": values,
+                "perplexity": perplexity, "seconds": seconds,
+            })  # fmt: skip
 
-        stacks: dict[str, list[Layer]] = {
-            "merge": list(bench.merge.layers),
-            "refit": [Take("refit", i) for i in range(bench.num_layers)],
-            first: [Take(first, i) for i in range(bench.num_layers)],
+        def repaired(what: str, size: float, cut: Sequence[Layer], kind: str, **how: Any) -> None:
+            layers = cast("RepairedLayers", kind.partition(",")[0])
+            found = [
+                bench.score(bench.recipe(cut, bench.repair(layers, seed, **how)))
+                for seed in range(arguments.seeds)
+            ]
+            seconds = statistics.median(s for _, s in found)
+            note(what, size, kind, [accuracy for accuracy, _ in found], seconds)
+
+        whole: dict[str, list[Layer]] = {
+            name: [Take(name, i) for i in range(bench.num_layers)] for name in bench.config.models
         }
-        for what, stack in stacks.items():
-            accuracy, _ = bench.score(bench.recipe(stack))
-            note(what, 1.0, "plain", [accuracy], bench.perplexity())
-            influence = bench.evaluator.similarity("refit", "bfloat16").block_influence
-            order = sorted(range(bench.num_layers), key=lambda i: (-influence[i], i))
-            for size in map(float, arguments.sizes.split(",")):
-                kept = sorted(order[: round(size * bench.num_layers)])
+        for what, stack in (*whole.items(), *bench.merges()):
+            try:
+                note(what, 1.0, "plain", [bench.score(bench.recipe(stack))[0]])
+            except Exception as error:  # a method that these weights make no model of
+                print(f"{what}: {error}", flush=True)
+        influence = bench.evaluator.similarity("refit", "bfloat16").block_influence
+        order = sorted(range(bench.num_layers), key=lambda i: (-influence[i], i))
+        stacks = {"merge": list(bench.merge.layers), "refit": whole["refit"], first: whole[first]}
+        for size in map(float, arguments.sizes.split(",")):
+            kept = sorted(order[: round(size * bench.num_layers)])
+            for what, stack in stacks.items():
                 cut = [stack[i] for i in kept]
                 recipe = bench.recipe(cut)
-                accuracy, _ = bench.score(recipe)
-                note(what, size, "plain", [accuracy], bench.perplexity())
-                accuracy, _ = bench.score(bench.compensated(recipe))
-                note(what, size, "prune&comp", [accuracy], bench.perplexity())
+                note(what, size, "plain", [bench.score(recipe)[0]])
+                note(what, size, "prune&comp", [bench.score(bench.compensated(recipe))[0]])
                 bench.replaced(recipe)
-                note(what, size, "replaceme", [bench.score_assembled()], bench.perplexity())
+                note(what, size, "replaceme", [bench.score_assembled()])
                 for kind in KINDS:
-                    found = []
-                    for seed in range(arguments.seeds):
-                        found.append(bench.score(bench.recipe(cut, bench.repair(kind, seed))))
-                    seconds = statistics.median(s for _, s in found)
-                    note(what, size, kind, [a for a, _ in found], bench.perplexity(), seconds)
-                if arguments.text is not None:
-                    repair = bench.repair("gaps", 0, with_text=True)
-                    accuracy, seconds = bench.score(bench.recipe(cut, repair))
-                    note(what, size, "gaps+text", [accuracy], bench.perplexity(), seconds)
+                    repaired(what, size, cut, kind)
+                repaired(what, size, cut, "after, no text", text=None)
+                repaired(what, size, cut, "after, little", little=True)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"rows": rows, "at": time.time()}, indent=1))
 
