@@ -106,11 +106,12 @@ class Run:
         arms = control_arms(
             self.space, search.arms, search.arm_sizes, self._similarities(), search.seed
         )
+        self._name_arms(arms)
         repair = self.executor.workload().repair
         if repair is not None:
-            arms += self._repaired_arms(arms, repair)
-        for arm, recipe in arms:
-            self.recorder.archive.add_arm(arm, recipe)
+            repaired = self._repaired_arms(arms, repair)
+            self._name_arms(repaired)
+            arms += repaired
         recipes = _unique([recipe for _, recipe in arms])[: search.evaluations]
         with self.progress.step(lambda: self.progress.line(time.monotonic()), self._doing):
             kind = AsynchronousLoop if self.is_asynchronous else GenerationalLoop
@@ -187,6 +188,11 @@ class Run:
             seed = (*seed, 3, len(self.recorder.evaluations("search")))
         num_objectives = len(self.config.objectives)
         return kind(self.space, Settings(num_objectives, search.population, seed, tuple(start)))
+
+    def _name_arms(self, arms: Sequence[tuple[str, Recipe]]) -> None:
+        """Records which recipes are control arms; an evaluation knows those named before it."""
+        for arm, recipe in arms:
+            self.recorder.archive.add_arm(arm, recipe)
 
     def _repaired_arms(
         self, arms: Sequence[tuple[str, Recipe]], repair: Repair

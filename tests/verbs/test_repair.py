@@ -219,6 +219,9 @@ def test_a_search_repairs(
         assert more.calibration.documents > repair.calibration.documents
         assert more.calibration.tokens > repair.calibration.tokens
         assert all(arm.endswith(f"+repair({more.calibration.documents})") for arm in row.arms)
+    dense = {row.recipe.hash for arm, row in arms.items() if arm.startswith("dense:")}
+    assert len(dense) == 3
+    assert dense <= {row.recipe.hash for row in holdout}
     # the base's text is measured, but does not count
     for row in holdout:
         task, language = row.outcome.scores
