@@ -383,13 +383,28 @@ class Config(_Strict):
                 raise unknown("objective", objective, known, "objectives")
         return self
 
+    @property
+    def refit_place(self) -> str:
+        """Where a search makes its own candidate."""
+        return str((Path(self.output) / REFIT).resolve())
+
+    @property
+    def own_models(self) -> dict[str, str]:
+        """The candidates without the one that the search makes."""
+        return {n: ref for n, ref in self.models.items() if n != REFIT or not self.has_refit}
+
+    @property
+    def has_refit(self) -> bool:
+        """Whether one of the candidates is the one that the search makes."""
+        return self.models.get(REFIT) == self.refit_place
+
     def with_refit(self) -> Config:
         """Returns a copy with one more candidate, `REFIT`, in the output folder.
 
         Raises:
             UsageError: another candidate has that name.
         """
-        place = str((Path(self.output) / REFIT).resolve())
+        place = self.refit_place
         if self.models.get(REFIT, place) != place:
             raise UsageError(
                 f"models: the name {REFIT} is taken by the candidate that the search makes: choose "
@@ -418,9 +433,8 @@ class Config(_Strict):
 
     def without_repair(self) -> Config:
         """Returns a copy whose recipes are not repaired."""
-        models = {name: ref for name, ref in self.models.items() if name != REFIT}
         space = self.space.model_copy(update={"repair": False})
-        return self.model_copy(update={"models": models, "space": space})
+        return self.model_copy(update={"models": self.own_models, "space": space})
 
     def computed_in(self, dtype: str) -> Config:
         """Returns a copy with `evaluation.dtype` set to `dtype`."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gptailor.errors import ModelError
-from gptailor.recipe import Recipe, Take
+from gptailor.recipe import dense_recipe
 
 if TYPE_CHECKING:
     import torch
@@ -111,9 +111,7 @@ def measure(
     from gptailor.evaluation.repair.replay import hidden_state, split
 
     family = resident.family
-    layers = tuple(Take(model, i) for i in range(family.num_layers))
-    recipe = Recipe(family.refs, family.base_name, layers, model, model, dtype)
-    resident.assemble(recipe)
+    resident.assemble(dense_recipe(family.refs, family.base_name, model, family.num_layers, dtype))
     _check_states(resident, lm)
     num_layers = family.num_layers
     influence = torch.zeros(num_layers, dtype=torch.float64)

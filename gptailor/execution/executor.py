@@ -82,6 +82,7 @@ class WorkloadInfo:
         num_documents: "search" and, if there is one, "holdout" → documents of one evaluation.
         digest: changes when tasks or documents do.
         repair: how all recipes are repaired, perhaps without teachers yet; None for not at all.
+        why_no_repair: a sentence, if automatic repairs are not possible.
         front_repair: how the best ones are repaired once the search has ended; None if like all.
     """
 
@@ -89,6 +90,7 @@ class WorkloadInfo:
     digest: str
     repair: Repair | None = None
     front_repair: Repair | None = None
+    why_no_repair: str = ""
 
 
 class Executor(Protocol):

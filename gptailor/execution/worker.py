@@ -10,13 +10,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gptailor.config import Config
-from gptailor.errors import UsageError
+from gptailor.errors import ModelError, UsageError
 from gptailor.evaluation.outcome import Outcome
 from gptailor.evaluation.similarity import Similarity
 from gptailor.execution.executor import EvaluationJob, Job, SimilarityJob, WorkloadInfo
 from gptailor.models.family import Family
 from gptailor.patience import Say
-from gptailor.recipe import Repair
+from gptailor.recipe import Repair, dense_recipe
 
 if TYPE_CHECKING:
     from gptailor.evaluation.evaluator import Evaluator
@@ -56,30 +56,39 @@ class Worker:
 
     def workload(self) -> WorkloadInfo:
         """What will be evaluated."""
+        from gptailor.evaluation.repair.settings import front_repair, is_automatic, planned_repair
+
         workloads = self.evaluator.workloads
         digest = "-".join(workload.digest for workload in workloads.values())
-        from gptailor.evaluation.repair.settings import front_repair, planned_repair
-
-        repair = self._with_digest(planned_repair(self._config))
-        front = self._with_digest(front_repair(self._config))
+        counts = {str(name): workload.num_documents for name, workload in workloads.items()}
+        try:
+            repair = self._with_digest(planned_repair(self._config))
+            front = self._with_digest(front_repair(self._config))
+        except (UsageError, ModelError) as error:
+            if not is_automatic(self._config):
+                raise
+            return WorkloadInfo(counts, digest, why_no_repair=str(error))
         for found in (repair, front):
             if found is not None:
                 digest = f"{digest}-{found.calibration.digest}"
-        counts = {str(name): workload.num_documents for name, workload in workloads.items()}
         return WorkloadInfo(counts, digest, repair, front)
 
     def _with_digest(self, planned: Repair | None) -> Repair | None:
-        """A planned repair with the digest of what it reads; None if there is nothing to read."""
-        from gptailor.evaluation.repair.settings import is_automatic
+        """A planned repair with the digest of what it reads.
 
+        Raises:
+            UsageError: there is nothing to read.
+            ModelError: the architecture can't be repaired.
+        """
         if planned is None:
             return None
-        try:
-            reading = self.evaluator.repairs.reading(planned.calibration)
-        except UsageError:
-            if is_automatic(self._config):
-                return None  # no documents are left to read
-            raise
+        config, repairs = self._config, self.evaluator.repairs
+        reading = repairs.reading(planned.calibration)
+        if not config.has_refit:  # else it has been repaired
+            base, num_layers = config.base, self.evaluator.family.num_layers
+            repairs.check(
+                dense_recipe(config.models, base, base, num_layers, config.space.dtype), reading
+            )
         calibration = replace(planned.calibration, digest=reading.digest)
         return replace(planned, calibration=calibration)
 

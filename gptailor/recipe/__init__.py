@@ -8,6 +8,7 @@ from gptailor.recipe.recipe import (
     KnownLayers,
     Recipe,
     absolute_ref,
+    dense_recipe,
     read_recipe,
 )
 from gptailor.recipe.repair import CalibrationDocuments, CalibrationTask, Repair
@@ -26,5 +27,6 @@ __all__ = [
     "Repair",
     "Take",
     "absolute_ref",
+    "dense_recipe",
     "read_recipe",
 ]

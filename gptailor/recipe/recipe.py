@@ -359,6 +359,20 @@ def _read_end(value: object, models: Mapping[str, str], base: str, source: str, 
     return end.model if isinstance(end, Take) and not end.modules else end
 
 
+def dense_recipe(
+    models: Mapping[str, str], base: str, model: str, num_layers: int, dtype: str
+) -> Recipe:
+    """One of the models, whole, as a recipe.
+
+    Args:
+        models, base, dtype: as for `Recipe`.
+        model: its name.
+        num_layers: its layers.
+    """
+    layers = tuple(Take(model, src_layer) for src_layer in range(num_layers))
+    return Recipe(models, base, layers, model, model, dtype)
+
+
 def absolute_ref(ref: str, folder: Path) -> str:
     """`ref` as an absolute path, resolved from `folder`, if it names a folder; else unchanged."""
     if ref.startswith(("./", "../", "/", "~")) or is_folder(folder / ref):

@@ -107,9 +107,11 @@ class Run:
             self.space, search.arms, search.arm_sizes, self._similarities(), search.seed
         )
         self._name_arms(arms)
-        repair = self.executor.workload().repair
-        if repair is not None:
-            repaired = self._repaired_arms(arms, repair)
+        workload = self.executor.workload()
+        if workload.why_no_repair:
+            self.progress.note(f"Nothing is repaired: {workload.why_no_repair}")
+        if workload.repair is not None:
+            repaired = self._repaired_arms(arms, workload.repair)
             self._name_arms(repaired)
             arms += repaired
         recipes = _unique([recipe for _, recipe in arms])[: search.evaluations]

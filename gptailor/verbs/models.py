@@ -16,7 +16,7 @@ from gptailor.files import left_behind, process_marker
 from gptailor.merging.registry import CALIBRATED
 from gptailor.models.family import Family
 from gptailor.patience import Patience, Say, slowly
-from gptailor.recipe import DTYPES, Recipe, Take, read_recipe
+from gptailor.recipe import DTYPES, Recipe, dense_recipe, read_recipe
 
 if TYPE_CHECKING:
     from gptailor.evaluation.outcome import Score
@@ -300,11 +300,10 @@ def evaluate(
     else:
         family, whose = open_family({"model": str(source)}, "model", io), "the model's"
         found = family.base.tensors[family.architecture.embeddings[0]].dtype
-        layers = tuple(Take("model", i) for i in range(family.num_layers))
         names = {name: dtype for dtype, name in DTYPES.items()}
         if found not in names:
             raise ModelError(f"{source} has weights of dtype {found}, which is not supported.")
-        recipe = Recipe(family.refs, "model", layers, "model", "model", names[found])
+        recipe = dense_recipe(family.refs, "model", "model", family.num_layers, names[found])
     for text in family.notes:
         note(text)
     each = {"num_fewshot": num_fewshot, "metric": metric, "limit": limit}

@@ -250,7 +250,7 @@ def _plan(
         dry_run = DryRun(parsed, family)
         sizes = dry_run.sizes()
     repairs = _repairs(parsed, dry_run, scratch, note)
-    if repairs is None and _makes_refit(parsed):
+    if repairs is None and parsed.has_refit:
         parsed = parsed.without_repair()
         family = _open(parsed)
     calibration = find_calibration(parsed, family)
@@ -332,16 +332,9 @@ def _open(config: Config) -> Family:
     from gptailor.models.family import resolve
 
     folders = {}
-    if _makes_refit(config) and not is_folder(Path(config.models[REFIT])):
+    if config.has_refit and not is_folder(Path(config.models[REFIT])):
         folders[REFIT] = resolve(config.models[config.base])
     return open_family(config.models, config.base, folders=folders)
-
-
-def _makes_refit(config: Config) -> bool:
-    """Whether one of the candidates is the one that a search makes."""
-    from gptailor.config import REFIT
-
-    return config.models.get(REFIT) == str((Path(config.output) / REFIT).resolve())
 
 
 def _repairs(
@@ -404,16 +397,14 @@ def _probes(config: Config, repair: Repair | None, note: Say) -> tuple[str, list
         repair: of all recipes; None for none.
         note: see `plan`.
     """
-    from gptailor.config import REFIT
     from gptailor.evaluation.evaluator import Evaluator
     from gptailor.evaluation.family import find_calibration
     from gptailor.execution.node.files import open_candidates
     from gptailor.search.probe import measure_probes
     from gptailor.search.space import SearchSpace
 
-    own = {
-        name: ref for name, ref in config.models.items() if name != REFIT or is_folder(Path(ref))
-    }
+    is_made = config.has_refit and is_folder(Path(config.refit_place))
+    own = config.models if is_made else config.own_models
     config = config.model_copy(update={"models": own})
     evaluation = config.evaluation.model_copy(update={"holdout": None})
     said = [""]

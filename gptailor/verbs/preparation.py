@@ -17,7 +17,7 @@ from gptailor.files import write_new
 from gptailor.merging.registry import TASK_ARITHMETIC
 from gptailor.models.untrusted import is_folder
 from gptailor.patience import Say, slowly
-from gptailor.recipe import Merge, Recipe, Take, read_recipe
+from gptailor.recipe import Merge, Recipe, dense_recipe, read_recipe
 from gptailor.recipe.repair import BY_TASK, Repair
 from gptailor.run.layout import ARCHIVE, ISLANDS
 from gptailor.verbs.checks import check_space
@@ -64,7 +64,7 @@ def prepared(config: Config, io: str | None, note: Say) -> Config:
 def refit_recipe(config: Config, planned: Repair, num_layers: int) -> Recipe:
     """Task arithmetic of all variants with λ = 1/√n, between their mean and their sum; every layer
     is refitted, so λ is only where the least squares begin."""
-    models = _own_models(config)
+    models = config.own_models
     variants = [name for name in models if name != config.base]
     weight = round(1 / math.sqrt(len(variants)), 3)
     weights = tuple((name, weight) for name in variants)
@@ -77,13 +77,8 @@ def refit_recipe(config: Config, planned: Repair, num_layers: int) -> Recipe:
     return Recipe(models, base, layers, base, base, config.space.dtype, repair=repair)
 
 
-def _own_models(config: Config) -> dict[str, str]:
-    """The candidates that the user named."""
-    return {name: ref for name, ref in config.models.items() if name != REFIT}
-
-
 def _opened(config: Config, io: str | None, note: Say) -> Family:
-    models = _own_models(config)
+    models = config.own_models
     with slowly(f"Opening {len(models)} candidates", note):
         family = open_family(models, config.base, io)
         check_space(config, family)
@@ -114,8 +109,7 @@ def _write_texts(config: Config, planned: Repair, io: str | None, note: Say) -> 
 
     family = _opened(config, io, note)
     base = config.base
-    layers = tuple(Take(base, src_layer) for src_layer in range(family.num_layers))
-    writer = Recipe({base: ref}, base, layers, base, base, config.space.dtype)
+    writer = dense_recipe({base: ref}, base, base, family.num_layers, config.space.dtype)
     try:
         with slowly("Writing a text with the base, for repairs to keep its language", note):
             pieces = write_own_text(
@@ -164,7 +158,7 @@ def _is_begun(config: Config) -> bool:
 
 def _make_refit(config: Config, planned: Repair, io: str | None, note: Say) -> None:
     """Makes the refitted candidate, unless it is there."""
-    if REFIT not in config.models:
+    if not config.has_refit:
         return
     place = Path(config.models[REFIT])
     from gptailor.evaluation.devices import give_back_memory

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from gptailor import cli, verbs
-from gptailor.errors import UsageError
+from gptailor.errors import ModelError, UsageError
 from gptailor.recipe import CalibrationDocuments, CalibrationTask, Recipe, Repair, Take
 from gptailor.recipe.repair import RepairedLayers
 from gptailor.report.front_model import load_report
@@ -378,6 +378,28 @@ def test_one_model_is_repaired_without_a_refit(
         repaired = [row for row in archive.evaluations("search") if row.recipe.repair]
     assert repaired
     assert not (tmp_path / "run" / "refit").exists()
+
+
+def test_one_model_of_an_architecture_that_cannot_be_repaired(
+    configured: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """There is no refit that would have found it out before the search."""
+
+    def differ(*_: object) -> None:
+        raise ModelError("The layers of this architecture depend on more.")
+
+    monkeypatch.setattr("gptailor.evaluation.repair.repairer.check_replay", differ)
+    config = configured(search__evaluations=6)
+    config["models"] = {"base": config["models"]["base"]}
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(config))
+    assert search(tmp_path) == 0
+    assert "Nothing is repaired: The layers of this" in capsys.readouterr().err
+    with Archive(tmp_path / "run", readonly=True) as archive:
+        assert all(row.recipe.repair is None for row in archive.evaluations())
+    assert search(tmp_path, f"output={tmp_path / 'asked'}", "space.repair={layers: gaps}") == 3
 
 
 # What is made before a search

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from gptailor.errors import ModelError
 from gptailor.evaluation.lm import ResidentLM
 from gptailor.evaluation.repair.layer_error import LayerError, relative_error
 from gptailor.evaluation.repair.reading import Reading
@@ -87,17 +88,28 @@ class Repairer:
         Args:
             dense: a candidate, uncut; it may be assembled.
             reading: what is read.
+
+        Raises:
+            ModelError: the architecture can't be repaired.
         """
         key = reading.digest, dense.dtype
         if key in self._writers:
             return
         self._resident.assemble(dense)
         layers = self._resident.layers()
-        seen = trace(self._lm, layers, reading.batches[0].input_BT[:PROBED_ROWS])
-        self._writers[key] = [
+        probed_BT = reading.batches[0].input_BT[:PROBED_ROWS]
+        seen = trace(self._lm, layers, probed_BT)
+        check_replay(self._lm, layers, seen.arguments, probed_BT)
+        found = [
             find_writers(layer, state, given)
             for layer, state, given in zip(layers, seen.states, seen.arguments, strict=False)
         ]
+        if not any(found):
+            raise ModelError(
+                "No layer of this architecture has a projection or norm that writes to the "
+                "residual stream, so a cut of it can't be repaired: leave repair out."
+            )
+        self._writers[key] = found
 
     @torch.no_grad()
     def repair(self, recipe: Recipe, lessons: Sequence[Lesson]) -> Prefix:

@@ -178,6 +178,10 @@ class Repairs:
         self._readings = {key: again[id(kept)] for key, kept in self._readings.items()}
         give_back_memory()
 
+    def check(self, whole: Recipe, reading: Reading) -> None:
+        """Raises a `ModelError` if the architecture of a whole candidate can't be repaired."""
+        self._repairer.look(whole, reading)
+
     def lessons(self, recipe: Recipe) -> list[Lesson]:
         """What teachers have to say about a resolved recipe; call it before assembling it."""
         assert recipe.repair is not None

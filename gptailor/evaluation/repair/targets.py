@@ -22,7 +22,7 @@ from gptailor.evaluation.lm import ResidentLM
 from gptailor.evaluation.repair.reading import Batch, Reading
 from gptailor.evaluation.repair.replay import Arguments, trace
 from gptailor.evaluation.resident import ResidentModel
-from gptailor.recipe import Layer, Recipe, Take
+from gptailor.recipe import Layer, Recipe, dense_recipe
 from gptailor.recipe.repair import UNCUT
 
 
@@ -87,8 +87,7 @@ def teachers_of(recipe: Recipe, groups: Sequence[str], num_layers: int) -> dict[
 
 def dense(recipe: Recipe, model: str, num_layers: int) -> Recipe:
     """One of a recipe's candidates, whole, as a recipe."""
-    layers = tuple(Take(model, src_layer) for src_layer in range(num_layers))
-    return Recipe(recipe.models, recipe.base, layers, model, model, recipe.dtype)
+    return dense_recipe(recipe.models, recipe.base, model, num_layers, recipe.dtype)
 
 
 def uncut(recipe: Recipe, num_layers: int) -> Recipe:
@@ -146,11 +145,17 @@ class Teachers:
         self._resident.assemble(teacher)
         layers = self._resident.layers()
         lessons = []
-        share = 1.0 / max(sum(int(batch.counts_BT.sum()) for batch in batches), 1)
-        for batch in batches:
+        num_tokens = [int(batch.counts_BT.sum()) for batch in batches]
+        share = 1.0 / max(sum(num_tokens), 1)
+        in_memory: bool | None = None
+        for batch, count in zip(batches, num_tokens, strict=True):
             seen = trace(self._lm, layers, batch.input_BT)
-            shape = (len(seen.states), int(batch.counts_BT.sum()), seen.states[0].shape[-1])
-            kept = _room(shape, seen.states[0].dtype)
+            first = seen.states[0]
+            shape = (len(seen.states), count, first.shape[-1])
+            if in_memory is None:
+                all_bytes = shape[0] * sum(num_tokens) * shape[2] * first.dtype.itemsize
+                in_memory = all_bytes <= available_bytes() // 4
+            kept = _room(shape, first.dtype, in_memory=in_memory)
             for depth, state in enumerate(seen.states):
                 kept[depth] = state[batch.counts_BT.to(state.device)].cpu()
             if not bool(torch.isfinite(kept).all()):
@@ -162,10 +167,10 @@ class Teachers:
         return lessons
 
 
-def _room(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """An empty tensor: in memory if it takes at most a quarter of what is free, else in a file."""
+def _room(shape: tuple[int, ...], dtype: torch.dtype, *, in_memory: bool) -> torch.Tensor:
+    """An empty tensor in memory, or in a file without a name."""
     n_bytes = int(torch.Size(shape).numel()) * dtype.itemsize
-    if n_bytes <= available_bytes() // 4:
+    if in_memory:
         return torch.empty(shape, dtype=dtype)
     try:
         with tempfile.TemporaryFile() as file:

@@ -102,8 +102,8 @@ def test_a_repair_takes_what_was_planned(
 
     room = targets._room
 
-    def watched(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        kept = room(shape, dtype)
+    def watched(shape: tuple[int, ...], dtype: torch.dtype, *, in_memory: bool) -> torch.Tensor:
+        kept = room(shape, dtype, in_memory=in_memory)
         states.append(kept.nbytes)
         return kept
 
