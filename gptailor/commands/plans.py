@@ -118,9 +118,14 @@ def _repair_lines(plan: Plan) -> list[str]:
     if found is None:
         return [read]
     where = "in a file in TMPDIR" if found.in_file else "in memory"
+    largest = plan.front_repair or needs
+    lines = [read]
+    if plan.front_repair is not None:
+        lines.append(f"            {largest.documents:,} and {largest.tokens:,} for the front")
     return [
-        f"{read}; teachers' states take {size(needs.teachers)} {where}",
-        f"            {found.why_not or _fits(needs.on_device, found.room)}",
+        *lines,
+        f"            teachers' states take {size(largest.teachers)} {where}",
+        f"            {found.why_not or _fits(largest.on_device, found.room)}",
     ]
 
 

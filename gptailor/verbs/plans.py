@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gptailor.config import Config
     from gptailor.evaluation.dry_run import DryRun, WorkloadSize
     from gptailor.evaluation.footprint import Footprint
+    from gptailor.evaluation.lm import ResidentLM
     from gptailor.evaluation.repair.footprint import RepairFootprint
     from gptailor.evaluation.repair.reading import Reading
     from gptailor.recipe import Repair
@@ -145,7 +146,9 @@ class Plan:
             that they are read, in bytes; None if they are mapped.
         cpu_stay: all candidates, or all copies, stay in memory.
         repair: what repairs read and take; None if recipes are not repaired.
-        repair_room: how they fit into a worker's memory; None without, or if it can't evaluate.
+        front_repair: the same for repairs of the front; None if they read no more.
+        repair_room: how the largest ones fit into a worker's memory; None without, or if it can't
+            evaluate.
         device: where the probes were measured.
         probes: the measured evaluations; empty without.
         workers: number of workers that the following figures are for.
@@ -168,6 +171,7 @@ class Plan:
     cpu_candidates: int | None
     cpu_stay: bool
     repair: RepairFootprint | None
+    front_repair: RepairFootprint | None
     repair_room: RepairRoom | None
     device: str
     probes: list[Probe]
@@ -250,7 +254,7 @@ def _plan(
         dry_run = DryRun(parsed, family)
         sizes = dry_run.sizes()
     repairs = _repairs(parsed, dry_run, scratch, note)
-    if repairs is None and parsed.has_refit:
+    if not repairs and parsed.has_refit:
         parsed = parsed.without_repair()
         family = _open(parsed)
     calibration = find_calibration(parsed, family)
@@ -269,18 +273,19 @@ def _plan(
         batch_tokens=max(size.batch_tokens for size in sizes.values()),
         logits=max(size.logits for size in sizes.values()),
     )
-    needs = None
-    if repairs is not None:
-        needs = find_repair_footprint(
-            family, dry_run.lm.model, dry_run.stack, *repairs, choice.dtype
-        )
+    needs, more = (
+        find_repair_footprint(family, dry_run.lm.model, dry_run.stack, *one, choice.dtype)
+        if one is not None
+        else None
+        for one in (*repairs, None, None)[:2]
+    )
     memory = find_worker_memory(
         footprint.blocks,
         parsed.evaluation,
         workers=workers,
         gpus_per_worker=gpus_per_worker,
         gpu_gib=gpu_gib,
-        repair=needs,
+        repair=more or needs,
     )
     device = ""
     probes: list[Probe] = []
@@ -290,9 +295,11 @@ def _plan(
         work = 2e-12 * family.parameters() * sizes["search"].tokens
         note(f"Measuring three evaluations of up to {work:,.3g} Tflop (--no-probe skips them).")
         try:
-            device, probes = _probes(parsed.computed_in(choice.dtype), repairs and repairs[0], note)
+            device, probes = _probes(
+                parsed.computed_in(choice.dtype), repairs[0][0] if repairs else None, note
+            )
         except (UsageError, ModelError) as error:
-            if repairs is None or not is_automatic(parsed):
+            if not repairs or not is_automatic(parsed):
                 raise
             note(f"Nothing is repaired: {error}")
             return plan(
@@ -316,6 +323,7 @@ def _plan(
         cpu_candidates=memory.cpu_candidates,
         cpu_stay=memory.cpu_stay,
         repair=needs,
+        front_repair=more,
         repair_room=memory.repair,
         device=device,
         probes=probes,
@@ -339,35 +347,51 @@ def _open(config: Config) -> Family:
 
 def _repairs(
     config: Config, dry_run: DryRun, scratch: Path, note: Say
-) -> tuple[Repair, Reading] | None:
-    """How recipes are repaired, and what that reads; None if they are not.
+) -> list[tuple[Repair, Reading]]:
+    """How all recipes are repaired, and the front if that reads more, with what they read.
 
-    Until the base has written its text, numbers stand in for it: there are as many tokens.
+    Until the base has written its text, random tokens stand in for it.
 
     Raises:
         UsageError: there is nothing to read, though the configuration asks for repairs.
     """
-    from gptailor.evaluation.own_text import LENGTH
-    from gptailor.evaluation.repair.settings import is_automatic, planned_repair
+    from gptailor.evaluation.repair.settings import front_repair, is_automatic, planned_repair
 
-    planned = planned_repair(config)
-    if planned is None:
-        return None
-    calibration = planned.calibration
-    if calibration.text == config.own_texts[0] and not Path(calibration.text).exists():
-        stand_in = scratch / "text.txt"
-        pieces = range(0, calibration.tokens, LENGTH)
-        rows = (" ".join(map(str, range(begin, begin + LENGTH))) for begin in pieces)
-        stand_in.write_text("\n".join(rows))
-        planned = replace(planned, calibration=replace(calibration, text=str(stand_in)))
+    found = []
     try:
-        with slowly("Loading what repairs read", note):
-            return planned, dry_run.reading(planned.calibration)
+        for planned in (planned_repair(config), front_repair(config)):
+            if planned is None:
+                continue
+            repair = _with_some_text(planned, config.own_texts[0], dry_run.lm, scratch)
+            with slowly("Loading what repairs read", note):
+                found.append((repair, dry_run.reading(repair.calibration)))
     except UsageError as error:
         if not is_automatic(config):
             raise
         note(f"Nothing is repaired: {error}")
-        return None
+        return []
+    return found
+
+
+def _with_some_text(planned: Repair, own: str, lm: ResidentLM, scratch: Path) -> Repair:
+    """A repair whose text exists; `own` is where the base will write."""
+    import random
+
+    from gptailor.evaluation.own_text import LENGTH
+
+    calibration = planned.calibration
+    if calibration.text != own or Path(own).exists():
+        return planned
+    stand_in = scratch / "text.txt"
+    generator = random.Random(0)
+    vocabulary = range(lm.tokenizer.vocab_size)
+    rows = []
+    for _ in range(0, calibration.tokens, LENGTH):
+        tokens = generator.choices(vocabulary, k=LENGTH)
+        text = lm.tokenizer.decode(tokens, skip_special_tokens=True)
+        rows.append(" ".join(text.split()))
+    stand_in.write_text("\n".join(rows), encoding="utf-8")
+    return replace(planned, calibration=replace(calibration, text=str(stand_in)))
 
 
 def family_files(family: Family) -> list[Path]:

@@ -136,7 +136,7 @@ def test_eval_repeats_the_scores_of_a_search(
     folder = verbs.stitch(run, tmp_path / "model", point=last.point, verify=False)
     scores = verbs.evaluate(folder, like=run / "config.yaml")
     expected = [*of_last["search"].scores, *of_last["holdout"].scores]
-    assert [score.num_documents for score in expected] == [14, 6, 12]
+    assert [score.num_documents for score in expected] == [14, 6, 12, 32]  # the last is a text
     for score, kept in zip(scores, expected, strict=True):
         assert (score.task, score.metric, score.num_documents) == (
             kept.task, kept.metric, kept.num_documents

@@ -141,8 +141,12 @@ def test_repairs_count_in_documents_memory_and_time(
     assert plan.repair_room is not None
     assert (plain.repair, plain.repair_room) == (None, None)
     assert plan.sizes == plain.sizes
-    assert plan.sizes["search"].documents == plan.repair.documents == 12
-    assert plan.repair.width == 32 + 80
+    assert plan.sizes["search"].documents == 12
+    assert plan.repair.documents == 6
+    assert plan.front_repair is not None
+    assert plan.front_repair.documents == 12  # all that are left
+    assert plan.front_repair.tokens > plan.repair.tokens + 3000
+    assert plan.repair.width == 80
     assert not plan.repair_room.why_not
     dense, half, smallest = plan.probes
     assert [p.layers for p in plan.probes] == [6, 5, 3]
@@ -201,11 +205,11 @@ def test_repairs_that_are_automatic_are_left_out_if_they_are_not_possible(
 
     monkeypatch.setattr("gptailor.evaluation.repair.repairer.check_replay", refused)
     plan = verbs.plan(path, overrides, note=notes.append)
-    assert "ended as infeasible: The layers depend on more than their input." in notes[-2]
+    assert "Nothing is repaired: The layers depend on more than their input." in notes
     assert plan.repair is None
     assert set(plan.footprint.candidates) == set(models)
     assert len(plan.probes) == 3
-    with pytest.raises(UsageError, match="depend on more"):
+    with pytest.raises(ModelError, match="depend on more"):
         verbs.plan(path, [*overrides, "space.repair={layers: gaps}"])
 
 
@@ -216,7 +220,8 @@ def test_a_repair_that_does_not_fit_is_announced(
     words = ["plan", str(path), *overrides, "--no-probe"]
     assert cli.main(words) == 0
     said = capsys.readouterr().out
-    assert "repair      12 documents, " in said
+    assert "repair      6 documents, " in said
+    assert " for the front\n            teachers' states take " in said
     assert "in memory\n            each worker needs " in said
     assert cli.main([*words, "--gpu-gib", "0.001"]) == 0
     said = capsys.readouterr().out
@@ -224,10 +229,10 @@ def test_a_repair_that_does_not_fit_is_announced(
     assert "(space.repair.calibration.documents)" in said
     assert cli.main([*words, "--gpu-gib", "0.0001"]) == 0  # no evaluation fits, either
     said = capsys.readouterr().out
-    assert "repair      12 documents, " in said
+    assert "repair      6 documents, " in said
     assert "a repair takes " not in said
     assert cli.main([*words, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["repair"]["documents"] == 12
+    assert json.loads(capsys.readouterr().out)["repair"]["documents"] == 6
 
 
 def test_output_for_people_and_for_scripts(
