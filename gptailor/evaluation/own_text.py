@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from gptailor.errors import ModelError, ResourceError
+from gptailor.errors import GptailorError, ModelError, ResourceError
 from gptailor.evaluation.devices import is_out_of_memory
 from gptailor.evaluation.lm import ResidentLM
 from gptailor.evaluation.loading import load_tokenizer
@@ -68,7 +68,9 @@ def write_own_text(
                     first_B1, attention_mask=seen_B1, generation_config=settings
                 )
                 pieces += lm.tokenizer.batch_decode(written[:, 1:], skip_special_tokens=True)
-    except (MemoryError, RuntimeError) as error:
+    except GptailorError:
+        raise
+    except Exception as error:  # transformers refuses to generate in many ways
         if is_out_of_memory(error):
             raise ResourceError(
                 "Out of memory while a model wrote a text for the repair: name a text "

@@ -30,6 +30,9 @@ UNCUT = "merge"
 TEXT = "text"
 """The group of calibration documents that come from a text, among the tasks' names."""
 
+VERSION = 2
+"""Of what a repair computes: results of other versions have other hashes."""
+
 DEFAULT_RIDGE = 0.3
 DEFAULT_DOCUMENTS = 192
 DEFAULT_TOKENS = 4096
@@ -147,7 +150,7 @@ class Repair:
         else:
             teachers = [[group, refs[model]] for group, model in sorted(teachers)]
         documents = self.calibration.digest or json.dumps(self.calibration.to_dict())
-        return [self.layers, teachers, self.ridge, self.dtype, documents]
+        return [VERSION, self.layers, teachers, self.ridge, self.dtype, documents]
 
     def to_dict(self) -> dict[str, Any]:
         """As in `recipe.yaml`."""
