@@ -295,11 +295,3 @@ def _common(first: Tokens, second: Tokens) -> int:
             break
         length += 1
     return length
-
-
-def shown_tokens(reading: Reading) -> dict[str, Any]:
-    """For messages and the model card: group → tokens that count."""
-    counts: dict[str, int] = dict.fromkeys(reading.groups, 0)
-    for batch in reading.batches:
-        counts[batch.group] += int(batch.counts_BT.sum())
-    return counts
