@@ -79,6 +79,25 @@ function scores(point) {
     scoreGroup("Holdout documents, without repair", "holdout", point.holdout_without_repair)));
 }
 
+// [1, 2, 3, 6] → "1–3, 6"
+function ranges(numbers) {
+  const parts = [];
+  for (const n of numbers) {
+    const last = parts[parts.length - 1];
+    if (last && last[1] === n - 1) last[1] = n;
+    else parts.push([n, n]);
+  }
+  return parts.map(([a, b]) => (a === b ? `${a}` : `${a}–${b}`)).join(", ");
+}
+
+function repairText({ out_layers, teachers, documents, tokens_of_text }) {
+  const read = [documents && `${format.count(documents)} documents`,
+    tokens_of_text && `${format.count(tokens_of_text)} tokens of text`].filter(Boolean).join(" and ");
+  const names = typeof teachers === "string" ? teachers
+    : Object.entries(teachers).map(([group, model]) => `${model} for ${group}`).join(", ");
+  return `Repaired: output layers ${ranges(out_layers)}, with ${read} at most. Teachers: ${names}.`;
+}
+
 function detail(point) {
   const cut = bySource(point).filter((entries) => !entries.length).length;
   const merged = point.layer_map.filter((entry) => entry.method).length;
@@ -95,6 +114,7 @@ function detail(point) {
     h("p", { class: "hint" }, `Read from the bottom up, as the model computes: source layer 0 is next `
       + `to the embeddings. ${cut} cut, ${merged} merged.`),
     layerMap(point),
+    ...(point.repair ? [h("p", { class: "hint" }, repairText(point.repair))] : []),
     h("h3", {}, "Scores"),
     h("p", { class: "hint" }, "Each task is held against the dense candidate that is best at it; no "
       + "percentage where that one is not clearly above chance."

@@ -22,6 +22,7 @@ from gptailor.files import write_whole
 from gptailor.merging.registry import get_method
 from gptailor.recipe import NO_LAYER, Layer, Recipe, Take
 from gptailor.recipe.canonical import canonical_layer
+from gptailor.recipe.repair import repaired_layers
 from gptailor.report.front_model import Point, Report
 from gptailor.report.headline import headline
 from gptailor.report.ledger import Spent
@@ -156,6 +157,7 @@ def point_dict(report: Report, point: Point) -> dict[str, Any]:
         "holdout_without_repair": (
             _measured_dict(report.holdout, point.plain) if point.plain else None
         ),
+        "repair": _repair_dict(report, point.recipe),
         "layer_map": layer_map(point.recipe),
         "ends": ends(point.recipe),
         "recipe": point.recipe.to_dict(),
@@ -276,6 +278,19 @@ def _score_dict(yardstick: Yardstick, score: Score) -> dict[str, Any]:
         "chance": score.chance,
         "best_dense": best.value if best else None,
         "retention_percent": yardstick.kept_of_task(score),
+    }
+
+
+def _repair_dict(report: Report, recipe: Recipe) -> dict[str, Any] | None:
+    repair = recipe.repair
+    if repair is None:
+        return None
+    chosen = repaired_layers(recipe.src_layers, report.num_layers, repair.layers)
+    return {
+        "out_layers": [out_layer for out_layer, is_chosen in enumerate(chosen) if is_chosen],
+        "teachers": repair.teachers if isinstance(repair.teachers, str) else dict(repair.teachers),
+        "documents": repair.calibration.documents if repair.calibration.tasks else 0,
+        "tokens_of_text": repair.calibration.tokens if repair.calibration.text else 0,
     }
 
 

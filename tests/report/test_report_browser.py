@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gptailor.evaluation.outcome import Cost, Outcome, Score
-from gptailor.recipe import NO_LAYER, Merge, Take
+from gptailor.recipe import NO_LAYER, CalibrationDocuments, CalibrationTask, Merge, Repair, Take
 from gptailor.report import Report, load_report, write_report
 from gptailor.run.archive import Archive
 from tests.report.report_browser import Browser
@@ -264,3 +264,19 @@ def test_a_text_is_a_plain_number(browser: Browser, tmp_path: Path) -> None:
     hover = browser.evaluate("document.querySelector('tr.uncounted th').title")
     expected = "word_perplexity,none, 7 documents, no part of the accuracy, held against the base"
     assert hover == expected
+
+
+def test_a_repair_is_described(browser: Browser, tmp_path: Path) -> None:
+    documents = CalibrationDocuments((CalibrationTask("piqa"),), documents=96, text="sample.txt")
+    repair = Repair(documents, "after", (("piqa", "math"), ("text", "base")))
+    kept = (0, 1, 3, 4, 5, 7)
+    recipe = replace(recipe_of([Take("math", i) for i in kept]), repair=repair, _cache={})
+    with Archive(tmp_path) as archive:
+        add(archive, recipe, "search", SCORED)
+    show(browser, write_report(tmp_path).as_uri())
+    hints = "[...document.querySelectorAll('#detail-body .hint')].map((p) => p.textContent)"
+    said = [line.replace("\xa0", " ") for line in browser.evaluate(hints)]
+    assert (
+        "Repaired: output layers 1–5, with 96 documents and 4,096 tokens of text at most. "
+        "Teachers: math for piqa, base for text."
+    ) in said

@@ -233,6 +233,10 @@ def test_a_search_repairs(
     assert all(row.recipe.with_repair(None).hash in plain for row in holdout)
     point = next(p for p in load_report(run).front if p.recipe.repair is not None)
     assert point.plain is not None
+    (shown,) = [p for p in json.loads((run / "front.json").read_text())["front"]
+                if p["point"] == point.id]  # fmt: skip
+    assert shown["repair"]["out_layers"][-1] == point.layers - 1
+    assert shown["repair"]["teachers"] == dict(point.recipe.repair.teachers)  # type: ignore[union-attr, arg-type]
     # a stitched point scores what the search has recorded
     best = max(
         (row for row in rows if row.recipe.repair), key=lambda row: row.outcome.accuracy or 0
