@@ -1,7 +1,7 @@
 """What repairs give back after a cut, on documents that neither they nor a choice have seen.
 
     python benchmarks/repair.py examples/smollm2 [--sizes 0.9,0.8,0.75,0.7,0.6] [--seeds 3]
-        [--documents 600] [--text FILE] [--json OUT]
+        [--stacks merge,refit] [--documents 600] [--text FILE] [--json OUT]
 
 The folder holds a `search.yaml` with a holdout, whose tasks are scored. First come the whole
 models: the base, its refitted merge, and a merge of all variants by each merge method. Then the
@@ -205,6 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--sizes", default="0.9,0.8,0.75,0.7,0.6")
+    parser.add_argument("--stacks", help="of merge, refit and the first variant; default: all")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--documents", type=int, default=600)
     parser.add_argument("--text", type=Path)
@@ -250,6 +251,8 @@ def main() -> None:
         influence = bench.evaluator.similarity("refit", "bfloat16").block_influence
         order = sorted(range(bench.num_layers), key=lambda i: (-influence[i], i))
         stacks = {"merge": list(bench.merge.layers), "refit": whole["refit"], first: whole[first]}
+        if arguments.stacks is not None:
+            stacks = {name: stacks[name] for name in arguments.stacks.split(",")}
         for size in map(float, arguments.sizes.split(",")):
             kept = sorted(order[: round(size * bench.num_layers)])
             for what, stack in stacks.items():
