@@ -19,15 +19,8 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         OSError: it can't be written; an existing file stays, and nothing else is left behind.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
+    with _beside(path, data) as temporary:
         temporary.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_new(path: Path, data: bytes) -> None:
@@ -36,16 +29,23 @@ def write_new(path: Path, data: bytes) -> None:
     Raises:
         OSError: it can't be written.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
+    with _beside(path, data) as temporary:
         try:
             path.hardlink_to(temporary)
         except FileExistsError:
             pass
         except OSError:  # a filesystem without links
             temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _beside(path: Path, data: bytes) -> Iterator[Path]:
+    """A temporary file with the data next to `path`; at the end it is gone, if it still exists."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        yield temporary
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
