@@ -25,7 +25,7 @@ from gptailor.errors import UsageError, plain, unknown
 from gptailor.merging.registry import TASK_ARITHMETIC, get_method
 from gptailor.models.untrusted import home_expanded, is_folder
 from gptailor.recipe import DTYPES, absolute_ref
-from gptailor.recipe.repair import BY_TASK, RepairedLayers
+from gptailor.recipe.repair import BY_TASK, DEFAULT_TOKENS, RepairedLayers
 from gptailor.strict_yaml import dump_yaml, load_yaml, read_text, truth
 
 ARMS = ("dense", "block_influence", "angular", "uniform", "paper", "random")
@@ -94,7 +94,7 @@ class FrontCalibration(_Strict):
     """
 
     documents: Annotated[int, Field(ge=1)] | None = None
-    tokens: Annotated[int, Field(ge=1)] = 4096
+    tokens: Annotated[int, Field(ge=1)] = DEFAULT_TOKENS
 
 
 class RepairCalibration(_Strict):
@@ -524,7 +524,7 @@ def with_absolute_paths(config: Config, folder: Path) -> Config:
     if config.evaluation.holdout is not None:
         for task in data["evaluation"]["holdout"]["tasks"]:
             if task["text"] is not None:
-                task["text"] = str((folder / home_expanded(task["text"])).resolve())
+                task["text"] = str(_resolved(folder, task["text"]))
     if isinstance(config.space.repair, RepairSpace):
         calibration = config.space.repair.calibration
         written = data["space"]["repair"]["calibration"]
@@ -532,13 +532,18 @@ def with_absolute_paths(config: Config, folder: Path) -> Config:
             key = "space.repair.calibration"
             written["include_path"] = _folder(key, folder, calibration.include_path)
         if calibration.text and calibration.text != AUTO:
-            written["text"] = str((folder / home_expanded(calibration.text)).resolve())
+            written["text"] = str(_resolved(folder, calibration.text))
     return Config.model_validate(data)
+
+
+def _resolved(folder: Path, path: str) -> Path:
+    """A path as an absolute one, from `folder`."""
+    return (folder / home_expanded(path)).resolve()
 
 
 def _folder(section: str, folder: Path, include_path: str) -> str:
     """A section's include_path as an absolute path, from `folder`."""
-    place = (folder / home_expanded(include_path)).resolve()
+    place = _resolved(folder, include_path)
     if not is_folder(place):
         raise UsageError(f"{section}.include_path: the folder {place} does not exist.")
     return str(place)

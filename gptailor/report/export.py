@@ -96,7 +96,7 @@ def _csv_row(report: Report, point: Point) -> dict[str, object]:
         zip(_CSV_COLUMNS, [*values, " ".join(point.arms), point.number], strict=True)
     )
     for prefix, measured in (("search", point.search), ("holdout", point.holdout)):
-        for score in (*measured.scores, *measured.others) if measured else ():
+        for score in measured.shown if measured else ():
             row[f"{prefix}:{score.task}:{score.metric}"] = score.value
             row[f"{prefix}:{score.task}:{score.metric}:stderr"] = score.stderr
     return row
@@ -262,7 +262,7 @@ def _measured_dict(yardstick: Yardstick, measured: Measured) -> dict[str, Any]:
         "retention_percent": measured.retention,
         "retention_percent_stderr": kept.stderr if kept else None,
         "above_chance_points": measured.above_chance,
-        "scores": [_score_dict(yardstick, score) for score in (*measured.scores, *measured.others)],
+        "scores": [_score_dict(yardstick, score) for score in measured.shown],
     }
 
 

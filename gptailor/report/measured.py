@@ -61,6 +61,11 @@ class Measured:
     others: tuple[Score, ...] = ()
 
     @property
+    def shown(self) -> tuple[Score, ...]:
+        """All scores, those that count first."""
+        return (*self.scores, *self.others)
+
+    @property
     def chance(self) -> float | None:
         """The accuracy of guessing; None if it is unknown for one of the tasks."""
         chances = [s.weight * s.chance for s in self.scores if s.chance is not None]
