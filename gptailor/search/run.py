@@ -153,26 +153,13 @@ class Run:
         if not recipes:
             return
         self.progress.note(f"Repairing {len(recipes)} recipes with more documents.")
-        before = self.recorder.num_gained
-
-        def what() -> str:
-            return f"Repairing with more documents, {self.recorder.num_gained - before} done"
-
-        with self.progress.step(what, self._doing):
-            self._queue.evaluate(_unique(recipes), "front")
+        self._evaluate_more(recipes, "front", "Repairing with more documents")
 
     def holdout(self, recipes: Sequence[Recipe]) -> None:
         """Scores recipes on the tasks that the search has not seen, if there are any."""
         if self.config.evaluation.holdout is not None and recipes:
             self.progress.note(f"Scoring {len(recipes)} recipes on the holdout tasks.")
-            before = self.recorder.num_gained
-
-            def what() -> str:
-                done = self.recorder.num_gained - before
-                return f"Scoring on the holdout tasks, {done} done"
-
-            with self.progress.step(what, self._doing):
-                self._queue.evaluate(_unique(recipes), "holdout")
+            self._evaluate_more(recipes, "holdout", "Scoring on the holdout tasks")
 
     def evaluations(self, documents: Documents) -> list[Evaluation]:
         """All known evaluations, also of other islands, in the order in which they ended."""
@@ -190,6 +177,16 @@ class Run:
             seed = (*seed, 3, len(self.recorder.evaluations("search")))
         num_objectives = len(self.config.objectives)
         return kind(self.space, Settings(num_objectives, search.population, seed, tuple(start)))
+
+    def _evaluate_more(self, recipes: Sequence[Recipe], documents: Documents, doing: str) -> None:
+        """Evaluates recipes after the search, and shows how many are done."""
+        before = self.recorder.num_gained
+
+        def what() -> str:
+            return f"{doing}, {self.recorder.num_gained - before} done"
+
+        with self.progress.step(what, self._doing):
+            self._queue.evaluate(_unique(recipes), documents)
 
     def _name_arms(self, arms: Sequence[tuple[str, Recipe]]) -> None:
         """Records which recipes are control arms; an evaluation knows those named before it."""
