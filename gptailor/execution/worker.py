@@ -63,6 +63,8 @@ class Worker:
         counts = {str(name): workload.num_documents for name, workload in workloads.items()}
         try:
             repair = self._with_digest(planned_repair(self._config))
+            if repair is not None and not self._config.has_refit:  # else it has been repaired
+                self._check_architecture(repair)
             front = self._with_digest(front_repair(self._config))
         except (UsageError, ModelError) as error:
             if not is_automatic(self._config):
@@ -74,23 +76,20 @@ class Worker:
         return WorkloadInfo(counts, digest, repair, front)
 
     def _with_digest(self, planned: Repair | None) -> Repair | None:
-        """A planned repair with the digest of what it reads.
-
-        Raises:
-            UsageError: there is nothing to read.
-            ModelError: the architecture can't be repaired.
-        """
+        """A planned repair with the digest of what it reads; raises if there is nothing to read."""
         if planned is None:
             return None
-        config, repairs = self._config, self.evaluator.repairs
-        reading = repairs.reading(planned.calibration)
-        if not config.has_refit:  # else it has been repaired
-            base, num_layers = config.base, self.evaluator.family.num_layers
-            repairs.check(
-                dense_recipe(config.models, base, base, num_layers, config.space.dtype), reading
-            )
+        reading = self.evaluator.repairs.reading(planned.calibration)
         calibration = replace(planned.calibration, digest=reading.digest)
         return replace(planned, calibration=calibration)
+
+    def _check_architecture(self, repair: Repair) -> None:
+        """Raises a `ModelError` if the candidates can't be repaired."""
+        config, num_layers = self._config, self.evaluator.family.num_layers
+        base = config.base
+        whole = dense_recipe(config.models, base, base, num_layers, config.space.dtype)
+        repairs = self.evaluator.repairs
+        repairs.check(whole, repairs.reading(repair.calibration))
 
     def do(self, job: Job) -> Outcome | Similarity:
         """Does a job; raises like `Evaluator`."""

@@ -239,7 +239,7 @@ def _plan(
     from gptailor.evaluation.family import find_calibration
     from gptailor.evaluation.footprint import find_footprint, held_bytes
     from gptailor.evaluation.forward_dtype import Ability, choose, find_ability
-    from gptailor.evaluation.repair.footprint import find_repair_footprint
+    from gptailor.evaluation.repair.footprint import find_repair_footprints
     from gptailor.evaluation.repair.settings import is_automatic
     from gptailor.models.ends import announcements
     from gptailor.search.space import SearchSpace
@@ -273,12 +273,11 @@ def _plan(
         batch_tokens=max(size.batch_tokens for size in sizes.values()),
         logits=max(size.logits for size in sizes.values()),
     )
-    needs, more = (
-        find_repair_footprint(family, dry_run.lm.model, dry_run.stack, *one, choice.dtype)
-        if one is not None
-        else None
-        for one in (*repairs, None, None)[:2]
+    sizes_of_repairs = find_repair_footprints(
+        family, dry_run.lm.model, dry_run.stack, repairs, choice.dtype
     )
+    needs = sizes_of_repairs[0] if sizes_of_repairs else None
+    more = sizes_of_repairs[1] if len(sizes_of_repairs) > 1 else None
     memory = find_worker_memory(
         footprint.blocks,
         parsed.evaluation,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -46,22 +47,33 @@ class RepairFootprint:
         return self.system + self.states
 
 
-def find_repair_footprint(
-    family: Family, shell: nn.Module, stack: str, repair: Repair, reading: Reading, dtype: str
-) -> RepairFootprint:
-    """The footprint of a search's repairs.
+def find_repair_footprints(
+    family: Family,
+    shell: nn.Module,
+    stack: str,
+    repairs: Sequence[tuple[Repair, Reading]],
+    dtype: str,
+) -> list[RepairFootprint]:
+    """The footprints of a search's repairs.
 
     Args:
         family: the opened candidates.
         shell: their model on the meta device.
         stack: the path of its layers.
-        repair: how recipes are repaired.
-        reading: what is read.
+        repairs: how recipes are repaired, and what that reads.
         dtype: of the forward pass.
     """
-    item = DTYPE_BITS[DTYPES[dtype]] // 8
+    if not repairs:
+        return []
     hidden, _ = widths(text_config(family.base.config))
     width = max(find_widths(shell, stack, hidden))
+    return [_footprint(family, hidden, width, *one, dtype) for one in repairs]
+
+
+def _footprint(
+    family: Family, hidden: int, width: int, repair: Repair, reading: Reading, dtype: str
+) -> RepairFootprint:
+    item = DTYPE_BITS[DTYPES[dtype]] // 8
     exact = 8 if repair.ridge < EXACT_BELOW else 4
     batch = max(b.input_BT.numel() for b in reading.batches)
     return RepairFootprint(

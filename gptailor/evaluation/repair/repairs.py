@@ -94,11 +94,13 @@ class Repairs:
         return self._earlier_tokens + self._repairer.num_tokens
 
     def reading(self, documents: CalibrationDocuments) -> Reading:
-        """What a calibration reads; raises like `read_calibration`."""
+        """What a calibration reads, with or without its digest; raises like `read_calibration`."""
         if documents not in self._readings:
-            self._readings[documents] = read_calibration(
+            found = read_calibration(
                 documents, self._lm, self._resident.device, self._scored, self.batch_tokens
             )
+            self._readings[documents] = found
+            self._readings[replace(documents, digest=found.digest)] = found
         return self._readings[documents]
 
     def resolved(self, recipe: Recipe) -> Recipe:
@@ -115,7 +117,6 @@ class Repairs:
             return recipe
         reading = self.reading(repair.calibration)
         documents = replace(repair.calibration, digest=reading.digest)
-        self._readings[documents] = reading
         teachers = repair.teachers
         if teachers == BY_TASK:
             key = repair.calibration, tuple(recipe.models)

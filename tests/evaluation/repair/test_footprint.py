@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gptailor.evaluation.repair import solve, targets
-from gptailor.evaluation.repair.footprint import find_repair_footprint
+from gptailor.evaluation.repair.footprint import find_repair_footprints
 from gptailor.evaluation.repair.solve import RidgeRegression
 from gptailor.evaluation.repair.widths import find_widths
 from gptailor.evaluation.structure import Structure
@@ -80,12 +80,11 @@ def test_a_repair_takes_what_was_planned(
     repair = Repair(CalibrationDocuments(tasks, str(tasks_dir), documents=24), "gaps", "red", ridge)
     base = evaluator.family.base
     structure = Structure(base.folder, base.config, base.checkpoint.tensors)
-    found = find_repair_footprint(
+    (found,) = find_repair_footprints(
         evaluator.family,
         structure.shell,
         structure.stack,
-        repair,
-        evaluator.repairs.reading(repair.calibration),
+        [(repair, evaluator.repairs.reading(repair.calibration))],
         "float32",
     )
     systems: list[tuple[int, int, int]] = []

@@ -549,6 +549,14 @@ def test_documents_are_read_once(
     assert evaluator.repairs.reading(resolved.calibration) is reading
 
 
+def test_documents_are_read_once_with_and_without_their_digest(
+    evaluator: Evaluator, documents: CalibrationDocuments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading = evaluator.repairs.reading(documents)
+    monkeypatch.delattr("gptailor.evaluation.repair.repairs.read_calibration")
+    assert evaluator.repairs.reading(replace(documents, digest=reading.digest)) is reading
+
+
 def test_states_of_teachers_may_be_in_a_file(
     models: dict[str, str],
     tasks_dir: Path,
