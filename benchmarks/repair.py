@@ -1,9 +1,10 @@
 """What repairs give back after a cut, on documents that neither they nor a choice have seen.
 
     python benchmarks/repair.py examples/smollm2 [--sizes 0.9,0.8,0.75,0.7,0.6] [--seeds 3]
-        [--stacks merge,refit] [--documents 600] [--text FILE] [--json OUT]
+        [--stacks merge,refit] [--documents 600] [--text FILE] [--json OUT] [key=value ...]
 
-The folder holds a `search.yaml` with a holdout, whose tasks are scored. First come the whole
+The folder holds a `search.yaml` with a holdout, whose tasks are scored; `key=value` changes one of
+its settings, as for `gptailor search`. First come the whole
 models: the base, its refitted merge, and a merge of all variants by each merge method. Then the
 merge (task arithmetic, λ = 1/√n), its refit and the first variant are cut by the Block Influence of
 the refit's layers. Each cut is scored
@@ -14,7 +15,8 @@ the refit's layers. Each cut is scored
 - with ReplaceMe's map (arXiv 2505.02819): the MLP's output before a gap is multiplied by the matrix
   that best predicts the state behind it,
 - repaired at the gaps, after the first gap, and at all layers, as the front of a search is; after
-  the first gap also without the base's text, and as all recipes of a search are, which read less.
+  the first gap also without the base's text, and as all recipes of a search are, which read less
+  and fit every second layer.
 
 Repairs read search documents, chosen anew for each seed. With `--text`, its perplexity per token is
 printed for all; no repair reads it. Times are seconds for one repair, and for scoring one recipe on
@@ -204,14 +206,15 @@ def gaps(recipe: Recipe, num_layers: int) -> Iterator[tuple[int, int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--sizes", default="0.9,0.8,0.75,0.7,0.6")
     parser.add_argument("--stacks", help="of merge, refit and the first variant; default: all")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--documents", type=int, default=600)
     parser.add_argument("--text", type=Path)
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    config = read_config(arguments.folder / "search.yaml")
+    arguments = parser.parse_intermixed_args()
+    config = read_config(arguments.folder / "search.yaml", arguments.overrides)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(config, arguments.documents, Path(scratch), arguments.text)
@@ -222,7 +225,7 @@ def main() -> None:
             perplexity = bench.perplexity()
             extra = " ".join(f"{value:.1f} s" for value in seconds)
             print(
-                f"{what:16} {size:4.2f} {kind:16} {statistics.mean(values):.3f} {spread:11} "
+                f"{what:16} {size:4.2f} {kind:17} {statistics.mean(values):.3f} {spread:11} "
                 f"{perplexity:9.1f} {extra}",
                 flush=True,
             )
@@ -265,7 +268,7 @@ def main() -> None:
                 for kind in KINDS:
                     repaired(what, size, cut, kind)
                 repaired(what, size, cut, "after, no text", text=None)
-                repaired(what, size, cut, "after, little", little=True)
+                repaired(what, size, cut, "alternate, little", little=True)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"rows": rows, "at": time.time()}, indent=1))
 

@@ -128,7 +128,8 @@ class RepairSpace(_Strict):
     """How the recipes of a search are repaired; see `gptailor.recipe.Repair`.
 
     Attributes:
-        layers: gaps, after or all.
+        layers: gaps, alternate, after or all; "auto": alternate while the search goes on, after for
+            repairs of the front.
         teachers: "task" for each task's best dense candidate, "merge", a model's name, or task →
             model.
         calibration: what is read.
@@ -137,7 +138,7 @@ class RepairSpace(_Strict):
             refitted to the teachers.
     """
 
-    layers: RepairedLayers = "after"
+    layers: RepairedLayers | Literal["auto"] = "auto"
     teachers: str | dict[str, str] = BY_TASK
     calibration: RepairCalibration = RepairCalibration()
     ridge: Annotated[float, Field(ge=1e-6, le=1e6)] | Literal["auto"] = "auto"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from gptailor.errors import UsageError, unknown
 from gptailor.models.untrusted import home_expanded
 from gptailor.recipe.entry import as_mapping
 
-RepairedLayers = Literal["gaps", "after", "all"]
+RepairedLayers = Literal["gaps", "alternate", "after", "all"]
 
 BY_TASK = "task"
 """As `Repair.teachers`: for each task the dense candidate that does it best."""
@@ -107,7 +106,8 @@ class Repair:
 
     Attributes:
         calibration: what is read.
-        layers: "gaps": the layers that stand before a gap; "after": also all later ones; "all".
+        layers: "gaps": the layers that stand before a gap; "alternate": from each gap on, also
+            every second layer; "after": every layer from the first gap on; "all".
         teachers: `BY_TASK`, `UNCUT`, a model's name, or (task, model) for each group of documents.
         ridge: relative to the mean of the diagonal of the normal equations.
         dtype: of the forward passes, one of `recipe.DTYPES`; "" for whatever computes it.
@@ -176,7 +176,9 @@ def repaired_layers(
         return gaps
     if layers == "all":
         return [True] * len(gaps)
-    return list(itertools.accumulate(gaps, operator.or_))
+    latest_gaps = itertools.accumulate((i if gap else -1 for i, gap in enumerate(gaps)), max)
+    step = 2 if layers == "alternate" else 1
+    return [gap >= 0 and (i - gap) % step == 0 for i, gap in enumerate(latest_gaps)]
 
 
 def read_repair(

@@ -147,7 +147,7 @@ def repairs(draw: st.DrawFn) -> Repair:
     model = st.sampled_from(list(MODELS))
     return Repair(
         documents,
-        draw(st.sampled_from(["gaps", "after", "all"])),
+        draw(st.sampled_from(["gaps", "alternate", "after", "all"])),
         draw(
             st.sampled_from([BY_TASK, UNCUT])
             | model
@@ -350,6 +350,7 @@ def test_each_field_changes_the_hash() -> None:
         FULL,
         replace(FULL, layers="all"),
         replace(FULL, layers="after"),
+        replace(FULL, layers="alternate"),
         replace(FULL, ridge=0.02),
         replace(FULL, dtype=""),
         replace(FULL, dtype="bfloat16"),

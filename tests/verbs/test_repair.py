@@ -48,7 +48,7 @@ def written(recipe: Recipe, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("layers", ["gaps", "after", "all"])
+@pytest.mark.parametrize("layers", ["gaps", "alternate", "after", "all"])
 def test_a_stitched_repair_is_a_stock_model(
     models: dict[str, str],
     calibration: CalibrationDocuments,
@@ -65,7 +65,7 @@ def test_a_stitched_repair_is_a_stock_model(
     new = AutoModelForCausalLM.from_pretrained(out).state_dict()
     old = AutoModelForCausalLM.from_pretrained(plain).state_dict()
     changed = {name for name in new if not new[name].equal(old[name])}
-    parts = {"gaps": (), "after": (2, 3), "all": (0, 2, 3)}[layers]
+    parts = {"gaps": (), "alternate": (3,), "after": (2, 3), "all": (0, 2, 3)}[layers]
     down = {f"model.layers.{i}.mlp.down_proj.weight" for i in (1, *parts)}
     assert changed == down
     card = (out / "README.md").read_text()
@@ -216,6 +216,7 @@ def test_a_search_repairs(
         assert more is not None
         assert row.recipe.with_repair(repair).hash in {other.recipe.hash for other in rows}
         assert more.teachers == repair.teachers
+        assert (repair.layers, more.layers) == ("alternate", "after")
         assert more.calibration.documents > repair.calibration.documents
         assert more.calibration.tokens > repair.calibration.tokens
         assert all(arm.endswith(f"+repair({more.calibration.documents})") for arm in row.arms)

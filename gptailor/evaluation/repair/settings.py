@@ -14,6 +14,7 @@ from gptailor.recipe.repair import (
     CalibrationDocuments,
     CalibrationTask,
     Repair,
+    RepairedLayers,
 )
 
 FRONT_DOCUMENTS = 128
@@ -61,9 +62,10 @@ def planned_repair(config: Config) -> Repair | None:
         tokens=given.tokens,
     )
     teachers = space.teachers
+    is_final = given.front is False
     return Repair(
         calibration,
-        space.layers,
+        _layers(space, "after" if is_final else "alternate"),
         teachers if isinstance(teachers, str) else tuple(teachers.items()),
         DEFAULT_RIDGE if space.ridge == "auto" else space.ridge,
         "" if evaluation.dtype == "auto" else evaluation.dtype,
@@ -73,7 +75,8 @@ def planned_repair(config: Config) -> Repair | None:
 def front_repair(config: Config) -> Repair | None:
     """The repair of a search's best recipes, once it has ended, and of the refitted candidate.
 
-    It reads what `planned_repair` reads and more; None if there is none, or if it is the same.
+    It reads what `planned_repair` reads and more, and fits more layers; None if there is none, or
+    if it is the same.
 
     Raises:
         UsageError: as for `planned_repair`.
@@ -91,7 +94,12 @@ def front_repair(config: Config) -> Repair | None:
         documents=max(documents, calibration.documents),
         tokens=max(front.tokens, calibration.tokens),
     )
-    return None if more == calibration else replace(planned, calibration=more)
+    better = replace(planned, calibration=more, layers=_layers(space, "after"))
+    return None if better == planned else better
+
+
+def _layers(space: RepairSpace, automatic: RepairedLayers) -> RepairedLayers:
+    return automatic if space.layers == "auto" else space.layers
 
 
 def with_teachers(repair: Repair, best: dict[str, str], base: str) -> Repair:

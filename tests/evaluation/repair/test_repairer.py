@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ from gptailor.recipe.repair import (
     CalibrationDocuments,
     CalibrationTask,
     Repair,
+    RepairedLayers,
     repaired_layers,
 )
 from tests.conftest import save_llama
@@ -258,21 +259,26 @@ def test_a_teachers_own_layers_stay(
 
 
 @pytest.mark.parametrize(
-    ("src_layers", "gaps", "after"),
+    ("src_layers", "gaps", "alternate", "after"),
     [
-        ((0, 1, 2, 3), [3], [3]),
-        ((0, 1, 4, 5), [1], [1, 2, 3]),
-        ((0, 2, 3, 5), [0, 2], [0, 1, 2, 3]),
-        ((0, 1, 1, 2, 3, 4, 5), [1], [1, 2, 3, 4, 5, 6]),
-        ((1, 0, 5), [0, 1], [0, 1, 2]),
-        ((0, 1, 2, 3, 4, 5), [], []),
+        ((0, 1, 2, 3), [3], [3], [3]),
+        ((0, 1, 4, 5), [1], [1, 3], [1, 2, 3]),
+        ((0, 2, 3, 5), [0, 2], [0, 2], [0, 1, 2, 3]),
+        ((0, 1, 1, 2, 3, 4, 5), [1], [1, 3, 5], [1, 2, 3, 4, 5, 6]),
+        ((0, 2, 3, 4), [0, 3], [0, 2, 3], [0, 1, 2, 3]),
+        ((1, 0, 5), [0, 1], [0, 1], [0, 1, 2]),
+        ((0, 1, 2, 3, 4, 5), [], [], []),
     ],
 )
-def test_repaired_layers(src_layers: tuple[int, ...], gaps: list[int], after: list[int]) -> None:
-    for layers, expected in (("gaps", gaps), ("after", after), ("all", range(len(src_layers)))):
-        repair = Repair(CalibrationDocuments(text="t"), layers)  # type: ignore[arg-type]
-        chosen = repaired_layers(src_layers, 6, repair.layers)
-        assert [i for i, is_chosen in enumerate(chosen) if is_chosen] == list(expected)
+def test_repaired_layers(
+    src_layers: tuple[int, ...], gaps: list[int], alternate: list[int], after: list[int]
+) -> None:
+    every = list(range(len(src_layers)))
+    expected = {"gaps": gaps, "alternate": alternate, "after": after, "all": every}
+    assert set(expected) == set(get_args(RepairedLayers))
+    for layers in get_args(RepairedLayers):
+        chosen = repaired_layers(src_layers, 6, layers)
+        assert [i for i, is_chosen in enumerate(chosen) if is_chosen] == expected[layers]
 
 
 # Earlier recipes leave no trace
