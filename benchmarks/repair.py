@@ -4,10 +4,9 @@
         [--stacks merge,refit] [--documents 600] [--text FILE] [--json OUT] [key=value ...]
 
 The folder holds a `search.yaml` with a holdout, whose tasks are scored; `key=value` changes one of
-its settings, as for `gptailor search`. First come the whole
-models: the base, its refitted merge, and a merge of all variants by each merge method. Then the
-merge (task arithmetic, λ = 1/√n), its refit and the first variant are cut by the Block Influence of
-the refit's layers. Each cut is scored
+its settings, as for `gptailor search`. First come the whole models: the base, its refitted merge,
+and a merge of all variants by each merge method. Then the merge (task arithmetic, λ = 1/√n), its
+refit and the first variant are cut by the Block Influence of the refit's layers. Each cut is scored
 
 - as it is,
 - with Prune&Comp's compensation (arXiv 2507.18212): the state behind a gap is scaled to the size

@@ -22,6 +22,7 @@ import tempfile
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from gptailor import verbs
 from gptailor.config import REFIT, Config, read_config
@@ -36,19 +37,11 @@ REFITTED = "refitted"
 """What the refitted merge is called where the search has not made it."""
 
 
-def searched(config: Config, out: Path, **repair: str) -> list[Evaluation]:
-    """Searches with such repairs; returns all evaluations."""
-    space = {**config.space.model_dump(), "repair": {**repair} if repair else "auto"}
-    changed = {"space": space, "output": str(out)}
-    run = verbs.search(Config.model_validate({**config.model_dump(), **changed}))
-    return list(read_run(run).evaluations)
-
-
-def searched_without(config: Config, out: Path, refit: Path) -> list[Evaluation]:
-    """Searches without repairs; the refitted merge is a candidate."""
+def searched(config: Config, out: Path, repair: Any, **models: str) -> list[Evaluation]:
+    """Searches with this `space.repair` and more candidates; returns all evaluations."""
     data = config.model_dump()
-    data["models"][REFITTED] = str(refit)
-    data["space"]["repair"] = False
+    data["models"] |= models
+    data["space"]["repair"] = repair
     run = verbs.search(Config.model_validate({**data, "output": str(out)}))
     return list(read_run(run).evaluations)
 
@@ -78,9 +71,9 @@ def main() -> None:
         config = read_config(arguments.folder / "search.yaml", overrides)
         with tempfile.TemporaryDirectory() as scratch:
             first, second, third = (Path(scratch) / name for name in ("1", "2", "3"))
-            runs = {"alternate": searched(config, first)}
-            runs["after"] = searched(config, second, layers="after")
-            runs["front"] = searched_without(config, third, first / REFIT)
+            runs = {"alternate": searched(config, first, "auto")}
+            runs["after"] = searched(config, second, {"layers": "after"})
+            runs["front"] = searched(config, third, False, **{REFITTED: str(first / REFIT)})
             fronts = {
                 kind: [e.recipe for e in rows if e.documents == "front" and not e.arms]
                 for kind, rows in runs.items()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     BaseModel,
@@ -40,7 +40,7 @@ TEXTS = "texts"
 LANGUAGE = "language"
 """The task that a search with repairs adds to its holdout."""
 
-AUTO = "auto"
+AUTO: Final = "auto"
 """As the text of a repair: what the base writes itself."""
 
 RENAMED = {"search.seeds": "search.arms"}
@@ -138,7 +138,7 @@ class RepairSpace(_Strict):
             refitted to the teachers.
     """
 
-    layers: RepairedLayers | Literal["auto"] = "auto"
+    layers: RepairedLayers | Literal["auto"] = AUTO
     teachers: str | dict[str, str] = BY_TASK
     calibration: RepairCalibration = RepairCalibration()
     ridge: Annotated[float, Field(ge=1e-6, le=1e6)] | Literal["auto"] = "auto"

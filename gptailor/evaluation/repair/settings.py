@@ -99,7 +99,7 @@ def front_repair(config: Config) -> Repair | None:
 
 
 def _layers(space: RepairSpace, automatic: RepairedLayers) -> RepairedLayers:
-    return automatic if space.layers == "auto" else space.layers
+    return automatic if space.layers == AUTO else space.layers
 
 
 def with_teachers(repair: Repair, best: dict[str, str], base: str) -> Repair:
